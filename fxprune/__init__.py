@@ -1,0 +1,27 @@
+"""fxprune: a compiler for pruned PyTorch models."""
+
+from fxprune import export, passes, prune
+from fxprune.capture import trace
+from fxprune.driver import finalize, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
+from fxprune.errors import FxpruneError, FxpruneWarning
+from fxprune.export import compare
+from fxprune.optimizer import clip_gradients
+from fxprune.traced import TracedModule
+
+__version__ = "0.1.0"
+__all__ = [
+    "FxpruneError",
+    "FxpruneWarning",
+    "TracedModule",
+    "clip_gradients",
+    "compare",
+    "export",
+    "finalize",
+    "passes",
+    "prune",
+    "remove_spectral_norm",
+    "remove_weight_norm",
+    "spectral_norm",
+    "trace",
+    "weight_norm",
+]

@@ -1,0 +1,1 @@
+"""Which channels can go, exactly, and how to take them out."""

@@ -1,0 +1,160 @@
+"""Which channels must stay: the greatest set that can go, as a fixpoint over demand, groups, constants and alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxprune.channels.coupling import Coupling, Reader
+from fxprune.channels.ids import Mask, Vector
+
+ROUND = 4
+TINY = 0.05
+
+
+class Liveness:
+    """Starts from the pinned classes and adds what must stay, until nothing changes.
+
+    Attributes:
+        alive: by class.
+        why: by class, what keeps it: the index of the reader, or one of the codes below.
+    """
+
+    REPRESENTATIVE, BALANCED, NONEMPTY, ALIGNED = -2, -3, -4, -5
+
+    def __init__(self, coupling: Coupling, align: int | str) -> None:
+        self.coupling, self.classes = coupling, coupling.classes
+        self.readers = coupling.walks["eval"].readers
+        self.alive: Mask = self.classes.pinned.copy()
+        self.why = np.full(self.classes.count, -1, dtype=np.int64)
+        self._rows = [None if r.rows is None else coupling.of(r.rows) for r in self.readers]
+        self._columns = [coupling.of(r.columns) for r in self.readers]
+        self._done = [np.zeros(1 if r is None else r.shape, bool) for r in self._rows]
+        self._costly = np.zeros(self.classes.count, bool)
+        for reader, rows in zip(self.readers, self._rows, strict=True):
+            if rows is not None and reader.soft is not None:
+                self._costly[rows[(reader.used & ~reader.soft[:, None]).any(-1)]] = True
+        walks = list(coupling.walks.values())
+        self._balances = [(coupling.of(b.inputs), coupling.of(b.outputs)) for w in walks for b in w.balances]
+        vectors = [v for axes in coupling.parameters.values() for v in axes if v is not None]
+        vectors += [v for w in walks for v in w.nonempty]
+        self._axes = _unique(coupling.of(v) for v in vectors)
+        self._offsets = np.cumsum([0, *map(len, self._axes)])[:-1]
+        self._joined = np.concatenate(self._axes) if self._axes else np.zeros(0, np.int64)
+        step = ROUND if align == "auto" else int(align)
+        aligned = walks[0].aligned if align == "auto" else [v for v in vectors]
+        self._aligned = _unique(coupling.of(v) for v in aligned) if step > 1 else []
+        self.demand()
+        while self.represent() or self.balance() or self.fill() or self.round(step):
+            self.demand()
+
+    def demand(self) -> None:
+        """Keep the columns that rows still alive read, and close grids, until stable."""
+        changed = True
+        while changed:
+            changed = False
+            self.classes.close(self.alive)
+            for i in range(len(self.readers) - 1, -1, -1):
+                reader, rows, columns = self.readers[i], self._rows[i], self._columns[i]
+                new = ~self._done[i] if rows is None else self.alive[rows] & ~self._done[i]
+                if not new.any():
+                    continue
+                self._done[i] |= new
+                if rows is None:
+                    need = reader.used.any(1)
+                elif len(rows) == 1:
+                    need = reader.used[0][new[0]].any(0)[None]
+                else:
+                    need = (reader.used & new[:, :, None]).any(1)
+                if reader.soft is not None:
+                    need = need & ~reader.soft
+                fresh = columns[need]
+                fresh = fresh[~self.alive[fresh]]
+                if len(fresh):
+                    self._keep(fresh, i)
+                    changed = True
+
+    def represent(self) -> bool:
+        """Keep a representative for constants that merge, as few as serve all readers (greedy set cover)."""
+        sets: list[Vector] = []
+        for i, reader in enumerate(self.readers):
+            if reader.merges is None or reader.constant is None or not reader.merges.any():
+                continue
+            rows, columns = self._rows[i], self._columns[i]
+            assert rows is not None
+            gone = reader.merges & ~self.alive[columns]
+            for g in np.flatnonzero(gone.any(1)):
+                read = reader.used[g][self.alive[rows[g]]].any(0)
+                if (gone[g] & read).any() and representative(reader, int(g), self.alive[columns[g]]) is None:
+                    size = np.where(reader.merges[g], np.abs(np.nan_to_num(reader.constant[g])), 0)
+                    sets.append(np.unique(columns[g][size >= TINY * size[gone[g] & read].max()]))
+        single = [s for s in sets if len(s) == 1]
+        if single:
+            self._keep(np.concatenate(single), self.REPRESENTATIVE)
+            return True
+        while sets:
+            joined = np.concatenate(sets)
+            best = np.bincount(joined).argmax()
+            self._keep(np.array([best]), self.REPRESENTATIVE)
+            sets = [s for s in sets if best not in s]
+            if not sets:
+                return True
+        return False
+
+    def balance(self) -> bool:
+        """Keep dead channels until the groups of every convolution have equal counts."""
+        changed = False
+        for inputs, outputs in self._balances:
+            group = self.alive[inputs].any(1) | self.alive[outputs].any(1)
+            for columns in (inputs, outputs):
+                alive = self.alive[columns]
+                lacking = np.where(group, max(1, int(alive.sum(1).max())) - alive.sum(1), 0)
+                if (lacking > 0).any():
+                    self._keep(self._cheapest(columns, lacking), self.BALANCED)
+                    changed = True
+        return changed
+
+    def fill(self) -> bool:
+        """Keep one channel of every axis that would lose them all."""
+        if not len(self._joined):
+            return False
+        empty = np.flatnonzero(~np.logical_or.reduceat(self.alive[self._joined], self._offsets))
+        for k in empty[::-1]:
+            if not self.alive[self._axes[k]].any():
+                self._keep(self._cheapest(self._axes[k][None], np.ones(1, np.int64)), self.NONEMPTY)
+        return len(empty) > 0
+
+    def round(self, step: int) -> bool:
+        """Keep dead channels until the counts are multiples of `step`, as far as there are any."""
+        changed = False
+        for columns in self._aligned:
+            count = int(self.alive[columns].sum())
+            lacking = min(-count % step, len(columns) - count)
+            if lacking:
+                self._keep(self._cheapest(columns[None], np.array([lacking])), self.ALIGNED)
+                changed = True
+        return changed
+
+    def _cheapest(self, columns: Vector, lacking: NDArray[np.int64]) -> Vector:
+        """For each row of classes, as many dead ones as it lacks, those first that read nothing."""
+        order = np.argsort(self._costly[columns] * 1 + self.alive[columns] * 2, axis=1, kind="stable")
+        rank = np.arange(columns.shape[1])
+        return np.take_along_axis(columns, order, 1)[rank < lacking[:, None]]
+
+    def _keep(self, classes: Vector, why: int) -> None:
+        self.why[classes[~self.alive[classes]]] = why
+        self.alive[classes] = True
+
+
+def representative(reader: Reader, group: int, alive: Mask) -> int | None:
+    """The alive column of a group that the merging constants can be expressed by: the largest one."""
+    assert reader.merges is not None and reader.constant is not None
+    size = np.where(reader.merges[group], np.abs(np.nan_to_num(reader.constant[group])), 0.0)
+    best = int(np.argmax(np.where(alive, size, 0.0)))
+    return best if alive[best] and size[best] > 0 and size[best] >= 1e-3 * size.max() else None
+
+
+def _unique(vectors: Iterable[Vector]) -> list[Vector]:
+    return list({v.tobytes(): v for v in vectors if len(v)}.values())

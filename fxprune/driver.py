@@ -1,0 +1,207 @@
+"""The functions that run passes: `finalize`, and the norms inserted and removed by name."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from fxprune.errors import ArgumentError, ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
+from fxprune.graph import locate, one_name
+from fxprune.passes import (
+    FINALIZE,
+    FoldReparametrizations,
+    InsertMask,
+    InsertSpectralNorm,
+    InsertWeightNorm,
+    run_passes,
+)
+from fxprune.passes.base import Callback, Pass
+from fxprune.reparametrize import has_parametrization, reparametrized
+from fxprune.traced import TracedModule
+
+
+def run(traced: TracedModule, *pipeline: Pass) -> None:
+    """Run passes on a traced module in place."""
+    if not isinstance(traced, TracedModule):
+        raise ArgumentTypeError(f"a traced module is needed, got {type(traced).__name__}. Call fxprune.trace first.")
+    run_passes(traced, pipeline)
+
+
+def insert_masks(traced: TracedModule, masks: dict[str, torch.Tensor]) -> None:
+    """Insert or replace the masks of several parameters."""
+    run(traced, *(InsertMask(name, mask) for name, mask in masks.items()))
+
+
+def fold(traced: TracedModule, name: str) -> None:
+    """Make one reparametrized parameter plain, in place."""
+    run(traced, FoldReparametrizations((name,)))
+
+
+def _parameter_names(traced: TracedModule) -> list[str]:
+    return [name for name, _ in traced.named_parameters(remove_duplicate=False)]
+
+
+def weight_norm(traced: TracedModule, name: str, dim: int | None = 0) -> TracedModule:
+    """Insert weight normalization on one parameter, as `torch.nn.utils.parametrizations.weight_norm` does in eager.
+
+    Args:
+        traced: the module, changed in place.
+        name: qualified parameter name, "conv1.weight".
+        dim: the dimension that keeps a norm for each index; None and -1 take one norm over all.
+
+    Returns:
+        `traced`.
+
+    Raises:
+        NameLookupError: no such parameter, or several.
+        PruningError: the parameter is already reparametrized.
+        ArgumentError: torch refuses `dim`.
+
+    Example:
+        >>> fxprune.weight_norm(traced, "0.weight")
+    """
+    return _insert(traced, name, lambda found: InsertWeightNorm(found, dim))
+
+
+def spectral_norm(
+    traced: TracedModule, name: str, n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
+) -> TracedModule:
+    """Insert spectral normalization on one parameter, as `torch.nn.utils.parametrizations.spectral_norm` does.
+
+    Args:
+        traced: the module, changed in place; in train mode its buffers advance as torch's do.
+        name: qualified parameter name.
+        n_power_iterations: power iterations for each forward in train mode, at least 1.
+        eps: added to norms.
+        dim: the dimension of outputs; None takes 1 for transposed convolutions, else 0.
+
+    Returns:
+        `traced`.
+
+    Raises:
+        NameLookupError, PruningError, ArgumentError: as for `weight_norm`.
+
+    Example:
+        >>> fxprune.spectral_norm(traced, "0.weight", n_power_iterations=2)
+    """
+    return _insert(traced, name, lambda found: InsertSpectralNorm(found, n_power_iterations, eps, dim))
+
+
+def _insert(traced: TracedModule, name: str, build: Callable[[str], Pass]) -> TracedModule:
+    if isinstance(traced, TracedModule) and name in reparametrized(traced):
+        _, tensor = locate(traced, name)
+        raise PruningError(
+            f"{name!r} already carries a reparametrization; its parameters are "
+            f"{', '.join(n for n in _parameter_names(traced) if tensor in n and n.startswith(name[: -len(tensor)]))}. "
+            "Name one of these, or remove the present one first."
+        )
+    step = build(one_name(_parameter_names(traced), name) if isinstance(traced, TracedModule) else name)
+    try:
+        run(traced, step)
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise ArgumentError(f"{step.name} of {name!r}: {error}") from error
+    return traced
+
+
+def remove_weight_norm(traced: TracedModule, name: str) -> TracedModule:
+    """Fold a weight norm (torch's legacy or parametrized one) into a plain parameter; outputs stay the same bits.
+
+    Args:
+        traced: the module, changed in place.
+        name: qualified name of the normalized parameter, "conv1.weight".
+
+    Returns:
+        `traced`.
+
+    Raises:
+        PruningError: there is no weight norm on it.
+
+    Example:
+        >>> fxprune.remove_weight_norm(traced, "0.weight")
+    """
+    return _remove(traced, name, "weight norm", ("original0",), ("_g", "_v"))
+
+
+def remove_spectral_norm(traced: TracedModule, name: str) -> TracedModule:
+    """Fold a spectral norm into a plain parameter: the value that eval mode computes, to the bit.
+
+    torch's own removal in train mode runs one more power iteration first; this one does not.
+
+    Args:
+        traced: the module, changed in place.
+        name: qualified name of the normalized parameter.
+
+    Returns:
+        `traced`.
+
+    Raises:
+        PruningError: there is no spectral norm on it.
+
+    Example:
+        >>> fxprune.remove_spectral_norm(traced, "0.weight")
+    """
+    return _remove(traced, name, "spectral norm", ("original", "0"), ("_orig", "_u"))
+
+
+def _remove(traced: TracedModule, name: str, what: str, new: tuple[str, ...], old: tuple[str, ...]) -> TracedModule:
+    found = one_name(reparametrized(traced) or ["(none)"], name, "reparametrized parameter")
+    owner, tensor = locate(traced, found)
+    holds = False
+    if has_parametrization(owner, tensor):
+        holder = owner.get_submodule(f"parametrizations.{tensor}")
+        holds = all(hasattr(holder, n) for n in new)
+    if not holds and not all(hasattr(owner, tensor + suffix) for suffix in old):
+        raise PruningError(f"{name!r} carries no {what}. Reparametrized: {', '.join(reparametrized(traced))}.")
+    fold(traced, found)
+    return traced
+
+
+def finalize(traced: TracedModule, *, verify: bool = True, after: Callback | None = None) -> TracedModule:
+    """A copy of `traced` with every mask, norm and parametrization folded into plain parameters.
+
+    Names and order of the parameters are those of the model before any of it. In eval mode the outputs are the same
+    bits. The copy shares nothing with `traced`, which stays as it is; it trains on, and can be traced again.
+
+    Args:
+        traced: a traced module with an eval graph.
+        verify: run both on the sample inputs in eval mode and compare bit for bit.
+        after: called after each pass with (pass, module, modified, seconds).
+
+    Returns:
+        A new `TracedModule`.
+
+    Raises:
+        FinalizeError: an expression has no constant value, or the check failed.
+
+    Warns:
+        NonFiniteWarning: a parameter holds NaN or inf.
+
+    Example:
+        >>> final = fxprune.finalize(traced)
+    """
+    if not isinstance(traced, TracedModule):
+        raise ArgumentTypeError(f"a traced module is needed, got {type(traced).__name__}. Call fxprune.trace first.")
+    if "eval" not in traced.modes:
+        raise FinalizeError('finalize needs the eval graph; trace the model with modes=("train", "eval").')
+    final = run_passes(copy.deepcopy(traced), FINALIZE, after).graph_module
+    assert isinstance(final, TracedModule)
+    broken = [name for name, p in final.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    if broken:
+        warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=2)
+    if verify:
+        verify_equal(traced, final)
+    return final
+
+
+def verify_equal(traced: TracedModule, final: TracedModule) -> None:
+    """Raise FinalizeError unless both compute the same bits on the sample inputs in eval mode."""
+    for i, (want, got) in enumerate(zip(traced.run_example(), final.run_example(), strict=True)):
+        if isinstance(want, torch.Tensor) and not torch.equal(want.nan_to_num(), got.nan_to_num()):
+            difference = (want.double() - got.double()).abs().max()
+            raise FinalizeError(
+                f"output {i} of the finalized model differs from the masked one's by up to {difference:.3g}, which "
+                "must not happen. The masked model is unharmed; please report the model."
+            )

@@ -1,0 +1,67 @@
+"""Errors and warnings. Every message says what was asked, what was found and what to do."""
+
+from __future__ import annotations
+
+
+class FxpruneError(Exception):
+    """Base of every error that fxprune raises on purpose; the argument it was raised for is left as it was."""
+
+
+class CaptureError(FxpruneError):
+    """The model cannot be captured faithfully. Fix: change the named module, or trace the part that can be captured."""
+
+
+class InputError(FxpruneError, ValueError):
+    """Inputs do not match the capture. Fix: pass the captured structure, or trace again with `dynamic_shapes`."""
+
+
+class NameLookupError(FxpruneError, LookupError, AttributeError):
+    """A parameter name matches nothing, or more than one. Fix: use one of the names the message lists."""
+
+
+class ArgumentError(FxpruneError, ValueError):
+    """An option has a value that cannot be used. Fix: the message states the accepted values."""
+
+
+class ArgumentTypeError(FxpruneError, TypeError):
+    """An option has a type that cannot be used. Fix: the message states the accepted types."""
+
+
+class PruningError(FxpruneError, ValueError):
+    """A mask could not be computed or does not fit its parameter. Any earlier mask is still in place."""
+
+
+class PassError(FxpruneError):
+    """A graph pass failed. The message names the pass, the passes before it, and the node."""
+
+
+class FinalizeError(FxpruneError):
+    """The model could not be finalized exactly. The traced module it was asked for is untouched."""
+
+
+class ExportError(FxpruneError):
+    """A file could not be written, or what was written does not compute what its source computes."""
+
+
+class CompareError(FxpruneError):
+    """Something given to `compare` cannot be run: not a model, damaged, or other inputs than the reference."""
+
+
+class ArtifactError(FxpruneError):
+    """A stored artifact is truncated, altered, of a later version, or does not belong to the given model."""
+
+
+class FxpruneWarning(UserWarning):
+    """Base of fxprune's warnings."""
+
+
+class BatchSpecializedWarning(FxpruneWarning):
+    """The model is not polymorphic in its batch: the capture holds for the sample's batch size only."""
+
+
+class EvalOnlyWarning(FxpruneWarning):
+    """The train mode of the model cannot be captured: the traced module has an eval graph only."""
+
+
+class NonFiniteWarning(FxpruneWarning):
+    """A parameter holds NaN or inf; it is carried through as torch does."""

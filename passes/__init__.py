@@ -1,0 +1,23 @@
+"""Graph passes: one file a pass, and the default pipelines."""
+
+from .base import Callback, Pass, run_passes, visit
+from .eliminate_dead_code import EliminateDeadCode
+from .fold_reparametrizations import FoldReparametrizations
+from .insert_mask import InsertMask
+from .insert_spectral_norm import InsertSpectralNorm
+from .insert_weight_norm import InsertWeightNorm
+
+FINALIZE: tuple[Pass, ...] = (FoldReparametrizations(), EliminateDeadCode())
+
+__all__ = [
+    "FINALIZE",
+    "Callback",
+    "EliminateDeadCode",
+    "FoldReparametrizations",
+    "InsertMask",
+    "InsertSpectralNorm",
+    "InsertWeightNorm",
+    "Pass",
+    "run_passes",
+    "visit",
+]

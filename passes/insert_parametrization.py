@@ -1,0 +1,76 @@
+"""Insert a `torch.nn.utils.parametrize` parametrization: the shared work of weight norm and spectral norm."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+from torch import fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from fxprune.capture import trace
+from fxprune.errors import PruningError
+from fxprune.graph import erase_dead, is_mutating, locate, read_groups, reads, replace_reads, splice
+from fxprune.traced import Container, TracedModule
+
+from .base import Pass
+
+
+@dataclass(frozen=True)
+class InsertParametrization(Pass, abc.ABC):
+    """Replace every read of `parameter` by a parametrization of torch's, captured in each mode.
+
+    The parametrization is registered by torch itself on a module that holds this parameter alone: initial state,
+    random draws, operators and their order are torch's. Each call of the owning module gets its own copy.
+    """
+
+    parameter: str
+
+    @abc.abstractmethod
+    def register(self, host: nn.Module, name: str, owner: Container) -> None:
+        """Let torch parametrize `host`'s parameter `name`; `owner` is the container that it comes from."""
+
+    def requires(self, traced: TracedModule) -> None:
+        owner, name = locate(traced, self.parameter)
+        if owner._parameters.get(name) is None:
+            raise PruningError(
+                f"{self.name} of {self.parameter!r}: it is no parameter. What is already masked or parametrized is "
+                f"computed from others: name one of {', '.join(owner._parameters)} of that module."
+            )
+
+    def run(self, traced: TracedModule) -> bool:
+        owner, name = locate(traced, self.parameter)
+        parameter = owner._parameters[name]
+        host = nn.Module()
+        host.register_parameter(name, parameter)
+        host.train(traced.training)
+        self.register(host, name, owner)  # type: ignore[arg-type]
+        listed = host.parametrizations[name]  # type: ignore[index]
+        assert isinstance(listed, ParametrizationList)
+        expression = trace(listed, modes=traced.modes)
+        found = {
+            mode: (read_groups(traced, graph, self.parameter), reads(traced, graph, self.parameter))
+            for mode, graph in traced.graphs.items()
+        }
+        # eager evaluates a parametrization at every read, of which attention and recurrent layers have several a call
+        count = owner._reads.get(name, 1)  # type: ignore[union-attr]
+        del owner._parameters[name]
+        if "parametrizations" not in owner._modules:
+            owner._modules["parametrizations"] = Container()
+        holder = Container()
+        for field in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            getattr(holder, field).update(getattr(expression, field))
+        owner._modules["parametrizations"]._modules[name] = holder  # type: ignore[union-attr]
+        path = self.parameter[: -len(name)] + f"parametrizations.{name}."
+        for mode, graph in traced.graphs.items():
+
+            source, groups = expression.graphs[mode], found[mode][0]
+            repeats = max(1, count // max(1, len(groups))) if any(map(is_mutating, source.nodes)) else 1
+
+            def build(graph: fx.Graph, source: fx.Graph = source, repeats: int = repeats) -> fx.Node:
+                return [splice(graph, source, lambda target: path + target)[0] for _ in range(repeats)][-1]
+
+            replace_reads(graph, *found[mode], build, self.origin(self.parameter), path[:-1])
+            erase_dead(graph)
+        traced.train(traced.training)
+        return True

@@ -1,0 +1,31 @@
+"""Insert weight normalization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from fxprune.traced import Container
+
+from .insert_parametrization import InsertParametrization
+
+
+@dataclass(frozen=True)
+class InsertWeightNorm(InsertParametrization):
+    """Split `parameter` into magnitude `original0` and direction `original1`, as `parametrizations.weight_norm`.
+
+    Method: Salimans and Kingma, "Weight Normalization" (2016), https://arxiv.org/abs/1602.07868.
+
+    Args:
+        parameter: qualified name.
+        dim: the dimension that keeps a norm for each index; None and -1 take one norm over all, as in torch.
+    """
+
+    dim: int | None = 0
+    name: ClassVar[str] = "insert-weight-norm"
+
+    def register(self, host: nn.Module, name: str, owner: Container) -> None:
+        parametrizations.weight_norm(host, name, self.dim)  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+"""Golden tests of the passes: input and output graphs as text, idempotence, provenance, errors."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.errors import FinalizeError, PassError, PruningError
+from fxprune.graph import text
+from fxprune.passes import (
+    EliminateDeadCode,
+    FoldReparametrizations,
+    InsertMask,
+    InsertSpectralNorm,
+    InsertWeightNorm,
+    Pass,
+    run_passes,
+    visit,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Twice(nn.Module):
+    """Calls one layer twice, so that an expression is needed for each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(self.layer(x).relu()))
+
+
+@pytest.fixture(scope="module")
+def captured() -> fxprune.TracedModule:
+    torch.manual_seed(0)
+    return fxprune.trace(Twice(), (torch.randn(2, 3),))
+
+
+@pytest.fixture
+def traced(captured: fxprune.TracedModule) -> fxprune.TracedModule:
+    return copy.deepcopy(captured)
+
+
+def assert_rewrites(traced: fxprune.TracedModule, step: Pass, golden: str) -> None:
+    """The pass gives the golden graphs, says that it modified, and says that it did not when it runs again."""
+    result = step(traced)
+    assert result.modified
+    assert result.graph_module is traced
+    found = "".join(f"{mode}:\n{text(graph)}\n" for mode, graph in sorted(traced.graphs.items()))
+    path = GOLDEN / f"{golden}.txt"
+    assert path.exists(), f"no golden file {path.name}; the graphs are:\n{found}"
+    assert found == path.read_text()
+
+
+def test_capture_gives_the_golden_graphs(traced: fxprune.TracedModule) -> None:
+    found = "".join(f"{mode}:\n{text(graph)}\n" for mode, graph in sorted(traced.graphs.items()))
+    assert found == (GOLDEN / "capture.txt").read_text()
+
+
+def test_a_mask_is_multiplied_at_each_call_of_the_layer(traced: fxprune.TracedModule) -> None:
+    mask = torch.tensor([[1.0, 0, 1], [0, 1, 1], [1, 1, 0]])
+    x = torch.randn(2, 3)
+    assert_rewrites(traced, InsertMask("layer.weight", mask), "insert-mask")
+    assert not InsertMask("layer.weight", mask)(traced).modified
+    assert InsertMask("layer.weight", 1 - mask)(traced).modified
+    layer = traced.get_submodule("layer")
+    want = (x @ ((1 - mask) * layer.weight_orig).T + layer.bias).relu() @ ((1 - mask) * layer.weight_orig).T + layer.bias
+    torch.testing.assert_close(traced(x), want @ traced.get_submodule("head").weight.T)
+
+
+def test_weight_norm_is_computed_at_each_call_of_the_layer(traced: fxprune.TracedModule) -> None:
+    assert_rewrites(traced, InsertWeightNorm("layer.weight"), "insert-weight-norm")
+    with pytest.raises(PruningError, match="no parameter"):
+        InsertWeightNorm("layer.weight")(traced)
+
+
+def test_spectral_norm_writes_its_buffers_by_nodes_of_the_train_graph_alone(traced: fxprune.TracedModule) -> None:
+    assert_rewrites(traced, InsertSpectralNorm("head.weight"), "insert-spectral-norm")
+    buffers = {"head.parametrizations.weight.0._u", "head.parametrizations.weight.0._v"}
+    for mode, graph in traced.graphs.items():
+        written = {str(n.kwargs["out"].target) for n in graph.nodes if "out" in n.kwargs}
+        assert written == (buffers if mode == "train" else set())
+
+
+def test_folding_gives_back_the_captured_graphs(traced: fxprune.TracedModule) -> None:
+    x = torch.randn(2, 3)
+    InsertMask("layer.bias", torch.tensor([1.0, 0, 1]))(traced)
+    InsertWeightNorm("layer.weight", dim=1)(traced)
+    InsertSpectralNorm("head.weight")(traced)
+    InsertMask("head.parametrizations.weight.original", torch.tensor([[1.0, 0, 1], [0, 1, 1]]))(traced)
+    want = traced.eval()(x)
+    assert FoldReparametrizations()(traced).modified
+    assert torch.equal(traced(x), want)
+    assert not FoldReparametrizations()(traced).modified
+    operators = [[n.target for n in g.nodes if n.op == "call_function"] for g in traced.graphs.values()]
+    aten = torch.ops.aten
+    assert operators == [[aten.linear.default, aten.relu.default, aten.linear.default, aten.linear.default]] * 2
+
+
+def test_folding_one_name_leaves_the_others(traced: fxprune.TracedModule) -> None:
+    InsertMask("layer.weight", torch.ones(3, 3))(traced)
+    InsertMask("head.weight", torch.ones(2, 3))(traced)
+    FoldReparametrizations(("layer.weight",))(traced)
+    assert list(traced.state_dict()) == ["layer.weight", "layer.bias", "head.weight_orig", "head.weight_mask"]
+
+
+def test_an_expression_of_an_input_is_not_folded(traced: fxprune.TracedModule) -> None:
+    graph = traced.graphs["eval"]
+    node = next(n for n in graph.nodes if n.target is torch.ops.aten.relu.default)
+    node.meta["fxprune"] = {"pass": "test", "parameter": "layer.weight"}
+    with pytest.raises(FinalizeError, match="depends on `x`"):
+        FoldReparametrizations()(traced)
+
+
+def test_dead_code_goes_and_writes_stay(traced: fxprune.TracedModule) -> None:
+    graph = traced.graphs["train"]
+    bias = next(n for n in graph.nodes if n.target == "layer.bias")
+    with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
+        graph.call_function(torch.ops.aten.neg.default, (bias,))
+        graph.call_function(torch.ops.aten.add_.Tensor, (bias, 1))
+    assert EliminateDeadCode()(traced).modified
+    targets = [n.target for n in graph.nodes]
+    assert torch.ops.aten.neg.default not in targets
+    assert torch.ops.aten.add_.Tensor in targets
+    assert not EliminateDeadCode()(traced).modified
+
+
+def test_inserted_nodes_name_their_pass_and_parameter(traced: fxprune.TracedModule) -> None:
+    InsertMask("head.weight", torch.ones(2, 3))(traced)
+    for graph in traced.graphs.values():
+        (node,) = [n for n in graph.nodes if "fxprune" in n.meta]
+        assert node.meta["fxprune"] == {"pass": "insert-mask", "parameter": "head.weight"}
+        assert "val" in node.meta
+
+
+def test_the_callback_sees_every_pass_in_order(traced: fxprune.TracedModule) -> None:
+    seen = []
+    pipeline = (InsertMask("head.weight", torch.ones(2, 3)), EliminateDeadCode())
+    result = run_passes(traced, pipeline, lambda step, module, modified, seconds: seen.append((step.name, modified)))
+    assert seen == [("insert-mask", True), ("eliminate-dead-code", False)]
+    assert result.modified
+    assert result.graph_module is traced
+
+
+@dataclass(frozen=True)
+class _Failing(Pass):
+    name: ClassVar[str] = "failing"
+
+    def run(self, traced: fxprune.TracedModule) -> bool:
+        for node in visit(traced.graph):
+            if node.op == "call_function":
+                raise KeyError("lost")
+        return False
+
+
+def test_an_error_in_a_pass_names_the_pass_those_before_it_and_the_node(traced: fxprune.TracedModule) -> None:
+    with pytest.raises(PassError, match=r"'failing' \(before it: eliminate-dead-code\), at node `linear` .*KeyError"):
+        run_passes(traced, (EliminateDeadCode(), _Failing()))
+
+
+def test_a_refusal_inside_a_pipeline_keeps_its_class_and_gains_a_note(traced: fxprune.TracedModule) -> None:
+    with pytest.raises(PruningError) as caught:
+        run_passes(traced, (EliminateDeadCode(), InsertMask("head.weight", torch.ones(1))))
+    assert "in pass 'insert-mask' (before it: eliminate-dead-code)" in caught.value.__notes__[0]

@@ -1,0 +1,226 @@
+"""What is shipped, under which names, and the rules of the source tree."""
+
+import ast
+import importlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import fxprune
+
+ROOT = Path(__file__).parents[1]
+# Folder in the source tree -> the name it is imported by.
+FOLDERS = {"fxprune": "fxprune", "passes": "fxprune.passes", "export": "fxprune.export"}
+MAX_LINES = 7_000
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def sources(folder):
+    """Python files of a real top-level folder, links not followed."""
+    return sorted(
+        Path(base, name)
+        for base, _, names in os.walk(ROOT / folder, followlinks=False)
+        for name in names
+        if name.endswith(".py")
+    )
+
+
+def module_name(path):
+    folder, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([FOLDERS[folder], *(part for part in rest if part != "__init__")])
+
+
+def imported(path, name=None):
+    """Absolute names that a file imports; relative ones are resolved against `name`, the file's own module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and name is not None:
+            parent = name.split(".")[: len(name.split(".")) - node.level + (path.name == "__init__.py")]
+            yield from (".".join(filter(None, [*parent, node.module, alias.name])) for alias in node.names)
+
+
+MODULES = {module_name(path): path for folder in FOLDERS for path in sources(folder)}
+
+
+def within(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def test_folders_are_never_imported_by_their_bare_names():
+    files = [path for folder in (*FOLDERS, "tests", "benchmarks") for path in sources(folder)]
+    bare = FOLDERS.keys() - {"fxprune"}
+    assert [f"{p.relative_to(ROOT)}: {n}" for p in files for n in imported(p) if n.split(".")[0] in bare] == []
+
+
+def test_layers():
+    """The core reaches passes and export through its driver and its face alone; these two do not know each other."""
+    for name, path in MODULES.items():
+        layer = next((n for n in ("fxprune.passes", "fxprune.export") if within(name, n)), "fxprune")
+        if name in ("fxprune", "fxprune.driver"):
+            continue
+        others = {"fxprune.passes", "fxprune.export"} - {layer}
+        found = [target for target in imported(path, name) for other in others if within(target, other)]
+        assert found == [], f"{name} imports {found}"
+
+
+def test_every_module_has_one_name():
+    for name in ("fxprune.passes", "fxprune.export"):
+        assert importlib.import_module(name).__name__ == name
+    assert not {"passes", "export"} & sys.modules.keys()
+    files = [os.path.realpath(m.__file__) for n, m in sys.modules.items() if within(n, "fxprune") and m.__file__]
+    assert [file for file, count in Counter(files).items() if count > 1] == []
+
+
+@pytest.mark.parametrize("folder", ["passes", "export"])
+def test_links_are_relative(folder):
+    assert os.readlink(ROOT / "fxprune" / folder) == f"../{folder}"
+
+
+def test_every_package_is_declared():
+    found = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+    assert {path.parent for path in MODULES.values()} == {MODULES[name].parent for name in found}
+
+
+def test_version_is_consistent():
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|(a|b|rc)\d+)?", fxprune.__version__)
+    assert importlib.metadata.version("fxprune") == fxprune.__version__
+
+
+def test_changelog_has_an_unreleased_section():
+    assert re.search(r"^## \[Unreleased\]$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_packages_stay_small():
+    counts = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert sum(counts.values()) < MAX_LINES, sorted(counts.items(), key=lambda item: -item[1])[:10]
+
+
+def test_every_requirement_is_pinned():
+    project = PROJECT["project"]
+    wanted = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
+    wanted = {re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower() for requirement in wanted}
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line)] == []
+    assert wanted - {line.split("==")[0] for line in lines} == set()
+
+
+def test_no_machine_paths():
+    """Nothing in the tree names a place on the machine it was written on."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listing.returncode or not listing.stdout:
+        pytest.skip("not a git checkout")
+    homes = re.compile(r"(?<![\w.])(?:/(?:home|root|tmp|work|Users)/|[A-Z]:\\Users)")
+    files = [ROOT / name for name in listing.stdout.split("\0") if name]
+    texts = {p: p.read_text(encoding="utf-8", errors="replace") for p in files if p.is_file() and not p.is_symlink()}
+    hits = [f"{p.relative_to(ROOT)}: {m[0]}" for p, text in texts.items() for m in homes.finditer(text)]
+    assert hits == []
+
+
+# Builds and installs. They use the running environment's own setuptools and libraries, so nothing is downloaded.
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the source tree, so that a build leaves nothing in the real one."""
+    target = tmp_path_factory.mktemp("checkout") / "fxprune"
+    ignored = shutil.ignore_patterns(".git", "*cache*", "build", "dist", "*.egg-info", ".hypothesis", "*venv")
+    shutil.copytree(ROOT, target, symlinks=True, ignore=ignored)
+    return target
+
+
+def build(kind, source, target):
+    target.mkdir()
+    script = f"import sys; from setuptools import build_meta as b; print('built', b.build_{kind}(sys.argv[1]))"
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(target)], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return target / run.stdout.splitlines()[-1].removeprefix("built ")
+
+
+def expected_members():
+    return Counter(
+        [name.replace(".", "/") + ("/__init__" * (p.name == "__init__.py")) + ".py" for name, p in MODULES.items()]
+    )
+
+
+def check_wheel(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        members = Counter(archive.namelist())
+        metadata = archive.read(next(n for n in members if n.endswith(".dist-info/METADATA"))).decode()
+    code = Counter({name: count for name, count in members.items() if name.endswith(".py")})
+    assert code == expected_members()
+    rest = {name for name in members if not name.endswith(".py") and ".dist-info/" not in name}
+    assert rest == {"fxprune/py.typed"}
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in members)
+    assert f"Version: {fxprune.__version__}\n" in metadata
+
+
+@pytest.mark.slow
+def test_wheel_and_sdist_hold_every_module_once(checkout, tmp_path):
+    check_wheel(build("wheel", checkout, tmp_path / "direct"))
+    with tarfile.open(build("sdist", checkout, tmp_path / "sdist")) as archive:
+        assert not [member.name for member in archive if member.issym() or member.islnk()]
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert {"LICENSE", "CHANGELOG.md", "constraints.txt", "tests"} <= {path.name for path in unpacked.iterdir()}
+    check_wheel(build("wheel", unpacked, tmp_path / "from_sdist"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [False, True], ids=["regular", "editable"])
+def test_install_works_from_elsewhere(checkout, tmp_path, editable):
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    python = venv / "bin" / "python"
+    site = Path(
+        subprocess.check_output(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+        ).strip()
+    )
+    # A path in a .pth file lends the libraries, and not the fxprune that may be installed beside them in editable form.
+    (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--ignore-installed",
+    ]
+    subprocess.run([*pip, "--no-build-isolation", *["-e"] * editable, str(checkout)], check=True, cwd=tmp_path)
+    script = (
+        "import importlib, sys, fxprune\n"
+        "names = sys.argv[1:]\n"
+        "for name in names: print(importlib.import_module(name).__file__)\n"
+        "assert not {'passes', 'export'} & sys.modules.keys()\n"
+    )
+    files = subprocess.check_output([python, "-c", script, *MODULES], text=True, cwd=tmp_path).split()
+    home = checkout if editable else site
+    assert all(Path(file).is_relative_to(home) for file in files), files
+    shown = subprocess.check_output([venv / "bin" / "fxprune", "--help"], text=True, cwd=tmp_path)
+    assert "demo" in shown
