@@ -203,9 +203,8 @@ def _name_weights(program: ONNXProgram, aliases: dict[str, str]) -> None:
     """Give the initializers the names of the state dict, also what the optimizer made of a single parameter."""
     graph = program.model.graph
     for name, value in list(graph.initializers.items()):
-        origin = ast.literal_eval(value.metadata_props.get(FOLDED_FROM_KEY, "[]"))
-        source = aliases.get(origin[0] if len(origin) == 1 else name, name)
-        if source not in graph.initializers:
+        origin = {name, *ast.literal_eval(value.metadata_props.get(FOLDED_FROM_KEY, "[]"))} & aliases.keys()
+        if len(origin) == 1 and (source := aliases[origin.pop()]) not in graph.initializers:
             value.name = source
     for node in graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # absolute paths of this machine's sources

@@ -73,7 +73,12 @@ class Session:
         name: the file's name. inputs, outputs: the names of its inputs and outputs, in order.
 
     Raises:
-        CompareError: the file is missing, truncated, not ONNX, or holds an operator that onnxruntime cannot run.
+        CompareError: the file is missing, truncated, not ONNX, or holds an operator that onnxruntime cannot run; or
+            this build of onnxruntime lacks a provider.
+
+    Example:
+        >>> Session("linear.onnx").run((torch.randn(1, 4),), {})["output"].shape
+        torch.Size([1, 2])
     """
 
     def __init__(self, path: str | os.PathLike[str], providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
@@ -81,6 +86,9 @@ class Session:
         if not Path(path).is_file():
             found = "a folder" if Path(path).is_dir() else "nothing"
             raise CompareError(f"'{path}' was to be run; there is {found} of that name. Give an .onnx file's path.")
+        offered = onnxruntime.get_available_providers()
+        if lacking := [p for p in providers if p not in offered]:
+            raise CompareError(f"onnxruntime was to run '{path}' with {lacking}; this build offers {offered}.")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: warnings tell of choices inside onnxruntime
         try:

@@ -24,8 +24,8 @@ from torch.fx.graph import _PyTreeInfo
 from torch.nn.utils import parametrize
 
 from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning
-from fxprune.graph import erase_dead, inline_no_grad_regions
-from fxprune.reparametrize import original_order, tag_results
+from fxprune.graph import erase_dead, inline_no_grad_regions, splice
+from fxprune.reparametrize import carried, hook_tensor, original_order, reparametrized, tag_results, tagged
 from fxprune.traced import CodeGen, Container, TracedModule, fixed_size
 
 MODES = ("train", "eval")
@@ -74,6 +74,11 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"trace takes an nn.Module, got {type(model).__name__}. Wrap the function in a module.")
+    if isinstance(model, TracedModule) and (left := reparametrized(model)):
+        raise CaptureError(
+            f"the traced module has masks or norms ({', '.join(left)}), which a second trace would not tell from the rest "
+            "of the graph. Finalize it first, trace the eager model again, or copy it with copy.deepcopy."
+        )
     if isinstance(modes, str) or not modes or not set(modes) <= set(MODES):
         raise ArgumentError(f'modes={modes!r}: a tuple out of "train" and "eval" is needed.')
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "batch":
@@ -90,6 +95,12 @@ def trace(
         graphs[mode] = _unlift(program, model, root, mode, assigned[mode])
         tag_results(graphs[mode], model)
         erase_dead(graphs[mode])
+    for item in carried(model) if "eval" in graphs else ():  # finalize needs the value of those that eval does not read
+        if not tagged(graphs["eval"], item.parameter):
+            value = trace(_Value(item.owner, item.tensor), modes=("eval",)).graphs["eval"]
+            prefix = item.parameter[: -len(item.tensor)]
+            with graphs["eval"].inserting_before(graphs["eval"].output_node()):
+                splice(graphs["eval"], value, lambda name, prefix=prefix: prefix + name.removeprefix("owner."))  # type: ignore[misc]
     order = next(iter(programs.values())).call_spec.in_spec.child(1).context
     kwargs = {name: sample.kwargs[name] for name in order}
     traced = TracedModule(root, graphs, sample.args, kwargs, dynamic_shapes, training=model.training)
@@ -100,6 +111,20 @@ def trace(
 
 _RESERVED = {n for n in dir(TracedModule) if not hasattr(nn.Module, n)} | {*TracedModule.__annotations__, "training"}
 _ASSIGNED = re.compile(r"The tensor attributes? (.*?) (?:was|were) assigned during export")
+
+
+class _Value(nn.Module):
+    """Reads one tensor of a module, after the hooks that compute it."""
+
+    def __init__(self, owner: nn.Module, tensor: str) -> None:
+        super().__init__()
+        self.owner, self.tensor = owner, tensor
+
+    def forward(self) -> Any:
+        for hook in self.owner._forward_pre_hooks.values():
+            if hook_tensor(hook):
+                hook(self.owner, ())
+        return getattr(self.owner, self.tensor)
 
 
 class _Sample:
@@ -143,7 +168,9 @@ class _Sample:
             (self.args, {k: self.kwargs[k] for k in program.call_spec.in_spec.child(1).context})
         )
         marked = {id(pytree.tree_leaves((self.args, self.kwargs))[i]) for i in self.free}
-        return any(id(leaf) in marked and fixed_size(v.shape[0]) is not None for leaf, v in zip(leaves, inputs, strict=True))
+        return any(
+            id(leaf) in marked and fixed_size(v.shape[0]) is not None for leaf, v in zip(leaves, inputs, strict=True)
+        )
 
 
 def _export_modes(
@@ -183,7 +210,12 @@ def _export_modes(
 def _export(
     model: nn.Module, sample: _Sample, mode: str, shapes: Any, reads: dict[str, _Reads]
 ) -> tuple[ExportedProgram, set[str]]:
-    with _undisturbed(model), _counted_reads(model) as reads[mode], warnings.catch_warnings(record=True) as caught, torch.enable_grad():
+    with (
+        _undisturbed(model),
+        _counted_reads(model) as reads[mode],
+        warnings.catch_warnings(record=True) as caught,
+        torch.enable_grad(),
+    ):
         warnings.simplefilter("always")
         hook = model.register_forward_hook(lambda module, args, output: _register_dataclasses(output))
         try:
@@ -218,8 +250,8 @@ def _explain(error: Exception, model: nn.Module, mode: str) -> str:
             where = f" at {name} ({type(owner).__name__}), {frame.f_code.co_filename}:{line}"
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return (
-        f"{type(model).__name__} was to be captured in {mode} mode and cannot be{where}: {type(error).__name__}: {reason}. "
-        "Work around: compute what depends on tensor values by tensor operations (torch.where, torch.cond), keep "
+        f"{type(model).__name__} was to be captured in {mode} mode and cannot be{where}: {type(error).__name__}: "
+        f"{reason}. Work around: compute what depends on tensor values by tensor operations (torch.where, torch.cond), keep "
         "`.item()`, `.numpy()` and Python branches on values out of forward, or trace the submodules around it."
     )
 
@@ -227,22 +259,26 @@ def _explain(error: Exception, model: nn.Module, mode: str) -> str:
 @contextlib.contextmanager
 def _counted_reads(model: nn.Module) -> Iterator[_Reads]:
     """Count how often one forward reads each parameter: as often it would evaluate a parametrization of it."""
-    counts, done = _Reads(), _Reads()
-    getattribute = nn.Module.__getattr__
+    counts = _Reads()
+    getattributes = [nn.Module.__getattr__]  # torch.export replaces it before forward runs
 
-    def read(module: nn.Module, name: str) -> Any:
-        counts[id(module), name] += 1
-        return getattribute(module, name)
+    def enter(root: nn.Module, args: Any) -> None:
+        def read(module: nn.Module, name: str) -> Any:
+            counts[id(module.__dict__), name] += 1  # torch.export's proxy of a module has the module's dict
+            return getattributes[-1](module, name)
 
-    hooks = (
-        model.register_forward_pre_hook(lambda module, args: counts.clear()),
-        model.register_forward_hook(lambda module, args, output: done.update(counts)),
-    )
-    nn.Module.__getattr__ = read  # type: ignore[method-assign]
+        counts.clear()
+        getattributes.append(nn.Module.__getattr__)
+        nn.Module.__getattr__ = read  # type: ignore[method-assign]
+
+    def leave(*ignored: Any) -> None:
+        nn.Module.__getattr__ = getattributes.pop()  # type: ignore[method-assign]
+
+    hooks = model.register_forward_pre_hook(enter), model.register_forward_hook(leave)
     try:
-        yield done
+        yield counts
     finally:
-        nn.Module.__getattr__ = getattribute  # type: ignore[method-assign]
+        nn.Module.__getattr__ = getattributes[0]  # type: ignore[method-assign]
         for hook in hooks:
             hook.remove()
 
@@ -317,7 +353,7 @@ def _containers(model: nn.Module, reads: _Reads) -> Container:
                 container._modules[name] = None if child is None else build(child)
             container.parameter_order = original_order(module)
             container.source_class = getattr(module, "source_class", type(module))
-            container._reads = {name: reads[id(module), name] for name in module._parameters}
+            container._reads = {name: reads[id(module.__dict__), name] for name in module._parameters}
         return memo[id(module)]
 
     return build(model)

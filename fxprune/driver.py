@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from fxprune.errors import ArgumentError, ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
-from fxprune.graph import locate, one_name
+from fxprune.graph import canonical, locate, one_name
 from fxprune.passes import (
     FINALIZE,
     FoldReparametrizations,
@@ -91,6 +91,7 @@ def spectral_norm(
 
 
 def _insert(traced: TracedModule, name: str, build: Callable[[str], Pass]) -> TracedModule:
+    name = canonical(traced, name) if isinstance(traced, TracedModule) and isinstance(name, str) else name
     if isinstance(traced, TracedModule) and name in reparametrized(traced):
         _, tensor = locate(traced, name)
         raise PruningError(
@@ -147,13 +148,14 @@ def remove_spectral_norm(traced: TracedModule, name: str) -> TracedModule:
 
 
 def _remove(traced: TracedModule, name: str, what: str, new: tuple[str, ...], old: tuple[str, ...]) -> TracedModule:
-    found = one_name(reparametrized(traced) or ["(none)"], name, "reparametrized parameter")
+    found = one_name(reparametrized(traced) or ["(none)"], canonical(traced, name), "reparametrized parameter")
     owner, tensor = locate(traced, found)
     holds = False
     if has_parametrization(owner, tensor):
         holder = owner.get_submodule(f"parametrizations.{tensor}")
         holds = all(hasattr(holder, n) for n in new)
-    if not holds and not all(hasattr(owner, tensor + suffix) for suffix in old):
+    held = {n.removesuffix("_mask") for n in (*owner._parameters, *owner._buffers)}
+    if not holds and not all(tensor + suffix in held for suffix in old):
         raise PruningError(f"{name!r} carries no {what}. Reparametrized: {', '.join(reparametrized(traced))}.")
     fold(traced, found)
     return traced

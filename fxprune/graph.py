@@ -35,6 +35,16 @@ def names_of(root: nn.Module, owner: nn.Module) -> list[str]:
     return [name for name, module in root.named_modules(remove_duplicate=False) if module is owner]
 
 
+def canonical(root: nn.Module, name: str) -> str:
+    """The first of a parameter's dotted names where its module stands in several places; an unknown name as it is."""
+    try:
+        owner, attribute = locate(root, name)
+    except AttributeError:
+        return name
+    path = names_of(root, owner)[0]
+    return f"{path}.{attribute}" if path else attribute
+
+
 def reads(root: nn.Module, graph: fx.Graph, target: str) -> list[fx.Node]:
     """The `get_attr` nodes of `graph` that read `target`, under whichever of its names."""
     owner, attribute = locate(root, target)
@@ -104,7 +114,7 @@ def replace_reads(
             stack[f"{next(reversed(stack), '')}.{inner}"] = (inner, "torch.nn.utils.parametrize.ParametrizationList")
         while (last := last.next) is not group[0]:
             last.meta["nn_module_stack"] = stack
-        result.meta |= {"val": found[0].meta.get("val"), "fxprune": origin}
+        result.meta |= {"fxprune": origin} | ({"val": found[0].meta.get("val")} if found else {})
         for user in group:
             for read in found:
                 user.replace_input_with(read, result)
@@ -201,6 +211,8 @@ def splice(graph: fx.Graph, source: fx.Graph, rename: Callable[[str], str]) -> l
         copied[node] = graph.node_copy(node, copied.__getitem__)
         if node.op == "get_attr":
             copied[node].target = rename(str(node.target))
+        if origin := node.meta.get("fxprune"):
+            copied[node].meta["fxprune"] = origin | {"parameter": rename(origin["parameter"])}
     raise AssertionError("a graph without output")
 
 
@@ -243,14 +255,20 @@ def _detached(graph: fx.Graph, operand: Any, root: nn.Module) -> Any:
 
 
 def erase_dead(graph: fx.Graph, removed: Callable[[str], bool] = lambda target: False) -> bool:
-    """Erase nodes without users and without effect; a write to a buffer whose target is `removed` is no effect."""
+    """Erase nodes without users and without effect; a write to a buffer whose target is `removed` is no effect.
+
+    The value of a reparametrized parameter stays, read or not: it is what the parameter folds to. What reads a removed
+    target goes, random or not.
+    """
     changed = False
     for node in reversed(list(graph.nodes)):
-        if node.users or node.op in ("placeholder", "output"):
+        if node.users or node.op in ("placeholder", "output") or "fxprune" in node.meta:
             continue
-        targets = written(node)
-        dead_write = bool(targets) and all(_root_buffer(t, removed) for t in targets)
-        if dead_write or not node.is_impure():
+        if targets := written(node):
+            dead = all(_root_buffer(t, removed) for t in targets)
+        else:
+            dead = not node.is_impure() or any(n.op == "get_attr" and removed(str(n.target)) for n in closure(node))
+        if dead:
             graph.erase_node(node)
             changed = True
     return changed

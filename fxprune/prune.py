@@ -18,7 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, PruningError
-from fxprune.graph import locate, match_names, one_name
+from fxprune.graph import canonical, locate, match_names, one_name
 from fxprune.reparametrize import has_parametrization, masked, reparametrized
 from fxprune.traced import TracedModule
 
@@ -152,7 +152,7 @@ def remove(traced: TracedModule, name: str) -> TracedModule:
     Example:
         >>> fxprune.prune.remove(traced, "0.weight")
     """
-    names = match_names([*_names(traced), *reparametrized(traced)], name)
+    names = [canonical(traced, n) for n in match_names([*_names(traced), *reparametrized(traced)], name)]
     bare = [n for n in names if n not in masked(traced)]
     if bare and (len(names) == len(bare) or name in bare):
         raise PruningError(f"{bare[0]!r} carries no mask to remove. Masked: {', '.join(masked(traced)) or 'none'}.")
@@ -170,7 +170,7 @@ def is_pruned(traced: TracedModule, name: str | None = None) -> bool:
     """
     if name is None:
         return bool(masked(traced))
-    return one_name([*_names(traced), *reparametrized(traced)], name) in masked(traced)
+    return canonical(traced, one_name([*_names(traced), *reparametrized(traced)], name)) in masked(traced)
 
 
 def global_unstructured(
@@ -216,7 +216,7 @@ def global_unstructured(
             f"{pruning_method.__name__} is {kind}; a global selection needs an unstructured method. "
             "Use fxprune.prune.channels for channels."
         )
-    given = {one_name(found, n): s for n, s in (importance_scores or {}).items()}
+    given = {one_name(found, canonical(traced, n)): s for n, s in (importance_scores or {}).items()}
     # tied names with the same mask are one tensor
     groups: dict[tuple[int, int], list[str]] = {}
     for name in found:
@@ -255,18 +255,21 @@ def _names(traced: TracedModule) -> list[str]:
 def _find(traced: TracedModule, pattern: str) -> list[str]:
     names = _names(traced)
     computed = [n for n in reparametrized(traced) if n not in names]
+    pattern = canonical(traced, pattern) if isinstance(pattern, str) else pattern
     if pattern in computed:
         owner, tensor = locate(traced, pattern)
         prefix = pattern[: -len(tensor)]
         near = [n for n in names if n.startswith((f"{prefix}parametrizations.{tensor}.", f"{prefix}{tensor}_"))]
         kind = "a parametrization" if has_parametrization(owner, tensor) else "a norm"
         raise PruningError(f"{pattern!r} is computed by {kind}; prune what it is computed from: {', '.join(near)}.")
-    return match_names(names, pattern)
+    return list(dict.fromkeys(canonical(traced, n) for n in match_names(names, pattern)))
 
 
 def _state(traced: TracedModule, name: str) -> tuple[nn.Parameter, torch.Tensor | None]:
     owner, attribute = locate(traced, name)
     mask = owner._buffers.get(f"{attribute}_mask")
+    if has_parametrization(owner, f"{attribute}_orig"):
+        raise PruningError(f"{name!r} has a mask on top of a parametrization. Prune it before it is parametrized.")
     parameter = owner._parameters[attribute if mask is None else f"{attribute}_orig"]
     assert parameter is not None
     return parameter, mask

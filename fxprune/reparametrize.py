@@ -24,16 +24,16 @@ _SUFFIXES = {"prune": ("_orig", "_mask"), "weight_norm": ("_g", "_v"), "spectral
 
 
 class Carried(NamedTuple):
-    """A reparametrization of an eager model: module path, tensor name, and which of torch's it is."""
+    """A reparametrization of an eager model: the prefix and name of its tensor, and which of torch's it is.
 
-    path: str
+    `parameter` is the tensor's qualified name by the first path of its module, `owner` that module.
+    """
+
+    prefix: str
     tensor: str
     kind: str
-
-    @property
-    def name(self) -> str:
-        """The qualified name of the reparametrized tensor."""
-        return f"{self.path}.{self.tensor}" if self.path else self.tensor
+    parameter: str
+    owner: nn.Module
 
 
 def hook_tensor(hook: object) -> tuple[str, str] | None:
@@ -49,13 +49,19 @@ def hook_tensor(hook: object) -> tuple[str, str] | None:
 
 def carried(model: nn.Module) -> Iterator[Carried]:
     """The reparametrizations that `model` carries, under every path of its modules."""
+    first: dict[nn.Module, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for hook in module._forward_pre_hooks.values():
-            if found := hook_tensor(hook):
-                yield Carried(path, *found)
-        if parametrize.is_parametrized(module):
-            for tensor in module.parametrizations:
-                yield Carried(path, str(tensor), "parametrization")
+        prefix = f"{path}." if path else ""
+        front = first.setdefault(module, prefix)
+        for tensor, kind in _reparametrizations(module):
+            yield Carried(prefix, tensor, kind, front + tensor, module)
+
+
+def _reparametrizations(module: nn.Module) -> list[tuple[str, str]]:
+    found = [item for hook in module._forward_pre_hooks.values() if (item := hook_tensor(hook))]
+    if parametrize.is_parametrized(module):
+        found += [(str(tensor), "parametrization") for tensor in module.parametrizations]  # type: ignore[union-attr]
+    return found
 
 
 def state_names(owner: nn.Module, tensor: str) -> list[str]:
@@ -73,33 +79,38 @@ def has_parametrization(owner: nn.Module, tensor: str) -> bool:
 def original_order(module: nn.Module) -> tuple[str, ...]:
     """The parameter names of `module` in the order it had before any reparametrization.
 
-    torch's hooks and parametrizations move a tensor to the end. Recurrent layers keep the order of construction;
-    elsewhere what was taken away stood in front, as weights stand before biases in every torch layer.
+    torch's hooks and parametrizations move a tensor to the end. Recurrent layers keep the order of construction, others
+    show it in the names that their constructors use; failing that, weights stand in front and biases at the end.
     """
-    names = [name for name in module._parameters if not (name.endswith(("_orig", "_g", "_v")))]
-    gone = [hook_tensor(hook) for hook in module._forward_pre_hooks.values()]
-    missing = [found[0] for found in gone if found]
-    if parametrize.is_parametrized(module):
-        missing += [str(tensor) for tensor in module.parametrizations]  # type: ignore[union-attr]
-    names += [n for n in module._parameters if n not in names and not any(n[:-5] == m or n[:-2] == m for m in missing)]
+    computed = {tensor for tensor, _ in _reparametrizations(module)}
+    state = {tensor + suffix for tensor in computed for suffix in ("_orig", "_g", "_v")}
+    missing = [tensor for tensor, _ in _reparametrizations(module) if tensor not in state]
+    names = [name for name in module._parameters if name not in state]
     flat = getattr(module, "_flat_weights_names", None)
     if flat:
         return (*flat, *(n for n in names if n not in flat))
+    used = [n for c in reversed(type(module).__mro__) if "__init__" in vars(c) for n in _names_used(c.__init__)]
+    if set(used) >= {*names, *missing} and names == sorted(names, key=used.index):
+        return tuple(sorted({*names, *missing}, key=used.index))
     front = sorted(set(missing) - set(names), key=lambda n: ("bias" in n, missing.index(n)))
     weights = [n for n in front if "bias" not in n]
     return (*weights, *names, *(n for n in front if "bias" in n))
 
 
+def _names_used(function: object) -> tuple[str, ...]:
+    code = getattr(function, "__code__", None)
+    return code.co_names if code else ()
+
+
 def tag_results(graph: fx.Graph, model: nn.Module) -> None:
     """Mark the nodes that compute a tensor the model reparametrizes."""
-    for item in carried(model):
-        prefix = f"{item.path}." if item.path else ""
+    for item in sorted(carried(model), key=lambda item: item.kind != "parametrization"):  # hooks read those too
         if item.kind == "parametrization":
-            results = _parametrization_results(graph, f"{prefix}parametrizations.{item.tensor}")
+            results = _parametrization_results(graph, f"{item.prefix}parametrizations.{item.tensor}")
         else:
             results = list(_hook_results(graph, item))
         for node in results:
-            node.meta["fxprune"] = {"pass": item.kind.replace("_", "-"), "parameter": item.name}
+            node.meta["fxprune"] = {"pass": item.kind.replace("_", "-"), "parameter": item.parameter}
 
 
 def _parametrization_results(graph: fx.Graph, path: str) -> list[fx.Node]:
@@ -118,7 +129,8 @@ def _hook_results(graph: fx.Graph, item: Carried) -> Iterator[fx.Node]:
             node = node.args[0]
         if not isinstance(node, fx.Node):
             return False
-        return item.name + suffix in (node.target, node.meta.get("fxprune", {}).get("parameter"))
+        names = {item.prefix + item.tensor + suffix, item.parameter + suffix}
+        return not names.isdisjoint((node.target, node.meta.get("fxprune", {}).get("parameter")))
 
     for node in list(graph.nodes):
         if item.kind == "prune" and node.target is _aten.mul.Tensor:
@@ -169,7 +181,8 @@ def masked(root: nn.Module) -> list[str]:
         f"{path}.{name[:-5]}" if path else name[:-5]
         for path, module in root.named_modules()
         for name in module._buffers
-        if name.endswith("_mask") and name[:-5] + "_orig" in module._parameters
+        if name.endswith("_mask")
+        and (name[:-5] + "_orig" in module._parameters or has_parametrization(module, name[:-5] + "_orig"))
     ]
 
 
@@ -178,8 +191,9 @@ def reparametrized(root: nn.Module) -> list[str]:
     found = masked(root)
     for path, module in root.named_modules():
         prefix = f"{path}." if path else ""
-        legacy = [n[:-2] for n in module._parameters if n.endswith("_g") and n[:-2] + "_v" in module._parameters]
-        legacy += [n[:-2] for n in module._buffers if n.endswith("_u") and n[:-2] + "_orig" in module._parameters]
+        held = {*module._parameters, *(n[:-5] for n in module._buffers if n.endswith("_mask"))}
+        legacy = [n[:-2] for n in held if n.endswith("_g") and n[:-2] + "_v" in held]
+        legacy += [n[:-2] for n in module._buffers if n.endswith("_u") and n[:-2] + "_orig" in held]
         holder = module._modules.get("parametrizations")
         found += [prefix + n for n in (*legacy, *(holder._modules if holder is not None else ()))]
     return found

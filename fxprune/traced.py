@@ -25,6 +25,10 @@ _KEYWORD_ATTRIBUTE = re.compile(r"\.(" + "|".join(k for k in keyword.kwlist if k
 class CodeGen(_PyTreeCodeGen):
     """torch's pytree code generator, with attribute paths that contain Python keywords made legal."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CodeGen:
+        # it is never changed in place, and copying torch's tree specifications warns
+        return CodeGen(self.pytree_info)
+
     def _gen_python_code(self, *args: Any, **kwargs: Any) -> PythonCode:
         code: PythonCode = super()._gen_python_code(*args, **kwargs)
         lines = code.src.split("\n")

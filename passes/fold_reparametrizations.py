@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +26,7 @@ class FoldReparametrizations(Pass):
     The value is the one eval mode computes, to the bit. Cases: (1) a mask whose parameter nobody else holds: the
     same Parameter object stays, as `torch.nn.utils.prune.remove` does it; (2) a tied parameter, a norm or a
     parametrization: a new Parameter, so the other uses keep their values; (3) a masked parameter that no graph
-    reads: the product is stored; (4) an expression that only train mode reads: its value there.
+    reads: the product is stored. What a parameter is computed from (a mask under a norm) is folded with it.
 
     Args:
         parameters: qualified names; None folds all.
@@ -42,7 +43,10 @@ class FoldReparametrizations(Pass):
         order = [graph for mode, graph in sorted(traced.graphs.items())]  # eval before train
         names = list(dict.fromkeys(n.meta["fxprune"]["parameter"] for graph in order for n in tagged(graph)))
         names += [n for n in masked(traced) if n not in names]  # (3)
-        names = [n for n in names if self.parameters is None or n in self.parameters]
+        if self.parameters is not None:
+            wanted = [n for graph in order for name in self.parameters for n in tagged(graph, name)]
+            inner = {n.meta["fxprune"]["parameter"] for node in wanted for n in closure(node) if "fxprune" in n.meta}
+            names = [n for n in names if n in self.parameters or n in inner]
         for name in names:
             self._fold(traced, name, order)
         for graph in order:
@@ -90,25 +94,29 @@ class FoldReparametrizations(Pass):
                 with graph.inserting_before(node):
                     read = graph.get_attr(name)
                     read.meta = {k: v for k, v in node.meta.items() if k != "fxprune"}
-                    if any(_depends_on_grad_flag(user) for user in node.users):
+                    if _depends_on_grad_flag(node):
                         read = graph.call_function(torch.ops.aten.clone.default, (read,))
                         read.meta = dict(read.args[0].meta)  # type: ignore[union-attr]
                 node.replace_all_uses_with(read)
                 del node.meta["fxprune"]
 
 
-def _depends_on_grad_flag(user: fx.Node) -> bool:
+def _depends_on_grad_flag(weight: fx.Node) -> bool:
     """Whether the bits of a product depend on its weight's `requires_grad`.
 
     ATen folds a strided input of three or more axes into a matrix when the weight requires a gradient, in recurrent
     layers too. Without gradient mode a parameter and its views still do and an expression does not: a copy is one.
     """
-    if user.target in _RECURRENT:
-        return True
-    values = [node.meta.get("val") for node in user.all_input_nodes]
-    return user.target in (torch.ops.aten.linear.default, torch.ops.aten.matmul.default) and any(
-        isinstance(value, torch.Tensor) and value.dim() > 2 and not value.is_contiguous() for value in values
-    )
+    for user in weight.users:
+        values = [node.meta.get("val") for node in user.all_input_nodes]
+        folds = user.target in (torch.ops.aten.linear.default, torch.ops.aten.matmul.default) and any(
+            isinstance(value, torch.Tensor) and value.dim() > 2 and not value.is_contiguous() for value in values
+        )
+        schema = getattr(user.target, "_schema", None)
+        views = user.target is operator.getitem or (schema and any(r.alias_info for r in schema.returns))
+        if folds or user.target in _RECURRENT or (views and _depends_on_grad_flag(user)):
+            return True
+    return False
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:

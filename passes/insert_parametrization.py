@@ -47,13 +47,20 @@ class InsertParametrization(Pass, abc.ABC):
         self.register(host, name, owner)  # type: ignore[arg-type]
         listed = host.parametrizations[name]  # type: ignore[index]
         assert isinstance(listed, ParametrizationList)
+        others = owner._modules.get("parametrizations") or Container()
+        if issubclass(owner.source_class, nn.RNNBase) and others._modules and [*listed.buffers(), *others.buffers()]:  # type: ignore[arg-type]
+            raise PruningError(
+                f"{self.name} of {self.parameter!r}: {', '.join(others._modules)} of this {owner.source_class.__name__} "  # type: ignore[union-attr]
+                "is parametrized already, and how often eager then runs a power iteration depends on which name comes "
+                "first. Parametrize the eager model, then trace it."
+            )
         expression = trace(listed, modes=traced.modes)
         found = {
             mode: (read_groups(traced, graph, self.parameter), reads(traced, graph, self.parameter))
             for mode, graph in traced.graphs.items()
         }
         # eager evaluates a parametrization at every read, of which attention and recurrent layers have several a call
-        count = owner._reads.get(name, 1)  # type: ignore[union-attr]
+        count = owner._reads.get(name, 1)  # type: ignore[union-attr, operator]
         del owner._parameters[name]
         if "parametrizations" not in owner._modules:
             owner._modules["parametrizations"] = Container()
@@ -63,14 +70,15 @@ class InsertParametrization(Pass, abc.ABC):
         owner._modules["parametrizations"]._modules[name] = holder  # type: ignore[union-attr]
         path = self.parameter[: -len(name)] + f"parametrizations.{name}."
         for mode, graph in traced.graphs.items():
-
-            source, groups = expression.graphs[mode], found[mode][0]
+            source, (groups, nodes) = expression.graphs[mode], found[mode]
             repeats = max(1, count // max(1, len(groups))) if any(map(is_mutating, source.nodes)) else 1
 
             def build(graph: fx.Graph, source: fx.Graph = source, repeats: int = repeats) -> fx.Node:
                 return [splice(graph, source, lambda target: path + target)[0] for _ in range(repeats)][-1]
 
-            replace_reads(graph, *found[mode], build, self.origin(self.parameter), path[:-1])
+            if mode == "eval" and not groups:  # finalize needs the value, though this mode does not
+                groups = [[graph.output_node()]]
+            replace_reads(graph, groups, nodes, build, self.origin(self.parameter), path[:-1])
             erase_dead(graph)
         traced.train(traced.training)
         return True

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # subprocesses take it from here; it must stand before torch is imported
+
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 torch.set_num_threads(1)
+settings.register_profile("fxprune", deadline=None, derandomize=True)
+settings.load_profile("fxprune")
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")
-def _torchvision_operators() -> Iterator[None]:
+def _torchvision_operators() -> torch.library.Library:
     """torchvision's import needs operators that its build lacks beside a CPU build of torch."""
     operators = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         operators.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-    yield
+    return operators
 
 
 @pytest.fixture(scope="session")
-def transformers(_torchvision_operators: None) -> Any:
+def transformers(_torchvision_operators: object) -> Any:
     """The transformers package."""
     import transformers
 
@@ -36,7 +42,7 @@ def transformers(_torchvision_operators: None) -> Any:
 
 
 @pytest.fixture(scope="session")
-def pytorchcv_model(_torchvision_operators: None) -> Callable[..., nn.Module]:
+def pytorchcv_model(_torchvision_operators: object) -> Callable[..., nn.Module]:
     """Builds a pytorchcv network with random weights."""
     from pytorchcv.model_provider import get_model
 

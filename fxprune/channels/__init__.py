@@ -1,1 +1,125 @@
-"""Which channels can go, exactly, and how to take them out."""
+"""Which channels can go, exactly, and how to take them out.
+
+`analyze` finds them, `remove` takes them out of both graphs, `coupling` gives the groups that stand or fall together.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import fx
+
+from fxprune.channels.coupling import Coupling, couple
+from fxprune.channels.ids import Mask
+from fxprune.channels.liveness import Liveness
+from fxprune.channels.plan import ChannelPlan
+from fxprune.channels.rewrite import carry_out, fold, keep, verify
+from fxprune.errors import FinalizeError
+from fxprune.graph import describe, tensor_at
+from fxprune.traced import TracedModule
+
+__all__ = ["ChannelPlan", "Coupling", "analyze", "coupling", "remove"]
+
+
+def coupling(traced: TracedModule) -> Coupling:
+    """The coupling of a traced module's channels, constants not considered."""
+    return couple(traced, traced.graphs, facts=False)
+
+
+def analyze(traced: TracedModule, *, align: str | int = "auto") -> ChannelPlan:
+    """Find the channels whose removal does not change what the eval graph computes.
+
+    Args:
+        traced: a module with an eval graph; masks folded into its parameters.
+        align: "auto" keeps dead channels so that counts at convolutions are multiples of 4; an integer n, of n.
+
+    Returns:
+        The plan; `remove` carries it out on the same module.
+
+    Example:
+        >>> plan = analyze(traced, align=1)
+        >>> plan.removed
+        {'0.weight': {0: 3}, '0.bias': {0: 3}, '2.weight': {1: 3}}
+    """
+    found = couple(traced, traced.graphs)
+    live = Liveness(found, align)
+    plan = ChannelPlan(parameters=(_parameters(traced), 0), state=(traced, found, live.alive))
+    keep(found, live.alive, traced, plan)
+    _reasons(traced, found, live, plan)
+    return plan
+
+
+def remove(traced: TracedModule, plan: ChannelPlan) -> None:
+    """Take out, in place and from every graph, what `plan` does not keep; checked against the graph before.
+
+    A plan that was analyzed on another module (or restored from JSON) gives the same architecture: sizes are those of
+    the plan, and no constants are folded.
+
+    Raises:
+        FinalizeError: the plan does not fit the module, or the outputs would change. The module is then of no use.
+    """
+    state, plan.state = plan.state, None
+    if state is not None and state[0] is traced:
+        _, found, alive = state
+    else:
+        found = couple(traced, traced.graphs, facts=False)
+        alive = _imposed(found, plan)
+        state = None
+    before = fx.Graph()
+    before.output(before.graph_copy(traced.graphs["eval"], {}))
+    old = {name: tensor_at(traced, name).detach() for name in found.parameters}
+    values: dict[str, object] = {}
+    if state is not None:
+        fold(traced, found, alive, plan, values)  # type: ignore[arg-type]
+        keep(found, alive, traced, plan)
+    carry_out(traced, found, alive, plan, values)  # type: ignore[arg-type]
+    plan.parameters = (plan.parameters[0], _parameters(traced))
+    if state is not None:
+        verify(before, old, traced, found, alive, plan)
+    traced.plan = plan
+
+
+def _parameters(traced: TracedModule) -> int:
+    return sum(p.numel() for p in traced.parameters())
+
+
+def _imposed(found: Coupling, plan: ChannelPlan) -> Mask:
+    """The classes that a stored plan keeps."""
+    alive = found.classes.pinned.copy()
+    for name, axes in found.parameters.items():
+        if name not in plan.shapes:
+            raise FinalizeError(f"the plan knows nothing of `{name}`: it belongs to another model.")
+        for a, v in enumerate(axes):
+            index = plan.kept[name][a]
+            if v is not None and index.dim() == 1:
+                if len(v) != plan.shapes[name][a]:
+                    raise FinalizeError(f"`{name}` has size {len(v)} on axis {a}; the plan was made for {plan.shapes[name][a]}.")
+                alive[found.of(v[index.numpy()])] = True
+    found.classes.close(alive)
+    return alive
+
+
+def _reasons(traced: TracedModule, found: Coupling, live: Liveness, plan: ChannelPlan) -> None:
+    """Why rows of weights that are entirely zero stayed."""
+    codes = {
+        live.REPRESENTATIVE: "represents the constants that a zero-padding layer reads",
+        live.BALANCED: "kept so that the groups of a convolution stay equal",
+        live.NONEMPTY: "the last one of its axis",
+        live.ALIGNED: "kept for a count that runs faster",
+    }
+    for reader in live.readers:
+        if reader.source is None or reader.rows is None or reader.table is None:
+            continue
+        rows = found.of(reader.rows.reshape(-1))
+        dead = ~reader.used.any(-1).reshape(-1) & live.alive[rows]
+        axis = 1 if "transpose" in str(reader.node.target) else 0
+        grouped: dict[str, list[int]] = {}
+        for i in np.flatnonzero(dead):
+            c, why = rows[i], int(live.why[rows[i]])
+            if found.classes.reason[c] < len(found.classes.reasons):
+                text = f"pinned by {found.classes.reasons[found.classes.reason[c]]()}"
+            elif why >= 0:
+                text = f"{describe(live.readers[why].node)} reads it, and it is not constant there"
+            else:
+                text = codes.get(why, "part of a grid whose other channels stay")
+            grouped.setdefault(text, []).append(int(i))
+        plan.stayed += [(reader.source, axis, index, text) for text, index in grouped.items()]

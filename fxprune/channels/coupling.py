@@ -91,7 +91,7 @@ class Balance:
     inputs: Vector
     outputs: Vector
     weight: str
-    axis: int
+    transposed: bool
 
 
 def size(axis: Axis) -> Size:

@@ -1022,7 +1022,6 @@ def convolution(w: Walk, node: fx.Node) -> Any:
     x = w.blur(node, x, [*range(c + 1, len(x.axes))], "space of a convolution")
     w.pin(node, weight, "kernel of a convolution", range(2, len(weight.axes)))
     x = w.flat(node, x, c)
-    grouped_axis = 1
     own_in, own_out = (0, 1) if transposed else (1, 0)
     columns = x.axes[c][0][1] if x.axes[c] else None
 
@@ -1048,7 +1047,7 @@ def convolution(w: Walk, node: fx.Node) -> Any:
         elif n == m == 1:
             w.ids.unify(columns, rows)
         else:
-            w.balances.append(Balance(node, columns.reshape(groups, n), rows.reshape(groups, m), weight.source, grouped_axis))
+            w.balances.append(Balance(node, columns.reshape(groups, n), rows.reshape(groups, m), weight.source, transposed))
         if columns is not None and rows is not None:
 
             def regroup(kept: Any, columns: Vector = columns, rows: Vector = rows) -> None:

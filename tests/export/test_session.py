@@ -85,6 +85,11 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         Session(tmp_path)
 
 
+def test_a_provider_that_this_build_lacks_is_no_silent_fall_back(file: Path) -> None:
+    with pytest.raises(CompareError, match=r"with \['NoSuchProvider'\]; this build offers .*CPUExecutionProvider"):
+        Session(file, ["NoSuchProvider", "CPUExecutionProvider"])
+
+
 def test_an_output_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])
     y = helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)

@@ -58,7 +58,7 @@ def test_every_stage_has_its_row(short):
         if stage == "onnx":
             assert row["file_bytes"] == (folder / f"{variant}.onnx").stat().st_size
             assert row["latency_ms"] > 0
-            assert 0 < row["max_difference"] < 1e-4
+            assert row["max_difference"] < 1e-4
         elif stage != "eager":
             assert row["max_difference"] == 0
     # eager carries the norms' magnitudes besides: one for the head's each row
@@ -85,7 +85,8 @@ def test_too_short_a_training_fails_by_name(short):
     _, run = short
     failures = json.loads(run.stdout)["failures"]
     assert run.returncode == 1
-    assert [failure.split(" has ")[0] for failure in failures] == ["accuracy: dense", "accuracy: unstructured"]
+    assert failures[0].startswith("accuracy: dense has ")
+    assert not [failure for failure in failures if not failure.startswith("accuracy: ")]
     assert all(f"failed: {failure}" in run.stderr for failure in failures)
 
 

@@ -74,7 +74,8 @@ def test_a_mask_is_multiplied_at_each_call_of_the_layer(traced: fxprune.TracedMo
     assert not InsertMask("layer.weight", mask)(traced).modified
     assert InsertMask("layer.weight", 1 - mask)(traced).modified
     layer = traced.get_submodule("layer")
-    want = (x @ ((1 - mask) * layer.weight_orig).T + layer.bias).relu() @ ((1 - mask) * layer.weight_orig).T + layer.bias
+    weight = ((1 - mask) * layer.weight_orig).T
+    want = (x @ weight + layer.bias).relu() @ weight + layer.bias
     torch.testing.assert_close(traced(x), want @ traced.get_submodule("head").weight.T)
 
 

@@ -1,0 +1,420 @@
+"""Carrying a plan out: constants into biases, parameters sliced, literals fixed, shapes and outputs checked."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxprune.channels.coupling import Axis, Coupling, Reader, Val, Walk, carries
+from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.liveness import representative
+from fxprune.channels.plan import ChannelPlan
+from fxprune.errors import FinalizeError
+from fxprune.graph import describe, erase_dead, locate, tensor_at
+from fxprune.traced import TracedModule
+
+Tensors = dict[str, Tensor]
+_DOUBLE_MACS = 2e9  # above, the check in float64 would cost more than the capture
+_EXACT, _SINGLE, _HALF = 1e-9, 2e-4, 5e-2
+
+
+class Kept:
+    """Answers the questions that the rules' edits ask once it is known which classes are alive."""
+
+    def __init__(self, coupling: Coupling, alive: Mask) -> None:
+        self.coupling, self._alive = coupling, alive
+        self.reindexed: dict[str, tuple[Vector, Tensor]] = {}
+
+    def alive(self, ids: Vector) -> Mask:
+        return self._alive[self.coupling.of(ids)]
+
+    def count(self, ids: Vector) -> int:
+        return int(self.alive(ids).sum())
+
+    def resize(self, node: fx.Node | None, extent: Any, axis: Axis) -> Any:
+        """The literal (or computed) size of an axis after removal."""
+        old = new = 1
+        for _, ids in axis:
+            if ids is not None:
+                old, new = old * len(ids), new * self.count(ids)
+        if old == new or (isinstance(extent, int) and extent < 0):
+            return extent
+        if node is None or isinstance(extent, int):
+            return extent // old * new
+        with node.graph.inserting_before(node):
+            scaled = node.graph.call_function(operator.mul, (extent, new))
+            scaled.meta["val"] = extent.meta["val"] * new
+            result = node.graph.call_function(operator.floordiv, (scaled, old))
+            result.meta["val"] = scaled.meta["val"] // old
+        return result
+
+    def reindex(self, name: str, ids: Vector, order: Tensor) -> None:
+        """A constant index into an axis whose indices shift."""
+        self.reindexed[name] = (ids, order)
+
+
+def fold(traced: TracedModule, coupling: Coupling, alive: Mask, plan: ChannelPlan, tensors: Tensors) -> None:
+    """Put the constants of removed channels into biases and representative columns; `tensors` gets the new values."""
+    eval_walk = coupling.walks["eval"]
+    twins = _pairs(coupling)
+    for reader in eval_walk.readers:
+        if reader.constant is None or reader.folds is None or reader.merges is None or reader.table is None:
+            continue
+        gone = ~alive[coupling.of(reader.columns)]
+        assert reader.rows is not None
+        layer = reader.source.rpartition(".")[0] if reader.source else reader.node.name
+        folds = reader.folds & gone & reader.used.any(1)
+        if folds.any():
+            factor = torch.from_numpy(np.where(folds, reader.constant, 0.0))
+            delta = (reader.table.double().sum(-1) * factor[:, None]).sum(-1) if reader.table.shape[0] > 1 else (
+                reader.table[0].double().sum(-1) @ factor[0]
+            )[None]
+            if delta.count_nonzero():
+                _into_bias(traced, coupling, reader, twins.get(id(reader)), delta.reshape(-1), plan, tensors)
+                plan.folded[layer] = plan.folded.get(layer, 0) + int(folds.sum())
+        merges = reader.merges & gone & reader.used.any(1)
+        if merges.any():
+            assert reader.source is not None
+            for g in np.flatnonzero(merges.any(1)):
+                rep = representative(reader, int(g), ~gone[g])
+                if rep is None:  # no row that is alive reads them
+                    continue
+                weight = tensors.get(reader.source)
+                if weight is None:
+                    weight = tensors[reader.source] = tensor_at(traced, reader.source).detach().clone()
+                table = _like(reader.table, tensor_at(traced, reader.source), weight)
+                index = torch.from_numpy(np.flatnonzero(merges[g]))
+                ratio = torch.from_numpy(reader.constant[g][merges[g]] / reader.constant[g][rep])
+                sum_ = (reader.table[g][:, index].double() * ratio[None, :, None]).sum(1)
+                table[g, :, rep] = (table[g, :, rep].double() + sum_).to(table.dtype)
+                plan.merged[layer] = plan.merged.get(layer, 0) + len(index)
+
+
+def _like(view: Tensor, base: Tensor, copy: Tensor) -> Tensor:
+    """The view of `copy` that `view` is of `base`."""
+    return copy.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset() + copy.storage_offset())
+
+
+def _pairs(coupling: Coupling) -> dict[int, Reader]:
+    """For each reader of the eval graph the same layer's reader in the train graph, by parameters and order."""
+    if "train" not in coupling.walks:
+        return {}
+    found: dict[Any, list[Reader]] = {}
+    for reader in coupling.walks["train"].readers:
+        if reader.key is not None:
+            found.setdefault(reader.key, []).append(reader)
+    pairs = {}
+    for reader in coupling.walks["eval"].readers:
+        if reader.key is not None and found.get(reader.key):
+            pairs[id(reader)] = found[reader.key].pop(0)
+    return pairs
+
+
+def _into_bias(
+    traced: TracedModule, coupling: Coupling, reader: Reader, twin: Reader | None, delta: Tensor, plan: ChannelPlan, tensors: Tensors
+) -> None:
+    node, at = reader.node, reader.bias
+    nodes = [r.node for r in (reader, twin) if r is not None]
+    bias = node.args[at] if 0 <= at < len(node.args) else node.kwargs.get("bias") if at >= 0 else None
+    walk = coupling.walks["eval"]
+    if isinstance(bias, fx.Node) and bias.op == "get_attr" and walk.uses[str(bias.target)] == 1:
+        name = str(bias.target)
+        if len(coupling.shared.get(name, ())) < 2:
+            old = tensors.get(name, tensor_at(traced, name)).detach()
+            tensors[name] = (old.double() + delta).to(old.dtype)
+            return
+    assert reader.rows is not None
+    weight = reader.table
+    assert weight is not None
+    name = _free_name(traced, reader)
+    parameter = nn.Parameter(delta.to(weight.dtype), requires_grad=True)
+    owner, attribute = locate(traced, name)
+    owner.register_parameter(attribute, parameter)
+    coupling.parameters[name] = [reader.rows.reshape(-1) if delta.numel() > 1 else None]
+    plan.added[name] = reader.source or reader.node.name
+    rank = len(coupling.walks["eval"].env[node].axes)
+    channel = rank - reader.table.dim() + 3 if "conv" in str(node.target) else rank - 1
+    for n in nodes:
+        with n.graph.inserting_before(n):
+            read = n.graph.get_attr(name)
+        read.meta["val"] = resized(n.meta["val"], tuple(delta.shape))
+        walks = [w for w in coupling.walks.values() if w.graph is n.graph]
+        walks[0].env[read] = Val((((len(delta), reader.rows.reshape(-1)),),))
+        if bias is None and at >= 0:
+            n.args = (*n.args[:at], *([None] * (at - len(n.args))), read, *n.args[at + 1 :])
+            n.kwargs = {k: v for k, v in n.kwargs.items() if k != "bias"}
+            continue
+        with n.graph.inserting_after(n):
+            added = n.graph.call_function(torch.ops.aten.add.Tensor, (n, read))
+        added.meta = dict(n.meta)
+        walks[0].env[added] = walks[0].env[n]
+        n.replace_all_uses_with(added, delete_user_cb=lambda user, added=added: user is not added)  # type: ignore[misc]
+        assert channel == rank - 1
+
+
+def _free_name(traced: TracedModule, reader: Reader) -> str:
+    path = reader.source.rpartition(".")[0] if reader.source else ""
+    owner = traced.get_submodule(path)
+    attribute, n = "bias", 0
+    while hasattr(owner, attribute) and getattr(owner, attribute) is not None:
+        n += 1
+        attribute = f"folded_bias_{n}"
+    return f"{path}.{attribute}" if path else attribute
+
+
+def keep(coupling: Coupling, alive: Mask, traced: TracedModule, plan: ChannelPlan) -> None:
+    """Fill in the plan's kept indices."""
+    for name, axes in coupling.parameters.items():
+        shape = tuple(tensor_at(traced, name).shape)
+        plan.shapes[name] = shape
+        plan.kept[name] = {
+            a: torch.arange(shape[a]) if v is None else torch.from_numpy(np.flatnonzero(alive[coupling.of(v)]))
+            for a, v in enumerate(axes)
+        }
+    for walk in coupling.walks.values():
+        for b in walk.balances:
+            inputs, outputs = alive[coupling.of(b.inputs)], alive[coupling.of(b.outputs)]
+            left = inputs.any(1) | outputs.any(1)
+            own = inputs if not b.transposed else outputs
+            index = np.flatnonzero(own[left].reshape(-1)).reshape(int(left.sum()), -1) % own.shape[1]
+            plan.kept[b.weight][1] = torch.from_numpy(index)
+            plan.groups[b.weight] = (len(left), int(left.sum()))
+
+
+def carry_out(traced: TracedModule, coupling: Coupling, alive: Mask, plan: ChannelPlan, values: Tensors) -> None:
+    """Slice every parameter and buffer, rewrite every literal, drop what is dead, and propagate shapes again."""
+    kept = Kept(coupling, alive)
+    for walk in coupling.walks.values():
+        for edit in walk.edits:
+            edit(kept)
+    for name, (ids, order) in kept.reindexed.items():
+        shift = torch.from_numpy(np.cumsum(kept.alive(ids)) - 1)
+        old = tensor_at(traced, name)
+        values[name] = shift[order].to(old.dtype).reshape(old.shape)
+    replaced: dict[int, Tensor] = {}
+    for name in coupling.parameters:
+        old = tensor_at(traced, name)
+        if id(old) not in replaced:
+            value = values.get(name)
+            new = plan.slice(name, old.detach() if value is None else value)
+            if new is old or (value is None and new.shape == old.shape):
+                continue
+            replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        _install(traced, name, replaced[id(old)])
+    drop(traced, plan)
+    for walk in coupling.walks.values():
+        reshape(walk, kept)
+        walk.graph.lint()
+    traced.recompile()
+
+
+def _install(traced: TracedModule, name: str, value: Tensor) -> None:
+    owner, attribute = locate(traced, name)
+    if attribute in owner._parameters:
+        owner._parameters[attribute] = value  # type: ignore[assignment]
+    else:
+        owner._buffers[attribute] = value
+
+
+def drop(traced: TracedModule, plan: ChannelPlan) -> None:
+    """Erase dead nodes, then the parameters and buffers that no graph reads."""
+    before = _stored(traced)
+    for graph in traced.graphs.values():
+        erase_dead(graph)
+    read = {str(n.target) for g in traced.graphs.values() for n in g.find_nodes(op="get_attr")}
+    alive = {id(tensor_at(traced, name)) for name in read if _is_tensor(traced, name)}
+    gone = [name for name, tensor in before.items() if id(tensor) not in alive]
+    for name in gone:
+        owner, attribute = locate(traced, name)
+        owner._parameters.pop(attribute, None)
+        owner._buffers.pop(attribute, None)
+        owner._non_persistent_buffers_set.discard(attribute)
+    plan.dropped = tuple(sorted({*plan.dropped, *gone}))
+
+
+def _stored(traced: TracedModule) -> Tensors:
+    tensors: Tensors = dict(traced.named_parameters(remove_duplicate=False))
+    return tensors | dict(traced.named_buffers(remove_duplicate=False))
+
+
+def _is_tensor(traced: TracedModule, name: str) -> bool:
+    owner, attribute = locate(traced, name)
+    return isinstance(getattr(owner, attribute, None), Tensor)
+
+
+def reshape(walk: Walk, kept: Kept) -> None:
+    """Bring `node.meta["val"]` to the new shapes; they follow from the axes, so nothing is run."""
+
+    def renew(val: Any, meta: Any) -> Any:
+        if isinstance(val, list) and isinstance(meta, list | tuple):
+            return type(meta)(renew(v, m) for v, m in zip(val, meta, strict=False))
+        if not isinstance(val, Val) or not isinstance(meta, FakeTensor) or len(val.axes) != meta.dim():
+            return meta
+        sizes = [kept.resize(None, s, axis) if carries(axis) else s for s, axis in zip(meta.shape, val.axes, strict=True)]
+        return meta if all(a is b for a, b in zip(sizes, meta.shape, strict=True)) else resized(meta, sizes)
+
+    for node, val in walk.env.items():
+        if val is not None and node.op != "placeholder" and "val" in node.meta:
+            new = renew(val, node.meta["val"])
+            if new is not node.meta["val"]:
+                node.meta["val"] = new
+                node.meta.pop("tensor_meta", None)
+
+
+def resized(meta: FakeTensor, sizes: Sequence[Any]) -> FakeTensor:
+    """A fake tensor like `meta` with other sizes and the same order of axes in memory."""
+    strides = meta.stride()
+    order = list(range(len(sizes)))
+    if all(type(s) is int for s in strides):
+        order.sort(key=lambda d: -strides[d])
+    new: list[Any] = [1] * len(sizes)
+    step: Any = 1
+    for d in reversed(order):
+        new[d], step = step, step * sizes[d]
+    empty = torch.empty_strided(sizes, new, dtype=meta.dtype, device="meta", requires_grad=meta.requires_grad)
+    return FakeTensor(meta.fake_mode, empty, meta.fake_device)
+
+
+# ---- checking
+
+
+def run(graph: fx.Graph, tensors: Callable[[str], Any], inputs: list[Any], dtype: torch.dtype | None, watch: Callable[[fx.Node, Any], None] | None = None) -> list[Any]:
+    """Interpret a graph, floating point as `dtype`; returns its flat outputs."""
+    feed = iter(inputs)
+    last = {use: node for node in graph.nodes for use in node.all_input_nodes}
+    values: dict[fx.Node, Any] = {}
+
+    def cast(value: Any) -> Any:
+        if dtype is None:
+            return value
+        if isinstance(value, Tensor):
+            return value.to(dtype) if value.dtype in (torch.float32, torch.float64) else value
+        return dtype if value is torch.float32 else value
+
+    outputs: list[Any] = []
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                values[node] = cast(next(feed))
+            elif node.op == "get_attr":
+                value = cast(tensors(str(node.target)))
+                values[node] = value.clone() if isinstance(value, Tensor) and value is tensors(str(node.target)) and _touched(node) else value
+            elif node.op == "call_function":
+                args, kwargs = pytree.tree_map(cast, fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__))
+                values[node] = node.target(*args, **kwargs)
+            else:
+                outputs = pytree.tree_leaves(fx.node.map_arg(node.args, values.__getitem__))
+            if watch is not None:
+                watch(node, values.get(node))
+            for use in node.all_input_nodes:
+                if last[use] is node:
+                    values.pop(use, None)
+    return outputs
+
+
+def _touched(node: fx.Node) -> bool:
+    return any(getattr(u.target, "_schema", None) is not None and u.target._schema.is_mutable for u in node.users)  # type: ignore[union-attr]
+
+
+def verify(
+    before: fx.Graph, old: Tensors, traced: TracedModule, coupling: Coupling, alive: Mask, plan: ChannelPlan
+) -> None:
+    """Compare the outputs of the eval graph before and after at the sample inputs; count MACs on the way.
+
+    Raises:
+        FinalizeError: they differ; names the first node that does.
+    """
+    inputs = pytree.tree_leaves((traced.example_args, traced.example_kwargs))
+    after = traced.graphs["eval"]
+
+    def new(name: str) -> Any:
+        return tensor_at(traced, name)
+
+    small = any(t.dtype == torch.float32 for t in old.values()) and _estimate(before) < _DOUBLE_MACS
+    dtype = torch.float64 if small or any(t.dtype == torch.float64 for t in old.values()) else None
+    single = dtype == torch.float64 and small  # the values computed for biases were rounded to float32
+    pairs = [(before, old.__getitem__), (after, new)]
+    results, macs = [], []
+    for graph, tensors in pairs:
+        with FlopCounterMode(display=False) as counter:
+            try:
+                results.append(run(graph, tensors, inputs, dtype))
+            except RuntimeError:
+                if dtype is None:
+                    raise
+                dtype, single = None, False
+                results.append(run(graph, tensors, inputs, dtype))
+        macs.append(counter.get_total_flops() // 2)
+    plan.macs = (macs[0], macs[1])
+    tolerance = 1e-5 if single else None
+    if all(_close(a, b, tolerance) for a, b in zip(*results, strict=True)):
+        return
+    seen: dict[str, Any] = {}
+    run(before, old.__getitem__, inputs, dtype, lambda node, value: seen.update({node.name: value}))
+    names = {node.name: node for node in coupling.walks["eval"].env}
+    differing: list[str] = []
+
+    def compare(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor) and node.name in names and not differing:
+            reference = _cut(seen[node.name], coupling, alive, names[node.name])
+            if reference.shape != value.shape or not _close(reference, value, tolerance):
+                differing.append(describe(node))
+
+    run(after, new, inputs, dtype, compare)
+    worst = max(_error(a, b) for a, b in zip(*results, strict=True))
+    raise FinalizeError(
+        f"removing channels was to leave the outputs as they are, but they differ by {worst:.1e} relative; the first "
+        f"node that differs is {differing[0] if differing else 'the output'}. Nothing was changed; please report this "
+        "model, and finalize with shrink=False."
+    )
+
+
+def _cut(value: Tensor, coupling: Coupling, alive: Mask, node: fx.Node) -> Tensor:
+    val = coupling.walks["eval"].env[node]
+    for d, axis in enumerate(val.axes if val is not None else ()):
+        whole = np.ones(1, bool)
+        for extent, ids in axis:
+            n = len(ids) if ids is not None else 1
+            mask = alive[coupling.of(ids)] if ids is not None else np.ones(n, bool)
+            if ids is None:
+                continue
+            whole = (whole[:, None] & mask[None]).reshape(-1)
+        if len(whole) > 1 and not whole.all():
+            outer = value.shape[d] // len(whole)
+            index = torch.from_numpy(whole)
+            if outer == 1:
+                value = value.index_select(d, index.nonzero().squeeze(1))
+    return value
+
+
+def _error(a: Any, b: Any) -> float:
+    if not isinstance(a, Tensor) or not a.numel() or not (a.is_floating_point() or a.is_complex()):
+        return 0.0 if not isinstance(a, Tensor) or torch.equal(a, b) else 1.0
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0, a - b).abs()
+    scale = torch.where(a.isfinite(), a, 0).abs().max()
+    return float((difference / scale.clamp_min(1e-30)).nan_to_num(nan=1.0, posinf=1.0).max())
+
+
+def _close(a: Any, b: Any, tolerance: float | None) -> bool:
+    own = {torch.float64: _EXACT, torch.float32: _SINGLE}.get(getattr(a, "dtype", torch.float32), _HALF)
+    return _error(a, b) <= (tolerance or own)
+
+
+def _estimate(graph: fx.Graph) -> float:
+    total = 0.0
+    for node in graph.nodes:
+        if node.op == "call_function" and ("conv" in str(node.target) or "linear" in str(node.target)):
+            weight, out = node.args[1].meta.get("val"), node.meta.get("val")
+            if weight is not None and out is not None:
+                space = [s for s in out.shape[(2 if "conv" in str(node.target) else 1) :] if type(s) is int]
+                total += 2.0 * weight.numel() * float(np.prod(space[: None if "conv" in str(node.target) else -1] or [1]))
+    return total
