@@ -1,7 +1,24 @@
 """Files for deployment, and the proof that they compute what they came from."""
 
+from .bench import Latency, bench
 from .compare import Call, Report, Row, compare
 from .onnx import ExportReport, to_onnx
+from .program import to_program
 from .session import Session
+from .source import FileReport
+from .torchscript import to_torchscript
 
-__all__ = ["Call", "ExportReport", "Report", "Row", "Session", "compare", "to_onnx"]
+__all__ = [
+    "Call",
+    "ExportReport",
+    "FileReport",
+    "Latency",
+    "Report",
+    "Row",
+    "Session",
+    "bench",
+    "compare",
+    "to_onnx",
+    "to_program",
+    "to_torchscript",
+]

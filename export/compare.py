@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 
 from fxprune.errors import ArgumentError, CompareError, FxpruneError
 
-from .session import Session, tensors_of
+from .session import Session, match, tensors_of
 
 # Relative to the largest magnitude of an output. Two orders of summation of n products differ by about sqrt(n)
 # roundings, and a deep network multiplies that: float32 rounds at 6e-8, and 1e-4 leaves about three decimal orders
@@ -96,9 +97,10 @@ class Report:
 
 
 class Runner(Protocol):
-    """What `compare` can run: a name, and a call that returns tensors by name, on the CPU."""
+    """What `compare` can run: a name, a tolerance of its own, and a call that returns tensors by name, on the CPU."""
 
     name: str
+    rtol: float | None
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]: ...
 
@@ -124,7 +126,7 @@ def compare(
     agree when equal.
 
     Args:
-        reference: a module (eager or traced), or the path of an .onnx file.
+        reference: a module (eager or traced), or the path of an .onnx, .pt2 (torch.export) or .pt (TorchScript) file.
         candidates: one or more of the same.
         inputs: a tuple of positional arguments, a dict of keyword arguments, a `Call` of both, one tensor, or a list
             of several of these, each of which is compared.
@@ -167,7 +169,8 @@ def judge(
     for index, call in enumerate(calls):
         expected, *found = (runner.run(*call) for runner in runners)
         wanted = {k: v for k, v in expected.items() if not k.startswith(_BUFFER)}
-        for name, outputs in zip(names[1:], found, strict=True):
+        for name, runner, outputs in zip(names[1:], runners[1:], found, strict=True):
+            own = runner.rtol if rtol is None else rtol
             got = {k: v for k, v in outputs.items() if not k.startswith(_BUFFER)}
             if len(got) != len(wanted):
                 note = f"has {len(got)} outputs {list(got)}, the reference {len(wanted)} {list(wanted)}"
@@ -176,7 +179,7 @@ def judge(
             pairs = [(k, v, w) for (k, v), w in zip(wanted.items(), got.values(), strict=True)]
             shared = [k for k in expected if k not in wanted and k in outputs]
             pairs += [(k, expected[k], outputs[k]) for k in shared if expected[k].shape == outputs[k].shape]
-            rows += [Row(name, index, k, tuple(v.shape), _dtype(v), *_errors(v, w, rtol, atol)) for k, v, w in pairs]
+            rows += [Row(name, index, k, tuple(v.shape), _dtype(v), *_errors(v, w, own, atol)) for k, v, w in pairs]
     return Report(names[0], mode, tuple(rows))
 
 
@@ -207,8 +210,10 @@ def _errors(
 
 
 class ModuleRunner:
+    rtol: float | None = None
+
     def __init__(self, module: nn.Module, mode: str) -> None:
-        self.name, self._module, self._mode = type(module).__name__, module, mode
+        self.name, self.module, self._mode = type(module).__name__, module, mode
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         copies: dict[int, torch.Tensor] = {}  # what was one tensor stays one
@@ -217,9 +222,10 @@ class ModuleRunner:
             return copies.setdefault(id(tensor), tensor.detach().clone())
 
         args, kwargs = pytree.tree_map_only(torch.Tensor, own, (args, kwargs))
-        with _borrowed(self._module, self._mode), torch.enable_grad():
+        borrowed = contextlib.nullcontext() if isinstance(self, ProgramRunner) else _borrowed(self.module, self._mode)
+        with borrowed, torch.enable_grad():
             try:
-                outputs = tensors_of(self._module(*args, **kwargs), self.name)
+                outputs = tensors_of(self.call(args, kwargs), self.name)
             except FxpruneError:
                 raise
             except Exception as error:
@@ -228,8 +234,37 @@ class ModuleRunner:
                     f"{self.name} cannot run these inputs: {type(error).__name__}: {error}. Given were {given}."
                 ) from error
             if self._mode == "train":
-                outputs |= {_BUFFER + name: buffer for name, buffer in self._module.named_buffers()}
+                outputs |= {_BUFFER + name: buffer for name, buffer in self.module.named_buffers()}
             return {name: value.detach().to("cpu", copy=True) for name, value in outputs.items()}
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class ProgramRunner(ModuleRunner):
+    """A .pt2 file of torch.export, or one of TorchScript.
+
+    Raises:
+        CompareError: there is none of that name, or torch cannot load it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name, self._mode = Path(path).name, "eval"
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+                if Path(path).suffix == ".pt2":
+                    self.module = torch.export.load(os.fspath(path)).module()
+                else:
+                    self.module = script = torch.jit.load(os.fspath(path))
+                    self._names = [a.name for a in script.forward.schema.arguments[1:]]
+        except Exception as error:  # torch raises whatever its reader raises
+            raise CompareError(f"'{path}' cannot be loaded by torch: {type(error).__name__}: {error}") from error
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self.module, torch.jit.ScriptModule):
+            return self.module(*match(self._names, args, kwargs).values())
+        return self.module(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -259,12 +294,14 @@ def _runner(item: Any, mode: str) -> Runner:
     if isinstance(item, nn.Module):
         return ModuleRunner(item, mode)
     if not isinstance(item, str | os.PathLike):
-        raise CompareError(f"a {type(item).__name__} was given to compare; it takes modules and paths of .onnx files.")
-    if Path(item).suffix != ".onnx":
-        raise CompareError(f"'{item}' was given to compare; files that it can run end in .onnx.")
+        raise CompareError(
+            f"a {type(item).__name__} was given to compare; it takes modules and paths of .onnx, .pt2 and .pt files."
+        )
+    if Path(item).suffix not in (".onnx", ".pt2", ".pt"):
+        raise CompareError(f"'{item}' was given to compare; files that it can run end in .onnx, .pt2 or .pt.")
     if mode == "train":
         raise CompareError(f"'{item}' has no train mode: compare it with mode='eval'.")
-    return Session(item)
+    return Session(item) if Path(item).suffix == ".onnx" else ProgramRunner(item)
 
 
 def as_calls(inputs: Any) -> list[Call]:

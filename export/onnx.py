@@ -3,59 +3,51 @@
 from __future__ import annotations
 
 import ast
-import contextlib
-import keyword
-import logging
-import operator
 import os
 import re
 import secrets
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import torch
-import torch.utils._pytree as pytree
 from onnxscript.optimizer import FOLDED_FROM_KEY
 from torch import fx
-from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
-from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError, ExportError, FinalizeError, FxpruneError
+from fxprune.errors import ArgumentError, CompareError, ExportError
 from fxprune.files import atomic
-from fxprune.graph import erase_dead, evaluate
-from fxprune.reparametrize import tagged
-from fxprune.traced import CodeGen, TracedModule
+from fxprune.traced import TracedModule
 
-from .compare import Call, ModuleRunner, Report, as_calls, judge
-from .session import Session, identifier, named_leaves
+from .compare import Call, ModuleRunner, as_calls, judge
+from .metadata import metadata
+from .precision import RTOL, float16, int8
+from .precision import sparse as store_sparse
+from .session import Session
+from .source import ORIGIN, FileReport, causes, check_source, flat, keep_aside, quiet, resized
 
 SINGLE_FILE_BYTES = 1536 * 2**20  # weights beyond it go to a file beside: protobuf ends at 2 GiB
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(FileReport):
     """What `to_onnx` wrote.
 
     Attributes:
-        path: the file. size: its bytes, external data included. opset: of ONNX's own operators.
+        path, size, comparison: as in `FileReport`. opset: of ONNX's own operators.
         inputs, outputs: names in the file, in order.
-        comparison: the file against its source, per output; None when it was not asked for.
+        precision: of its weights. dense_size: bytes without sparse initializers, `size` where there are none.
+        notes: what the caller should know of the file.
     """
 
-    path: Path
-    size: int
     opset: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    comparison: Report | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return asdict(self) | {"path": str(self.path), "comparison": self.comparison and self.comparison.to_dict()}
+    precision: str
+    dense_size: int
+    notes: tuple[str, ...]
 
 
 def to_onnx(
@@ -63,7 +55,12 @@ def to_onnx(
     path: str | os.PathLike[str],
     *,
     opset: int | None = None,
+    precision: Literal["float32", "float16", "int8"] = "float32",
+    calibration: Any = None,
+    sparse: bool = False,
     verify: bool = True,
+    keep_io: bool = True,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
     dynamic_shapes: Any = "captured",
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -78,11 +75,21 @@ def to_onnx(
     have the names of the state dict. Weights beyond 1.5 GiB go to `<stem>-<random>.onnx.data` beside it; that of a
     file that is replaced is removed. `final` stays as it is, its mode included.
 
+    The file says in its metadata which version wrote it, in which precision, from what (a SHA-256 over graph and
+    state), and what `final.plan` removed; each node names the traced node it computes as `fxprune.node`.
+
     Args:
         final: a traced module with an eval graph, finalized or not.
         path: the file to write.
         opset: ONNX operator set; None: the one torch's exporter prefers.
+        precision: "float32" leaves the types as they are; "float16" (onnxruntime.transformers.float16) and "int8"
+            (onnxruntime.quantization) are held to an error of 1e-2 and 0.1 of an output's largest value.
+        calibration: for "int8", batches like the data to come, in the forms that `compare` takes: static quantization
+            of weights and activations, verified on these batches. None: dynamic quantization of the weights.
+        sparse: store weights as sparse initializers where these are smaller (float32: below a third non-zero).
         verify: False skips the run in onnxruntime.
+        keep_io: leave inputs and outputs float32 in a file of precision "float16".
+        providers: onnxruntime's, for the verification.
         dynamic_shapes: "captured" keeps the axes free that are free in the capture; None fixes all; else
             `torch.export`'s structure.
         input_names: one per tensor input; None: the names of the forward's arguments, as in `x`, `batch_ids`.
@@ -93,7 +100,8 @@ def to_onnx(
     Raises:
         ExportError: torch cannot translate an operator, the path cannot be written, or the file computes something
             else: then it is kept as `<stem>.mismatch.onnx`.
-        ArgumentError: names or opset that cannot be used.
+        ArgumentError: names, opset, precision or calibration that cannot be used.
+        InputError: calibration batches have another structure, shape or type than the model's inputs.
         ArgumentTypeError: `final` is no traced module.
 
     Example:
@@ -101,102 +109,123 @@ def to_onnx(
         >>> fxprune.export.to_onnx(traced, "linear.onnx").comparison.ok
         True
     """
-    if not isinstance(final, TracedModule):
-        raise ArgumentTypeError(f"to_onnx was given a {type(final).__name__}; it takes what fxprune.trace returns.")
-    if "eval" not in final.graphs:
-        raise ExportError(f'the module was captured in {final.modes} only. Trace it again with "eval" among its modes.')
-    _refuse_nonfinite(final)
+    check_source(final, "to_onnx")
+    batches = _batches(final, precision, calibration)
     sample, extra = Call(final.example_args, final.example_kwargs), as_calls(inputs) if inputs != () else []
     captured = isinstance(dynamic_shapes, str) and dynamic_shapes == "captured"
     shapes = final.dynamic_shapes if captured else dynamic_shapes
     with atomic(path) as name:
         stale = _side_files(Path(os.path.realpath(path)))
-        flat, names, aliases = _flat(final)
+        module, names, aliases = flat(final)
         try:
-            with _quiet():
-                exported = torch.export.export(flat, *sample, dynamic_shapes=shapes, strict=False)
+            with quiet(), fx.traceback.preserve_node_meta():
+                exported = torch.export.export(module, *sample, dynamic_shapes=shapes, strict=False)
                 program = torch.onnx.export(exported, dynamo=True, verbose=False, opset_version=opset)
         except Exception as error:  # whatever torch, onnxscript or an operator's translation raises
-            raise ExportError(f"torch cannot translate the model to ONNX: {_causes(error)}") from error
+            raise ExportError(f"torch cannot translate the model to ONNX: {causes(error)}") from error
         assert isinstance(program, ONNXProgram)
         reached = program.model.opset_imports[""]
         if opset not in (None, reached):
             raise ArgumentError(f"opset {opset} was asked for; torch and onnx can write this model in opset {reached}.")
         _name_weights(program, aliases)
+        _name_origins(program)
         _name_ends(program, names, input_names, output_names)
+        program.model.metadata_props.update(metadata(final, precision))
         _save(program, name)
-        comparison = None
+        comparison, notes = None, []
         try:
+            if precision == "float16":
+                _rewrite(name, lambda model: float16(model, keep_io))
+            elif precision == "int8":
+                feeds = [Session(name).feed(*batch) for batch in batches] or None
+                _rewrite(name, lambda model: int8(name, feeds))
+            dense = _bytes(name.parent)
+            if sparse:
+                notes.append(_make_sparse(name, dense))
             onnx.checker.check_model(os.fspath(name))
             if verify:
-                calls = [sample, *_resized(exported, sample, final), *extra]
-                comparison = judge([ModuleRunner(final, "eval"), Session(name)], calls, rtol, atol)
+                first = batches[0] if batches else sample
+                calls = [*(batches or [sample]), *resized(exported, first, final), *extra]
+                session = Session(name, providers)
+                comparison = judge([ModuleRunner(final, "eval"), session], calls, rtol, atol)
+                if set(session.placement) - {providers[0]}:
+                    notes.append(f"operators by provider: {session.placement}")
         except (onnx.checker.ValidationError, CompareError) as error:
             text = str(error).replace(os.fspath(name), os.fspath(path))
             raise ExportError(f"the exported file cannot be used: {text}") from error
         if comparison and not comparison.ok:
             raise ExportError(
-                f"the exported file computes something else than its source; kept as '{_keep_aside(name, Path(path))}'."
+                f"the exported file computes something else than its source; kept as '{keep_aside(name, Path(path))}'."
                 f"\n{comparison.table()}"
             )
-        size = sum(part.stat().st_size for part in name.parent.iterdir())
+        size = _bytes(name.parent)
     for part in stale:
         part.unlink(missing_ok=True)
     taken, given = ([str(v.name) for v in ends] for ends in (program.model.graph.inputs, program.model.graph.outputs))
-    return ExportReport(Path(path), size, reached, tuple(taken), tuple(given), comparison)
+    return ExportReport(
+        Path(path), size, comparison, reached, tuple(taken), tuple(given), precision, dense, tuple(notes)
+    )  # fmt: skip
 
 
-def _refuse_nonfinite(module: TracedModule) -> None:
-    # a buffer may hold -inf on purpose (an attention mask), never NaN
-    bad = [n for n, p in module.named_parameters() if not p.isfinite().all()]
-    bad += [n for n, b in module.named_buffers() if b.isnan().any()]
-    if bad:
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise ExportError(f"NaN or inf in {', '.join(bad[:10])}{more}: refused, since it would spread. Train again.")
+def _batches(final: TracedModule, precision: str, calibration: Any) -> list[Call]:
+    given = calibration is not None
+    if precision not in RTOL or (given and precision != "int8"):
+        asked = f"precision {precision!r} was asked for{' with calibration' * given}"
+        raise ArgumentError(f"{asked}; there are {', '.join(RTOL)}, and calibration is for int8.")
+    single = isinstance(calibration, tuple | dict | torch.Tensor)
+    found = as_calls(calibration if single else list(calibration)) if given else []
+    if given and not found:
+        raise ArgumentError("calibration holds no batch; at least one is needed, or None for dynamic quantization.")
+    return [_like_sample(final, call) for call in found]
 
 
-def _flat(final: TracedModule) -> tuple[fx.GraphModule, list[str], dict[str, str]]:
-    """The eval graph with reparametrizations folded and a plain tuple of tensors as its output.
+def _like_sample(final: TracedModule, call: Call) -> Call:
+    """A calibration batch with its arguments passed as the sample passes them."""
+    info = final.graphs["eval"]._codegen.pytree_info  # type: ignore[attr-defined]
+    names, count = info.orig_args, info.in_spec.child(0).num_children
+    bound = dict(zip(names, call.args, strict=False)) | call.kwargs
+    if len(call.args) + len(call.kwargs) == len(names) and bound.keys() == set(names):
+        call = Call(tuple(bound[n] for n in names[:count]), {n: bound[n] for n in names[count:]})
+    final._check_inputs(*call)
+    return call
 
-    Besides: names for the outputs, and the targets that had to be renamed, since torch generates code from them and
-    a module may be called `class`.
 
-    torch's exporter drops None, fails on numbers, and gives one ONNX value to an output that is returned twice, is
-    an input or a parameter; renaming one of those would rename the other.
-    """
-    source, graph = final.graphs["eval"], fx.Graph()
-    info = source._codegen.pytree_info  # type: ignore[attr-defined]
-    leaves = pytree.tree_leaves(graph.graph_copy(source, {}))
-    paths = [path for path, _ in named_leaves(pytree.tree_unflatten(range(len(leaves)), info.out_spec))]
-    values: dict[fx.Node, str] = {}
-    for path, leaf in zip(paths, leaves, strict=True):
-        if isinstance(leaf, int | float):
-            kind = torch.tensor(leaf).dtype
-            leaf = graph.call_function(torch.ops.aten.scalar_tensor.default, (leaf,), {"dtype": kind})
-        elif isinstance(leaf, fx.Node) and (leaf in values or leaf.op != "call_function"):
-            leaf = graph.call_function(torch.ops.aten.clone.default, (leaf,))
-        if isinstance(leaf, fx.Node):
-            values[leaf] = identifier(path, "output")
-    graph.output(tuple(values))
-    graph.set_codegen(CodeGen(info._replace(out_spec=pytree.tree_structure(tuple(values)))))
-    folded: dict[str, torch.Tensor] = {}
-    for node in reversed(tagged(graph)):
-        # without users, what it was part of is folded already; what depends on an input stays an expression
-        with contextlib.suppress(FinalizeError), graph.inserting_before(node):
-            if node.users:
-                name = str(node.meta["fxprune"]["parameter"])
-                folded[name] = evaluate(final, node)
-                node.replace_all_uses_with(graph.get_attr(name))
-                erase_dead(graph)
-    root, aliases = dict[str, Any](), dict[str, str]()
-    for node in graph.find_nodes(op="get_attr"):
-        target = str(node.target)
-        node.target = ".".join(part + "_" * keyword.iskeyword(part) for part in target.split("."))
-        root[node.target] = folded[target] if target in folded else operator.attrgetter(target)(final)
-        aliases[node.target] = target
-    module = fx.GraphModule(root, graph)
-    module.training = False
-    return module, list(values.values()), aliases
+def _bytes(folder: Path) -> int:
+    return sum(part.stat().st_size for part in folder.iterdir())
+
+
+def _rewrite(name: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:
+    """Replace the file by what `change` makes of it; its metadata stay."""
+    model = onnx.load(name)
+    kept = {entry.key: entry.value for entry in model.metadata_props}
+    origins = {
+        value: e for node in model.graph.node for e in node.metadata_props for value in node.output if e.key == ORIGIN
+    }
+    model = change(model)
+    for node in model.graph.node:
+        if not node.metadata_props:  # what the quantizer puts in its place has none
+            node.metadata_props.extend(origins[value] for value in node.output if value in origins)
+    onnx.helper.set_model_props(model, kept)
+    for part in list(name.parent.iterdir()):
+        part.unlink()
+    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > SINGLE_FILE_BYTES
+    side = f"{name.stem}-{secrets.token_hex(4)}.onnx.data"
+    onnx.save(model, name, save_as_external_data=external, location=side)
+
+
+def _make_sparse(name: Path, dense: int) -> str:
+    changed = 0
+
+    def change(model: onnx.ModelProto) -> onnx.ModelProto:
+        nonlocal changed
+        changed = store_sparse(model)
+        return model
+
+    _rewrite(name, change)
+    return (
+        f"{changed} initializers are stored sparse: {_bytes(name.parent)} bytes instead of {dense}. onnxruntime makes "
+        "them dense when it loads the file: latency is that of the dense file."
+    )
 
 
 def _name_weights(program: ONNXProgram, aliases: dict[str, str]) -> None:
@@ -208,6 +237,16 @@ def _name_weights(program: ONNXProgram, aliases: dict[str, str]) -> None:
             value.name = source
     for node in graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # absolute paths of this machine's sources
+
+
+def _name_origins(program: ONNXProgram) -> None:
+    """Let each node say which traced node's value it computes; of a decomposed one that is the last."""
+    assert program.exported_program is not None
+    origins = {n.name: n.meta.get("custom", {}).get(ORIGIN) for n in program.exported_program.graph.nodes}
+    last = {origins.get(str(value.name)): node for node in program.model.graph for value in node.outputs}
+    for origin, node in last.items():
+        if origin:
+            node.metadata_props[ORIGIN] = origin
 
 
 def _name_ends(
@@ -260,64 +299,3 @@ def _side_files(path: Path) -> list[Path]:
     except Exception:  # what stands there is not ONNX: nothing of it is known to be ours
         return []
     return [found[e.value] for e in {e.value: e for t in tensors for e in t.external_data}.values() if e.value in found]
-
-
-def _keep_aside(name: Path, path: Path) -> Path:
-    aside = path.with_name(f"{path.stem}.mismatch.onnx")
-    with atomic(aside) as kept:
-        for part in list(name.parent.iterdir()):
-            part.rename(kept if part.name == name.name else kept.with_name(part.name))
-    return aside
-
-
-def _resized(exported: ExportedProgram, call: Call, final: TracedModule) -> list[Call]:
-    """The sample with every free size one larger, and with free batches of 1, as far as `final` runs on these."""
-    keywords = exported.call_spec.in_spec.child(1).context  # in the order of the signature
-    leaves, spec = pytree.tree_flatten((call.args, {name: call.kwargs[name] for name in keywords}))
-    nodes = list(exported.graph.find_nodes(op="placeholder"))
-    values = [node.meta["val"] for node in nodes[len(nodes) - len(leaves) :]]
-    tensors = [(i, v) for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
-    shapes: list[tuple[int, int, Any]] = [(i, a, size) for i, v in tensors for a, size in enumerate(v.shape)]
-    axes = [(i, a, size.node.expr) for i, a, size in shapes if isinstance(size, torch.SymInt)]
-    sizes = {expr: leaves[i].shape[a] for i, a, expr in axes if expr.is_Symbol}
-    allowed = exported.range_constraints
-    larger = {s: n + 1 if n + 1 <= allowed[s].upper else n for s, n in sizes.items()}
-    # torch.export gives 2 as the lowest size that it treats as free; 1 works too in most models
-    single = {s: 1 for s in sizes if allowed[s].lower <= 2 and any(e == s and a == 0 for _, a, e in axes)}
-    calls = []
-    for new in filter(None, (larger, single)):
-        fresh: dict[int, torch.Tensor] = {}  # by identity: inputs that were one tensor stay one
-        for i, axis, expr in axes:
-            leaf = fresh.get(id(leaves[i]), leaves[i])
-            index = torch.arange(int(expr.subs({**sizes, **new})), device=leaf.device) % max(leaf.shape[axis], 1)
-            fresh[id(leaves[i])] = leaf.index_select(axis, index)
-        changed = Call(*pytree.tree_unflatten([fresh.get(id(leaf), leaf) for leaf in leaves], spec))
-        with contextlib.suppress(FxpruneError):
-            ModuleRunner(final, "eval").run(*changed)
-            calls.append(changed)
-    return calls
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the deprecations that torch and onnxscript cause each other, and the exporter's progress."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            for category in (DeprecationWarning, FutureWarning):
-                warnings.filterwarnings("ignore", category=category, module=r"(torch|onnx\w*|copyreg)(\.|$)")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _causes(error: BaseException | None) -> str:
-    chain = []
-    while error:
-        chain.append(re.sub(r"\x1b\[\d+m", "", f"{type(error).__name__}: {error}"))
-        error = error.__cause__
-    return "; ".join(chain[1:] or chain)  # the first of several only says where to report

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import onnxruntime
 import torch
 import torch.utils._pytree as pytree
 
-from fxprune.errors import CompareError
+from fxprune.errors import CompareError, ProviderWarning
+
+from .precision import RTOL
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -23,7 +26,12 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
         leaves, _ = pytree.tree_flatten_with_path(tree)
     except ValueError:  # a registered node type without key paths
         return [(f"[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(tree))]
-    return [("".join(map(_step, path)).removeprefix("."), leaf) for path, leaf in leaves]
+    return [(named_key(path), leaf) for path, leaf in leaves]
+
+
+def named_key(path: Any) -> str:
+    """A path of torch's pytree as text."""
+    return "".join(map(_step, path)).removeprefix(".")
 
 
 def _step(key: Any) -> str:
@@ -62,26 +70,50 @@ def tensors_of(value: Any, owner: str) -> dict[str, torch.Tensor]:
     return found
 
 
+def match(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a call by the names of a file's inputs, in their order; ValueError when the number differs.
+
+    Keyword arguments are matched by name where the names agree, all others by order; what is no tensor is left out.
+    """
+    given = [(identifier(p, "input"), v) for p, v in named_leaves(kwargs) if isinstance(v, torch.Tensor)]
+    by_name = {name: value for name, value in given if name in names}
+    by_order = [v for v in pytree.tree_leaves(args) if isinstance(v, torch.Tensor)]
+    by_order += [value for name, value in given if name not in by_name]
+    found = by_name | dict(zip([name for name in names if name not in by_name], by_order, strict=True))
+    return {name: found[name] for name in names}
+
+
 class Session:
     """An ONNX file loaded in onnxruntime.
 
     Args:
         path: the file; external data is looked for beside it.
         providers: onnxruntime's execution providers, in order of preference.
+        threads: within operators; None: onnxruntime's choice.
 
     Attributes:
-        name: the file's name. inputs, outputs: the names of its inputs and outputs, in order.
+        name: the file's name. inputs: types and shapes by name, in order. outputs: the names of its outputs.
+        metadata: what the file says of itself, by key. rtol: the tolerance of its precision, where it states that.
+        providers: those that it runs on. placement: how many operators each of them runs.
 
     Raises:
         CompareError: the file is missing, truncated, not ONNX, or holds an operator that onnxruntime cannot run; or
             this build of onnxruntime lacks a provider.
+
+    Warns:
+        ProviderWarning: onnxruntime dropped a provider that was asked for, or placed no operator on the first one.
 
     Example:
         >>> Session("linear.onnx").run((torch.randn(1, 4),), {})["output"].shape
         torch.Size([1, 2])
     """
 
-    def __init__(self, path: str | os.PathLike[str], providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        threads: int | None = None,
+    ) -> None:
         self.name = Path(path).name
         if not Path(path).is_file():
             found = "a folder" if Path(path).is_dir() else "nothing"
@@ -91,6 +123,9 @@ class Session:
             raise CompareError(f"onnxruntime was to run '{path}' with {lacking}; this build offers {offered}.")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: warnings tell of choices inside onnxruntime
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if threads:
+            options.intra_op_num_threads = threads
         try:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime's classes share no base of their own
@@ -101,31 +136,92 @@ class Session:
             ) from error
         self.inputs = {value.name: f"{value.type} {value.shape}" for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        precision = self.metadata.get("fxprune.precision", "")
+        self.rtol, self._half = RTOL.get(precision), precision == "float16"
+        self.providers: list[str] = self._session.get_providers()
+        self.placement: dict[str, int] = {}
+        for part in self._session.get_provider_graph_assignment_info():
+            self.placement[part.ep_name] = self.placement.get(part.ep_name, 0) + len(part.get_nodes())
+        dropped = [p for p in providers if p not in self.providers]
+        if dropped or (self.placement and providers[0] not in self.placement):
+            warnings.warn(
+                f"'{path}' was to run with {list(providers)}; onnxruntime runs it with {self.placement}. A provider "
+                "whose libraries do not load is dropped: install what it needs, or ask for the one it runs with.",
+                ProviderWarning,
+                stacklevel=2,
+            )
+        self._device = "cuda" if self.placement.get("CUDAExecutionProvider") else "cpu"
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Run the file and return its outputs by name, on the CPU.
+    def feed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
+        """The arrays by input name; float32 is rounded where a file of precision float16 takes it.
 
-        Keyword arguments are matched with the file's inputs by name where the names agree; all others by order.
-        What is not a tensor was fixed when the file was written and is not passed.
+        They are matched as `match` says; what is not a tensor was fixed when the file was written.
 
         Raises:
-            CompareError: number, type or shape of the inputs differ from the file's.
+            CompareError: the number or a type of the inputs differs from the file's.
         """
-        given = [(identifier(p, "input"), v) for p, v in named_leaves(kwargs) if isinstance(v, torch.Tensor)]
-        by_name = {name: value for name, value in given if name in self.inputs}
-        by_order = [v for v in pytree.tree_leaves(args) if isinstance(v, torch.Tensor)]
-        by_order += [value for name, value in given if name not in by_name]
-        rest = [name for name in self.inputs if name not in by_name]
         try:
-            feed = by_name | dict(zip(rest, by_order, strict=True))
-            values = self._session.run(None, {name: value.detach().cpu().numpy() for name, value in feed.items()})
+            found = match(list(self.inputs), args, kwargs)
+            return {
+                name: value.detach().cpu().to(torch.float16 if self._rounds(name, value) else value.dtype).numpy()
+                for name, value in found.items()
+            }
+        except (ValueError, TypeError) as error:
+            raise self._refusal(error, args, kwargs) from error
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Run the file and return its outputs by name, on the CPU, those of precision float16 widened to float32.
+
+        Raises:
+            CompareError: number, type or shape of the inputs differ from the file's (see `feed`).
+        """
+        feed = self.feed(args, kwargs)
+        try:
+            values = self._session.run(None, feed) if self._device == "cpu" else self._run_bound(feed)
         except Exception as error:
-            got = [f"{v.dtype} {list(v.shape)}" for v in (*by_order, *by_name.values())]
-            raise CompareError(
-                f"'{self.name}' cannot run these inputs: {error}. It takes {self.inputs}; given were "
-                f"{len(by_order)} by order and {list(by_name)} by name: {got}."
-            ) from error
+            raise self._refusal(error, args, kwargs) from error
         for name, value in zip(self.outputs, values, strict=True):
             if not isinstance(value, np.ndarray | np.generic):
                 raise CompareError(f"output '{name}' of '{self.name}' is a {type(value).__name__}, not a tensor.")
-        return {name: torch.from_numpy(np.array(value)) for name, value in zip(self.outputs, values, strict=True)}
+        outputs = {name: torch.from_numpy(np.array(value)) for name, value in zip(self.outputs, values, strict=True)}
+        return {name: v.float() if self._half and v.dtype == torch.float16 else v for name, v in outputs.items()}
+
+    def random(self, batch: int) -> dict[str, np.ndarray]:
+        """Normal numbers, and ones for integers, in the file's shapes; free sizes are `batch` on axis 0, else 1."""
+        generator, found = np.random.default_rng(0), {}
+        for value in self._session.get_inputs():
+            shape = [d if isinstance(d, int) else batch if a == 0 else 1 for a, d in enumerate(value.shape)]
+            kind = np.dtype({"float": "f4", "double": "f8"}.get(value.type[7:-1], value.type[7:-1]))
+            array = generator.standard_normal(shape) if kind.kind == "f" else np.ones(shape)
+            found[value.name] = array.astype(kind)
+        return found
+
+    def bind(self, feed: dict[str, np.ndarray], device: str | None = None) -> Callable[[], list[Any]]:
+        """A call that runs on inputs copied to the session's device once, and leaves its outputs there."""
+        device, binding = device or self._device, self._session.io_binding()
+        for name, value in feed.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value, device, 0))
+        for name in self.outputs:
+            binding.bind_output(name, device)
+
+        def call() -> list[Any]:
+            self._session.run_with_iobinding(binding)
+            return list(binding.get_outputs())
+
+        return call
+
+    def _run_bound(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return [value.numpy() for value in self.bind(feed)()]
+
+    def _rounds(self, name: str, value: torch.Tensor) -> bool:
+        return self._half and value.dtype == torch.float32 and self.inputs[name].startswith("tensor(float16)")
+
+    def _refusal(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompareError:
+        by_name = {identifier(p, "input"): v for p, v in named_leaves(kwargs) if isinstance(v, torch.Tensor)}
+        by_order = [v for v in pytree.tree_leaves(args) if isinstance(v, torch.Tensor)]
+        got = [f"{v.dtype} {list(v.shape)}" for v in (*by_order, *by_name.values())]
+        return CompareError(
+            f"'{self.name}' cannot run these inputs: {error}. It takes {self.inputs}; given were "
+            f"{len(by_order)} by order and {list(by_name)} by name: {got}."
+        )

@@ -1,22 +1,27 @@
 """fxprune: a compiler for pruned PyTorch models."""
 
-from fxprune import export, passes, prune
+from fxprune import export, importance, passes, prune
 from fxprune.capture import trace
+from fxprune.diagnose import diagnose
 from fxprune.driver import finalize, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
 from fxprune.errors import FxpruneError, FxpruneWarning
 from fxprune.export import compare
 from fxprune.optimizer import clip_gradients
+from fxprune.schedule import Schedule
 from fxprune.traced import TracedModule
 
 __version__ = "0.1.0"
 __all__ = [
     "FxpruneError",
     "FxpruneWarning",
+    "Schedule",
     "TracedModule",
     "clip_gradients",
     "compare",
+    "diagnose",
     "export",
     "finalize",
+    "importance",
     "passes",
     "prune",
     "remove_spectral_norm",

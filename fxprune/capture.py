@@ -76,8 +76,8 @@ def trace(
         raise CaptureError(f"trace takes an nn.Module, got {type(model).__name__}. Wrap the function in a module.")
     if isinstance(model, TracedModule) and (left := reparametrized(model)):
         raise CaptureError(
-            f"the traced module has masks or norms ({', '.join(left)}), which a second trace would not tell from the rest "
-            "of the graph. Finalize it first, trace the eager model again, or copy it with copy.deepcopy."
+            f"the traced module has masks or norms ({', '.join(left)}), which a second trace would not tell from the "
+            "rest of the graph. Finalize it first, trace the eager model again, or copy it with copy.deepcopy."
         )
     if isinstance(modes, str) or not modes or not set(modes) <= set(MODES):
         raise ArgumentError(f'modes={modes!r}: a tuple out of "train" and "eval" is needed.')
@@ -251,8 +251,8 @@ def _explain(error: Exception, model: nn.Module, mode: str) -> str:
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return (
         f"{type(model).__name__} was to be captured in {mode} mode and cannot be{where}: {type(error).__name__}: "
-        f"{reason}. Work around: compute what depends on tensor values by tensor operations (torch.where, torch.cond), keep "
-        "`.item()`, `.numpy()` and Python branches on values out of forward, or trace the submodules around it."
+        f"{reason}. Work around: compute what depends on tensor values by tensor operations (torch.where, torch.cond), "
+        "keep `.item()`, `.numpy()` and Python branches on values out of forward, or trace the submodules around it."
     )
 
 
@@ -406,7 +406,7 @@ def _keep_constant(
     value: torch.Tensor, name: str, model: nn.Module, root: Container, mode: str, assigned: set[str]
 ) -> str:
     """Hold a tensor that is neither parameter nor buffer as a non-persistent buffer; returns its name."""
-    if value.grad_fn is not None or name in assigned:
+    if value.grad_fn is not None or name in assigned or any(name == i.prefix + i.tensor for i in carried(model)):
         raise CaptureError(
             f"{name!r} is read as a plain tensor that an earlier forward computed: a hook that computes it runs too "
             "late or never, or forward keeps state in an attribute. What it holds now would be frozen into the graph. "

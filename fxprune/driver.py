@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from fxprune.errors import ArgumentError, ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
+from fxprune.channels.groups import ChannelGroup, Grouping
+from fxprune.errors import ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
 from fxprune.graph import canonical, locate, one_name
 from fxprune.passes import (
     FINALIZE,
@@ -99,11 +100,7 @@ def _insert(traced: TracedModule, name: str, build: Callable[[str], Pass]) -> Tr
             f"{', '.join(n for n in _parameter_names(traced) if tensor in n and n.startswith(name[: -len(tensor)]))}. "
             "Name one of these, or remove the present one first."
         )
-    step = build(one_name(_parameter_names(traced), name) if isinstance(traced, TracedModule) else name)
-    try:
-        run(traced, step)
-    except (ValueError, IndexError, RuntimeError) as error:
-        raise ArgumentError(f"{step.name} of {name!r}: {error}") from error
+    run(traced, build(one_name(_parameter_names(traced), name) if isinstance(traced, TracedModule) else name))
     return traced
 
 
@@ -161,6 +158,41 @@ def _remove(traced: TracedModule, name: str, what: str, new: tuple[str, ...], ol
     return traced
 
 
+def plain_copy(traced: TracedModule, after: Callback | None = None) -> TracedModule:
+    """A copy with every reparametrization folded; nothing is shared."""
+    plain = run_passes(copy.deepcopy(traced), FINALIZE, after).graph_module
+    assert isinstance(plain, TracedModule)
+    return plain
+
+
+def channel_groups(traced: TracedModule) -> list[ChannelGroup]:
+    """The groups of slices that must be masked together, those that may be pruned first; changes nothing.
+
+    Args:
+        traced: a module with an eval graph.
+
+    Returns:
+        `ChannelGroup` objects: kind, size, members, what a unit saves, and why it may not be pruned. As text:
+        `fxprune.channels.groups.table(groups)`.
+
+    Raises:
+        FinalizeError: there is no eval graph.
+
+    Example:
+        >>> [(g.name, g.kind, g.size) for g in fxprune.channel_groups(traced)]
+        [('0.weight', 'channel', 16), ('2.weight', 'channel', 10)]
+    """
+    _require_eval(traced)
+    return Grouping(plain_copy(traced)).groups
+
+
+def _require_eval(traced: TracedModule) -> None:
+    if not isinstance(traced, TracedModule):
+        raise ArgumentTypeError(f"a traced module is needed, got {type(traced).__name__}. Call fxprune.trace first.")
+    if "eval" not in traced.modes:
+        raise FinalizeError('the eval graph is needed; trace the model with modes=("train", "eval").')
+
+
 def finalize(traced: TracedModule, *, verify: bool = True, after: Callback | None = None) -> TracedModule:
     """A copy of `traced` with every mask, norm and parametrization folded into plain parameters.
 
@@ -184,12 +216,8 @@ def finalize(traced: TracedModule, *, verify: bool = True, after: Callback | Non
     Example:
         >>> final = fxprune.finalize(traced)
     """
-    if not isinstance(traced, TracedModule):
-        raise ArgumentTypeError(f"a traced module is needed, got {type(traced).__name__}. Call fxprune.trace first.")
-    if "eval" not in traced.modes:
-        raise FinalizeError('finalize needs the eval graph; trace the model with modes=("train", "eval").')
-    final = run_passes(copy.deepcopy(traced), FINALIZE, after).graph_module
-    assert isinstance(final, TracedModule)
+    _require_eval(traced)
+    final = plain_copy(traced, after)
     broken = [name for name, p in final.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
     if broken:
         warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=2)

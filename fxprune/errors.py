@@ -65,3 +65,7 @@ class EvalOnlyWarning(FxpruneWarning):
 
 class NonFiniteWarning(FxpruneWarning):
     """A parameter holds NaN or inf; it is carried through as torch does."""
+
+
+class ProviderWarning(FxpruneWarning):
+    """onnxruntime does not run a file on the provider that was asked for, but on another one."""

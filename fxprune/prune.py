@@ -8,7 +8,7 @@ An error leaves every earlier mask in place.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +19,23 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, PruningError
 from fxprune.graph import canonical, locate, match_names, one_name
+from fxprune.methods import BlockStructured, NMStructured
 from fxprune.reparametrize import has_parametrization, masked, reparametrized
+from fxprune.selection import keep_largest
 from fxprune.traced import TracedModule
 
 __all__ = [
+    "BlockStructured",
+    "NMStructured",
     "apply",
+    "block_structured",
     "custom_from_mask",
     "global_unstructured",
     "identity",
     "is_pruned",
     "l1_unstructured",
     "ln_structured",
+    "nm_structured",
     "random_structured",
     "random_unstructured",
     "remove",
@@ -61,25 +67,30 @@ def apply(
     Example:
         >>> fxprune.prune.apply(traced, "0.weight", torch.nn.utils.prune.L1Unstructured(amount=2))
     """
-    if not isinstance(method, BasePruningMethod):
-        found = f"class {method.__name__}" if isinstance(method, type) else type(method).__name__
-        raise ArgumentTypeError(f"an instance of BasePruningMethod is needed, got {found}.")
-    if type(method).apply_mask is not BasePruningMethod.apply_mask:
-        raise PruningError(
-            f"{type(method).__name__} overrides apply_mask, so its result is more than a mask-multiply. Write it as a "
-            "parametrization and trace the model with it."
-        )
-    names = _find(traced, name)
-    methods = method._pruning_methods if isinstance(method, PruningContainer) else (method,)
-    masks = {}
-    for found_name in names:
-        original, mask = _state(traced, found_name)
-        for step in methods:
-            mask = _mask(found_name, original, mask, step, importance_scores)
-        assert mask is not None, "an empty container"
-        masks[found_name] = mask
-    driver.insert_masks(traced, masks)
+    driver.insert_masks(traced, computed(traced, dict.fromkeys(find(traced, name), method), importance_scores))
     return traced
+
+
+def computed(
+    traced: TracedModule, methods: Mapping[str, BasePruningMethod], importance_scores: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """The masks that `apply` would insert, one method for each qualified name; changes nothing."""
+    masks = {}
+    for name, method in methods.items():
+        if not isinstance(method, BasePruningMethod):
+            found = f"class {method.__name__}" if isinstance(method, type) else type(method).__name__
+            raise ArgumentTypeError(f"an instance of BasePruningMethod is needed, got {found}.")
+        if type(method).apply_mask is not BasePruningMethod.apply_mask:
+            raise PruningError(
+                f"{type(method).__name__} overrides apply_mask, so its result is more than a mask-multiply. Write it "
+                "as a parametrization and trace the model with it."
+            )
+        original, mask = state(traced, name)
+        for step in method._pruning_methods if isinstance(method, PruningContainer) else (method,):
+            mask = _mask(name, original, mask, step, importance_scores)
+        assert mask is not None, "an empty container"
+        masks[name] = mask
+    return masks
 
 
 def identity(traced: TracedModule, name: str) -> TracedModule:
@@ -88,7 +99,7 @@ def identity(traced: TracedModule, name: str) -> TracedModule:
     Example:
         >>> fxprune.prune.identity(traced, "0.weight")
     """
-    return apply(traced, name, _method(torch_prune.Identity))
+    return apply(traced, name, constructed(torch_prune.Identity))
 
 
 def random_unstructured(traced: TracedModule, name: str, amount: float) -> TracedModule:
@@ -97,7 +108,7 @@ def random_unstructured(traced: TracedModule, name: str, amount: float) -> Trace
     Example:
         >>> fxprune.prune.random_unstructured(traced, "0.weight", amount=0.5)
     """
-    return apply(traced, name, _method(torch_prune.RandomUnstructured, amount))
+    return apply(traced, name, constructed(torch_prune.RandomUnstructured, amount))
 
 
 def l1_unstructured(
@@ -108,7 +119,7 @@ def l1_unstructured(
     Example:
         >>> fxprune.prune.l1_unstructured(traced, "*.weight", amount=0.3)
     """
-    return apply(traced, name, _method(torch_prune.L1Unstructured, amount), importance_scores)
+    return apply(traced, name, constructed(torch_prune.L1Unstructured, amount), importance_scores)
 
 
 def random_structured(traced: TracedModule, name: str, amount: float, dim: int) -> TracedModule:
@@ -117,7 +128,7 @@ def random_structured(traced: TracedModule, name: str, amount: float, dim: int) 
     Example:
         >>> fxprune.prune.random_structured(traced, "0.weight", amount=1, dim=0)
     """
-    return apply(traced, name, _method(torch_prune.RandomStructured, amount, dim))
+    return apply(traced, name, constructed(torch_prune.RandomStructured, amount, dim))
 
 
 def ln_structured(
@@ -128,7 +139,7 @@ def ln_structured(
     Example:
         >>> fxprune.prune.ln_structured(traced, "0.weight", amount=0.5, n=2, dim=0)
     """
-    return apply(traced, name, _method(torch_prune.LnStructured, amount, n, dim), importance_scores)
+    return apply(traced, name, constructed(torch_prune.LnStructured, amount, n, dim), importance_scores)
 
 
 def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> TracedModule:
@@ -137,7 +148,45 @@ def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> Tra
     Example:
         >>> fxprune.prune.custom_from_mask(traced, "0.weight", torch.ones(2, 4).bool())
     """
-    return apply(traced, name, _method(torch_prune.CustomFromMask, mask))
+    return apply(traced, name, constructed(torch_prune.CustomFromMask, mask))
+
+
+def nm_structured(
+    traced: TracedModule,
+    name: str,
+    n: int = 2,
+    m: int = 4,
+    dim: int | None = None,
+    importance_scores: torch.Tensor | None = None,
+) -> TracedModule:
+    """Keep `n` of every `m` entries along `dim`, None for the input axis of the layer; see `NMStructured`, `apply`.
+
+    Example:
+        >>> fxprune.prune.nm_structured(traced, "0.weight", 2, 4)
+    """
+    methods = {}
+    for found in find(traced, name):
+        source_class = getattr(locate(traced, found)[0], "source_class", nn.Module)
+        inputs = 0 if issubclass(source_class, nn.modules.conv._ConvTransposeNd) else 1
+        methods[found] = constructed(NMStructured, n, m, inputs if dim is None else dim)
+    driver.insert_masks(traced, computed(traced, methods, importance_scores))
+    return traced
+
+
+def block_structured(
+    traced: TracedModule,
+    name: str,
+    amount: float,
+    block: Sequence[int] = (4, 1),
+    n: float = 2,
+    importance_scores: torch.Tensor | None = None,
+) -> TracedModule:
+    """Mask the blocks of smallest mean magnitude; `amount` counts blocks; see `BlockStructured`, `apply`.
+
+    Example:
+        >>> fxprune.prune.block_structured(traced, "0.weight", amount=0.5, block=(2, 1))
+    """
+    return apply(traced, name, constructed(BlockStructured, amount, block, n), importance_scores)
 
 
 def remove(traced: TracedModule, name: str) -> TracedModule:
@@ -203,13 +252,10 @@ def global_unstructured(
         >>> method = torch.nn.utils.prune.L1Unstructured
         >>> fxprune.prune.global_unstructured(traced, ["0.weight", "2.weight"], method, amount=0.5)
     """
-    patterns = [names] if isinstance(names, str) else list(names)
-    found = list(dict.fromkeys(n for pattern in patterns for n in _find(traced, pattern)))
-    if not found:
-        raise ArgumentError("global_unstructured: no names were given. Name at least one parameter.")
+    found = find_all(traced, names)
     if not (isinstance(pruning_method, type) and issubclass(pruning_method, BasePruningMethod)):
         raise ArgumentTypeError(f"pruning_method={pruning_method!r}: a subclass of BasePruningMethod is needed.")
-    method = _method(pruning_method, **kwargs)
+    method = constructed(pruning_method, **kwargs)
     kind = getattr(method, "PRUNING_TYPE", "of no type")
     if kind != "unstructured":
         raise ArgumentTypeError(
@@ -220,28 +266,40 @@ def global_unstructured(
     # tied names with the same mask are one tensor
     groups: dict[tuple[int, int], list[str]] = {}
     for name in found:
-        original, mask = _state(traced, name)
+        original, mask = state(traced, name)
         groups.setdefault((id(original), 0 if mask is None else id(mask)), []).append(name)
-    scores, defaults, sizes = [], [], []
+    values, defaults = [], []
     for group in groups.values():
-        original, mask = _state(traced, group[0])
-        score = next((given[n] for n in group if n in given), None)
-        value = _value(original, mask) if score is None else score
-        if not isinstance(value, torch.Tensor) or value.shape != original.shape:
-            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        original, default = state(traced, group[0])
+        score = next((given[n] for n in group if n in given), original.detach())
+        if not isinstance(score, torch.Tensor) or score.shape != original.shape:
+            shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
             raise PruningError(f"scores of {group[0]!r} have shape {shape}; its shape is {tuple(original.shape)}.")
-        scores.append(value.reshape(-1))
-        defaults.append((torch.ones_like(original) if mask is None else mask).reshape(-1))
-        sizes.append(original.numel())
-    mask = _compute(", ".join(found), method, torch.cat(scores), torch.cat(defaults), container=True)
+        values.append(score)
+        defaults.append(default)
+    if pruning_method is torch_prune.L1Unstructured and all(value.is_floating_point() for value in values):
+        parts = keep_largest(values, defaults, vars(method)["amount"])
+    else:
+        ones = [torch.ones_like(v) if d is None else d for v, d in zip(values, defaults, strict=True)]
+        scores, mask = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (values, ones))
+        mask = _compute(", ".join(found), method, scores, mask, container=True)
+        parts = [p.view(v.shape) for p, v in zip(mask.split([v.numel() for v in values]), values, strict=True)]
     masks = {}
-    for group, part in zip(groups.values(), mask.split(sizes), strict=True):
-        for name in group:
-            original, default = _state(traced, name)
-            custom = torch_prune.CustomFromMask(part.reshape(original.shape))
-            masks[name] = _mask(name, original, default, custom, None)
+    for group, part, default in zip(groups.values(), parts, defaults, strict=True):
+        if default is not None:
+            part = _again(part, default)
+        masks.update(dict.fromkeys(group, part))
     driver.insert_masks(traced, masks)
     return traced
+
+
+def _again(part: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
+    # torch's global selection starts from the mask so far and multiplies by it once more, which scales (neither 0 nor
+    # 1) show; where there are none, the boolean result saves memory
+    if part.dtype is not torch.bool:
+        return part * default
+    alive = default != 0
+    return part.logical_and_(alive) if bool((alive == default).all()) else part * default * default
 
 
 def _names(traced: TracedModule) -> list[str]:
@@ -252,7 +310,8 @@ def _names(traced: TracedModule) -> list[str]:
     return names + masked(traced)
 
 
-def _find(traced: TracedModule, pattern: str) -> list[str]:
+def find(traced: TracedModule, pattern: str) -> list[str]:
+    """The parameters that a name or a pattern stands for; raises NameLookupError, or PruningError for computed ones."""
     names = _names(traced)
     computed = [n for n in reparametrized(traced) if n not in names]
     pattern = canonical(traced, pattern) if isinstance(pattern, str) else pattern
@@ -265,7 +324,16 @@ def _find(traced: TracedModule, pattern: str) -> list[str]:
     return list(dict.fromkeys(canonical(traced, n) for n in match_names(names, pattern)))
 
 
-def _state(traced: TracedModule, name: str) -> tuple[nn.Parameter, torch.Tensor | None]:
+def find_all(traced: TracedModule, names: str | Iterable[str]) -> list[str]:
+    """The parameters that several names or patterns stand for, each once; raises ArgumentError where none is given."""
+    patterns = [names] if isinstance(names, str) else list(names)
+    if not patterns:
+        raise ArgumentError("no names were given. Name at least one parameter.")
+    return list(dict.fromkeys(found for pattern in patterns for found in find(traced, pattern)))
+
+
+def state(traced: TracedModule, name: str) -> tuple[nn.Parameter, torch.Tensor | None]:
+    """The parameter as the optimizer sees it, before its mask, and the mask, None without one."""
     owner, attribute = locate(traced, name)
     mask = owner._buffers.get(f"{attribute}_mask")
     if has_parametrization(owner, f"{attribute}_orig"):
@@ -279,7 +347,8 @@ def _value(original: nn.Parameter, mask: torch.Tensor | None) -> torch.Tensor:
     return original.detach() if mask is None else mask.to(original.dtype) * original.detach()
 
 
-def _method(kind: type[BasePruningMethod], *args: Any, **kwargs: Any) -> BasePruningMethod:
+def constructed(kind: type[BasePruningMethod], *args: Any, **kwargs: Any) -> BasePruningMethod:
+    """A method object; what its constructor raises becomes ArgumentError or ArgumentTypeError."""
     try:
         return kind(*args, **kwargs)
     except FxpruneError:

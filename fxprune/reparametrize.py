@@ -20,7 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fxprune.graph import is_mutating, locate
 
 _aten = torch.ops.aten
-_SUFFIXES = {"prune": ("_orig", "_mask"), "weight_norm": ("_g", "_v"), "spectral_norm": ("_orig", "_u", "_v")}
+SUFFIXES = {"prune": ("_orig", "_mask"), "weight_norm": ("_g", "_v"), "spectral_norm": ("_orig", "_u", "_v")}
 
 
 class Carried(NamedTuple):
@@ -66,7 +66,7 @@ def _reparametrizations(module: nn.Module) -> list[tuple[str, str]]:
 
 def state_names(owner: nn.Module, tensor: str) -> list[str]:
     """The parameters and buffers of `owner` that reparametrize `tensor` through a mask or a legacy norm."""
-    found = {tensor + suffix for suffixes in _SUFFIXES.values() for suffix in suffixes}
+    found = {tensor + suffix for suffixes in SUFFIXES.values() for suffix in suffixes}
     return [name for name in (*owner._parameters, *owner._buffers) if name in found]
 
 
@@ -89,7 +89,7 @@ def original_order(module: nn.Module) -> tuple[str, ...]:
     flat = getattr(module, "_flat_weights_names", None)
     if flat:
         return (*flat, *(n for n in names if n not in flat))
-    used = [n for c in reversed(type(module).__mro__) if "__init__" in vars(c) for n in _names_used(c.__init__)]
+    used = construction_order(module)
     if set(used) >= {*names, *missing} and names == sorted(names, key=used.index):
         return tuple(sorted({*names, *missing}, key=used.index))
     front = sorted(set(missing) - set(names), key=lambda n: ("bias" in n, missing.index(n)))
@@ -97,29 +97,36 @@ def original_order(module: nn.Module) -> tuple[str, ...]:
     return (*weights, *names, *(n for n in front if "bias" in n))
 
 
-def _names_used(function: object) -> tuple[str, ...]:
-    code = getattr(function, "__code__", None)
-    return code.co_names if code else ()
+def construction_order(module: nn.Module) -> list[str]:
+    """The names that the constructors of the module's class use, in the order in which they do."""
+    codes = (getattr(vars(cls).get("__init__"), "__code__", None) for cls in reversed(type(module).__mro__))
+    return [name for code in codes if code for name in code.co_names]
 
 
 def tag_results(graph: fx.Graph, model: nn.Module) -> None:
     """Mark the nodes that compute a tensor the model reparametrizes."""
-    for item in sorted(carried(model), key=lambda item: item.kind != "parametrization"):  # hooks read those too
+    items = sorted(carried(model), key=lambda item: item.kind != "parametrization")  # hooks read those too
+    for item in items:
         if item.kind == "parametrization":
-            results = _parametrization_results(graph, f"{item.prefix}parametrizations.{item.tensor}")
+            paths = [f"{i.prefix}parametrizations.{i.tensor}" for i in items if i.parameter == item.parameter]
+            results = _parametrization_results(graph, tuple(paths))
         else:
             results = list(_hook_results(graph, item))
         for node in results:
             node.meta["fxprune"] = {"pass": item.kind.replace("_", "-"), "parameter": item.parameter}
 
 
-def _parametrization_results(graph: fx.Graph, path: str) -> list[fx.Node]:
+def _parametrization_results(graph: fx.Graph, paths: tuple[str, ...]) -> list[fx.Node]:
+    below = tuple(path + "." for path in paths)
+
     def inside(node: fx.Node) -> bool:
-        return any(p == path or p.startswith(path + ".") for p, _ in (node.meta.get("nn_module_stack") or {}).values())
+        stack = (node.meta.get("nn_module_stack") or {}).values()
+        return any(path in paths or path.startswith(below) for path, _ in stack)
 
     body = [node for node in graph.nodes if inside(node) and not is_mutating(node)]
     # a parametrization that returns what it got leaves no node: the read of the original is the result
-    body = body or [node for node in graph.find_nodes(op="get_attr") if str(node.target).startswith(path + ".original")]
+    originals = tuple(path + "original" for path in below)
+    body = body or [node for node in graph.find_nodes(op="get_attr") if str(node.target).startswith(originals)]
     return [node for node in body if any(not inside(user) and not is_mutating(user) for user in node.users)]
 
 

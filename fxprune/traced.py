@@ -50,6 +50,14 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
     return None if found is None else int(found)
 
 
+# torch's names of the state of a norm: by its legacy hook, and as a parametrization
+_SPELLINGS = (
+    ("_g", "original0"),
+    ("_v", "original1"),
+    ("_orig", "original"),
+    ("_u", "0._u"),
+    ("_v", "0._v"),
+)
 _GENERATED = ("_graph", "_code", "_in_spec", "_out_spec", "_lineno_map", "_prologue_start")
 
 
@@ -265,6 +273,17 @@ class TracedModule(fx.GraphModule):
                 buffer.copy_(buffers[name])
 
     # ---- copies, conversions, checkpoints
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; the keys of legacy norms (`weight_g`, `weight_v`) and parametrizations stand for each other."""
+        own, renamed = self.state_dict(), dict(state_dict)
+        for name in own.keys() - renamed.keys():
+            for hook, parametrization in _SPELLINGS:
+                legacy = re.sub(rf"parametrizations\.([^.]+)\.{re.escape(parametrization)}$", rf"\1{hook}", name)
+                current = re.sub(rf"([^.]+){hook}$", rf"parametrizations.\1.{parametrization}", name)
+                for other in {legacy, current} & renamed.keys() - own.keys():
+                    renamed[name] = renamed.pop(other)
+        return super().load_state_dict(renamed, strict, assign)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         root = Container()

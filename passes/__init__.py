@@ -2,6 +2,7 @@
 
 from .base import Callback, Pass, run_passes, visit
 from .eliminate_dead_code import EliminateDeadCode
+from .fold_batch_norm import FoldBatchNorm
 from .fold_reparametrizations import FoldReparametrizations
 from .insert_mask import InsertMask
 from .insert_spectral_norm import InsertSpectralNorm
@@ -13,6 +14,7 @@ __all__ = [
     "FINALIZE",
     "Callback",
     "EliminateDeadCode",
+    "FoldBatchNorm",
     "FoldReparametrizations",
     "InsertMask",
     "InsertSpectralNorm",

@@ -48,8 +48,7 @@ class InsertMask(Pass):
         if f"{name}_mask" in owner._buffers:  # (2)
             previous = owner._buffers[f"{name}_mask"]
             assert previous is not None
-            mask = self.mask.detach().to(previous)
-            owner._buffers[f"{name}_mask"] = mask
+            owner._buffers[f"{name}_mask"] = mask = torch.empty_like(previous).copy_(self.mask.detach())
             return not torch.equal(previous, mask)
         parameter = owner._parameters[name]  # (1)
         assert parameter is not None
@@ -59,7 +58,9 @@ class InsertMask(Pass):
         ]
         del owner._parameters[name]
         owner.register_parameter(f"{name}_orig", parameter)
-        owner.register_buffer(f"{name}_mask", self.mask.detach().to(parameter, copy=True))
+        # in the memory format of the parameter, which decides that of the product
+        mask = torch.empty_like(parameter, requires_grad=False).copy_(self.mask.detach())
+        owner.register_buffer(f"{name}_mask", mask)
 
         def product(graph: fx.Graph) -> fx.Node:
             # the order of the operands is torch's, gradients are then equal to the bit

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.capture import trace
-from fxprune.errors import PruningError
+from fxprune.errors import ArgumentError, PruningError
 from fxprune.graph import erase_dead, is_mutating, locate, read_groups, reads, replace_reads, splice
 from fxprune.traced import Container, TracedModule
 
@@ -44,13 +44,16 @@ class InsertParametrization(Pass, abc.ABC):
         host = nn.Module()
         host.register_parameter(name, parameter)
         host.train(traced.training)
-        self.register(host, name, owner)  # type: ignore[arg-type]
+        try:
+            self.register(host, name, owner)  # type: ignore[arg-type]
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise ArgumentError(f"{self.name} of {self.parameter!r}: {error}") from error
         listed = host.parametrizations[name]  # type: ignore[index]
         assert isinstance(listed, ParametrizationList)
-        others = owner._modules.get("parametrizations") or Container()
-        if issubclass(owner.source_class, nn.RNNBase) and others._modules and [*listed.buffers(), *others.buffers()]:  # type: ignore[arg-type]
+        others, source = owner._modules.get("parametrizations") or Container(), owner.source_class
+        if issubclass(source, nn.RNNBase) and others._modules and [*listed.buffers(), *others.buffers()]:  # type: ignore[arg-type]
             raise PruningError(
-                f"{self.name} of {self.parameter!r}: {', '.join(others._modules)} of this {owner.source_class.__name__} "  # type: ignore[union-attr]
+                f"{self.name} of {self.parameter!r}: {', '.join(others._modules)} of this {source.__name__} "  # type: ignore[union-attr]
                 "is parametrized already, and how often eager then runs a power iteration depends on which name comes "
                 "first. Parametrize the eager model, then trace it."
             )
@@ -70,11 +73,13 @@ class InsertParametrization(Pass, abc.ABC):
         owner._modules["parametrizations"]._modules[name] = holder  # type: ignore[union-attr]
         path = self.parameter[: -len(name)] + f"parametrizations.{name}."
         for mode, graph in traced.graphs.items():
-            source, (groups, nodes) = expression.graphs[mode], found[mode]
-            repeats = max(1, count // max(1, len(groups))) if any(map(is_mutating, source.nodes)) else 1
+            part, (groups, nodes) = expression.graphs[mode], found[mode]
+            if count == sum(map(len, groups)):
+                groups = [[user] for group in groups for user in group]
+            repeats = max(1, count // max(1, len(groups))) if any(map(is_mutating, part.nodes)) else 1
 
-            def build(graph: fx.Graph, source: fx.Graph = source, repeats: int = repeats) -> fx.Node:
-                return [splice(graph, source, lambda target: path + target)[0] for _ in range(repeats)][-1]
+            def build(graph: fx.Graph, part: fx.Graph = part, repeats: int = repeats) -> fx.Node:
+                return [splice(graph, part, lambda target: path + target)[0] for _ in range(repeats)][-1]
 
             if mode == "eval" and not groups:  # finalize needs the value, though this mode does not
                 groups = [[graph.output_node()]]

@@ -12,9 +12,9 @@ from fxprune.channels.coupling import Coupling, couple
 from fxprune.channels.ids import Mask
 from fxprune.channels.liveness import Liveness
 from fxprune.channels.plan import ChannelPlan
-from fxprune.channels.rewrite import carry_out, fold, keep, verify
+from fxprune.channels.rewrite import added, carry_out, fold, keep, verify
 from fxprune.errors import FinalizeError
-from fxprune.graph import describe, tensor_at
+from fxprune.graph import describe
 from fxprune.traced import TracedModule
 
 __all__ = ["ChannelPlan", "Coupling", "analyze", "coupling", "remove"]
@@ -43,8 +43,8 @@ def analyze(traced: TracedModule, *, align: str | int = "auto") -> ChannelPlan:
     found = couple(traced, traced.graphs)
     live = Liveness(found, align)
     plan = ChannelPlan(parameters=(_parameters(traced), 0), state=(traced, found, live.alive))
-    keep(found, live.alive, traced, plan)
-    _reasons(traced, found, live, plan)
+    keep(found, live.alive, plan)
+    _reasons(found, live, plan)
     return plan
 
 
@@ -62,15 +62,16 @@ def remove(traced: TracedModule, plan: ChannelPlan) -> None:
         _, found, alive = state
     else:
         found = couple(traced, traced.graphs, facts=False)
+        added(traced, found, plan)
         alive = _imposed(found, plan)
         state = None
     before = fx.Graph()
     before.output(before.graph_copy(traced.graphs["eval"], {}))
-    old = {name: tensor_at(traced, name).detach() for name in found.parameters}
+    old = {name: tensor.detach() for name, tensor in found.tensors.items()}
     values: dict[str, object] = {}
     if state is not None:
         fold(traced, found, alive, plan, values)  # type: ignore[arg-type]
-        keep(found, alive, traced, plan)
+        keep(found, alive, plan)
     carry_out(traced, found, alive, plan, values)  # type: ignore[arg-type]
     plan.parameters = (plan.parameters[0], _parameters(traced))
     if state is not None:
@@ -98,7 +99,7 @@ def _imposed(found: Coupling, plan: ChannelPlan) -> Mask:
     return alive
 
 
-def _reasons(traced: TracedModule, found: Coupling, live: Liveness, plan: ChannelPlan) -> None:
+def _reasons(found: Coupling, live: Liveness, plan: ChannelPlan) -> None:
     """Why rows of weights that are entirely zero stayed."""
     codes = {
         live.REPRESENTATIVE: "represents the constants that a zero-padding layer reads",
@@ -106,20 +107,25 @@ def _reasons(traced: TracedModule, found: Coupling, live: Liveness, plan: Channe
         live.NONEMPTY: "the last one of its axis",
         live.ALIGNED: "kept for a count that runs faster",
     }
+    texts: dict[tuple[int, int], str] = {}
+
+    def text(pin: int, why: int) -> str:
+        if pin < len(found.classes.reasons):
+            return f"pinned by {found.classes.reasons[pin]()}"
+        if why >= 0:
+            return f"{describe(live.readers[why].node)} reads it, and it is not constant there"
+        return codes.get(why, "part of a grid whose other channels stay")
+
     for reader in live.readers:
-        if reader.source is None or reader.rows is None or reader.table is None:
+        if reader.source is None or reader.rows is None:
             continue
         rows = found.of(reader.rows.reshape(-1))
-        dead = ~reader.used.any(-1).reshape(-1) & live.alive[rows]
+        dead = np.flatnonzero(~reader.used.any(-1).reshape(-1) & live.alive[rows])
         axis = 1 if "transpose" in str(reader.node.target) else 0
         grouped: dict[str, list[int]] = {}
-        for i in np.flatnonzero(dead):
-            c, why = rows[i], int(live.why[rows[i]])
-            if found.classes.reason[c] < len(found.classes.reasons):
-                text = f"pinned by {found.classes.reasons[found.classes.reason[c]]()}"
-            elif why >= 0:
-                text = f"{describe(live.readers[why].node)} reads it, and it is not constant there"
-            else:
-                text = codes.get(why, "part of a grid whose other channels stay")
-            grouped.setdefault(text, []).append(int(i))
-        plan.stayed += [(reader.source, axis, index, text) for text, index in grouped.items()]
+        for i, pin, why in zip(dead, found.classes.reason[rows[dead]], live.why[rows[dead]], strict=True):
+            key = (min(int(pin), len(found.classes.reasons)), int(why))
+            if key not in texts:
+                texts[key] = text(*key)
+            grouped.setdefault(texts[key], []).append(int(i))
+        plan.stayed += [(reader.source, axis, index, reason) for reason, index in grouped.items()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.channels.ids import Classes, Ids, Mask, Vector
-from fxprune.graph import describe, is_mutating, tensor_at, written
+from fxprune.graph import describe, is_mutating, written
 
 Size: TypeAlias = Any
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -145,11 +145,11 @@ class Walk:
     """
 
     def __init__(
-        self, root: torch.nn.Module, graph: fx.Graph, ids: Ids, parameters: dict[str, list[Vector | None]], facts: bool
+        self, graph: fx.Graph, ids: Ids, parameters: dict[str, list[Vector | None]], tensors: dict[str, Tensor], facts: bool
     ) -> None:
         from fxprune.channels.rules import RULES, by_tag
 
-        self.root, self.graph, self.ids, self.facts = root, graph, ids, facts
+        self.graph, self.ids, self.facts, self._tensors = graph, ids, facts, tensors
         self.env: dict[fx.Node, Any] = {}
         self.readers: list[Reader] = []
         self.balances: list[Balance] = []
@@ -347,7 +347,7 @@ class Walk:
         name = str(node.target)
         if name not in self.parameters:
             return self._unknown(node)  # type: ignore[no-any-return]
-        tensor = tensor_at(self.root, name)
+        tensor = self._tensors[name]
         axes = tuple(opaque(s) if v is None else ((s, v),) for s, v in zip(tensor.shape, self.parameters[name], strict=True))
         if name in self._mutated:
             self.pin(node, Val(axes), "a buffer that the graph writes to")
@@ -395,13 +395,16 @@ class Coupling:
         walks: by mode; the eval walk also holds what is constant.
         parameters: qualified name -> ids of each axis (None: size one).
         classes: what the ids resolve to.
+        shared: for a tensor with several names, all of them under the first.
+        tensors: the parameters and buffers that the graphs read.
     """
 
     ids: Ids
     walks: dict[str, Walk]
     parameters: dict[str, list[Vector | None]]
     classes: Classes
-    shared: dict[str, list[str]] = field(default_factory=dict)
+    shared: dict[str, list[str]]
+    tensors: dict[str, Tensor]
 
     def of(self, ids: Vector) -> Vector:
         return self.classes.of[ids]
@@ -410,34 +413,26 @@ class Coupling:
 def couple(root: torch.nn.Module, graphs: dict[str, fx.Graph], facts: bool = True) -> Coupling:
     """Walk every graph over one set of ids; facts are taken from the eval graph."""
     ids = Ids()
-    parameters: dict[str, list[Vector | None]] = {}
-    shared = _tie(root, graphs, ids, parameters)
+    stored: dict[str, Tensor] = dict(root.named_parameters(remove_duplicate=False))
+    stored |= dict(root.named_buffers(remove_duplicate=False))
+    read = {str(node.target): None for graph in graphs.values() for node in graph.find_nodes(op="get_attr")}
+    tensors = {name: stored[name] for name in read if name in stored and stored[name].numel()}
+    parameters, shared = _tie(tensors, ids)
     with torch.no_grad():
-        walks = {mode: Walk(root, graphs[mode], ids, parameters, facts and mode == "eval") for mode in sorted(graphs)}
-    return Coupling(ids, walks, parameters, ids.solve(), shared)
+        walks = {mode: Walk(graphs[mode], ids, parameters, tensors, facts and mode == "eval") for mode in sorted(graphs)}
+    return Coupling(ids, walks, parameters, ids.solve(), shared, tensors)
 
 
-def _tie(
-    root: torch.nn.Module, graphs: dict[str, fx.Graph], ids: Ids, parameters: dict[str, list[Vector | None]]
-) -> dict[str, list[str]]:
+def _tie(tensors: dict[str, Tensor], ids: Ids) -> tuple[dict[str, list[Vector | None]], dict[str, list[str]]]:
     """Give one set of ids to the names of one tensor; pin tensors that overlap in memory without being the same."""
+    parameters: dict[str, list[Vector | None]] = {}
     owners: dict[int, list[str]] = {}
-    for graph in graphs.values():
-        for node in graph.find_nodes(op="get_attr"):
-            name = str(node.target)
-            try:
-                tensor = tensor_at(root, name)
-            except (AssertionError, AttributeError):
-                continue
-            if name in parameters or not tensor.numel():
-                continue
-            names = owners.setdefault(tensor.untyped_storage().data_ptr(), [])
-            first = next((n for n in names if tensor_at(root, n) is tensor), None)
-            parameters[name] = parameters[first] if first else [ids.fresh(s) if s != 1 else None for s in tensor.shape]
-            if first is None and names:
-                for other in (name, names[0]):
-                    for vector in parameters[other]:
-                        if vector is not None:
-                            ids.pin(vector, lambda a=name, b=names[0]: f"`{a}` and `{b}` share memory")
-            names.append(name)
-    return {names[0]: names for names in owners.values() if len(names) > 1}
+    for name, tensor in tensors.items():
+        names = owners.setdefault(tensor.untyped_storage().data_ptr(), [])
+        first = next((n for n in names if tensors[n] is tensor), None)
+        parameters[name] = parameters[first] if first else [ids.fresh(s) if s != 1 else None for s in tensor.shape]
+        if first is None and names:
+            for vector in (v for other in (name, names[0]) for v in parameters[other] if v is not None):
+                ids.pin(vector, lambda a=name, b=names[0]: f"`{a}` and `{b}` share memory")  # type: ignore[misc]
+        names.append(name)
+    return parameters, {names[0]: names for names in owners.values() if len(names) > 1}

@@ -18,7 +18,7 @@ from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.liveness import representative
 from fxprune.channels.plan import ChannelPlan
 from fxprune.errors import FinalizeError
-from fxprune.graph import describe, erase_dead, locate, tensor_at
+from fxprune.graph import describe, erase_dead, evaluate, locate, tensor_at
 from fxprune.traced import TracedModule
 
 Tensors = dict[str, Tensor]
@@ -73,10 +73,11 @@ def fold(traced: TracedModule, coupling: Coupling, alive: Mask, plan: ChannelPla
         layer = reader.source.rpartition(".")[0] if reader.source else reader.node.name
         folds = reader.folds & gone & reader.used.any(1)
         if folds.any():
-            factor = torch.from_numpy(np.where(folds, reader.constant, 0.0))
-            delta = (reader.table.double().sum(-1) * factor[:, None]).sum(-1) if reader.table.shape[0] > 1 else (
-                reader.table[0].double().sum(-1) @ factor[0]
-            )[None]
+            delta = torch.zeros(reader.rows.shape).double()
+            for g in np.flatnonzero(folds.any(1)):
+                columns = torch.from_numpy(np.flatnonzero(folds[g]))
+                constant = torch.from_numpy(reader.constant[g][folds[g]])
+                delta[g] = reader.table[g][:, columns].double().sum(-1) @ constant
             if delta.count_nonzero():
                 _into_bias(traced, coupling, reader, twins.get(id(reader)), delta.reshape(-1), plan, tensors)
                 plan.folded[layer] = plan.folded.get(layer, 0) + int(folds.sum())
@@ -89,8 +90,8 @@ def fold(traced: TracedModule, coupling: Coupling, alive: Mask, plan: ChannelPla
                     continue
                 weight = tensors.get(reader.source)
                 if weight is None:
-                    weight = tensors[reader.source] = tensor_at(traced, reader.source).detach().clone()
-                table = _like(reader.table, tensor_at(traced, reader.source), weight)
+                    weight = tensors[reader.source] = coupling.tensors[reader.source].detach().clone()
+                table = _like(reader.table, coupling.tensors[reader.source], weight)
                 index = torch.from_numpy(np.flatnonzero(merges[g]))
                 ratio = torch.from_numpy(reader.constant[g][merges[g]] / reader.constant[g][rep])
                 sum_ = (reader.table[g][:, index].double() * ratio[None, :, None]).sum(1)
@@ -122,42 +123,59 @@ def _into_bias(
     traced: TracedModule, coupling: Coupling, reader: Reader, twin: Reader | None, delta: Tensor, plan: ChannelPlan, tensors: Tensors
 ) -> None:
     node, at = reader.node, reader.bias
-    nodes = [r.node for r in (reader, twin) if r is not None]
-    bias = node.args[at] if 0 <= at < len(node.args) else node.kwargs.get("bias") if at >= 0 else None
-    walk = coupling.walks["eval"]
-    if isinstance(bias, fx.Node) and bias.op == "get_attr" and walk.uses[str(bias.target)] == 1:
-        name = str(bias.target)
-        if len(coupling.shared.get(name, ())) < 2:
-            old = tensors.get(name, tensor_at(traced, name)).detach()
-            tensors[name] = (old.double() + delta).to(old.dtype)
-            return
-    assert reader.rows is not None
-    weight = reader.table
-    assert weight is not None
+    bias = _argument(node, at)
+    name = str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else ""
+    if name and coupling.walks["eval"].uses[name] == 1 and len(coupling.shared.get(name, ())) < 2:
+        old = tensors.get(name, coupling.tensors[name]).detach()
+        tensors[name] = (old.double() + delta).to(old.dtype)
+        return
+    assert reader.table is not None
     name = _free_name(traced, reader)
-    parameter = nn.Parameter(delta.to(weight.dtype), requires_grad=True)
+    plan.added[name] = reader.source or node.name
+    value = delta if bias is None else delta + evaluate(traced, bias).double()
+    _add(traced, coupling, [r for r in (reader, twin) if r is not None], name, value.to(reader.table.dtype))
+
+
+def _argument(node: fx.Node, at: int) -> Any:
+    return node.args[at] if 0 <= at < len(node.args) else node.kwargs.get("bias") if at >= 0 else None
+
+
+def added(traced: TracedModule, coupling: Coupling, plan: ChannelPlan) -> None:
+    """Create the biases that a stored plan lists, as zeros: what is folded into them depends on the values."""
+    twins = _pairs(coupling)
+    for name, layer in plan.added.items():
+        for reader in coupling.walks["eval"].readers:
+            if layer in (reader.source, reader.node.name) and reader.rows is not None:
+                weight = coupling.tensors[reader.source] if reader.source else reader.node.meta["val"]
+                bias = _argument(reader.node, reader.bias)
+                value = torch.zeros(reader.rows.size, dtype=weight.dtype) if bias is None else evaluate(traced, bias).clone()
+                _add(traced, coupling, [r for r in (reader, twins.get(id(reader))) if r is not None], name, value)
+                break
+
+
+def _add(traced: TracedModule, coupling: Coupling, readers: list[Reader], name: str, value: Tensor) -> None:
     owner, attribute = locate(traced, name)
-    owner.register_parameter(attribute, parameter)
-    coupling.parameters[name] = [reader.rows.reshape(-1) if delta.numel() > 1 else None]
-    plan.added[name] = reader.source or reader.node.name
-    rank = len(coupling.walks["eval"].env[node].axes)
-    channel = rank - reader.table.dim() + 3 if "conv" in str(node.target) else rank - 1
-    for n in nodes:
-        with n.graph.inserting_before(n):
-            read = n.graph.get_attr(name)
-        read.meta["val"] = resized(n.meta["val"], tuple(delta.shape))
-        walks = [w for w in coupling.walks.values() if w.graph is n.graph]
-        walks[0].env[read] = Val((((len(delta), reader.rows.reshape(-1)),),))
-        if bias is None and at >= 0:
-            n.args = (*n.args[:at], *([None] * (at - len(n.args))), read, *n.args[at + 1 :])
-            n.kwargs = {k: v for k, v in n.kwargs.items() if k != "bias"}
+    coupling.tensors[name] = nn.Parameter(value)
+    owner.register_parameter(attribute, coupling.tensors[name])  # type: ignore[arg-type]
+    rows = readers[0].rows
+    assert rows is not None
+    coupling.parameters[name] = [rows.reshape(-1) if rows.size > 1 else None]
+    axis: Axis = ((rows.size, rows.reshape(-1)),) if rows.size > 1 else ()
+    for reader in readers:
+        node, at = reader.node, reader.bias
+        env = next(w.env for w in coupling.walks.values() if w.graph is node.graph)
+        with node.graph.inserting_before(node):
+            read = node.graph.get_attr(name)
+        read.meta["val"], env[read] = resized(node.meta["val"], tuple(value.shape)), Val((axis,))
+        if at >= 0:
+            node.args = (*node.args[:at], *([None] * (at - len(node.args))), read, *node.args[at + 1 :])
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
             continue
-        with n.graph.inserting_after(n):
-            added = n.graph.call_function(torch.ops.aten.add.Tensor, (n, read))
-        added.meta = dict(n.meta)
-        walks[0].env[added] = walks[0].env[n]
-        n.replace_all_uses_with(added, delete_user_cb=lambda user, added=added: user is not added)  # type: ignore[misc]
-        assert channel == rank - 1
+        # only products of matrices have no place for a bias: channels are last
+        with node.graph.inserting_after(node):
+            total = node.graph.call_function(torch.ops.aten.add.Tensor, (node, read))
+        total.meta, env[total] = dict(node.meta), env[node]
+        node.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)  # type: ignore[misc]
 
 
 def _free_name(traced: TracedModule, reader: Reader) -> str:
@@ -170,10 +188,10 @@ def _free_name(traced: TracedModule, reader: Reader) -> str:
     return f"{path}.{attribute}" if path else attribute
 
 
-def keep(coupling: Coupling, alive: Mask, traced: TracedModule, plan: ChannelPlan) -> None:
+def keep(coupling: Coupling, alive: Mask, plan: ChannelPlan) -> None:
     """Fill in the plan's kept indices."""
     for name, axes in coupling.parameters.items():
-        shape = tuple(tensor_at(traced, name).shape)
+        shape = tuple(coupling.tensors[name].shape)
         plan.shapes[name] = shape
         plan.kept[name] = {
             a: torch.arange(shape[a]) if v is None else torch.from_numpy(np.flatnonzero(alive[coupling.of(v)]))
@@ -197,11 +215,11 @@ def carry_out(traced: TracedModule, coupling: Coupling, alive: Mask, plan: Chann
             edit(kept)
     for name, (ids, order) in kept.reindexed.items():
         shift = torch.from_numpy(np.cumsum(kept.alive(ids)) - 1)
-        old = tensor_at(traced, name)
+        old = coupling.tensors[name]
         values[name] = shift[order].to(old.dtype).reshape(old.shape)
     replaced: dict[int, Tensor] = {}
     for name in coupling.parameters:
-        old = tensor_at(traced, name)
+        old = coupling.tensors[name]
         if id(old) not in replaced:
             value = values.get(name)
             new = plan.slice(name, old.detach() if value is None else value)
@@ -230,7 +248,7 @@ def drop(traced: TracedModule, plan: ChannelPlan) -> None:
     for graph in traced.graphs.values():
         erase_dead(graph)
     read = {str(n.target) for g in traced.graphs.values() for n in g.find_nodes(op="get_attr")}
-    alive = {id(tensor_at(traced, name)) for name in read if _is_tensor(traced, name)}
+    alive = {id(tensor) for name, tensor in before.items() if name in read}
     gone = [name for name, tensor in before.items() if id(tensor) not in alive]
     for name in gone:
         owner, attribute = locate(traced, name)
@@ -245,13 +263,10 @@ def _stored(traced: TracedModule) -> Tensors:
     return tensors | dict(traced.named_buffers(remove_duplicate=False))
 
 
-def _is_tensor(traced: TracedModule, name: str) -> bool:
-    owner, attribute = locate(traced, name)
-    return isinstance(getattr(owner, attribute, None), Tensor)
-
-
 def reshape(walk: Walk, kept: Kept) -> None:
     """Bring `node.meta["val"]` to the new shapes; they follow from the axes, so nothing is run."""
+
+    empty: dict[Any, Tensor] = {}
 
     def renew(val: Any, meta: Any) -> Any:
         if isinstance(val, list) and isinstance(meta, list | tuple):
@@ -259,7 +274,7 @@ def reshape(walk: Walk, kept: Kept) -> None:
         if not isinstance(val, Val) or not isinstance(meta, FakeTensor) or len(val.axes) != meta.dim():
             return meta
         sizes = [kept.resize(None, s, axis) if carries(axis) else s for s, axis in zip(meta.shape, val.axes, strict=True)]
-        return meta if all(a is b for a, b in zip(sizes, meta.shape, strict=True)) else resized(meta, sizes)
+        return meta if all(a is b for a, b in zip(sizes, meta.shape, strict=True)) else resized(meta, sizes, empty)
 
     for node, val in walk.env.items():
         if val is not None and node.op != "placeholder" and "val" in node.meta:
@@ -269,17 +284,21 @@ def reshape(walk: Walk, kept: Kept) -> None:
                 node.meta.pop("tensor_meta", None)
 
 
-def resized(meta: FakeTensor, sizes: Sequence[Any]) -> FakeTensor:
+def resized(meta: FakeTensor, sizes: Sequence[Any], cache: dict[Any, Tensor] | None = None) -> FakeTensor:
     """A fake tensor like `meta` with other sizes and the same order of axes in memory."""
+    key = (meta.dtype, meta.requires_grad, *(s if type(s) is int else s.node.expr for s in (*sizes, *meta.stride())))
+    if cache is not None and key in cache:
+        return FakeTensor(meta.fake_mode, cache[key], meta.fake_device)
     strides = meta.stride()
     order = list(range(len(sizes)))
     if all(type(s) is int for s in strides):
         order.sort(key=lambda d: -strides[d])
     new: list[Any] = [1] * len(sizes)
-    step: Any = 1
-    for d in reversed(order):
-        new[d], step = step, step * sizes[d]
-    empty = torch.empty_strided(sizes, new, dtype=meta.dtype, device="meta", requires_grad=meta.requires_grad)
+    for outer, inner in zip(order[-2::-1], order[:0:-1], strict=True):
+        new[outer] = new[inner] * sizes[inner]
+    empty = torch.empty_strided(sizes, new, dtype=meta.dtype, device="meta").requires_grad_(meta.requires_grad)
+    if cache is not None:
+        cache[key] = empty
     return FakeTensor(meta.fake_mode, empty, meta.fake_device)
 
 

@@ -58,7 +58,13 @@ def by_tag(target: Any) -> Rule | None:
     return pointwise if torch.Tag.pointwise in tags else None
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+def kind(node: Any) -> str:
+    """The operator's name, an in-place variant's as its functional twin's."""
+    name = str(node.target.overloadpacket.__name__)
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def argument(node: Any, position: int, name: str, default: Any = None) -> Any:
     """An argument of a node, however it was passed."""
     return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
 
@@ -87,13 +93,13 @@ def wide(value: Tensor) -> Tensor:
 
 
 @rule("hardswish", "log_sigmoid", "__and__", "__or__", "__xor__", "softsign", "copy", "bitwise_not", "nan_to_num")
-def pointwise(w: Walk, node: fx.Node) -> Any:
+def pointwise(w: Walk, node: Any) -> Any:
     operands: list[fx.Node] = [n for n in node.all_input_nodes if isinstance(w.env.get(n), Val)]
     axes, laid = w.broadcast(node, [w.val(n) for n in operands])
     if not w.facts or len(operands) < len(node.all_input_nodes):
         return Val(axes)
     vals = dict(zip(operands, laid, strict=True))
-    name = node.target.overloadpacket.__name__.rstrip("_")  # type: ignore[union-attr]
+    name = kind(node)
     masks = [v.mask() if v.border is None else v.mask() & ~v.border for v in laid]
     known = math.prod(masks[1:], start=masks[0]) if masks else torch.ones((), dtype=torch.bool)
     if name == "mul":
@@ -102,7 +108,7 @@ def pointwise(w: Walk, node: fx.Node) -> Any:
             known = known | math_or(zeros)
     elif any(v.known is False for v in laid):
         return Val(axes)
-    if torch.Tag.nondeterministic_seeded in node.target.tags or not known.any():  # type: ignore[union-attr]
+    if torch.Tag.nondeterministic_seeded in node.target.tags or not known.any():
         return Val(axes)
     value = run(node, {n: torch.zeros(()) if v.value is None else wide(v.value) for n, v in vals.items()})
     if value is None:
@@ -119,7 +125,7 @@ def math_or(masks: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def run(node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
+def run(node: Any, values: dict[fx.Node, Tensor]) -> Any:
     """The operator applied to reduced values; None where it cannot take them."""
     target: Any = node.target
     if target._schema.is_mutable:
@@ -135,11 +141,11 @@ def run(node: fx.Node, values: dict[fx.Node, Tensor]) -> Any:
 
 @rule("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "to", "_to_copy", "type_as", "requires_grad", "lift_fresh",
       "positive", "resolve_conj", "resolve_neg")  # fmt: skip
-def identity(w: Walk, node: fx.Node) -> Val:
-    source: Any = node.args[0]
+def identity(w: Walk, node: Any) -> Val:
+    source = node.args[0]
     val = w.val(source)
     w.shared_storage(node, source)
-    keep = node.target.overloadpacket.__name__ in ("detach", "detach_", "alias", "contiguous")  # type: ignore[union-attr]
+    keep = kind(node) in ("detach", "detach_", "alias", "contiguous")
     dtype = node.meta["val"].dtype
     if val.value is not None and val.value.is_floating_point() != dtype.is_floating_point:
         return replace(val, value=val.value.to(dtype), source=None)
@@ -147,14 +153,14 @@ def identity(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
-def dropout(w: Walk, node: fx.Node) -> Val:
+def dropout(w: Walk, node: Any) -> Val:
     val = w.val(node.args[0])
-    w.shared_storage(node, node.args[0])  # type: ignore[arg-type]
+    w.shared_storage(node, node.args[0])
     return Val(val.axes) if argument(node, 2, "train") else replace(val, source=None)
 
 
 @rule("prelu")
-def prelu(w: Walk, node: fx.Node) -> Val:
+def prelu(w: Walk, node: Any) -> Val:
     x, slope = w.val(node.args[0]), w.val(node.args[1])
     d = 1 if len(x.axes) > 1 else 0
     if slope.axes[0]:
@@ -170,7 +176,7 @@ def prelu(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("glu")
-def glu(w: Walk, node: fx.Node) -> Val:
+def glu(w: Walk, node: Any) -> Val:
     x = w.val(node.args[0])
     d = argument(node, 1, "dim", -1) % len(x.axes)
     x = w.flat(node, x, d)
@@ -193,8 +199,8 @@ def glu(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "rand", "randn")
-def creation(w: Walk, node: fx.Node) -> Val:
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+def creation(w: Walk, node: Any) -> Val:
+    name = kind(node)
     at = 1 if name.startswith("new_") else 0
     axes = tuple(
         ((s, w.ids.fresh(s)),) if type(s) is int and s > 1 and s <= 1 << 14 else opaque(s) for s in w.shape(node)
@@ -208,8 +214,8 @@ def creation(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "bernoulli")
-def created_like(w: Walk, node: fx.Node) -> Val:
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+def created_like(w: Walk, node: Any) -> Val:
+    name = kind(node)
     axes = w.val(node.args[0]).axes
     fill = argument(node, 1, "fill_value") if name == "full_like" else {"zeros_like": 0, "ones_like": 1}.get(name)
     if not w.facts or not isinstance(fill, int | float) or not math.isfinite(fill):
@@ -219,7 +225,7 @@ def created_like(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("arange", "scalar_tensor", "linspace", "eye", "tril_indices", "triu_indices")
-def positions(w: Walk, node: fx.Node) -> Any:
+def positions(w: Walk, node: Any) -> Any:
     return w._unknown(node)
 
 
@@ -227,10 +233,10 @@ def positions(w: Walk, node: fx.Node) -> Any:
       "sym_constrain_range", "sym_constrain_range_for_size", "mul", "add", "sub", "floordiv", "truediv", "mod", "neg", "pow",
       "eq", "ne", "lt", "le", "gt", "ge", "sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_sqrt", "and_",
       "or_", "not_", "_guards_fn", "is_", "is_not", "contains", "sym_sum", "sym_ite", "max", "min", "int", "float")  # fmt: skip
-def symbolic(w: Walk, node: fx.Node) -> Any:
+def symbolic(w: Walk, node: Any) -> Any:
     """Arithmetic on sizes; the tensor operators that share a name with it are pointwise or reductions."""
     if isinstance(node.meta.get("val"), Tensor) or isinstance(node.meta.get("val"), list | tuple):
-        if node.target.overloadpacket.__name__ in ("max", "min") and len(node.all_input_nodes) == 1:  # type: ignore[union-attr]
+        if kind(node) in ("max", "min") and len(node.all_input_nodes) == 1:
             return reduction(w, node)
         return pointwise(w, node)
     if node.target is torch.ops.aten._assert_tensor_metadata.default and len(node.args) > 1:
@@ -239,18 +245,18 @@ def symbolic(w: Walk, node: fx.Node) -> Any:
 
 
 @rule("getitem")
-def getitem(w: Walk, node: fx.Node) -> Any:
-    items = w.env[node.args[0]]  # type: ignore[index]
+def getitem(w: Walk, node: Any) -> Any:
+    items = w.env[node.args[0]]
     if isinstance(items, list):
-        w.shared_storage(node, node.args[0])  # type: ignore[arg-type]
-        return items[node.args[1]]  # type: ignore[call-overload]
+        w.shared_storage(node, node.args[0])
+        return items[node.args[1]]
     return None
 
 
 # ---- shapes
 
 
-def _axis(w: Walk, node: fx.Node, ids: Vector) -> Axis:
+def _axis(w: Walk, node: Any, ids: Vector) -> Axis:
     if len(ids) == 1:
         w.pin(node, ids, "a single index is taken")
         return ()
@@ -258,7 +264,7 @@ def _axis(w: Walk, node: fx.Node, ids: Vector) -> Axis:
     return ((len(ids), ids),)
 
 
-def _resize(w: Walk, node: fx.Node, at: int, axes: Sequence[Axis], name: str = "size") -> None:
+def _resize(w: Walk, node: Any, at: int, axes: Sequence[Axis], name: str = "size") -> None:
     """Rewrite the literal sizes in argument `at` (a list or varargs) for what remains of `axes`."""
     if not any(map(carries, axes)):
         return
@@ -275,7 +281,7 @@ def _resize(w: Walk, node: fx.Node, at: int, axes: Sequence[Axis], name: str = "
     w.edits.append(edit)
 
 
-def refactor(w: Walk, node: fx.Node, factors: list[Any], sizes: Sequence[Size]) -> list[Axis] | None:
+def refactor(w: Walk, node: Any, factors: list[Any], sizes: Sequence[Size]) -> list[Axis] | None:
     """The factors of one row-major layout regrouped into axes of these sizes, split where they must be."""
     stack = [f for f in reversed(factors)]
     axes: list[Axis] = []
@@ -305,8 +311,8 @@ def refactor(w: Walk, node: fx.Node, factors: list[Any], sizes: Sequence[Size]) 
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
-def view(w: Walk, node: fx.Node) -> Val:
-    source: Any = node.args[0]
+def view(w: Walk, node: Any) -> Val:
+    source = node.args[0]
     x = w.val(source)
     sizes = w.shape(node)
     axes = refactor(w, node, [f for a in x.axes for f in a], sizes)
@@ -314,37 +320,37 @@ def view(w: Walk, node: fx.Node) -> Val:
     if axes is None:
         w.pin(node, x, f"regroups sizes {list(map(str, x.sizes()))} into {list(map(str, sizes))}")
         return Val(tuple(opaque(s) for s in sizes))
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = kind(node)
     if name in ("view", "reshape", "_unsafe_view"):
         _resize(w, node, 1, axes)
     elif name == "unflatten":
         d = argument(node, 1, "dim") % len(x.axes)
         _resize(w, node, 2, axes[d : d + len(argument(node, 2, "sizes"))], "sizes")
-    last = bool(x.axes and axes and x.axes[-1] == axes[-1])
+    last = bool(x.axes and axes and same(size(x.axes[-1]), size(axes[-1])))
     return moved(x, axes, lambda t: t.reshape([length(a) for a in axes]), x.sums and last)
 
 
 @rule("permute", "transpose", "t", "swapaxes", "swapdims", "numpy_T", "mT", "movedim", "moveaxis", "adjoint")
-def permutation(w: Walk, node: fx.Node) -> Val:
-    source: Any = node.args[0]
+def permutation(w: Walk, node: Any) -> Val:
+    source = node.args[0]
     x = w.val(source)
     w.shared_storage(node, source)
     order = list(range(len(x.axes)))
-    name = node.target.overloadpacket.__name__.rstrip("_")  # type: ignore[union-attr]
+    name = kind(node)
     if name == "permute":
-        order = [d % len(order) for d in node.args[1]]  # type: ignore[union-attr]
+        order = [d % len(order) for d in node.args[1]]
     elif name in ("movedim", "moveaxis"):
         order = torch.empty([1] * len(order)).reshape([1] * len(order)).permute(order).dim() and _moved_order(node, len(order))
     elif name == "numpy_T":
         order.reverse()
     elif len(order) > 1:
         a, b = (node.args[1], node.args[2]) if len(node.args) > 2 else (-2, -1)
-        order[a], order[b] = order[b], order[a]  # type: ignore[index]
+        order[a], order[b] = order[b], order[a]
     return moved(x, [x.axes[d] for d in order], lambda t: t.permute(order), x.sums and order[-1:] == [len(order) - 1])
 
 
-def _moved_order(node: fx.Node, rank: int) -> list[int]:
-    source, target = ([d % rank for d in (a if isinstance(a, list | tuple) else [a])] for a in node.args[1:3])  # type: ignore[operator, union-attr]
+def _moved_order(node: Any, rank: int) -> list[int]:
+    source, target = ([d % rank for d in (a if isinstance(a, list | tuple) else [a])] for a in node.args[1:3])
     order = [d for d in range(rank) if d not in source]
     for to, come in sorted(zip(target, source, strict=True)):
         order.insert(to, come)
@@ -352,13 +358,13 @@ def _moved_order(node: fx.Node, rank: int) -> list[int]:
 
 
 @rule("unsqueeze", "squeeze")
-def squeezed(w: Walk, node: fx.Node) -> Val:
-    source: Any = node.args[0]
+def squeezed(w: Walk, node: Any) -> Val:
+    source = node.args[0]
     x = w.val(source)
     w.shared_storage(node, source)
     rank = len(x.axes)
     dims = argument(node, 1, "dim", [d for d in range(rank) if not x.axes[d]])
-    if node.target.overloadpacket.__name__.startswith("unsqueeze"):  # type: ignore[union-attr]
+    if kind(node).startswith("unsqueeze"):
         d = dims % (rank + 1)
         return moved(x, [*x.axes[:d], (), *x.axes[d:]], lambda t: t.unsqueeze(d), x.sums and d < rank)
     gone = {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])} if rank else set()
@@ -369,11 +375,11 @@ def squeezed(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("expand", "broadcast_to", "expand_as")
-def expand(w: Walk, node: fx.Node) -> Val:
-    source: Any = node.args[0]
+def expand(w: Walk, node: Any) -> Val:
+    source = node.args[0]
     x = w.val(source)
     w.shared_storage(node, source)
-    if node.target.overloadpacket.__name__ == "expand_as":  # type: ignore[union-attr]
+    if kind(node) == "expand_as":
         axes, (x, _) = w.broadcast(node, [x, w.val(node.args[1])])
         return settled(axes, x.mask(), x.value) if x.value is not None else Val(axes)
     shape = w.shape(node)
@@ -388,8 +394,8 @@ def expand(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("repeat", "tile")
-def repeat(w: Walk, node: fx.Node) -> Val:
-    counts = list(argument(node, 1, "repeats" if "repeats" in str(node.target._schema) else "dims"))  # type: ignore[union-attr]
+def repeat(w: Walk, node: Any) -> Val:
+    counts = list(argument(node, 1, "repeats" if "repeats" in str(node.target._schema) else "dims"))
     x = w.val(node.args[0])
     if len(counts) < len(x.axes):
         counts = [1] * (len(x.axes) - len(counts)) + counts
@@ -399,7 +405,7 @@ def repeat(w: Walk, node: fx.Node) -> Val:
         count = count.meta["val"] if isinstance(count, fx.Node) else count
         extra.append(() if same(count, 1) else ((count, w.ids.fresh(count) if type(count) is int else None),))
     axes = [e + a for e, a in zip(extra, x.axes, strict=True)]
-    if len(counts) == len(argument(node, 1, "repeats" if "repeats" in str(node.target._schema) else "dims")):  # type: ignore[union-attr]
+    if len(counts) == len(argument(node, 1, "repeats" if "repeats" in str(node.target._schema) else "dims")):
         _resize(w, node, 1, extra, "repeats")
     else:
         w.pin(node, tuple(f for e in extra for f in e), "repeats fewer axes than there are")
@@ -415,7 +421,7 @@ def repeat(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("repeat_interleave")
-def repeat_interleave(w: Walk, node: fx.Node) -> Any:
+def repeat_interleave(w: Walk, node: Any) -> Any:
     count, d = node.args[1], argument(node, 2, "dim")
     if not isinstance(count, int) or d is None:
         return w.refuse(node)
@@ -428,11 +434,11 @@ def repeat_interleave(w: Walk, node: fx.Node) -> Any:
 
 
 @rule("slice", "narrow")
-def slice_(w: Walk, node: fx.Node) -> Val:
-    source: Any = node.args[0]
+def slice_(w: Walk, node: Any) -> Val:
+    source = node.args[0]
     x = w.val(source)
     w.shared_storage(node, source)
-    narrow = node.target.overloadpacket.__name__ == "narrow"  # type: ignore[union-attr]
+    narrow = kind(node) == "narrow"
     d = argument(node, 1, "dim", 0) % len(x.axes)
     start, end, step = argument(node, 2, "start"), argument(node, 3, "length" if narrow else "end"), argument(node, 4, "step", 1)
     new = w.shape(node)[d]
@@ -474,8 +480,8 @@ def slice_(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("select")
-def select(w: Walk, node: fx.Node) -> Val:
-    source: Any = node.args[0]
+def select(w: Walk, node: Any) -> Val:
+    source = node.args[0]
     x = w.val(source)
     w.shared_storage(node, source)
     d = argument(node, 1, "dim") % len(x.axes)
@@ -493,8 +499,8 @@ def select(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split")
-def split(w: Walk, node: fx.Node) -> list[Val]:
-    source: Any = node.args[0]
+def split(w: Walk, node: Any) -> list[Val]:
+    source = node.args[0]
     x = w.val(source)
     w.shared_storage(node, source)
     d = argument(node, 2, "dim", 0) % len(x.axes)
@@ -512,14 +518,14 @@ def split(w: Walk, node: fx.Node) -> list[Val]:
 
     w.edits.append(edit)
     return [
-        moved(x, (*x.axes[:d], _axis(w, node, p), *x.axes[d + 1 :]), lambda t, a=a, n=len(p): t.narrow(d, int(a), n))  # type: ignore[misc]
+        moved(x, (*x.axes[:d], _axis(w, node, p), *x.axes[d + 1 :]), lambda t, a=a, n=len(p): t.narrow(d, int(a), n))
         for p, a in zip(parts, ends, strict=False)
     ]
 
 
 @rule("unbind")
-def unbind(w: Walk, node: fx.Node) -> list[Val]:
-    source: Any = node.args[0]
+def unbind(w: Walk, node: Any) -> list[Val]:
+    source = node.args[0]
     x = w.val(source)
     w.shared_storage(node, source)
     d = argument(node, 1, "dim", 0) % len(x.axes)
@@ -527,11 +533,11 @@ def unbind(w: Walk, node: fx.Node) -> list[Val]:
     x = w.flat(node, x, d)
     w.pin(node, x.axes[d], "each index is taken")
     one = not carries(x.axes[d])
-    return [moved(x, rest, lambda t, i=i: t.select(d, 0 if one else i)) for i in range(len(node.meta["val"]))]  # type: ignore[misc]
+    return [moved(x, rest, lambda t, i=i: t.select(d, 0 if one else i)) for i in range(len(node.meta["val"]))]
 
 
 @rule("cat", "concat", "concatenate")
-def cat(w: Walk, node: fx.Node, stacked: bool = False) -> Val:
+def cat(w: Walk, node: Any, stacked: bool = False) -> Val:
     tensors: Any = node.args[0]
     vals = [w.val(n) for n in tensors]
     rank = len(w.shape(node))
@@ -582,14 +588,14 @@ def cat(w: Walk, node: fx.Node, stacked: bool = False) -> Val:
 
 
 @rule("stack")
-def stack(w: Walk, node: fx.Node) -> Val:
+def stack(w: Walk, node: Any) -> Val:
     return cat(w, node, stacked=True)
 
 
 @rule("flip", "roll")
-def rotated(w: Walk, node: fx.Node) -> Any:
+def rotated(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
-    flip = node.target.overloadpacket.__name__ == "flip"  # type: ignore[union-attr]
+    flip = kind(node) == "flip"
     dims: Any = argument(node, 1 if flip else 2, "dims", [])
     dims = dims if isinstance(dims, list | tuple) else [dims]
     shifts: Any = [] if flip else argument(node, 1, "shifts")
@@ -626,10 +632,10 @@ def rotated(w: Walk, node: fx.Node) -> Any:
 
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
       "replication_pad2d", "replication_pad3d", "_pad_circular")  # fmt: skip
-def pad(w: Walk, node: fx.Node) -> Any:
+def pad(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
-    amounts = list(node.args[1])  # type: ignore[arg-type]
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    amounts = list(node.args[1])
+    name = kind(node)
     mode = argument(node, 2, "mode", "constant") if name == "pad" else "constant" if name == "constant_pad_nd" else name
     fill = (argument(node, 3, "value") if name == "pad" else argument(node, 2, "value")) or 0
     out = w.shape(node)
@@ -651,7 +657,7 @@ def pad(w: Walk, node: fx.Node) -> Any:
         axes[d] = ((len(ids), ids),)
 
         def edit(kept: Any, at: int = at, left: Vector = left, right: Vector = right) -> None:
-            new = list(node.args[1])  # type: ignore[arg-type]
+            new = list(node.args[1])
             new[at : at + 2] = kept.count(left), kept.count(right)
             node.update_arg(1, new)
 
@@ -679,13 +685,13 @@ def pad(w: Walk, node: fx.Node) -> Any:
 
 
 @rule("index", "index_select")
-def index(w: Walk, node: fx.Node) -> Any:
+def index(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
-    if node.target.overloadpacket.__name__ == "index_select":  # type: ignore[union-attr]
-        d = node.args[1] % len(x.axes)  # type: ignore[operator]
+    if kind(node) == "index_select":
+        d = node.args[1] % len(x.axes)
         indices: list[Any] = [None] * d + [node.args[2]]
     else:
-        indices = list(node.args[1])  # type: ignore[arg-type]
+        indices = list(node.args[1])
     used = [d for d, i in enumerate(indices) if i is not None]
     out = w.shape(node)
     constant = w.val(indices[used[0]]) if len(used) == 1 else None
@@ -695,7 +701,7 @@ def index(w: Walk, node: fx.Node) -> Any:
         x = w.blur(node, x, used, "indexed by data")
         for i in used:
             w.pin(node, indices[i], "used as an index")
-        if node.target.overloadpacket.__name__ == "index" and used and used != list(range(used[0], used[-1] + 1)):  # type: ignore[union-attr]
+        if kind(node) == "index" and used and used != list(range(used[0], used[-1] + 1)):
             return w.refuse(node, "indexes axes that are apart")
         boolean = any(w.env[indices[i]] and node_dtype(indices[i]) in (torch.bool, torch.uint8) for i in used)
         if boolean:
@@ -726,12 +732,12 @@ def index(w: Walk, node: fx.Node) -> Any:
 _COPIES = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-def node_dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["val"].dtype  # type: ignore[no-any-return]
+def node_dtype(node: Any) -> torch.dtype:
+    return node.meta["val"].dtype
 
 
 @rule("embedding")
-def embedding(w: Walk, node: fx.Node) -> Val:
+def embedding(w: Walk, node: Any) -> Val:
     weight = w.blur(node, w.val(node.args[0]), [0], "rows are looked up by data")
     rows = w.val(node.args[1])
     w.pin(node, rows, "used as an index")
@@ -740,9 +746,9 @@ def embedding(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
-def shuffle(w: Walk, node: fx.Node) -> Any:
+def shuffle(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = kind(node)
     r: Any = node.args[1]
     d = 1 if "channel" in name else len(x.axes) - 3
     out = [opaque(s) for s in w.shape(node)]
@@ -768,17 +774,17 @@ def shuffle(w: Walk, node: fx.Node) -> Any:
 
 
 @rule("im2col", "unfold")
-def unfold(w: Walk, node: fx.Node) -> Any:
+def unfold(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
     if node.target is torch.ops.aten.unfold.default:
-        d = node.args[1] % len(x.axes)  # type: ignore[operator]
+        d = node.args[1] % len(x.axes)
         x = w.blur(node, x, [d], "cut into windows")
         shape = w.shape(node)
         return moved(x, [*x.axes[:d], opaque(shape[d]), *x.axes[d + 1 :], opaque(shape[-1])], lambda t: t.unsqueeze(-1))
     kernel, padding = node.args[1], argument(node, 3, "padding", [0])
     d = len(x.axes) - 3
     x = w.blur(node, x, [d + 1, d + 2], "space of a convolution")
-    out = moved(x, [*x.axes[:d], (*x.axes[d], (math.prod(kernel), None)), opaque(w.shape(node)[-1])], lambda t: t.squeeze(-1))  # type: ignore[arg-type]
+    out = moved(x, [*x.axes[:d], (*x.axes[d], (math.prod(kernel), None)), opaque(w.shape(node)[-1])], lambda t: t.squeeze(-1))
     if any(padding) and out.value is not None:
         out = replace(out, known=out.mask() & (out.value == 0))
     return out
@@ -790,10 +796,10 @@ def unfold(w: Walk, node: fx.Node) -> Any:
 @rule("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "std_mean", "any", "all",
       "logsumexp", "linalg_vector_norm", "norm", "prod", "nansum", "median", "topk", "sort", "argsort", "kthvalue",
       "count_nonzero")  # fmt: skip
-def reduction(w: Walk, node: fx.Node) -> Any:
+def reduction(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    name = kind(node)
+    names = [a.name for a in node.target._schema.arguments]
     rank = len(x.axes)
     at = names.index("dim") if "dim" in names else -1
     dims = argument(node, at, "dim", -1 if name in ("sort", "argsort", "topk", "kthvalue") else None) if at >= 0 else None
@@ -835,9 +841,9 @@ def reduction(w: Walk, node: fx.Node) -> Any:
       "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
       "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
       "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_nearest_exact3d")  # fmt: skip
-def resample(w: Walk, node: fx.Node) -> Any:
+def resample(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = kind(node)
     result = node.meta["val"]
     shape = (result[0] if isinstance(result, list | tuple) else result).shape
     space = int(next(c for c in reversed(name.removesuffix("_with_indices").removesuffix("_aa")) if c.isdigit()) if name[-1] != "s" else name[8])
@@ -860,24 +866,24 @@ def resample(w: Walk, node: fx.Node) -> Any:
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax")
-def softmax(w: Walk, node: fx.Node) -> Val:
+def softmax(w: Walk, node: Any) -> Val:
     x = w.val(node.args[0])
     d = argument(node, 1, "dim") % len(x.axes)
     x = w.blur(node, x, [d], "softmax over it")
-    last = d == len(x.axes) - 1 and "log" not in node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    last = d == len(x.axes) - 1 and "log" not in kind(node)
     return Val(x.axes, sums=last)
 
 
 @rule("cumsum", "cumprod", "logcumsumexp", "diff", "tril", "triu", "gather")
-def scanned(w: Walk, node: fx.Node) -> Val:
+def scanned(w: Walk, node: Any) -> Val:
     x = w.val(node.args[0])
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = kind(node)
     at = {"diff": 2}.get(name, 1)
     dims = [-2, -1] if name in ("tril", "triu") else [argument(node, at, "dim", -1)]
     if name in ("diff", "gather"):
         for value in node.all_input_nodes:
             w.pin(node, value, "positions matter")
-        return w._unknown(node)  # type: ignore[no-any-return]
+        return w._unknown(node)
     x = w.blur(node, x, [d % len(x.axes) for d in dims] if x.axes else [], "positions along it matter")
     return Val(x.axes)
 
@@ -886,9 +892,9 @@ def scanned(w: Walk, node: fx.Node) -> Val:
 
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "_batch_norm_no_update", "instance_norm")
-def batch_norm(w: Walk, node: fx.Node) -> Any:
+def batch_norm(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = kind(node)
     legit = name == "_native_batch_norm_legit_no_training"
     parameters = [None if a is None else w.val(a) for a in node.args[1:5]]
     if legit:
@@ -927,9 +933,9 @@ def batch_norm(w: Walk, node: fx.Node) -> Any:
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "native_group_norm", "local_response_norm",
       "normalize")  # fmt: skip
-def mixing_norm(w: Walk, node: fx.Node) -> Any:
+def mixing_norm(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = kind(node)
     dims = [1] if "group" in name else list(range(len(x.axes) - len(argument(node, 1, "normalized_shape")), len(x.axes)))
     if "group" in name:
         dims = list(range(1, len(x.axes)))
@@ -952,11 +958,11 @@ def _constants(x: Val, d: int, n: int) -> tuple[np.ndarray[Any, Any], np.ndarray
     value = x.value.expand(lengths).movedim(d, -1).reshape(-1, lengths[d]).double()
     fixed = known.all(0) & (value == value[0]).all(0) & value[0].isfinite()
     border = torch.zeros_like(fixed) if x.border is None else x.border.expand(lengths).movedim(d, -1).reshape(-1, lengths[d]).any(0)
-    return tuple(t.expand(n).numpy() for t in (fixed, value[0], border))  # type: ignore[return-value]
+    return tuple(t.expand(n).numpy() for t in (fixed, value[0], border))
 
 
 def contract(
-    w: Walk, node: fx.Node, x: Val, d: int, weight: Val, table: Tensor | None, rows: Vector | None, columns: Vector | None,
+    w: Walk, node: Any, x: Val, d: int, weight: Val, table: Tensor | None, rows: Vector | None, columns: Vector | None,
     *, groups: int, counts: tuple[int, int], folds: bool, bias: Val | None, at: int,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Record a contraction with a known weight; returns what is known of the output rows, and their values.
@@ -976,10 +982,12 @@ def contract(
     if rows is None:
         rows = w.ids.fresh(groups * m)
         w.pin(node, rows, "a single output")
-    reader = Reader(node, rows.reshape(groups, m), columns.reshape(groups, n), np.zeros((0, 0, 0), bool), bias=at, key=key)
-    w.readers.append(reader)
-    if not w.facts or table is None:
+    reader = Reader(node, rows.reshape(groups, m), columns.reshape(groups, n), np.zeros((0, 0, 0), bool), source=name, bias=at, key=key)
+    if table is None:
+        if not w.facts:
+            w.readers.append(reader)
         return None
+    w.readers.append(reader)
     used = (table != 0).any(-1).numpy() if table.shape[-1] != 1 else (table.squeeze(-1) != 0).numpy()
     known, value, border = (a.reshape(groups, n) for a in _constants(x, d, groups * n))
     zero = known & (value == 0)
@@ -987,15 +995,17 @@ def contract(
     inside = uniform if folds else np.zeros_like(uniform)
     merges = (uniform & ~inside if not folds and (uniform.any() or not bordered.any()) else bordered) if free else inside & ~inside
     reader.used, reader.soft, reader.folds, reader.merges = used, zero | inside | merges, inside, merges
-    reader.constant, reader.table, reader.source = np.where(known, value, np.nan), table, name
+    reader.constant, reader.table = np.where(known, value, np.nan), table
     certain = torch.from_numpy(~(used & ~(zero | inside)[:, None, :]).any(-1)).reshape(-1)
     if not certain.any():
         return None
     total = torch.zeros(groups * m).double()
     if inside.any():
-        picked = torch.nonzero(certain).squeeze(1)
-        taps = table.reshape(groups * m, n, -1)[picked].double().sum(-1)
-        total[picked] = (taps * torch.from_numpy(np.where(inside, value, 0.0))[picked // m]).sum(-1)
+        for g in np.flatnonzero(inside.any(1)):
+            columns_in = torch.from_numpy(np.flatnonzero(inside[g]))
+            rows_in = torch.nonzero(certain[g * m : g * m + m]).squeeze(1)
+            taps = table[g][rows_in][:, columns_in].double().sum(-1)
+            total[g * m + rows_in] = taps @ torch.from_numpy(value[g][inside[g]])
     if bias is not None:
         if bias.value is None:
             return None
@@ -1005,8 +1015,8 @@ def contract(
 
 
 @rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
-def convolution(w: Walk, node: fx.Node) -> Any:
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+def convolution(w: Walk, node: Any) -> Any:
+    name = kind(node)
     x, weight = w.val(node.args[0]), w.val(node.args[1])
     bias = w.val(node.args[2]) if argument(node, 2, "bias") is not None else None
     generic = name == "convolution"
@@ -1016,7 +1026,7 @@ def convolution(w: Walk, node: fx.Node) -> Any:
     padded = padding == "same" if isinstance(padding, str) else any(padding) if isinstance(padding, list | tuple) else bool(padding)
     space = len(weight.axes) - 2
     c = len(x.axes) - space - 1
-    shape = w.shape(node.args[1])  # type: ignore[arg-type]
+    shape = w.shape(node.args[1])
     inputs, outputs = (shape[0], shape[1] * groups) if transposed else (shape[1] * groups, shape[0])
     n, m = inputs // groups, outputs // groups
     x = w.blur(node, x, [*range(c + 1, len(x.axes))], "space of a convolution")
@@ -1085,8 +1095,8 @@ def convolution(w: Walk, node: fx.Node) -> Any:
 
 
 @rule("linear", "addmm", "mm", "matmul", "bmm", "mv", "baddbmm")
-def matmul(w: Walk, node: fx.Node) -> Any:
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+def matmul(w: Walk, node: Any) -> Any:
+    name = kind(node)
     added = name in ("addmm", "baddbmm")
     first, second = (node.args[1], node.args[2]) if added else (node.args[0], node.args[1])
     a, b = w.val(first), w.val(second)
@@ -1108,7 +1118,6 @@ def matmul(w: Walk, node: fx.Node) -> Any:
     a, b = w.flat(node, a, len(a.axes) - 1), w.flat(node, b, len(b.axes) - 2)
     k = w.join(node, [a.axes[-1], b.axes[-2]])
     a = w.relayout(a, len(a.axes) - 1, k) if a.axes[-1] else a
-    b = w.relayout(b, len(b.axes) - 2, k) if b.axes[-2] else b
     columns = k[0][1] if k else None
     n_in = k[0][0] if k else 1
     known: tuple[Tensor, Tensor] | None = None
@@ -1133,6 +1142,7 @@ def matmul(w: Walk, node: fx.Node) -> Any:
             known = None
         axes: list[Axis] = [*a.axes[:-1], b.axes[1]]
     else:
+        b = w.relayout(b, len(b.axes) - 2, k) if b.axes[-2] else b
         if len(batch) != len(b.axes[:-2]) or batch:
             joined, _ = w.broadcast(node, [Val(batch), Val(b.axes[:-2])])
             batch = joined
@@ -1166,7 +1176,7 @@ def _zero(val: Val) -> Tensor:
     return torch.zeros([length(a) for a in val.axes], dtype=torch.bool) if val.value is None else val.mask() & (val.value == 0)
 
 
-def product(w: Walk, node: fx.Node, a: Val, b: Val, batch: Sequence[Axis], columns: Vector, shift: bool = False) -> None:
+def product(w: Walk, node: Any, a: Val, b: Val, batch: Sequence[Axis], columns: Vector, shift: bool = False) -> None:
     """Record a product of two activations: a column that is zero in either is not needed.
 
     With `shift` (the product is the logits of a softmax over the rows of b), neither is one where b is uniform.
@@ -1199,7 +1209,7 @@ def _passed(a: Val, b: Val, axes: Sequence[Axis]) -> Val | None:
 
 
 @rule("scaled_dot_product_attention")
-def attention(w: Walk, node: fx.Node) -> Any:
+def attention(w: Walk, node: Any) -> Any:
     q, k, v = (w.val(n) for n in node.args[:3])
     mask = argument(node, 3, "attn_mask")
     gqa = bool(node.kwargs.get("enable_gqa", False))
@@ -1231,7 +1241,7 @@ def attention(w: Walk, node: fx.Node) -> Any:
         if len(m.axes) > 2:
             w.broadcast(node, [Val(tuple(batch[-(len(m.axes) - 2) :])), Val(m.axes[:-2])])
     columns = q.axes[-1][0][1] if q.axes[-1] else None
-    embed = w.shape(node.args[0])[-1]  # type: ignore[arg-type]
+    embed = w.shape(node.args[0])[-1]
     if columns is not None:
         if node.kwargs.get("scale") is None:
             w.edits.append(lambda kept: node.update_kwarg("scale", 1.0 / math.sqrt(embed)))
@@ -1253,7 +1263,7 @@ def _spare_gqa(q: Val, k: Val, n: int) -> Any:
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
-def recurrent(w: Walk, node: fx.Node) -> Any:
+def recurrent(w: Walk, node: Any) -> Any:
     """Inputs and projections are contractions; the hidden units are pinned, since they feed themselves."""
     if not isinstance(node.args[3 if "lstm" not in str(node.target) else 3], bool):
         return w.refuse(node)
@@ -1263,7 +1273,7 @@ def recurrent(w: Walk, node: fx.Node) -> Any:
         if n is not node.args[0] and n is not weights[0]:
             w.pin(node, n, "hidden units of a recurrent layer")
     biased, bidirectional = node.args[3], node.args[7]
-    step = len(weights) // (node.args[4] * (2 if bidirectional else 1))  # type: ignore[operator]
+    step = len(weights) // (node.args[4] * (2 if bidirectional else 1))
     x = w.flat(node, x, len(x.axes) - 1)
     first = [0, step] if bidirectional else [0]
     for i in first:
@@ -1276,7 +1286,7 @@ def recurrent(w: Walk, node: fx.Node) -> Any:
         table = None if weight.value is None else weight.value.unsqueeze(0).unsqueeze(-1)
         contract(
             w, node, x, len(x.axes) - 1, replace(weight, source=None), table, rows, columns, groups=1,
-            counts=tuple(w.shape(name)), folds=False, bias=bias, at=-1,  # type: ignore[arg-type]
+            counts=tuple(w.shape(name)), folds=False, bias=bias, at=-1,
         )  # fmt: skip
     return w._unknown(node)
 

@@ -1,0 +1,194 @@
+"""The graph that is written to a file, the calls that a file is tried on, and the report of both."""
+
+from __future__ import annotations
+
+import contextlib
+import keyword
+import logging
+import operator
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch.export import ExportedProgram
+
+from fxprune.errors import ArgumentTypeError, ExportError, FinalizeError, FxpruneError
+from fxprune.files import atomic
+from fxprune.graph import erase_dead, evaluate
+from fxprune.reparametrize import tagged
+from fxprune.traced import CodeGen, TracedModule
+
+from .compare import Call, ModuleRunner, Report
+from .session import identifier, named_key, named_leaves
+
+ORIGIN = "fxprune.node"  # metadata of a node: the traced node whose value it computes
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What an export wrote.
+
+    Attributes:
+        path: the file. size: its bytes, external data included.
+        comparison: the file against its source, per output; None when it was not asked for.
+    """
+
+    path: Path
+    size: int
+    comparison: Report | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return asdict(self) | {"path": str(self.path), "comparison": self.comparison and self.comparison.to_dict()}
+
+
+def check_source(module: object, function: str) -> None:
+    """Refuse what cannot be exported.
+
+    Raises:
+        ArgumentTypeError: no traced module.
+        ExportError: it has no eval graph, or NaN or inf among its parameters.
+    """
+    if not isinstance(module, TracedModule):
+        raise ArgumentTypeError(f"{function} was given a {type(module).__name__}; it takes what fxprune.trace returns.")
+    if "eval" not in module.graphs:
+        raise ExportError(
+            f'the module was captured in {module.modes} only. Trace it again with "eval" among the modes.'
+        )
+    # a buffer may hold -inf on purpose (an attention mask), never NaN
+    bad = [n for n, p in module.named_parameters() if not p.isfinite().all()]
+    bad += [n for n, b in module.named_buffers() if b.isnan().any()]
+    if bad:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise ExportError(f"NaN or inf in {', '.join(bad[:10])}{more}: refused, since it would spread. Train again.")
+
+
+def flat(final: TracedModule, structured: bool = False) -> tuple[fx.GraphModule, list[str], dict[str, str]]:
+    """The eval graph with reparametrizations folded, and a plain tuple of tensors as its output.
+
+    With `structured`, the output is what it was, in plain containers.
+
+    Besides: names for the outputs, and the targets that had to be renamed, since torch generates code from them and
+    a module may be called `class`.
+
+    torch's exporter drops None, fails on numbers, and gives one ONNX value to an output that is returned twice, is
+    an input or a parameter; renaming one of those would rename the other.
+    """
+    source, graph = final.graphs["eval"], fx.Graph()
+    info = source._codegen.pytree_info  # type: ignore[attr-defined]
+    copies: dict[fx.Node, fx.Node] = {}
+    leaves = pytree.tree_leaves(graph.graph_copy(source, copies))
+    paths = [path for path, _ in named_leaves(pytree.tree_unflatten(range(len(leaves)), info.out_spec))]
+    values: dict[fx.Node, str] = {}
+    for path, leaf in zip(paths, leaves if not structured else [], strict=not structured):
+        if isinstance(leaf, int | float):
+            kind = torch.tensor(leaf).dtype
+            leaf = graph.call_function(torch.ops.aten.scalar_tensor.default, (leaf,), {"dtype": kind})
+        elif isinstance(leaf, fx.Node) and (leaf in values or leaf.op != "call_function"):
+            leaf = graph.call_function(torch.ops.aten.clone.default, (leaf,))
+        if isinstance(leaf, fx.Node):
+            values[leaf] = identifier(path, "output")
+    for original, copied in copies.items():
+        copied.meta["custom"] = {ORIGIN: original.name}
+    tree: Any = tuple(values)
+    if structured:
+        tree = _plain(pytree.tree_unflatten(leaves, info.out_spec))
+    graph.output(tuple(pytree.tree_leaves(tree)))
+    graph.set_codegen(CodeGen(info._replace(out_spec=pytree.tree_structure(tree))))
+    folded: dict[str, torch.Tensor] = {}
+    for node in reversed(tagged(graph)):
+        # without users, what it was part of is folded already; what depends on an input stays an expression
+        with contextlib.suppress(FinalizeError), graph.inserting_before(node):
+            if node.users:
+                name = str(node.meta["fxprune"]["parameter"])
+                folded[name] = evaluate(final, node)
+                node.replace_all_uses_with(graph.get_attr(name))
+                erase_dead(graph)
+    root, aliases = dict[str, Any](), dict[str, str]()
+    for node in graph.find_nodes(op="get_attr"):
+        target = str(node.target)
+        node.target = ".".join(part + "_" * keyword.iskeyword(part) for part in target.split("."))
+        root[node.target] = folded[target] if target in folded else operator.attrgetter(target)(final)
+        aliases[node.target] = target
+    module = fx.GraphModule(root, graph)
+    module.training = False
+    return module, list(values.values()), aliases
+
+
+def _plain(tree: Any) -> Any:
+    """A pytree in dicts, lists and tuples, which every reader knows."""
+    if isinstance(tree, fx.Node | None | int | float | str):
+        return tree
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_plain(v) for v in tree] if isinstance(tree, list) else tuple(_plain(v) for v in tree)
+    parts, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda part: part is not tree)
+    return {named_key(path): _plain(part) for path, part in parts}
+
+
+def keep_aside(name: Path, path: Path) -> Path:
+    aside = path.with_name(f"{path.stem}.mismatch{path.suffix}")
+    with atomic(aside) as kept:
+        for part in list(name.parent.iterdir()):
+            part.rename(kept if part.name == name.name else kept.with_name(part.name))
+    return aside
+
+
+def resized(exported: ExportedProgram, call: Call, final: TracedModule) -> list[Call]:
+    """The sample with every free size one larger, and with free batches of 1, as far as `final` runs on these."""
+    keywords = exported.call_spec.in_spec.child(1).context  # in the order of the signature
+    leaves, spec = pytree.tree_flatten((call.args, {name: call.kwargs[name] for name in keywords}))
+    nodes = list(exported.graph.find_nodes(op="placeholder"))
+    values = [node.meta["val"] for node in nodes[len(nodes) - len(leaves) :]]
+    tensors = [(i, v) for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
+    shapes: list[tuple[int, int, Any]] = [(i, a, size) for i, v in tensors for a, size in enumerate(v.shape)]
+    axes = [(i, a, size.node.expr) for i, a, size in shapes if isinstance(size, torch.SymInt)]
+    sizes = {expr: leaves[i].shape[a] for i, a, expr in axes if expr.is_Symbol}
+    allowed = exported.range_constraints
+    larger = {s: n + 1 if n + 1 <= allowed[s].upper else n for s, n in sizes.items()}
+    # torch.export gives 2 as the lowest size that it treats as free; 1 works too in most models
+    single = {s: 1 for s in sizes if allowed[s].lower <= 2 and any(e == s and a == 0 for _, a, e in axes)}
+    calls = []
+    for new in filter(None, (larger, single)):
+        fresh: dict[int, torch.Tensor] = {}  # by identity: inputs that were one tensor stay one
+        for i, axis, expr in axes:
+            leaf = fresh.get(id(leaves[i]), leaves[i])
+            index = torch.arange(int(expr.subs({**sizes, **new})), device=leaf.device) % max(leaf.shape[axis], 1)
+            fresh[id(leaves[i])] = leaf.index_select(axis, index)
+        changed = Call(*pytree.tree_unflatten([fresh.get(id(leaf), leaf) for leaf in leaves], spec))
+        with contextlib.suppress(FxpruneError):
+            ModuleRunner(final, "eval").run(*changed)
+            calls.append(changed)
+    return calls
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the deprecations that torch and onnxscript cause each other, and the exporter's progress."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.filterwarnings("ignore", category=category, module=r"(torch|onnx\w*|copyreg)(\.|$)")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def causes(error: BaseException | None) -> str:
+    chain = []
+    while error:
+        chain.append(re.sub(r"\x1b\[\d+m", "", f"{type(error).__name__}: {error}"))
+        error = error.__cause__
+    return "; ".join(chain[1:] or chain)  # the first of several only says where to report

@@ -1,0 +1,154 @@
+"""`to_program` and `to_torchscript`: files that torch reads without the model's code, verified and whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.errors import ArgumentTypeError, CompareError, ExportError
+from fxprune.export import FileReport, compare, to_program, to_torchscript
+from tests.export.test_onnx import Everything, Network
+from tests.networks import NETWORKS
+
+FORMATS: dict[str, Callable[..., FileReport]] = {".pt2": to_program, ".pt": to_torchscript}
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, fxprune.TracedModule]:
+    """Pruned and finalized."""
+    found = {}
+    for key, (build, sample, names) in NETWORKS.items():
+        torch.manual_seed(0)
+        traced = fxprune.trace(build(), (sample(2),), modes=("eval",))
+        for name in names:
+            fxprune.prune.l1_unstructured(traced, name, amount=0.5)
+        found[key] = fxprune.finalize(traced)
+    return found
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("key", NETWORKS)
+def test_networks_in_both_formats(
+    networks: dict[str, fxprune.TracedModule], tmp_path: Path, suffix: str, key: str
+) -> None:
+    path = tmp_path / f"model{suffix}"
+    report = FORMATS[suffix](networks[key], path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert report.size == path.stat().st_size
+    assert report.comparison is not None
+    assert [row.shape[0] for row in report.comparison.rows] == [2, 3, 1]
+    result = compare(networks[key], path, inputs=NETWORKS[key][1](5), rtol=0 if suffix == ".pt2" else 1e-6)
+    assert result.ok, result.table()
+    assert json.loads(json.dumps(report.to_dict()))["comparison"]["ok"]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_kind_of_input_and_output(tmp_path: Path, suffix: str) -> None:
+    x, kwargs = torch.randn(2, 4), {"unused": torch.ones(2, 5), "times": 3, "cfg": {"z": torch.randn(2, 3)}}
+    traced = fxprune.trace(Everything().eval(), (x,), kwargs, modes=("eval",))
+    path = tmp_path / f"model{suffix}"
+    FORMATS[suffix](traced, path)
+    result = compare(traced, path, inputs=fxprune.export.Call((x,), kwargs))
+    assert result.ok, result.table()
+    assert len(result.rows) == 8
+
+
+READER = """
+import sys, torch
+path, x, y = sys.argv[1:]
+model = torch.export.load(path).module() if path.endswith('.pt2') else torch.jit.load(path)
+torch.testing.assert_close(model(torch.load(x)), torch.load(y), rtol=1e-6, atol=1e-6)
+assert not [name for name in sys.modules if name.startswith('fxprune') or name.endswith('tests.networks')]
+"""
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_the_file_is_read_without_the_models_code(
+    networks: dict[str, fxprune.TracedModule], tmp_path: Path, suffix: str
+) -> None:
+    final, x = networks["residual"], torch.randn(3, 3, 6, 6)
+    path = FORMATS[suffix](final, tmp_path / f"model{suffix}").path
+    torch.save(x, tmp_path / "x")
+    torch.save(final(x).detach(), tmp_path / "y")
+    command = [sys.executable, "-W", "ignore", "-I", "-c", READER, path, tmp_path / "x", tmp_path / "y"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+
+
+def test_a_program_keeps_names_and_says_what_it_is(networks: dict[str, fxprune.TracedModule], tmp_path: Path) -> None:
+    final, files = networks["residual"], {"fxprune.json": ""}
+    path = to_program(final, tmp_path / "model.pt2").path
+    program = torch.export.load(path, extra_files=files)
+    assert program.state_dict.keys() == {k for k in final.state_dict() if "num_batches" not in k}
+    assert json.loads(files["fxprune.json"])["fxprune.version"] == fxprune.__version__
+    assert str(Path(__file__).parent).encode() not in path.read_bytes()
+
+
+def test_torchscript_is_frozen(networks: dict[str, fxprune.TracedModule], tmp_path: Path) -> None:
+    path = to_torchscript(networks["residual"], tmp_path / "model.pt").path
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        script = torch.jit.load(path)
+    assert not list(script.parameters())
+    assert "batch_norm" not in str(script.graph)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_file_that_computes_something_else_is_kept_aside(
+    networks: dict[str, fxprune.TracedModule], tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = fxprune.export.program.flat
+
+    def wrong(final: Any, structured: bool) -> Any:
+        module, *rest = flat(final, structured)
+        module.head.weight = nn.Parameter(module.head.weight + 0.01)
+        return module, *rest
+
+    monkeypatch.setattr("fxprune.export.program.flat", wrong)
+    old = tmp_path / f"model{suffix}"
+    old.write_text("old")
+    with pytest.raises(ExportError, match="computes something else"):
+        FORMATS[suffix](networks["residual"], old)
+    assert old.read_text() == "old"
+    assert sorted(part.name for part in tmp_path.iterdir()) == [f"model.mismatch{suffix}", old.name]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_what_is_refused(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = FORMATS[suffix]
+    with pytest.raises(ArgumentTypeError, match="was given a Linear"):
+        export(nn.Linear(2, 2), tmp_path / f"a{suffix}")
+    traced = fxprune.trace(nn.Linear(2, 2), torch.ones(2, 2), modes=("eval",))
+    with pytest.raises(ExportError, match=f"must end in {suffix}"):
+        export(traced, tmp_path / "a.bin")
+    with pytest.raises(ExportError, match="does not exist"):
+        export(traced, tmp_path / "no" / f"a{suffix}")
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: 1 / 0)
+    with pytest.raises(ExportError, match=f"torch cannot write the model as {suffix}: ZeroDivisionError"):
+        export(traced, tmp_path / f"a{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_damaged_files_and_wrong_inputs_are_named(tmp_path: Path, suffix: str) -> None:
+    traced = fxprune.trace(Network(), torch.randn(2, 2, 6, 6), modes=("eval",))
+    path = FORMATS[suffix](traced, tmp_path / f"model{suffix}").path
+    cut = tmp_path / f"cut{suffix}"
+    cut.write_bytes(path.read_bytes()[:500])
+    for bad in (cut, tmp_path / f"no{suffix}"):
+        with pytest.raises(CompareError, match=f"{bad.name}' cannot be loaded by torch"):
+            compare(path, bad, inputs=torch.randn(2, 2, 6, 6))
+    with pytest.raises(CompareError, match=f"model{suffix} cannot run these inputs"):
+        compare(path, path, inputs=torch.randn(2, 7, 6, 6))
+    with pytest.raises(CompareError, match="has no train mode"):
+        compare(traced, path, inputs=torch.randn(2, 2, 6, 6), mode="train")
