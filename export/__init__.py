@@ -2,6 +2,7 @@
 
 from .bench import Latency, bench
 from .compare import Call, Report, Row, compare
+from .inspect import Contents, inspect
 from .onnx import ExportReport, to_onnx
 from .program import to_program
 from .session import Session
@@ -10,6 +11,7 @@ from .torchscript import to_torchscript
 
 __all__ = [
     "Call",
+    "Contents",
     "ExportReport",
     "FileReport",
     "Latency",
@@ -18,6 +20,7 @@ __all__ = [
     "Session",
     "bench",
     "compare",
+    "inspect",
     "to_onnx",
     "to_program",
     "to_torchscript",

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.errors import ArgumentError, CompareError, FxpruneError
+from fxprune.traced import TracedModule
 
+from .divergence import Divergence, find
 from .session import Session, match, tensors_of
 
 # Relative to the largest magnitude of an output. Two orders of summation of n products differ by about sqrt(n)
@@ -44,6 +48,8 @@ class Row:
         `[0]`, or of a buffer after a call in train mode, as in `buffer bn.running_mean`.
         shape, dtype: the reference's. max_abs: largest |candidate - reference|; max_rel: the same over the largest
         finite |reference|; both None where there is nothing to subtract. ok: within tolerance. note: what is wrong.
+        error, reference_error: of the candidate and of the reference against a float64 copy of the reference, relative
+        to its largest value; None where there is no such copy.
     """
 
     candidate: str
@@ -55,6 +61,8 @@ class Row:
     max_rel: float | None
     ok: bool
     note: str = ""
+    error: float | None = None
+    reference_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,16 @@ class Report:
     """What `compare` found: `ok`, `rows`, `table()`, `to_dict()` (plain JSON types).
 
     Attributes:
-        first_divergence: the first node that differs; not searched for yet, so None.
+        first_divergence: the first node that differs, for the first output that does; None when all agree, or where
+            the two have no names of nodes in common.
+        no_float64: why there is no float64 copy of the reference, where one was tried.
     """
 
     reference: str
     mode: str
     rows: tuple[Row, ...]
-    first_divergence: str | None = None
+    first_divergence: Divergence | None = None
+    no_float64: str = ""
 
     @property
     def ok(self) -> bool:
@@ -82,18 +93,40 @@ class Report:
         for r in self.rows:
             key = r.candidate, r.output
             worst[key] = max(worst.get(key, r), r, key=lambda r: (not r.ok, r.max_abs or 0.0))
-        lines = [head] + [
+        lines: list[tuple[str, ...]] = [head]
+        lines += [
             (r.candidate, str(r.call), r.output, "x".join(map(str, r.shape)) or "scalar", r.dtype, _number(r.max_abs),
-             _number(r.max_rel), "yes" if r.ok else f"NO {r.note}".rstrip())
+             _number(r.max_rel), f"yes {r.note}".rstrip() if r.ok else f"NO {r.note}".rstrip())
             for r in worst.values()
         ]  # fmt: skip
+        if any(r.error is not None for r in worst.values()):
+            head64 = "error", "reference's"
+            cells = [head64] + [(_number(r.error), _number(r.reference_error)) for r in worst.values()]
+            lines = [(*line[:-1], *pair, line[-1]) for line, pair in zip(lines, cells, strict=True)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        if len(lines[0]) > len(head):
+            text.append("error, reference's: relative to a float64 copy of the reference")
+        if self.no_float64:
+            text.append(f"there is no float64 copy of the reference: {self.no_float64}")
+        if self.first_divergence:
+            text.append(str(self.first_divergence))
         return "\n".join([f"against {self.reference}, {self.mode} mode", *text])
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
-        return {"ok": self.ok, **asdict(self)}
+        first = self.first_divergence and asdict(replace(self.first_divergence, pieces=()))
+        return {"ok": self.ok, **asdict(replace(self, first_divergence=None)), "first_divergence": first}
+
+    def reproduce(self, path: str | os.PathLike[str]) -> None:
+        """Write a script that runs the smallest subgraph that differs on both sides; its tensors go beside it.
+
+        Raises:
+            CompareError: no node is known to differ. ExportError: the path cannot be written.
+        """
+        if self.first_divergence is None:
+            raise CompareError("no node is known to differ: all outputs agree, or the two share no names of nodes.")
+        self.first_divergence.reproduce(path)
 
 
 class Runner(Protocol):
@@ -125,6 +158,11 @@ def compare(
     element near zero in an output of size 10 carries the rounding of numbers of size 10. Integers and booleans
     agree when equal.
 
+    In eval mode a float64 copy of the reference, where it can be made, tells the error of each side. By default a
+    candidate beyond the tolerance agrees too when its error is at most twice the reference's own: then the
+    difference is the rounding of the reference. When outputs disagree, the nodes are compared, by the names that an
+    export keeps: see `Report.first_divergence`.
+
     Args:
         reference: a module (eager or traced), or the path of an .onnx, .pt2 (torch.export) or .pt (TorchScript) file.
         candidates: one or more of the same.
@@ -151,7 +189,8 @@ def compare(
         raise ArgumentError(f"{len(candidates)} candidates and {len(calls)} inputs were given; at least one of each.")
     if names is not None and len(names) != len(candidates) + 1:
         raise ArgumentError(f"{len(names)} names were given for 1 reference and {len(candidates)} candidates.")
-    return judge([_runner(item, mode) for item in (reference, *candidates)], calls, rtol, atol, mode, names)
+    runners = [_runner(item, mode) for item in (reference, *candidates)]
+    return judge(runners, calls, rtol, atol, mode, names)
 
 
 def judge(
@@ -166,8 +205,16 @@ def judge(
     names = names or [r.name for r in runners]
     names = [n if names.count(n) == 1 else f"{n} ({i})" for i, n in enumerate(names)]
     rows: list[Row] = []
+    first: Divergence | None = None
+    wide, why = _wide(runners[0]) if mode == "eval" else (None, "")
     for index, call in enumerate(calls):
         expected, *found = (runner.run(*call) for runner in runners)
+        exact: dict[str, torch.Tensor] = {}
+        if wide:
+            try:
+                exact = {k: v for k, v in wide.run(*call).items() if v.dtype != expected[k].dtype}
+            except CompareError as error:
+                wide, why = None, str(error)
         wanted = {k: v for k, v in expected.items() if not k.startswith(_BUFFER)}
         for name, runner, outputs in zip(names[1:], runners[1:], found, strict=True):
             own = runner.rtol if rtol is None else rtol
@@ -179,8 +226,18 @@ def judge(
             pairs = [(k, v, w) for (k, v), w in zip(wanted.items(), got.values(), strict=True)]
             shared = [k for k in expected if k not in wanted and k in outputs]
             pairs += [(k, expected[k], outputs[k]) for k in shared if expected[k].shape == outputs[k].shape]
-            rows += [Row(name, index, k, tuple(v.shape), _dtype(v), *_errors(v, w, own, atol)) for k, v, w in pairs]
-    return Report(names[0], mode, tuple(rows))
+            for k, v, w in pairs:
+                row = Row(name, index, k, tuple(v.shape), _dtype(v), *_errors(v, w, own, atol))
+                if k in exact:
+                    far, base = (_errors(exact[k], value.double(), None, None)[1] for value in (w, v))
+                    row = replace(row, error=far, reference_error=base)
+                    rounding = own is None and atol is None and far is not None and far <= 2 * (base or 0.0)
+                    if rounding and not row.ok:
+                        row = replace(row, ok=True, note="by the rounding of the reference")
+                rows.append(row)
+                if not row.ok and mode == "eval" and first is None:
+                    first = find(runners[0], runner, call, index, lambda a, b: _errors(a, b, own, atol)[2])  # noqa: B023
+    return Report(names[0], mode, tuple(rows), first, why)
 
 
 _BUFFER = "buffer "
@@ -239,6 +296,56 @@ class ModuleRunner:
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.module(*args, **kwargs)
+
+
+class _Double(TorchDispatchMode):
+    """float64 wherever the code says float32."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*pytree.tree_map(_double, args), **pytree.tree_map(_double, kwargs or {}))
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    return torch.float64 if value is torch.float32 else value
+
+
+class _WideRunner(ModuleRunner):
+    """A float64 copy of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        computed = [
+            v for m in module.modules() for v in m.__dict__.values() if isinstance(v, torch.Tensor) and v.grad_fn
+        ]
+        module = copy.deepcopy(module, {id(v): v.detach() for v in computed})  # hooks compute these again
+        nn.Module._apply(module, _double)  # a traced module's own refuses types that its graph names
+        if isinstance(module, TracedModule):
+            module.example_args, module.example_kwargs = pytree.tree_map(
+                _double, (module.example_args, module.example_kwargs)
+            )
+            module.recompile()
+        super().__init__(module, "eval")
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        default = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.float64)
+            with _Double():  # type: ignore[no-untyped-call]
+                return super().call(*pytree.tree_map(_double, (args, kwargs)))
+        finally:
+            torch.set_default_dtype(default)
+
+
+def _wide(runner: Runner) -> tuple[_WideRunner | None, str]:
+    if not isinstance(runner, ModuleRunner) or isinstance(runner, ProgramRunner):
+        return None, ""
+    if not any(p.dtype == torch.float32 for p in runner.module.parameters()):
+        return None, ""
+    try:
+        return _WideRunner(runner.module), ""
+    except Exception as error:  # whatever the model's own copying raises
+        return None, f"{type(error).__name__}: {error}"
 
 
 class ProgramRunner(ModuleRunner):

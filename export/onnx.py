@@ -22,11 +22,12 @@ from fxprune.files import atomic
 from fxprune.traced import TracedModule
 
 from .compare import Call, ModuleRunner, as_calls, judge
+from .divergence import ORIGIN
 from .metadata import metadata
 from .precision import RTOL, float16, int8
 from .precision import sparse as store_sparse
 from .session import Session
-from .source import ORIGIN, FileReport, causes, check_source, flat, keep_aside, quiet, resized
+from .source import FileReport, causes, check_source, flat, keep_aside, quiet, resized
 
 SINGLE_FILE_BYTES = 1536 * 2**20  # weights beyond it go to a file beside: protobuf ends at 2 GiB
 

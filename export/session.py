@@ -114,7 +114,7 @@ class Session:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int | None = None,
     ) -> None:
-        self.name = Path(path).name
+        self.name, self.path = Path(path).name, path
         if not Path(path).is_file():
             found = "a folder" if Path(path).is_dir() else "nothing"
             raise CompareError(f"'{path}' was to be run; there is {found} of that name. Give an .onnx file's path.")

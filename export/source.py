@@ -25,9 +25,8 @@ from fxprune.reparametrize import tagged
 from fxprune.traced import CodeGen, TracedModule
 
 from .compare import Call, ModuleRunner, Report
+from .divergence import ORIGIN
 from .session import identifier, named_key, named_leaves
-
-ORIGIN = "fxprune.node"  # metadata of a node: the traced node whose value it computes
 
 
 @dataclass(frozen=True)

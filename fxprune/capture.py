@@ -6,7 +6,9 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import io
 import logging
+import random
 import re
 import traceback
 import warnings
@@ -15,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
@@ -214,9 +217,11 @@ def _export(
         _undisturbed(model),
         _counted_reads(model) as reads[mode],
         warnings.catch_warnings(record=True) as caught,
+        contextlib.redirect_stderr(io.StringIO()),  # torch prints the graph so far when it fails
         torch.enable_grad(),
     ):
         warnings.simplefilter("always")
+        before = _global_generators()
         hook = model.register_forward_hook(lambda module, args, output: _register_dataclasses(output))
         try:
             model.train(mode == "train")
@@ -227,6 +232,12 @@ def _export(
             raise CaptureError(_explain(error, model, mode)) from error
         finally:
             hook.remove()
+            after = _global_generators()
+    if str(before) != str(after):
+        raise CaptureError(
+            f"{type(model).__name__} draws from Python's or numpy's random generator in {mode} mode; the graph would "
+            "repeat the numbers drawn at the capture. Draw by torch inside forward, or pass the numbers as inputs."
+        )
     assigned: set[str] = set()
     for warning in caught:
         if found := _ASSIGNED.search(str(warning.message)):
@@ -234,6 +245,10 @@ def _export(
         elif not issubclass(warning.category, DeprecationWarning | FutureWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return program, assigned
+
+
+def _global_generators() -> tuple[Any, Any]:
+    return random.getstate(), np.random.get_state()  # noqa: NPY002  models draw from the legacy generator
 
 
 def _explain(error: Exception, model: nn.Module, mode: str) -> str:
@@ -304,10 +319,12 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         saved.append((module, dict(module.__dict__), inner))
     seen: set[int] = set()
     ties: list[tuple[nn.Module, str, nn.Parameter]] = []
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
+    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    python, numpy = _global_generators()
     try:
-        logger.setLevel(logging.CRITICAL)  # the error is raised, it need not be logged besides
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL)  # the error is raised, it need not be logged besides
         for module in modules:
             if isinstance(module, nn.RNNBase):
                 module.__dict__["_weights_have_changed"] = partial(_reread, module)
@@ -318,7 +335,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 seen.add(id(parameter))
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
         for module, name, parameter in ties:
             setattr(module, name, parameter)
         for module, attributes, inner in saved:

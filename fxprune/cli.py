@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import operator
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import safetensors.torch
+import torch
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from torch import nn
 
 import fxprune
 from fxprune import demo as demo_
+from fxprune.errors import ArgumentError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,6 +61,164 @@ def demo(
     for failure in result.failures:
         _complain(f"failed: {failure}")
     raise typer.Exit(bool(result.failures))
+
+
+_Inputs = Annotated[
+    list[str],
+    typer.Option(
+        help="A shape, as in 2x3x32x32, x=2x3x32x32 or ids=2x16:int64 (normal numbers, ones for integers), or a file "
+        "of tensors by name, .npz or .safetensors. Repeat it for several inputs."
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_Model = Annotated[str, typer.Argument(help="package.module:factory, or a file: .onnx, .pt2, .pt.")]
+
+
+@app.command()
+def compare(
+    reference: _Model,
+    candidates: Annotated[list[str], typer.Argument(help="One or more of the same.")],
+    inputs: _Inputs,
+    rtol: Annotated[float | None, typer.Option(help="Relative to an output's largest value.")] = None,
+    atol: Annotated[float | None, typer.Option()] = None,
+    reproduce: Annotated[Path | None, typer.Option(help="Write a script that shows the first difference.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Run models and files on the same inputs and compare all outputs. Exits with 1 when they differ."""
+    models = [_model(text) for text in (reference, *candidates)]
+    report = fxprune.compare(models[0], *models[1:], inputs=_call(inputs), rtol=rtol, atol=atol)
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report.table())
+    if reproduce and not report.ok:
+        report.reproduce(reproduce)
+    raise typer.Exit(not report.ok)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="package.module:factory, a function that returns a module.")],
+    output: Annotated[Path, typer.Argument(help="The file to write: .onnx, .pt2 or .pt.")],
+    inputs: _Inputs,
+    precision: Annotated[str, typer.Option(help="float32, float16 or int8 (ONNX).")] = "float32",
+    calibration: Annotated[list[str] | None, typer.Option(help="For int8: a file of one batch; repeat it.")] = None,
+    sparse: Annotated[bool, typer.Option(help="Store masked weights sparse (ONNX).")] = False,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Trace a model, finalize it, write it as a file, and verify the file."""
+    source = _model(model)
+    if isinstance(source, Path):
+        raise ArgumentError(f"'{model}' is a file; export takes package.module:factory.")
+    call = _call(inputs)
+    final = fxprune.finalize(fxprune.trace(source.eval(), *call, modes=("eval",)))
+    if output.suffix == ".onnx":
+        batches = [_call([text]) for text in calibration] if calibration else None
+        report: fxprune.export.FileReport = fxprune.export.to_onnx(
+            final, output, precision=precision, calibration=batches, sparse=sparse, opset=opset  # type: ignore[arg-type]
+        )  # fmt: skip
+    elif precision != "float32" or sparse or calibration or opset:
+        raise ArgumentError(f"'{output}': precision, calibration, sparse and opset are for files that end in .onnx.")
+    else:
+        writers = {".pt2": fxprune.export.to_program, ".pt": fxprune.export.to_torchscript}
+        if output.suffix not in writers:
+            raise ArgumentError(f"'{output}': the name must end in .onnx, .pt2 or .pt.")
+        report = writers[output.suffix](final, output)
+    assert report.comparison is not None
+    text = f"{output}: {report.size:,} bytes\n{report.comparison.table()}"
+    print(json.dumps(report.to_dict(), indent=2) if as_json else text)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help=".onnx or .pt2")], as_json: _Json = False) -> None:
+    """Show a file's tensors and their zeros, its multiply-adds, operators and plan."""
+    found = fxprune.export.inspect(file)
+    entries, zeros = (sum(row[i] for row in found.tensors) for i in (3, 4))  # type: ignore[misc]
+    if as_json:
+        print(json.dumps(asdict(found) | {"parameters": entries, "zeros": zeros}, indent=2))
+        return
+    table = Table("tensor", "shape", "type", "entries", "zeros", box=box.SIMPLE, show_edge=False)
+    for name, shape, kind, size, zero in found.tensors:
+        table.add_row(name, "x".join(map(str, shape)), kind, f"{size:,}", f"{zero / max(size, 1):.1%}")
+    Console().print(table)
+    macs = "unknown" if found.macs is None else f"{found.macs:,}"
+    print(f"{entries:,} parameters, {zeros:,} of them zero; {macs} multiply-adds")
+    print("operators: " + ", ".join(f"{count} {name}" for name, count in found.operators.items()))
+    for key, value in found.metadata.items():
+        print(f"{key}: {value}")
+
+
+@app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(help=".onnx files; ratios are to the first.")],
+    inputs: Annotated[list[str] | None, _Inputs.__metadata__[0]] = None,  # type: ignore[attr-defined]
+    batch: Annotated[int, typer.Option(help="Of random inputs.")] = 1,
+    threads: Annotated[int, typer.Option(help="Within operators.")] = 1,
+    provider: Annotated[str, typer.Option(help="onnxruntime's execution provider.")] = "CPUExecutionProvider",
+    rounds: Annotated[int, typer.Option(help="Runs of each file that count.")] = 50,
+    as_json: _Json = False,
+) -> None:
+    """Measure the latency of ONNX files in onnxruntime, in turns."""
+    found = fxprune.export.bench(
+        files, inputs=_call(inputs) if inputs else None, batch=batch, threads=threads, provider=provider, rounds=rounds
+    )
+    if as_json:
+        options = {"batch": batch, "threads": threads, "provider": provider}
+        print(json.dumps(options | {"files": [asdict(item) for item in found]}, indent=2))
+        return
+    table = Table("file", "median ms", "quartiles", "ratio", box=box.SIMPLE, show_edge=False)
+    for item in found:
+        low, high = item.quartiles
+        table.add_row(item.name, f"{item.median:.3f}", f"{low:.3f} to {high:.3f}", f"{item.ratio:.3f}")
+    Console().print(table)
+
+
+def _model(text: str) -> nn.Module | Path:
+    module, colon, factory = text.partition(":")
+    if not colon or Path(text).exists():
+        return Path(text)
+    sys.path.insert(0, "")
+    try:
+        model = operator.attrgetter(factory)(importlib.import_module(module))()
+    except (ImportError, AttributeError) as error:
+        raise ArgumentError(
+            f"'{text}' was to be called for a model: {error}. Name it package.module:factory."
+        ) from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"'{text}' returns a {type(model).__name__}; a torch.nn.Module is needed.")
+    return model
+
+
+def _call(texts: list[str]) -> fxprune.export.Call:
+    args: list[torch.Tensor] = []
+    kwargs: dict[str, torch.Tensor] = {}
+    for text in texts:
+        try:
+            if text.endswith((".npz", ".safetensors")):
+                load = safetensors.torch.load_file if text.endswith(".safetensors") else _load_npz
+                found = load(text)
+                kwargs |= {name: value for name, value in found.items() if not name.startswith("arr_")}
+                args += [value for name, value in found.items() if name.startswith("arr_")]
+                continue
+            name, _, shape = text.rpartition("=")
+            sizes, _, kind = shape.partition(":")
+            dtype, size = getattr(torch, kind or "float32"), [int(n) for n in sizes.split("x")]
+            value = torch.randn(size).to(dtype) if dtype.is_floating_point else torch.ones(size, dtype=dtype)
+        except Exception as error:  # of the readers, of torch, or of int
+            raise ArgumentError(
+                f"input '{text}' cannot be used: {type(error).__name__}: {error}. Give a shape (2x3x32x32, x=2x3, "
+                "ids=2x16:int64) or an .npz or .safetensors file."
+            ) from error
+        if name:
+            kwargs[name] = value
+        else:
+            args.append(value)
+    return fxprune.export.Call(tuple(args), kwargs)
+
+
+def _load_npz(path: str) -> dict[str, torch.Tensor]:
+    with np.load(path, allow_pickle=False) as found:
+        return {name: torch.from_numpy(value) for name, value in found.items()}
 
 
 def _complain(text: str) -> None:

@@ -58,10 +58,8 @@ class Attention(nn.Module):
                 parts = self.qkv(x).split(self.heads * self.size, -1)
             q, k, v = (p.view(b, n, -1, self.size).transpose(1, 2) for p in parts)
         if self.few != self.heads:
-            k, v = (
-                t[:, :, None].expand(b, self.few, self.heads // self.few, n, self.size).reshape(b, self.heads, n, self.size)
-                for t in (k, v)
-            )
+            shape = b, self.few, self.heads // self.few, n, self.size
+            k, v = (t[:, :, None].expand(shape).reshape(b, self.heads, n, self.size) for t in (k, v))
         if self.manual:
             y = torch.softmax(q @ k.transpose(-1, -2) / self.size**0.5, -1) @ v
         else:
@@ -157,13 +155,15 @@ class ImageNetwork(nn.Module):
             a, b = self.conv(n // 2, 4), self.conv(n - n // 2, 4)
             return Call(lambda x, a, b: torch.cat([a(x[:, : n // 2]), b(x[:, n // 2 :])], 1), a, b), 8
         if kind == "shuffle":
-            return nn.Sequential(self.conv(n, 8), nn.ChannelShuffle(2) if r.random() < 0.5 else Call(shuffle), self.conv(8, m)), m
+            mixed = nn.ChannelShuffle(2) if r.random() < 0.5 else Call(shuffle)
+            return nn.Sequential(self.conv(n, 8), mixed, self.conv(8, m)), m
         if kind == "depthwise":
             return nn.Sequential(self.conv(n, n, groups=n, kernel=3), self.conv(n, m, kernel=1)), m
         if kind == "multiplier":
             return nn.Sequential(self.conv(n, 2 * n, groups=n, kernel=3), self.conv(2 * n, m, kernel=1)), m
         if kind == "grouped":
-            return nn.Sequential(self.conv(n, 8, kernel=1), self.conv(8, 4 * r.choice([1, 2]), groups=r.choice([2, 4])), self.conv_to(m)), m
+            grouped = self.conv(8, 4 * r.choice([1, 2]), groups=r.choice([2, 4]))
+            return nn.Sequential(self.conv(n, 8, kernel=1), grouped, nn.LazyConv2d(m, 1)), m
         if kind == "excite":
             return Excite(r, n), n
         if kind == "transposed":
@@ -190,9 +190,6 @@ class ImageNetwork(nn.Module):
         if kind == "flip":
             return nn.Sequential(Call(lambda x: x.flip(1) + x.roll(1, 1)), self.conv(n, m)), m
         return self.conv(n, m, r.choice([1, 1, 2])), m
-
-    def conv_to(self, m: int) -> nn.Module:
-        return nn.LazyConv2d(m, 1)
 
 
 class Scale(nn.Module):
@@ -249,22 +246,26 @@ class TokenNetwork(nn.Module):
         return self.head(self.blocks(self.words(ids)).mean(1))
 
 
-def network(seed: int) -> tuple[nn.Module, Callable[[int], Tensor]]:
-    """A network in float64 and eval mode with random statistics, and its inputs by batch size."""
+def network(seed: int, words: bool = False) -> tuple[nn.Module, Callable[[int], Tensor]]:
+    """A masked network in float64 and eval mode with random statistics, and its inputs by batch size.
+
+    `words` draws one over tokens, else one over images.
+    """
     r = random.Random(seed)
     torch.manual_seed(seed)
-    model: nn.Module = TokenNetwork(r) if r.random() < 0.25 else ImageNetwork(r)
-    words = isinstance(model, TokenNetwork)
+    model: nn.Module = TokenNetwork(r) if words else ImageNetwork(r)
 
     def inputs(batch: int) -> Tensor:
-        return torch.randint(11, (batch, 7)) if words else torch.randn(batch, 3, 8, 8).to(next(model.parameters()).dtype)
+        if words:
+            return torch.randint(11, (batch, 7))
+        return torch.randn(batch, 3, 8, 8).to(next(model.parameters()).dtype)
 
     with torch.no_grad():
         model(inputs(2))
         for name, p in model.named_parameters():
             if p.dim() == 1:
                 p.copy_(torch.rand_like(p) + 0.5 if name.endswith("weight") else torch.randn_like(p))
-        for name, b in model.named_buffers():
+        for b in model.buffers():
             if b.is_floating_point():
                 b.copy_(torch.rand_like(b) + 0.5)
     mask(model, r)
@@ -284,7 +285,7 @@ def mask(model: nn.Module, r: random.Random) -> None:
                 if aligned and with_beta:
                     module.bias[rows] = 0
             for name, p in module.named_parameters(recurse=False):
-                if p.dim() < 2 or module is last or isinstance(module, nn.Embedding) and r.random() < 0.5:
+                if p.dim() < 2 or module is last or (isinstance(module, nn.Embedding) and r.random() < 0.5):
                     continue
                 axis = 1 if isinstance(module, nn.ConvTranspose2d | nn.Embedding) else 0
                 size = p.shape[axis]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -399,3 +401,28 @@ def test_a_mode_switch_keeps_outputs_of_each_mode() -> None:
         torch.manual_seed(3)
         assert torch.equal(want, traced(x))
         assert re.search(rf"dropout.*, {training}\)", traced.code)
+
+
+def test_numbers_drawn_outside_torch_are_refused_and_the_generators_left_alone() -> None:
+    class Drawing(nn.Module):
+        def __init__(self, draw: Any) -> None:
+            super().__init__()
+            self.layer, self.draw = nn.Linear(3, 3), draw
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) * float(self.draw()) if self.training else self.layer(x)
+
+    legacy = np.random.mtrand._rand
+    for draw, state in ((random.random, random.getstate), (legacy.rand, lambda: str(legacy.get_state()))):
+        before = state()
+        with pytest.raises(CaptureError, match="random generator in train mode"):
+            fxprune.trace(Drawing(draw), (torch.randn(2, 3),), modes=("train",))
+        assert state() == before
+        with pytest.warns(EvalOnlyWarning, match="random generator"):
+            assert fxprune.trace(Drawing(draw), (torch.randn(2, 3),)).modes == ("eval",)
+
+
+def test_a_refusal_prints_nothing_besides(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError):
+        fxprune.trace(Branch(), (torch.randn(2, 3),))
+    assert capfd.readouterr() == ("", "")
