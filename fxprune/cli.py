@@ -149,7 +149,7 @@ def inspect(file: Annotated[Path, typer.Argument(help=".onnx or .pt2")], as_json
 @app.command()
 def bench(
     files: Annotated[list[Path], typer.Argument(help=".onnx files; ratios are to the first.")],
-    inputs: Annotated[list[str] | None, _Inputs.__metadata__[0]] = None,  # type: ignore[attr-defined]
+    inputs: Annotated[list[str] | None, _Inputs.__metadata__[0]] = None,
     batch: Annotated[int, typer.Option(help="Of random inputs.")] = 1,
     threads: Annotated[int, typer.Option(help="Within operators.")] = 1,
     provider: Annotated[str, typer.Option(help="onnxruntime's execution provider.")] = "CPUExecutionProvider",

@@ -7,6 +7,7 @@ from .fold_reparametrizations import FoldReparametrizations
 from .insert_mask import InsertMask
 from .insert_spectral_norm import InsertSpectralNorm
 from .insert_weight_norm import InsertWeightNorm
+from .remove_channels import RemoveChannels
 
 FINALIZE: tuple[Pass, ...] = (FoldReparametrizations(), EliminateDeadCode())
 
@@ -20,6 +21,7 @@ __all__ = [
     "InsertSpectralNorm",
     "InsertWeightNorm",
     "Pass",
+    "RemoveChannels",
     "run_passes",
     "visit",
 ]

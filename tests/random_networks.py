@@ -136,8 +136,9 @@ class ImageNetwork(nn.Module):
     def block(self, n: int) -> tuple[nn.Module, int]:
         r = self.r
         kind = r.choice(
-            ["conv", "conv", "residual", "residual", "cat", "dense", "split", "shuffle", "depthwise", "multiplier", "grouped",
-             "excite", "transposed", "pixel", "unpixel", "attention", "glu", "pool", "up", "scale", "pad_channels", "flip"]
+            ["conv", "conv", "residual", "residual", "cat", "dense", "split", "shuffle", "depthwise", "multiplier",
+             "grouped", "excite", "transposed", "pixel", "unpixel", "attention", "glu", "pool", "up", "scale",
+             "pad_channels", "flip"]
         )  # fmt: skip
         m = r.choice([4, 6, 8])
         if kind == "residual":
@@ -145,7 +146,9 @@ class ImageNetwork(nn.Module):
             same = r.random() < 0.6
             body = nn.Sequential(self.conv(n, inner), self.conv(inner, n if same else m, act=False))
             short = nn.Identity() if same else self.conv(n, m, act=False, kernel=1)
-            return nn.Sequential(Call(lambda x, a, b: a(x) + b(x), body, short), r.choice(ACTIVATIONS)()), n if same else m
+            return nn.Sequential(
+                Call(lambda x, a, b: a(x) + b(x), body, short), r.choice(ACTIVATIONS)()
+            ), n if same else m
         if kind == "cat":
             a, b = self.conv(n, m), self.conv(n, 4)
             return Call(lambda x, a, b: torch.cat([a(x), b(x)], 1), a, b), m + 4
@@ -179,10 +182,14 @@ class ImageNetwork(nn.Module):
         if kind == "glu":
             return nn.Sequential(self.conv(n, 2 * m, act=False), nn.GLU(1)), m
         if kind == "pool":
-            pool = r.choice([nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)])
+            pool = r.choice(
+                [nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1, count_include_pad=False)]
+            )
             return nn.Sequential(pool, self.conv(n, m)), m
         if kind == "up":
-            return nn.Sequential(nn.Upsample(scale_factor=2, mode=r.choice(["nearest", "bilinear"])), self.conv(n, m, 2)), m
+            return nn.Sequential(
+                nn.Upsample(scale_factor=2, mode=r.choice(["nearest", "bilinear"])), self.conv(n, m, 2)
+            ), m
         if kind == "scale":
             return Scale(n), n
         if kind == "pad_channels":

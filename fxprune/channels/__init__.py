@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import numpy as np
-from torch import fx
+from torch import Tensor, fx
 
+from fxprune.channels import constants
 from fxprune.channels.coupling import Coupling, couple
 from fxprune.channels.ids import Mask
 from fxprune.channels.liveness import Liveness
 from fxprune.channels.plan import ChannelPlan
-from fxprune.channels.rewrite import added, carry_out, fold, keep, verify
+from fxprune.channels.rewrite import Kept, added, carry_out, fold, keep, verify
 from fxprune.errors import FinalizeError
 from fxprune.graph import describe
 from fxprune.traced import TracedModule
@@ -41,8 +42,10 @@ def analyze(traced: TracedModule, *, align: str | int = "auto") -> ChannelPlan:
         {'0.weight': {0: 3}, '0.bias': {0: 3}, '2.weight': {1: 3}}
     """
     found = couple(traced, traced.graphs)
-    live = Liveness(found, align)
+    fixed, reached = constants.find(found)
+    live = Liveness(found, align, reached)
     plan = ChannelPlan(parameters=(_parameters(traced), 0), state=(traced, found, live.alive))
+    plan.constants = tuple(fixed)
     keep(found, live.alive, plan)
     _reasons(found, live, plan)
     return plan
@@ -68,11 +71,17 @@ def remove(traced: TracedModule, plan: ChannelPlan) -> None:
     before = fx.Graph()
     before.output(before.graph_copy(traced.graphs["eval"], {}))
     old = {name: tensor.detach() for name, tensor in found.tensors.items()}
-    values: dict[str, object] = {}
+    values: dict[str, Tensor] = {}
+    kept = Kept(found, alive)
     if state is not None:
-        fold(traced, found, alive, plan, values)  # type: ignore[arg-type]
+        fold(traced, found, alive, plan, values)
+    for walk in found.walks.values():
+        for edit in walk.edits:
+            edit(kept)
+    plan.constants = tuple(constants.place(traced, found, kept, [constants.Constant(*c) for c in plan.constants]))
+    if state is not None:
         keep(found, alive, plan)
-    carry_out(traced, found, alive, plan, values)  # type: ignore[arg-type]
+    carry_out(traced, found, kept, plan, values)
     plan.parameters = (plan.parameters[0], _parameters(traced))
     if state is not None:
         verify(before, old, traced, found, alive, plan)
@@ -93,7 +102,9 @@ def _imposed(found: Coupling, plan: ChannelPlan) -> Mask:
             index = plan.kept[name][a]
             if v is not None and index.dim() == 1:
                 if len(v) != plan.shapes[name][a]:
-                    raise FinalizeError(f"`{name}` has size {len(v)} on axis {a}; the plan was made for {plan.shapes[name][a]}.")
+                    raise FinalizeError(
+                        f"`{name}` has size {len(v)} on axis {a}; the plan was made for {plan.shapes[name][a]}."
+                    )
                 alive[found.of(v[index.numpy()])] = True
     found.classes.close(alive)
     return alive

@@ -145,7 +145,12 @@ class Walk:
     """
 
     def __init__(
-        self, graph: fx.Graph, ids: Ids, parameters: dict[str, list[Vector | None]], tensors: dict[str, Tensor], facts: bool
+        self,
+        graph: fx.Graph,
+        ids: Ids,
+        parameters: dict[str, list[Vector | None]],
+        tensors: dict[str, Tensor],
+        facts: bool,
     ) -> None:
         from fxprune.channels.rules import RULES, by_tag
 
@@ -164,14 +169,14 @@ class Walk:
             self.uses[str(read.target)] = self.uses.get(str(read.target), 0) + len(read.users)
         for node in graph.nodes:
             if node.op == "placeholder":
-                self.env[node] = self._unknown(node)
+                self.env[node] = self.unknown(node)
             elif node.op == "get_attr":
                 self.env[node] = self._parameter(node)
             elif node.op == "output":
                 for value in node.all_input_nodes:
                     self.pin(node, value, "the model returns it")
             elif node.op == "call_function":
-                rule = RULES.get(_name(node.target)) or by_tag(node.target)
+                rule = RULES.get(operator_name(node.target)) or by_tag(node.target)
                 self.env[node] = rule(self, node) if rule else self.refuse(node)
                 if is_mutating(node):
                     self._mutate(node)
@@ -209,9 +214,11 @@ class Walk:
         """Pin everything that `node` touches; nothing is known of its results."""
         for value in node.all_input_nodes:
             self.pin(node, value, why)
-        return self._unknown(node)
+        return self.unknown(node)
 
-    def _unknown(self, node: fx.Node) -> Any:
+    def unknown(self, node: fx.Node) -> Any:
+        """Opaque values in the shapes that the node has."""
+
         def unknown(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return Val(tuple(opaque(s) for s in value.shape))
@@ -254,7 +261,9 @@ class Walk:
             return replace(val, axes=axes)
         if not carries(target):
             target = tuple((f[0], None) for f in axis)
-        if len(target) == len(axis) and all(t[1] is not None or f[1] is None for f, t in zip(axis, target, strict=True)):
+        if len(target) == len(axis) and all(
+            t[1] is not None or f[1] is None for f, t in zip(axis, target, strict=True)
+        ):
             return replace(val, axes=axes)
         known, value, border = val.mask(), val.value, val.border
         assert value is not None
@@ -262,7 +271,9 @@ class Walk:
         parts = [1 if f[1] is None else len(f[1]) for f in axis]
         split = (*shape[:dim], *parts, *shape[dim + 1 :])
         if len(target) == len(axis):
-            lost = [dim + i for i, (f, t) in enumerate(zip(axis, target, strict=True)) if t[1] is None and f[1] is not None]
+            lost = [
+                dim + i for i, (f, t) in enumerate(zip(axis, target, strict=True)) if t[1] is None and f[1] is not None
+            ]
             known, value = known.reshape(split), value.reshape(split)
             if border is not None:
                 known = known & ~border.reshape(split)
@@ -277,7 +288,11 @@ class Walk:
             border = None if border is None else border.reshape(split).expand(full)
         final = (*shape[:dim], length(axes[dim]), *shape[dim + 1 :])
         return Val(
-            axes, known.reshape(final), value.reshape(final), None if border is None else border.reshape(final), val.sums
+            axes,
+            known.reshape(final),
+            value.reshape(final),
+            None if border is None else border.reshape(final),
+            val.sums,
         )
 
     def blur(self, node: fx.Node, val: Val, dims: Sequence[int], why: str) -> Val:
@@ -305,7 +320,7 @@ class Walk:
                     out.append((factors[0][0], None))
                     continue
                 for v in vectors[1:]:
-                    self.ids.unify(vectors[0], v)  # type: ignore[arg-type]
+                    self.ids.unify(vectors[0], v)
                 out.append(factors[0])
             return tuple(out)
         return self.join(node, [((size(a), self.vector(node, a)),) for a in live])
@@ -318,9 +333,7 @@ class Walk:
         for d in range(rank):
             axis = self.join(node, [v.axes[d] for v in padded])
             out.append(axis)
-            padded = [
-                v if v.axes[d] is axis or not v.axes[d] else self.relayout(v, d, axis) for v in padded
-            ]
+            padded = [v if v.axes[d] is axis or not v.axes[d] else self.relayout(v, d, axis) for v in padded]
         return tuple(out), padded
 
     def lead(self, val: Val, count: int) -> Val:
@@ -346,9 +359,11 @@ class Walk:
     def _parameter(self, node: fx.Node) -> Val | None:
         name = str(node.target)
         if name not in self.parameters:
-            return self._unknown(node)  # type: ignore[no-any-return]
+            return self.unknown(node)  # type: ignore[no-any-return]
         tensor = self._tensors[name]
-        axes = tuple(opaque(s) if v is None else ((s, v),) for s, v in zip(tensor.shape, self.parameters[name], strict=True))
+        axes = tuple(
+            opaque(s) if v is None else ((s, v),) for s, v in zip(tensor.shape, self.parameters[name], strict=True)
+        )
         if name in self._mutated:
             self.pin(node, Val(axes), "a buffer that the graph writes to")
             return Val(axes)
@@ -379,7 +394,8 @@ class Walk:
                 self.env[target] = replace(self.env[node], source=None)
 
 
-def _name(target: Any) -> str:
+def operator_name(target: Any) -> str:
+    """The name that rules go by: an in-place variant's is that of its functional twin."""
     packet = getattr(target, "overloadpacket", None)
     if packet is None:
         return getattr(target, "__name__", str(target))
@@ -419,7 +435,9 @@ def couple(root: torch.nn.Module, graphs: dict[str, fx.Graph], facts: bool = Tru
     tensors = {name: stored[name] for name in read if name in stored and stored[name].numel()}
     parameters, shared = _tie(tensors, ids)
     with torch.no_grad():
-        walks = {mode: Walk(graphs[mode], ids, parameters, tensors, facts and mode == "eval") for mode in sorted(graphs)}
+        walks = {
+            mode: Walk(graphs[mode], ids, parameters, tensors, facts and mode == "eval") for mode in sorted(graphs)
+        }
     return Coupling(ids, walks, parameters, ids.solve(), shared, tensors)
 
 

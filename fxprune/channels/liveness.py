@@ -1,4 +1,4 @@
-"""Which channels must stay: the greatest set that can go, as a fixpoint over demand, groups, constants and alignment."""
+"""Which channels must stay: a fixpoint over demand, groups of convolutions, constants and alignment."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import fx
 
 from fxprune.channels.coupling import Coupling, Reader
 from fxprune.channels.ids import Mask, Vector
@@ -17,6 +18,8 @@ TINY = 0.05
 class Liveness:
     """Starts from the pinned classes and adds what must stay, until nothing changes.
 
+    What only nodes outside of `reached` read goes with them.
+
     Attributes:
         alive: by class.
         why: by class, what keeps it: the index of the reader, or one of the codes below.
@@ -24,9 +27,9 @@ class Liveness:
 
     REPRESENTATIVE, BALANCED, NONEMPTY, ALIGNED = -2, -3, -4, -5
 
-    def __init__(self, coupling: Coupling, align: int | str) -> None:
+    def __init__(self, coupling: Coupling, align: int | str, reached: set[fx.Node]) -> None:
         self.coupling, self.classes = coupling, coupling.classes
-        self.readers = coupling.walks["eval"].readers
+        self.readers = [r for r in coupling.walks["eval"].readers if r.node in reached]
         self.alive: Mask = self.classes.pinned.copy()
         self.why = np.full(self.classes.count, -1, dtype=np.int64)
         self._rows = [None if r.rows is None else coupling.of(r.rows) for r in self.readers]
@@ -37,8 +40,9 @@ class Liveness:
             if rows is not None and reader.soft is not None:
                 self._costly[rows[(reader.used & ~reader.soft[:, None]).any(-1)]] = True
         walks = list(coupling.walks.values())
-        self._balances = [(coupling.of(b.inputs), coupling.of(b.outputs)) for w in walks for b in w.balances]
-        vectors = [v for axes in coupling.parameters.values() for v in axes if v is not None]
+        self._balances = [(coupling.of(b.inputs), coupling.of(b.outputs)) for w in walks for b in w.balances if b.node in reached]
+        read = {str(n.target) for n in reached if n.op == "get_attr"}
+        vectors = [v for name, axes in coupling.parameters.items() for v in axes if v is not None and name in read]
         vectors += [v for w in walks for v in w.nonempty]
         self._axes = _unique(coupling.of(v) for v in vectors)
         self._offsets = np.cumsum([0, *map(len, self._axes)])[:-1]
@@ -150,7 +154,8 @@ class Liveness:
 
 def representative(reader: Reader, group: int, alive: Mask) -> int | None:
     """The alive column of a group that the merging constants can be expressed by: the largest one."""
-    assert reader.merges is not None and reader.constant is not None
+    if reader.merges is None or reader.constant is None:
+        return None
     size = np.where(reader.merges[group], np.abs(np.nan_to_num(reader.constant[group])), 0.0)
     best = int(np.argmax(np.where(alive, size, 0.0)))
     return best if alive[best] and size[best] > 0 and size[best] >= 1e-3 * size.max() else None

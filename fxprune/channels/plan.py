@@ -28,7 +28,7 @@ class ChannelPlan:
         added: names of biases that were created for folded constants -> name of the layer's weight.
         folded: layer -> how many constant channels went into its bias.
         merged: layer -> how many constant channels went into representative columns.
-        constants: nodes that always have the same value and were replaced by it.
+        constants: (node, its reader, whether it is zero) of values that never change and left the graph.
         stayed: (parameter, axis, dead indices, reason) for what is dead and stayed.
         macs, parameters: (before, after); MACs at the sample inputs, by `torch.utils.flop_counter`.
 
@@ -45,7 +45,7 @@ class ChannelPlan:
     added: dict[str, str] = field(default_factory=dict)
     folded: dict[str, int] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
-    constants: tuple[str, ...] = ()
+    constants: tuple[tuple[str, str, bool], ...] = ()
     stayed: list[tuple[str, int, list[int], str]] = field(default_factory=list)
     macs: tuple[int, int] = (0, 0)
     parameters: tuple[int, int] = (0, 0)
@@ -88,11 +88,13 @@ class ChannelPlan:
         removed = self.removed
         for name, axes in removed.items():
             if name.rpartition(".")[2].startswith(("weight", "in_proj")) and name not in self.dropped:
-                text = ", ".join(f"axis {a}: {self.shapes[name][a] - n} of {self.shapes[name][a]} kept" for a, n in axes.items())
+                text = ", ".join(
+                    f"axis {a}: {self.shapes[name][a] - n} of {self.shapes[name][a]} kept" for a, n in axes.items()
+                )
                 lines.append(f"  {name}: {text}")
         lines += [f"  {layer}: {n} constant channels folded into its bias" for layer, n in self.folded.items()]
         lines += [f"  {layer}: {n} constant channels merged into representatives" for layer, n in self.merged.items()]
-        lines += [f"  {node}: always the same, replaced by its value" for node in self.constants]
+        lines += [f"  {node}: always {'zero' if zero else 'the same'}, its layers left the graph" for node, _, zero in self.constants]
         if self.dropped:
             lines.append(f"  dropped, nothing reads them: {', '.join(self.dropped)}")
         if self.stayed:
@@ -130,11 +132,12 @@ class ChannelPlan:
                 name: {int(a): _unpack(i, shapes[name][int(a)]) for a, i in axes.items()}
                 for name, axes in data["kept"].items()
             }
-            return cls(
-                kept, {k: (v[0], v[1]) for k, v in data["groups"].items()}, shapes, tuple(data["dropped"]), data["added"],
-                data["folded"], data["merged"], tuple(data["constants"]), [(n, a, list(i), r) for n, a, i, r in data["stayed"]],
-                (data["macs"][0], data["macs"][1]), (data["parameters"][0], data["parameters"][1]),
-            )  # fmt: skip
+            plan = cls(kept, shapes=shapes, added=data["added"], folded=data["folded"], merged=data["merged"])
+            plan.groups = {k: (v[0], v[1]) for k, v in data["groups"].items()}
+            plan.dropped, plan.constants = tuple(data["dropped"]), tuple((a, b, z) for a, b, z in data["constants"])
+            plan.stayed = [(name, axis, list(index), reason) for name, axis, index, reason in data["stayed"]]
+            plan.macs, plan.parameters = tuple(data["macs"]), tuple(data["parameters"])
+            return plan
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"not a channel plan: {error!r}. Store it with `ChannelPlan.to_json`.") from error
 

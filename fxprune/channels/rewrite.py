@@ -18,7 +18,7 @@ from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.liveness import representative
 from fxprune.channels.plan import ChannelPlan
 from fxprune.errors import FinalizeError
-from fxprune.graph import describe, erase_dead, evaluate, locate, tensor_at
+from fxprune.graph import describe, erase_dead, evaluate, is_mutating, locate, tensor_at
 from fxprune.traced import TracedModule
 
 Tensors = dict[str, Tensor]
@@ -101,7 +101,9 @@ def fold(traced: TracedModule, coupling: Coupling, alive: Mask, plan: ChannelPla
 
 def _like(view: Tensor, base: Tensor, copy: Tensor) -> Tensor:
     """The view of `copy` that `view` is of `base`."""
-    return copy.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset() + copy.storage_offset())
+    return copy.as_strided(
+        view.shape, view.stride(), view.storage_offset() - base.storage_offset() + copy.storage_offset()
+    )
 
 
 def _pairs(coupling: Coupling) -> dict[int, Reader]:
@@ -120,7 +122,13 @@ def _pairs(coupling: Coupling) -> dict[int, Reader]:
 
 
 def _into_bias(
-    traced: TracedModule, coupling: Coupling, reader: Reader, twin: Reader | None, delta: Tensor, plan: ChannelPlan, tensors: Tensors
+    traced: TracedModule,
+    coupling: Coupling,
+    reader: Reader,
+    twin: Reader | None,
+    delta: Tensor,
+    plan: ChannelPlan,
+    tensors: Tensors,
 ) -> None:
     node, at = reader.node, reader.bias
     bias = _argument(node, at)
@@ -148,7 +156,11 @@ def added(traced: TracedModule, coupling: Coupling, plan: ChannelPlan) -> None:
             if layer in (reader.source, reader.node.name) and reader.rows is not None:
                 weight = coupling.tensors[reader.source] if reader.source else reader.node.meta["val"]
                 bias = _argument(reader.node, reader.bias)
-                value = torch.zeros(reader.rows.size, dtype=weight.dtype) if bias is None else evaluate(traced, bias).clone()
+                value = (
+                    torch.zeros(reader.rows.size, dtype=weight.dtype)
+                    if bias is None
+                    else evaluate(traced, bias).clone()
+                )
                 _add(traced, coupling, [r for r in (reader, twins.get(id(reader))) if r is not None], name, value)
                 break
 
@@ -204,15 +216,11 @@ def keep(coupling: Coupling, alive: Mask, plan: ChannelPlan) -> None:
             own = inputs if not b.transposed else outputs
             index = np.flatnonzero(own[left].reshape(-1)).reshape(int(left.sum()), -1) % own.shape[1]
             plan.kept[b.weight][1] = torch.from_numpy(index)
-            plan.groups[b.weight] = (len(left), int(left.sum()))
+            plan.groups[b.weight] = (left.size, int(left.sum()))
 
 
-def carry_out(traced: TracedModule, coupling: Coupling, alive: Mask, plan: ChannelPlan, values: Tensors) -> None:
-    """Slice every parameter and buffer, rewrite every literal, drop what is dead, and propagate shapes again."""
-    kept = Kept(coupling, alive)
-    for walk in coupling.walks.values():
-        for edit in walk.edits:
-            edit(kept)
+def carry_out(traced: TracedModule, coupling: Coupling, kept: Kept, plan: ChannelPlan, values: Tensors) -> None:
+    """Slice every parameter and buffer, drop what is dead, and bring the recorded shapes up to date."""
     for name, (ids, order) in kept.reindexed.items():
         shift = torch.from_numpy(np.cumsum(kept.alive(ids)) - 1)
         old = coupling.tensors[name]
@@ -245,8 +253,12 @@ def _install(traced: TracedModule, name: str, value: Tensor) -> None:
 def drop(traced: TracedModule, plan: ChannelPlan) -> None:
     """Erase dead nodes, then the parameters and buffers that no graph reads."""
     before = _stored(traced)
+    prefixes = _computing(traced)
     for graph in traced.graphs.values():
         erase_dead(graph)
+    lost = prefixes - _computing(traced)
+    for graph in traced.graphs.values():
+        erase_dead(graph, lambda target: target.rpartition(".")[0] in lost)  # counters of a layer that left
     read = {str(n.target) for g in traced.graphs.values() for n in g.find_nodes(op="get_attr")}
     alive = {id(tensor) for name, tensor in before.items() if name in read}
     gone = [name for name, tensor in before.items() if id(tensor) not in alive]
@@ -256,6 +268,12 @@ def drop(traced: TracedModule, plan: ChannelPlan) -> None:
         owner._buffers.pop(attribute, None)
         owner._non_persistent_buffers_set.discard(attribute)
     plan.dropped = tuple(sorted({*plan.dropped, *gone}))
+
+
+def _computing(traced: TracedModule) -> set[str]:
+    """The modules whose parameters or buffers something computes with."""
+    nodes = (n for g in traced.graphs.values() for n in g.find_nodes(op="get_attr"))
+    return {str(n.target).rpartition(".")[0] for n in nodes if not all(map(is_mutating, n.users))}
 
 
 def _stored(traced: TracedModule) -> Tensors:
@@ -273,7 +291,9 @@ def reshape(walk: Walk, kept: Kept) -> None:
             return type(meta)(renew(v, m) for v, m in zip(val, meta, strict=False))
         if not isinstance(val, Val) or not isinstance(meta, FakeTensor) or len(val.axes) != meta.dim():
             return meta
-        sizes = [kept.resize(None, s, axis) if carries(axis) else s for s, axis in zip(meta.shape, val.axes, strict=True)]
+        sizes = [
+            kept.resize(None, s, axis) if carries(axis) else s for s, axis in zip(meta.shape, val.axes, strict=True)
+        ]
         return meta if all(a is b for a, b in zip(sizes, meta.shape, strict=True)) else resized(meta, sizes, empty)
 
     for node, val in walk.env.items():
@@ -305,7 +325,13 @@ def resized(meta: FakeTensor, sizes: Sequence[Any], cache: dict[Any, Tensor] | N
 # ---- checking
 
 
-def run(graph: fx.Graph, tensors: Callable[[str], Any], inputs: list[Any], dtype: torch.dtype | None, watch: Callable[[fx.Node, Any], None] | None = None) -> list[Any]:
+def run(
+    graph: fx.Graph,
+    tensors: Callable[[str], Any],
+    inputs: list[Any],
+    dtype: torch.dtype | None,
+    watch: Callable[[fx.Node, Any], None] | None = None,
+) -> list[Any]:
     """Interpret a graph, floating point as `dtype`; returns its flat outputs."""
     feed = iter(inputs)
     last = {use: node for node in graph.nodes for use in node.all_input_nodes}
@@ -325,9 +351,15 @@ def run(graph: fx.Graph, tensors: Callable[[str], Any], inputs: list[Any], dtype
                 values[node] = cast(next(feed))
             elif node.op == "get_attr":
                 value = cast(tensors(str(node.target)))
-                values[node] = value.clone() if isinstance(value, Tensor) and value is tensors(str(node.target)) and _touched(node) else value
+                values[node] = (
+                    value.clone()
+                    if isinstance(value, Tensor) and value is tensors(str(node.target)) and _touched(node)
+                    else value
+                )
             elif node.op == "call_function":
-                args, kwargs = pytree.tree_map(cast, fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__))
+                args, kwargs = pytree.tree_map(
+                    cast, fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+                )
                 values[node] = node.target(*args, **kwargs)
             else:
                 outputs = pytree.tree_leaves(fx.node.map_arg(node.args, values.__getitem__))
@@ -397,20 +429,21 @@ def verify(
 
 
 def _cut(value: Tensor, coupling: Coupling, alive: Mask, node: fx.Node) -> Tensor:
+    """What of a value before is left after, where that is a selection along its axes."""
     val = coupling.walks["eval"].env[node]
-    for d, axis in enumerate(val.axes if val is not None else ()):
+    for d, axis in enumerate(val.axes if isinstance(val, Val) else ()):
         whole = np.ones(1, bool)
         for extent, ids in axis:
-            n = len(ids) if ids is not None else 1
-            mask = alive[coupling.of(ids)] if ids is not None else np.ones(n, bool)
-            if ids is None:
-                continue
+            mask = (
+                np.ones(extent, bool)
+                if ids is None and type(extent) is int
+                else alive[coupling.of(ids)]
+                if ids is not None
+                else whole
+            )
             whole = (whole[:, None] & mask[None]).reshape(-1)
-        if len(whole) > 1 and not whole.all():
-            outer = value.shape[d] // len(whole)
-            index = torch.from_numpy(whole)
-            if outer == 1:
-                value = value.index_select(d, index.nonzero().squeeze(1))
+        if len(whole) == value.shape[d] and not whole.all():
+            value = value.index_select(d, torch.from_numpy(whole).nonzero().squeeze(1))
     return value
 
 
@@ -435,5 +468,7 @@ def _estimate(graph: fx.Graph) -> float:
             weight, out = node.args[1].meta.get("val"), node.meta.get("val")
             if weight is not None and out is not None:
                 space = [s for s in out.shape[(2 if "conv" in str(node.target) else 1) :] if type(s) is int]
-                total += 2.0 * weight.numel() * float(np.prod(space[: None if "conv" in str(node.target) else -1] or [1]))
+                total += (
+                    2.0 * weight.numel() * float(np.prod(space[: None if "conv" in str(node.target) else -1] or [1]))
+                )
     return total

@@ -7,8 +7,9 @@ An operator without a rule pins everything it touches.
 
 from __future__ import annotations
 
+import functools
 import math
-import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 from fxprune.channels.coupling import (
     Axis,
     Balance,
+    Floats,
     Reader,
     Size,
     Val,
@@ -27,11 +29,12 @@ from fxprune.channels.coupling import (
     carries,
     length,
     opaque,
+    operator_name,
     quotient,
     same,
     size,
 )
-from fxprune.channels.ids import Vector
+from fxprune.channels.ids import Mask, Vector
 
 Rule = Callable[[Walk, fx.Node], Any]
 RULES: dict[str, Rule] = {}
@@ -58,10 +61,12 @@ def by_tag(target: Any) -> Rule | None:
     return pointwise if torch.Tag.pointwise in tags else None
 
 
+def is_pointwise(target: Any) -> bool:
+    return (RULES.get(operator_name(target)) or by_tag(target)) in (pointwise, symbolic)
+
+
 def kind(node: Any) -> str:
-    """The operator's name, an in-place variant's as its functional twin's."""
-    name = str(node.target.overloadpacket.__name__)
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+    return operator_name(node.target)
 
 
 def argument(node: Any, position: int, name: str, default: Any = None) -> Any:
@@ -139,13 +144,14 @@ def run(node: Any, values: dict[fx.Node, Tensor]) -> Any:
         return None
 
 
-@rule("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "to", "_to_copy", "type_as", "requires_grad", "lift_fresh",
-      "positive", "resolve_conj", "resolve_neg")  # fmt: skip
+@rule(
+    "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "to", "_to_copy", "type_as", "lift_fresh", "positive"
+)
 def identity(w: Walk, node: Any) -> Val:
     source = node.args[0]
     val = w.val(source)
     w.shared_storage(node, source)
-    keep = kind(node) in ("detach", "detach_", "alias", "contiguous")
+    keep = kind(node) in ("detach", "alias", "contiguous")
     dtype = node.meta["val"].dtype
     if val.value is not None and val.value.is_floating_point() != dtype.is_floating_point:
         return replace(val, value=val.value.to(dtype), source=None)
@@ -169,7 +175,8 @@ def prelu(w: Walk, node: Any) -> Val:
         slope = w.relayout(slope, 0, axis)
     if x.known is False or slope.known is not True:
         return Val(x.axes)
-    assert x.value is not None and slope.value is not None
+    if x.value is None or slope.value is None:
+        return Val(x.axes)
     a = slope.value.double().reshape([-1 if i == d else 1 for i in range(len(x.axes))])
     known = x.mask() if x.border is None else x.mask() & ~x.border
     return settled(x.axes, known, torch.where(x.value > 0, x.value, x.value * a))
@@ -206,7 +213,14 @@ def creation(w: Walk, node: Any) -> Val:
         ((s, w.ids.fresh(s)),) if type(s) is int and s > 1 and s <= 1 << 14 else opaque(s) for s in w.shape(node)
     )
     _resize(w, node, at, axes)
-    fill = argument(node, at + 1, "fill_value") if "full" in name else {"zeros": 0, "ones": 1}.get(name.removeprefix("new_"))
+    fill = argument(node, at + 1, "fill_value") if "full" in name else _FILLS.get(name.removeprefix("new_"))
+    return _filled(w, axes, fill)
+
+
+_FILLS = {"zeros": 0, "ones": 1, "zeros_like": 0, "ones_like": 1}
+
+
+def _filled(w: Walk, axes: tuple[Axis, ...], fill: Any) -> Val:
     if not w.facts or not isinstance(fill, int | float) or not math.isfinite(fill):
         return Val(axes)
     one = torch.ones([1] * len(axes))
@@ -217,28 +231,24 @@ def creation(w: Walk, node: Any) -> Val:
 def created_like(w: Walk, node: Any) -> Val:
     name = kind(node)
     axes = w.val(node.args[0]).axes
-    fill = argument(node, 1, "fill_value") if name == "full_like" else {"zeros_like": 0, "ones_like": 1}.get(name)
-    if not w.facts or not isinstance(fill, int | float) or not math.isfinite(fill):
-        return Val(axes)
-    one = torch.ones([1] * len(axes))
-    return settled(axes, one.bool(), one.double() * fill)
+    return _filled(w, axes, argument(node, 1, "fill_value") if name == "full_like" else _FILLS.get(name))
 
 
 @rule("arange", "scalar_tensor", "linspace", "eye", "tril_indices", "triu_indices")
 def positions(w: Walk, node: Any) -> Any:
-    return w._unknown(node)
+    return w.unknown(node)
 
 
-@rule("sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "_assert_scalar", "_assert_async", "_assert_tensor_metadata",
-      "sym_constrain_range", "sym_constrain_range_for_size", "mul", "add", "sub", "floordiv", "truediv", "mod", "neg", "pow",
-      "eq", "ne", "lt", "le", "gt", "ge", "sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_sqrt", "and_",
-      "or_", "not_", "_guards_fn", "is_", "is_not", "contains", "sym_sum", "sym_ite", "max", "min", "int", "float")  # fmt: skip
+@rule("sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "sym_max", "sym_min", "sym_int", "sym_float",
+      "sym_not", "sym_sqrt", "sym_sum", "sym_ite", "sym_constrain_range", "sym_constrain_range_for_size",
+      "_assert_scalar", "_assert_async", "_assert_tensor_metadata", "_guards_fn", "mul", "add", "sub", "floordiv",
+      "truediv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_", "is_", "is_not",
+      "contains", "max", "min", "int", "float")  # fmt: skip
 def symbolic(w: Walk, node: Any) -> Any:
     """Arithmetic on sizes; the tensor operators that share a name with it are pointwise or reductions."""
-    if isinstance(node.meta.get("val"), Tensor) or isinstance(node.meta.get("val"), list | tuple):
-        if kind(node) in ("max", "min") and len(node.all_input_nodes) == 1:
-            return reduction(w, node)
-        return pointwise(w, node)
+    if isinstance(node.meta.get("val"), Tensor | list | tuple):
+        one = kind(node) in ("max", "min") and len(node.all_input_nodes) == 1
+        return reduction(w, node) if one else pointwise(w, node)
     if node.target is torch.ops.aten._assert_tensor_metadata.default and len(node.args) > 1:
         w.edits.append(lambda k: setattr(node, "args", (node.args[0], None, None, *node.args[3:])))
     return None
@@ -340,7 +350,7 @@ def permutation(w: Walk, node: Any) -> Val:
     if name == "permute":
         order = [d % len(order) for d in node.args[1]]
     elif name in ("movedim", "moveaxis"):
-        order = torch.empty([1] * len(order)).reshape([1] * len(order)).permute(order).dim() and _moved_order(node, len(order))
+        order = _moved_order(node, len(order))
     elif name == "numpy_T":
         order.reverse()
     elif len(order) > 1:
@@ -370,7 +380,10 @@ def squeezed(w: Walk, node: Any) -> Val:
     gone = {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])} if rank else set()
     gone = {d for d in gone if not x.axes[d]}
     return moved(
-        x, [a for d, a in enumerate(x.axes) if d not in gone], lambda t: t.squeeze(sorted(gone)), x.sums and rank - 1 not in gone
+        x,
+        [a for d, a in enumerate(x.axes) if d not in gone],
+        lambda t: t.squeeze(sorted(gone)),
+        x.sums and rank - 1 not in gone,
     )
 
 
@@ -440,7 +453,11 @@ def slice_(w: Walk, node: Any) -> Val:
     w.shared_storage(node, source)
     narrow = kind(node) == "narrow"
     d = argument(node, 1, "dim", 0) % len(x.axes)
-    start, end, step = argument(node, 2, "start"), argument(node, 3, "length" if narrow else "end"), argument(node, 4, "step", 1)
+    start, end, step = (
+        argument(node, 2, "start"),
+        argument(node, 3, "length" if narrow else "end"),
+        argument(node, 4, "step", 1),
+    )
     new = w.shape(node)[d]
     if narrow and isinstance(start, int) and isinstance(end, int):
         end += start
@@ -509,18 +526,19 @@ def split(w: Walk, node: Any) -> list[Val]:
     ids = x.axes[d][0][1] if x.axes[d] else None
     if ids is None:
         return [replace(x, axes=(*x.axes[:d], opaque(s), *x.axes[d + 1 :]), source=None) for s in sizes]
-    ends = np.cumsum([0, *sizes])
-    parts = [ids[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    ends = np.cumsum(sizes)
+    parts = np.split(ids, ends[:-1])
 
     def edit(kept: Any) -> None:
         node.target = torch.ops.aten.split_with_sizes.default
         node.args, node.kwargs = (node.args[0], [kept.count(p) for p in parts], d), {}
 
     w.edits.append(edit)
-    return [
-        moved(x, (*x.axes[:d], _axis(w, node, p), *x.axes[d + 1 :]), lambda t, a=a, n=len(p): t.narrow(d, int(a), n))
-        for p, a in zip(parts, ends, strict=False)
-    ]
+    found = []
+    for part, end in zip(parts, ends, strict=True):
+        take = functools.partial(torch.narrow, dim=d, start=int(end) - len(part), length=len(part))
+        found.append(moved(x, (*x.axes[:d], _axis(w, node, part), *x.axes[d + 1 :]), take))
+    return found
 
 
 @rule("unbind")
@@ -533,11 +551,16 @@ def unbind(w: Walk, node: Any) -> list[Val]:
     x = w.flat(node, x, d)
     w.pin(node, x.axes[d], "each index is taken")
     one = not carries(x.axes[d])
-    return [moved(x, rest, lambda t, i=i: t.select(d, 0 if one else i)) for i in range(len(node.meta["val"]))]
+    count = len(node.meta["val"])
+    return [moved(x, rest, functools.partial(torch.select, dim=d, index=0 if one else i)) for i in range(count)]
 
 
 @rule("cat", "concat", "concatenate")
-def cat(w: Walk, node: Any, stacked: bool = False) -> Val:
+def cat(w: Walk, node: Any) -> Val:
+    return _cat(w, node, stacked=False)
+
+
+def _cat(w: Walk, node: Any, stacked: bool) -> Val:
     tensors: Any = node.args[0]
     vals = [w.val(n) for n in tensors]
     rank = len(w.shape(node))
@@ -550,7 +573,7 @@ def cat(w: Walk, node: Any, stacked: bool = False) -> Val:
         axes.append(() if k == d else w.join(node, [v.axes[k] for v in vals]))
         if k != d:
             vals = [w.relayout(v, k, axes[k]) if v.axes[k] and v.axes[k] is not axes[k] else v for v in vals]
-    if not stacked and not any(carries(v.axes[d]) for v in vals) or not all(
+    if (not stacked and not any(carries(v.axes[d]) for v in vals)) or not all(
         type(s) is int for v in vals for s in (f[0] for f in v.axes[d])
     ):
         for v in vals:
@@ -577,19 +600,22 @@ def cat(w: Walk, node: Any, stacked: bool = False) -> Val:
     if all(v.known is False for v in vals):
         return Val(tuple(axes))
     shapes = [[len(p) if k == d else length(a) for k, a in enumerate(axes)] for p in parts]
-    value = torch.cat([(torch.zeros(()) if v.value is None else wide(v.value)).expand(s) for v, s in zip(vals, shapes, strict=True)], d)
-    border = None
-    if any(v.border is not None for v in vals):
-        border = torch.cat([(torch.zeros((), dtype=torch.bool) if v.border is None else v.border).expand(s) for v, s in zip(vals, shapes, strict=True)], d)
-    known = torch.cat([(v.mask() if v.value is not None else torch.zeros((), dtype=torch.bool)).expand(s) for v, s in zip(vals, shapes, strict=True)], d)
+
+    def joined(tensors: list[Tensor | None], dtype: torch.dtype) -> Tensor:
+        empty = torch.zeros((), dtype=dtype)
+        return torch.cat([(empty if t is None else wide(t)).expand(s) for t, s in zip(tensors, shapes, strict=True)], d)
+
+    known = joined([None if v.value is None else v.mask() for v in vals], torch.bool)
+    value = joined([v.value for v in vals], torch.float64)
+    border = joined([v.border for v in vals], torch.bool) if any(v.border is not None for v in vals) else None
     if border is not None and sum(v.border is not None for v in vals) > 1:
         known, border = known & ~border, None  # borders of different widths do not merge
     return settled(axes, known, value, border)
 
 
 @rule("stack")
-def stack(w: Walk, node: Any) -> Val:
-    return cat(w, node, stacked=True)
+def stack(w: Walk, node: Any) -> Any:
+    return _cat(w, node, stacked=True)
 
 
 @rule("flip", "roll")
@@ -694,7 +720,7 @@ def index(w: Walk, node: Any) -> Any:
         indices = list(node.args[1])
     used = [d for d, i in enumerate(indices) if i is not None]
     out = w.shape(node)
-    constant = w.val(indices[used[0]]) if len(used) == 1 else None
+    constant: Any = w.val(indices[used[0]]) if len(used) == 1 else None
     x = w.flat(node, x, used[0]) if len(used) == 1 else x
     axis = x.axes[used[0]] if len(used) == 1 else ()
     if constant is None or not carries(axis) or constant.known is not True or len(constant.axes) != 1:
@@ -703,7 +729,7 @@ def index(w: Walk, node: Any) -> Any:
             w.pin(node, indices[i], "used as an index")
         if kind(node) == "index" and used and used != list(range(used[0], used[-1] + 1)):
             return w.refuse(node, "indexes axes that are apart")
-        boolean = any(w.env[indices[i]] and node_dtype(indices[i]) in (torch.bool, torch.uint8) for i in used)
+        boolean = any(w.env[indices[i]] and indices[i].meta["val"].dtype in (torch.bool, torch.uint8) for i in used)
         if boolean:
             return w.refuse(node, "the result's size depends on data")
         count = len(out) - (len(x.axes) - len(used))
@@ -711,7 +737,7 @@ def index(w: Walk, node: Any) -> Any:
         return moved(x, axes, lambda t: t.reshape([length(a) for a in axes]))
     d = used[0]
     ids, order = axis[0][1], constant.value
-    assert ids is not None and order is not None
+    assert ids is not None
     order = order.long() % len(ids)
     taken = ids[order.numpy()]
     own = constant.axes[0][0][1] if constant.axes[0] else None
@@ -730,10 +756,6 @@ def index(w: Walk, node: Any) -> Any:
 
 
 _COPIES = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
-
-
-def node_dtype(node: Any) -> torch.dtype:
-    return node.meta["val"].dtype
 
 
 @rule("embedding")
@@ -784,7 +806,9 @@ def unfold(w: Walk, node: Any) -> Any:
     kernel, padding = node.args[1], argument(node, 3, "padding", [0])
     d = len(x.axes) - 3
     x = w.blur(node, x, [d + 1, d + 2], "space of a convolution")
-    out = moved(x, [*x.axes[:d], (*x.axes[d], (math.prod(kernel), None)), opaque(w.shape(node)[-1])], lambda t: t.squeeze(-1))
+    out = moved(
+        x, [*x.axes[:d], (*x.axes[d], (math.prod(kernel), None)), opaque(w.shape(node)[-1])], lambda t: t.squeeze(-1)
+    )
     if any(padding) and out.value is not None:
         out = replace(out, known=out.mask() & (out.value == 0))
     return out
@@ -801,8 +825,8 @@ def reduction(w: Walk, node: Any) -> Any:
     name = kind(node)
     names = [a.name for a in node.target._schema.arguments]
     rank = len(x.axes)
-    at = names.index("dim") if "dim" in names else -1
-    dims = argument(node, at, "dim", -1 if name in ("sort", "argsort", "topk", "kthvalue") else None) if at >= 0 else None
+    last = -1 if name in ("sort", "argsort", "topk", "kthvalue") else None
+    dims = argument(node, names.index("dim"), "dim", last) if "dim" in names else None
     dims = list(range(rank)) if dims is None or dims == [] else dims if isinstance(dims, list | tuple) else [dims]
     dims = sorted({d % rank for d in dims}) if rank else []
     if name == "sum" and sum(carries(x.axes[d]) for d in dims) == 1 and isinstance(node.meta["val"], Tensor):
@@ -811,28 +835,25 @@ def reduction(w: Walk, node: Any) -> Any:
         columns = x.axes[d][0][1]
         if columns is not None:
             if w.facts:
-                mask = (x.mask() & (x.value == 0) if x.value is not None else x.mask()).expand([length(a) for a in x.axes])
-                zero = mask.transpose(0, d).reshape(len(columns), -1).all(1).numpy()
+                zero = _zero(x).transpose(0, d).reshape(len(columns), -1).all(1).numpy()
                 w.readers.append(Reader(node, None, columns[None], ~zero[None, None]))
             x = Val((*x.axes[:d], opaque(len(columns)), *x.axes[d + 1 :]))
     x = w.blur(node, x, dims, "a reduction over it")
-    if not isinstance(node.meta["val"], Tensor) or name in ("sort", "argsort", "topk", "kthvalue", "var", "std"):
-        result = node.meta["val"]
-        if len(result[0].shape if isinstance(result, list | tuple) else result.shape) == rank:
-            axes = tuple(opaque(s) if d in dims else a for d, (a, s) in enumerate(zip(x.axes, (result[0] if isinstance(result, list | tuple) else result).shape, strict=True)))
-        else:
-            axes = tuple(a for d, a in enumerate(x.axes) if d not in dims)
-        out = Val(axes)
-        return [out, out] if isinstance(result, list | tuple) else out
-    keep = len(w.shape(node)) == rank
-    axes = tuple(() if d in dims else a for d, a in enumerate(x.axes) if keep or d not in dims)
+    result = node.meta["val"]
+    shape = (result[0] if isinstance(result, list | tuple) else result).shape
+    if name in ("sort", "argsort", "topk", "kthvalue") and len(shape) == rank:
+        changed = tuple(opaque(shape[d]) if d in dims else a for d, a in enumerate(x.axes))
+        return [Val(changed)] * 2
+    axes = tuple(() if d in dims else a for d, a in enumerate(x.axes) if len(shape) == rank or d not in dims)
+    if isinstance(result, list | tuple):
+        return [Val(axes)] * len(result)
     if x.value is None or name not in ("mean", "sum", "amax", "amin", "max", "min"):
         return Val(axes)
     known = x.mask() if x.border is None else x.mask() & ~x.border
     if name == "sum":
         known = known & (x.value == 0)
-    shape = [length(a) for a in axes]
-    return settled(axes, known.reshape(shape), x.value.reshape(shape))
+    lengths = [length(a) for a in axes]
+    return settled(axes, known.reshape(lengths), x.value.reshape(lengths))
 
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
@@ -846,7 +867,7 @@ def resample(w: Walk, node: Any) -> Any:
     name = kind(node)
     result = node.meta["val"]
     shape = (result[0] if isinstance(result, list | tuple) else result).shape
-    space = int(next(c for c in reversed(name.removesuffix("_with_indices").removesuffix("_aa")) if c.isdigit()) if name[-1] != "s" else name[8])
+    space = int(re.search(r"(\d)d", name)[1])  # type: ignore[index]
     rank = len(x.axes)
     x = w.blur(node, x, list(range(rank - space, rank)), "space of a pooling")
     axes = (*x.axes[: rank - space], *(opaque(s) for s in shape[rank - space :]))
@@ -857,7 +878,8 @@ def resample(w: Walk, node: Any) -> Any:
         if name.startswith("avg_pool"):
             padding: Any = argument(node, 3, "padding", 0)
             padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
-            if (padded and argument(node, 5, "count_include_pad", True)) or argument(node, 6, "divisor_override") is not None:
+            counted = padded and argument(node, 5, "count_include_pad", True)
+            if counted or argument(node, 6, "divisor_override") is not None:
                 known = known & (value == 0)
         if x.border is not None:
             known = known & ~x.border
@@ -875,7 +897,7 @@ def softmax(w: Walk, node: Any) -> Val:
 
 
 @rule("cumsum", "cumprod", "logcumsumexp", "diff", "tril", "triu", "gather")
-def scanned(w: Walk, node: Any) -> Val:
+def scanned(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
     name = kind(node)
     at = {"diff": 2}.get(name, 1)
@@ -883,7 +905,7 @@ def scanned(w: Walk, node: Any) -> Val:
     if name in ("diff", "gather"):
         for value in node.all_input_nodes:
             w.pin(node, value, "positions matter")
-        return w._unknown(node)
+        return w.unknown(node)
     x = w.blur(node, x, [d % len(x.axes) for d in dims] if x.axes else [], "positions along it matter")
     return Val(x.axes)
 
@@ -891,14 +913,14 @@ def scanned(w: Walk, node: Any) -> Val:
 # ---- normalization
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "_batch_norm_no_update", "instance_norm")
+@rule(
+    "batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "_batch_norm_no_update", "instance_norm"
+)
 def batch_norm(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
     name = kind(node)
     legit = name == "_native_batch_norm_legit_no_training"
     parameters = [None if a is None else w.val(a) for a in node.args[1:5]]
-    if legit:
-        parameters = [None if a is None else w.val(a) for a in node.args[1:5]]
     axis = w.join(node, [x.axes[1], *(p.axes[0] for p in parameters if p is not None)])
     x = w.relayout(x, 1, axis)
     use_input = bool(node.args[5]) if not legit else False
@@ -931,34 +953,35 @@ def batch_norm(w: Walk, node: Any) -> Any:
     return [out, *(Val((axis,)) for _ in node.meta["val"][1:])] if isinstance(node.meta["val"], list | tuple) else out
 
 
-@rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "native_group_norm", "local_response_norm",
-      "normalize")  # fmt: skip
+@rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "native_group_norm")
 def mixing_norm(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
     name = kind(node)
-    dims = [1] if "group" in name else list(range(len(x.axes) - len(argument(node, 1, "normalized_shape")), len(x.axes)))
-    if "group" in name:
-        dims = list(range(1, len(x.axes)))
-    x = w.blur(node, x, dims, "normalized together, removal would change the statistics")
+    dims = list(range(1 if "group" in name else len(x.axes) - len(node.args[1]), len(x.axes)))
+    why = "normalized together, removal would change the statistics"
+    x = w.blur(node, x, dims, why)
     for p in node.all_input_nodes[1:]:
-        w.pin(node, p, "normalized together, removal would change the statistics")
+        w.pin(node, p, why)
     out = Val(x.axes)
-    return [out, *w._unknown(node)[1:]] if isinstance(node.meta["val"], list | tuple) else out
+    return [out, *w.unknown(node)[1:]] if isinstance(node.meta["val"], list | tuple) else out
 
 
 # ---- contractions
 
 
-def _constants(x: Val, d: int, n: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _constants(x: Val, d: int, n: int) -> tuple[Mask, Floats, Mask]:
     """What is known of each of n columns along axis d whatever the other indices: known, value, bordered."""
     if x.known is False or x.value is None:
         return np.zeros(n, bool), np.zeros(n), np.zeros(n, bool)
     lengths = [length(a) for a in x.axes]
-    known = x.mask().expand(lengths).movedim(d, -1).reshape(-1, lengths[d])
-    value = x.value.expand(lengths).movedim(d, -1).reshape(-1, lengths[d]).double()
-    fixed = known.all(0) & (value == value[0]).all(0) & value[0].isfinite()
-    border = torch.zeros_like(fixed) if x.border is None else x.border.expand(lengths).movedim(d, -1).reshape(-1, lengths[d]).any(0)
-    return tuple(t.expand(n).numpy() for t in (fixed, value[0], border))
+
+    def columns(t: Tensor) -> Tensor:
+        return t.expand(lengths).movedim(d, -1).reshape(-1, lengths[d])
+
+    value = columns(x.value).double()
+    fixed = columns(x.mask()).all(0) & (value == value[0]).all(0) & value[0].isfinite()
+    border = torch.zeros_like(fixed) if x.border is None else columns(x.border).any(0)
+    return fixed.expand(n).numpy(), value[0].expand(n).numpy(), border.expand(n).numpy()
 
 
 def contract(
@@ -975,25 +998,29 @@ def contract(
     """
     m, n = counts
     name = weight.source
-    key = None if name is None else (str(node.target), *(None if v is None else v.tobytes() for v in w.parameters[name]))
+    key = (
+        None if name is None else (str(node.target), *(None if v is None else v.tobytes() for v in w.parameters[name]))
+    )
     free = name is not None and w.uses[name] == 1
     if columns is None:
         columns = w.ids.fresh(groups * n)
     if rows is None:
         rows = w.ids.fresh(groups * m)
         w.pin(node, rows, "a single output")
-    reader = Reader(node, rows.reshape(groups, m), columns.reshape(groups, n), np.zeros((0, 0, 0), bool), source=name, bias=at, key=key)
+    ids = rows.reshape(groups, m), columns.reshape(groups, n)
+    reader = Reader(node, *ids, np.zeros((0, 0, 0), bool), source=name, bias=at, key=key)
     if table is None:
         if not w.facts:
             w.readers.append(reader)
         return None
     w.readers.append(reader)
     used = (table != 0).any(-1).numpy() if table.shape[-1] != 1 else (table.squeeze(-1) != 0).numpy()
-    known, value, border = (a.reshape(groups, n) for a in _constants(x, d, groups * n))
+    facts = _constants(x, d, groups * n)
+    known, value, border = facts[0].reshape(groups, n), facts[1].reshape(groups, n), facts[2].reshape(groups, n)
     zero = known & (value == 0)
     uniform, bordered = known & ~zero & ~border, known & border
     inside = uniform if folds else np.zeros_like(uniform)
-    merges = (uniform & ~inside if not folds and (uniform.any() or not bordered.any()) else bordered) if free else inside & ~inside
+    merges = (bordered if folds or not uniform.any() else uniform) & free  # only constants of one shape merge
     reader.used, reader.soft, reader.folds, reader.merges = used, zero | inside | merges, inside, merges
     reader.constant, reader.table = np.where(known, value, np.nan), table
     certain = torch.from_numpy(~(used & ~(zero | inside)[:, None, :]).any(-1)).reshape(-1)
@@ -1005,7 +1032,7 @@ def contract(
             columns_in = torch.from_numpy(np.flatnonzero(inside[g]))
             rows_in = torch.nonzero(certain[g * m : g * m + m]).squeeze(1)
             taps = table[g][rows_in][:, columns_in].double().sum(-1)
-            total[g * m + rows_in] = taps @ torch.from_numpy(value[g][inside[g]])
+            total[rows_in + int(g) * m] = taps @ torch.from_numpy(value[g][inside[g]])
     if bias is not None:
         if bias.value is None:
             return None
@@ -1023,7 +1050,7 @@ def convolution(w: Walk, node: Any) -> Any:
     transposed = "transpose" in name or (generic and bool(node.args[6]))
     groups = argument(node, 8, "groups", 1) if generic else argument(node, 6, "groups", 1)
     padding: Any = argument(node, 4, "padding", 0)
-    padded = padding == "same" if isinstance(padding, str) else any(padding) if isinstance(padding, list | tuple) else bool(padding)
+    padded = padding not in (0, "valid") and (not isinstance(padding, list | tuple) or any(padding))
     space = len(weight.axes) - 2
     c = len(x.axes) - space - 1
     shape = w.shape(node.args[1])
@@ -1034,35 +1061,37 @@ def convolution(w: Walk, node: Any) -> Any:
     x = w.flat(node, x, c)
     own_in, own_out = (0, 1) if transposed else (1, 0)
     columns = x.axes[c][0][1] if x.axes[c] else None
-
-    def ids_of(axis: Axis) -> Vector | None:
-        return w.vector(node, axis)
-
     if groups == 1:
         join = w.join(node, [x.axes[c], weight.axes[own_in]])
-        columns = ids_of(join)
+        columns = w.vector(node, join)
         x = w.relayout(x, c, join) if carries(x.axes[c]) else x
-        rows = ids_of(weight.axes[own_out])
+        rows = w.vector(node, weight.axes[own_out])
     else:
         full_axis = weight.axes[0]
         if transposed:
             join = w.join(node, [x.axes[c], full_axis])
-            columns = ids_of(join)
+            columns = w.vector(node, join)
             rows = w.ids.fresh(outputs) if outputs > 1 else None
         else:
-            rows = ids_of(full_axis)
+            rows = w.vector(node, full_axis)
         if weight.source is None or w.uses.get(weight.source, 0) != 1 or columns is None or rows is None:
+            why = "a grouped convolution whose weight is computed or used twice, or that reads an input"
             for what in (x.axes[c], weight, columns, rows):
-                w.pin(node, what, "a grouped convolution whose weight is computed, used twice, or fed by an input")
+                w.pin(node, what, why)
         elif n == m == 1:
             w.ids.unify(columns, rows)
         else:
-            w.balances.append(Balance(node, columns.reshape(groups, n), rows.reshape(groups, m), weight.source, transposed))
+            shapes = columns.reshape(groups, n), rows.reshape(groups, m)
+            w.balances.append(Balance(node, *shapes, weight.source, transposed))
         if columns is not None and rows is not None:
 
             def regroup(kept: Any, columns: Vector = columns, rows: Vector = rows) -> None:
-                left = int((kept.alive(columns).reshape(groups, n).any(1) | kept.alive(rows).reshape(groups, m).any(1)).sum())
-                node.update_arg(8 if generic else 6, left) if len(node.args) > (8 if generic else 6) else node.update_kwarg("groups", left)
+                left = kept.alive(columns).reshape(groups, n).any(1) | kept.alive(rows).reshape(groups, m).any(1)
+                at = 8 if generic else 6
+                if len(node.args) > at:
+                    node.update_arg(at, int(left.sum()))
+                else:
+                    node.update_kwarg("groups", int(left.sum()))
 
             w.edits.append(regroup)
     if bias is not None:
@@ -1082,10 +1111,9 @@ def convolution(w: Walk, node: Any) -> Any:
         w, node, x, c, weight, table, rows, columns, groups=groups, counts=(m, n),
         folds=not padded and not transposed, bias=bias, at=2,
     )  # fmt: skip
-    if table is None:
-        for d in range(2):
-            w.facts and w.pin(node, weight.axes[d], "a weight that depends on the input")
-        w.facts and w.pin(node, x.axes[c], "a weight that depends on the input")
+    if table is None and w.facts:
+        for what in (*weight.axes[:2], x.axes[c]):
+            w.pin(node, what, "a weight that depends on the input")
     sizes = w.shape(node)
     axes = (*x.axes[:c], out_axis if outputs > 1 else (), *(opaque(s) for s in sizes[c + 1 :]))
     if known is None:
@@ -1105,8 +1133,6 @@ def matmul(w: Walk, node: Any) -> Any:
     source = b.source
     if name == "linear" and len(b.axes) == 2:
         b = moved(b, b.axes[::-1], lambda t: t.t())
-    elif name == "linear":
-        b = moved(b, b.axes, lambda t: t)
     rank = len(w.shape(node))
     if len(b.axes) == 1:
         b = moved(b, (*b.axes, ()), lambda t: t.unsqueeze(-1))
@@ -1122,7 +1148,7 @@ def matmul(w: Walk, node: Any) -> Any:
     n_in = k[0][0] if k else 1
     known: tuple[Tensor, Tensor] | None = None
     batch: tuple[Axis, ...] = a.axes[:-2]
-    weighted = len(b.axes) == 2 and b.known is True or (not w.facts and len(b.axes) == 2 and source is not None)
+    weighted = (len(b.axes) == 2 and b.known is True) or (not w.facts and len(b.axes) == 2 and source is not None)
     if weighted:
         b = w.flat(node, b, 1)
         rows = b.axes[1][0][1] if b.axes[1] else None
@@ -1133,12 +1159,16 @@ def matmul(w: Walk, node: Any) -> Any:
             bias = w.relayout(bias, 0, axis)
             rows = axis[0][1]
         table = None if b.value is None else b.value.t().reshape(1, n_out, -1, 1)
-        at = -1 if not plain or added and any(v != 1 for v in node.kwargs.values()) else {"linear": 2, "addmm": 0}.get(name, -1)
+        at = (
+            -1
+            if not plain or (added and any(v != 1 for v in node.kwargs.values()))
+            else {"linear": 2, "addmm": 0}.get(name, -1)
+        )
         known = contract(
             w, node, a, len(a.axes) - 1, replace(b, source=source), table, rows, columns, groups=1, counts=(n_out, n_in),
             folds=True, bias=bias if plain else None, at=at,
         )  # fmt: skip
-        if not plain or at < 0 and added:
+        if not plain or (at < 0 and added):
             known = None
         axes: list[Axis] = [*a.axes[:-1], b.axes[1]]
     else:
@@ -1149,12 +1179,9 @@ def matmul(w: Walk, node: Any) -> Any:
         axes = [*batch, a.axes[-2], b.axes[-1]]
         if columns is not None and w.facts:
             product(w, node, a, b, batch, columns)
-        known_val = _passed(a, b, axes) if w.facts else None
-        if known_val is not None:
-            if bias is not None:
-                known_val = None
-            else:
-                return _squeeze_matmul(known_val, left_vector, len(w.shape(node)))
+        passed = _passed(a, b, axes) if w.facts and bias is None else None
+        if passed is not None:
+            return _squeeze_matmul(passed, left_vector, len(w.shape(node)))
         if bias is not None:
             out, _ = w.broadcast(node, [Val(tuple(axes)), bias])
             axes = list(out)
@@ -1173,7 +1200,8 @@ def _squeeze_matmul(val: Val, left_vector: bool, rank: int) -> Val:
 
 
 def _zero(val: Val) -> Tensor:
-    return torch.zeros([length(a) for a in val.axes], dtype=torch.bool) if val.value is None else val.mask() & (val.value == 0)
+    shape = [length(a) for a in val.axes]
+    return (torch.zeros((), dtype=torch.bool) if val.value is None else val.mask() & (val.value == 0)).expand(shape)
 
 
 def product(w: Walk, node: Any, a: Val, b: Val, batch: Sequence[Axis], columns: Vector, shift: bool = False) -> None:
@@ -1202,7 +1230,7 @@ def _passed(a: Val, b: Val, axes: Sequence[Axis]) -> Val | None:
     """Constants that pass a product with weights that sum to one, and zeros."""
     if b.value is None:
         return None
-    if b.axes[-2] and carries(b.axes[-2]) or b.border is not None:
+    if (b.axes[-2] and carries(b.axes[-2])) or b.border is not None:
         return None
     mask = b.mask() if a.sums else b.mask() & (b.value == 0)
     return settled(axes, mask, b.value)
@@ -1221,7 +1249,7 @@ def attention(w: Walk, node: Any) -> Any:
             ids = [t.axes[d][0][1] if t.axes[d] else None for t in heads]
             few = w.join(node, [heads[1].axes[d], heads[2].axes[d]])
             if ids[0] is not None and few and few[0][1] is not None and len(ids[0]) % len(few[0][1]) == 0:
-                group, within = w.ids.split(ids[0], len(few[0][1]))
+                group, _ = w.ids.split(ids[0], len(few[0][1]))
                 w.ids.unify(group, few[0][1])
             else:
                 for t in heads:
@@ -1249,7 +1277,8 @@ def attention(w: Walk, node: Any) -> Any:
             if gqa:
                 w.readers.append(Reader(node, None, columns[None], ~_spare_gqa(q, k, len(columns))[None, None]))
             else:
-                product(w, node, q, moved(k, (*k.axes[:-2], k.axes[-1], k.axes[-2]), lambda t: t.transpose(-1, -2)), batch, columns, shift=True)
+                turned = moved(k, (*k.axes[:-2], k.axes[-1], k.axes[-2]), lambda t: t.transpose(-1, -2))
+                product(w, node, q, turned, batch, columns, shift=True)
     axes = (*batch, q.axes[-2], v.axes[-1])
     if v.value is None or gqa or argument(node, 4, "dropout_p", 0.0):
         return Val(axes)
@@ -1258,14 +1287,14 @@ def attention(w: Walk, node: Any) -> Any:
 
 
 def _spare_gqa(q: Val, k: Val, n: int) -> Any:
-    spare = [(_zero(t)).expand([length(a) for a in t.axes]).reshape(-1, n).all(0) for t in (q, k)]
+    spare = [_zero(t).reshape(-1, n).all(0) for t in (q, k)]
     return (spare[0] | spare[1]).numpy()
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(w: Walk, node: Any) -> Any:
     """Inputs and projections are contractions; the hidden units are pinned, since they feed themselves."""
-    if not isinstance(node.args[3 if "lstm" not in str(node.target) else 3], bool):
+    if not isinstance(node.args[3], bool):  # packed sequences
         return w.refuse(node)
     x = w.val(node.args[0])
     weights: Any = node.args[2]
@@ -1288,7 +1317,4 @@ def recurrent(w: Walk, node: Any) -> Any:
             w, node, x, len(x.axes) - 1, replace(weight, source=None), table, rows, columns, groups=1,
             counts=tuple(w.shape(name)), folds=False, bias=bias, at=-1,
         )  # fmt: skip
-    return w._unknown(node)
-
-
-_ = operator
+    return w.unknown(node)

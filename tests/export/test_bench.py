@@ -31,8 +31,8 @@ def test_ratio_to_the_first(tmp_path: Path) -> None:
     one, eight = product(tmp_path / "one.onnx", 1), product(tmp_path / "eight.onnx", 8)
     first, second, again = bench([one, eight, one], batch=2, rounds=15)
     assert (first.name, second.name, first.ratio, first.rounds) == ("one.onnx", "eight.onnx", 1.0, 15)
-    assert 4 < second.ratio < 16
-    assert 0.4 < again.ratio < 2.5
+    assert second.ratio > 3  # eight times the work; how much more depends on caches
+    assert again.ratio < second.ratio
     assert first.quartiles[0] <= first.median <= first.quartiles[1]
 
 

@@ -1,0 +1,41 @@
+"""Take dead channels out of every graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fxprune.channels import ChannelPlan, analyze, remove
+from fxprune.errors import ArgumentError, FinalizeError
+from fxprune.traced import TracedModule
+
+from .base import Pass
+
+
+@dataclass(frozen=True)
+class RemoveChannels(Pass):
+    """Remove what does not change the outputs of the eval graph: rows that nothing reads, constants that fold.
+
+    Masks must be folded before. The plan is left in `traced.plan`. `align` is "auto" (counts at convolutions stay
+    multiples that run fast, exactness is untouched), 1 for the least, or the multiple to keep. With `plan` the sizes
+    are those of a stored plan, and no constants are folded.
+
+    Example:
+        >>> RemoveChannels(align=1)(traced).modified
+        True
+    """
+
+    align: str | int = "auto"
+    plan: ChannelPlan | None = None
+    name: ClassVar[str] = "remove-channels"
+
+    def requires(self, traced: TracedModule) -> None:
+        if "eval" not in traced.modes:
+            raise FinalizeError(f"remove-channels needs the eval graph; captured: {', '.join(traced.modes)}.")
+        if self.align != "auto" and (isinstance(self.align, bool) or not isinstance(self.align, int) or self.align < 1):
+            raise ArgumentError(f'align={self.align!r}: "auto" or a positive integer is needed.')
+
+    def run(self, traced: TracedModule) -> bool:
+        plan = self.plan or analyze(traced, align=self.align)
+        remove(traced, plan)
+        return bool(plan.removed or plan.dropped)
