@@ -21,7 +21,7 @@ from fxprune.errors import ArgumentError, CompareError, FxpruneError
 from fxprune.traced import TracedModule
 
 from .divergence import Divergence, find
-from .session import Session, match, tensors_of
+from .session import Session, as_captured, match, tensors_of
 
 # Relative to the largest magnitude of an output. Two orders of summation of n products differ by about sqrt(n)
 # roundings, and a deep network multiplies that: float32 rounds at 6e-8, and 1e-4 leaves about three decimal orders
@@ -371,6 +371,7 @@ class ProgramRunner(ModuleRunner):
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(self.module, torch.jit.ScriptModule):
             return self.module(*match(self._names, args, kwargs).values())
+        args, kwargs = as_captured(self.module.graph, args, kwargs)  # type: ignore[arg-type]
         return self.module(*args, **kwargs)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import onnx
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.errors import CompareError
+from fxprune.graph import flop_counter
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _program(path: str) -> Contents:
     macs = None
     if program.example_inputs is not None:
         args, kwargs = program.example_inputs
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with flop_counter() as counter, torch.no_grad():
             program.module()(*args, **kwargs)
         macs = counter.get_total_flops() // 2
     return Contents(tensors, dict(operators.most_common()), macs, json.loads(files["fxprune.json"] or "{}"))

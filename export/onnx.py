@@ -26,7 +26,7 @@ from .divergence import ORIGIN
 from .metadata import metadata
 from .precision import RTOL, float16, int8
 from .precision import sparse as store_sparse
-from .session import Session
+from .session import Session, as_captured
 from .source import FileReport, causes, check_source, flat, keep_aside, quiet, resized
 
 SINGLE_FILE_BYTES = 1536 * 2**20  # weights beyond it go to a file beside: protobuf ends at 2 GiB
@@ -182,11 +182,7 @@ def _batches(final: TracedModule, precision: str, calibration: Any) -> list[Call
 
 def _like_sample(final: TracedModule, call: Call) -> Call:
     """A calibration batch with its arguments passed as the sample passes them."""
-    info = final.graphs["eval"]._codegen.pytree_info  # type: ignore[attr-defined]
-    names, count = info.orig_args, info.in_spec.child(0).num_children
-    bound = dict(zip(names, call.args, strict=False)) | call.kwargs
-    if len(call.args) + len(call.kwargs) == len(names) and bound.keys() == set(names):
-        call = Call(tuple(bound[n] for n in names[:count]), {n: bound[n] for n in names[count:]})
+    call = Call(*as_captured(final.graphs["eval"], *call))
     final._check_inputs(*call)
     return call
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import torch
 import torch.utils._pytree as pytree
+from torch import fx
 
 from fxprune.errors import CompareError, ProviderWarning
 
@@ -81,6 +82,18 @@ def match(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     by_order += [value for name, value in given if name not in by_name]
     found = by_name | dict(zip([name for name in names if name not in by_name], by_order, strict=True))
     return {name: found[name] for name in names}
+
+
+def as_captured(
+    graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with its arguments by position and by name as a graph was captured with them, where the names fit."""
+    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
+    names, count = info.orig_args, info.in_spec.child(0).num_children
+    bound = dict(zip(names, args, strict=False)) | kwargs
+    if len(args) + len(kwargs) != len(names) or bound.keys() != set(names):
+        return args, kwargs
+    return tuple(bound[n] for n in names[:count]), {n: bound[n] for n in names[count:]}
 
 
 class Session:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from fxprune.errors import FinalizeError, NameLookupError
 
@@ -280,6 +281,15 @@ def _root_buffer(node: fx.Node, removed: Callable[[str], bool]) -> bool:
     inputs = written(node) or (node.all_input_nodes[:1] if not is_mutating(node) else [])
     # a fresh value that only dead code sees may be written to as well
     return all(_root_buffer(n, removed) for n in inputs) if inputs else True
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter of floating-point operations, with the formula it lacks for attention on CPU."""
+
+    def attention(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return int(sdpa_flop_count(q, k, v))
+
+    return FlopCounterMode(display=False, custom_mapping={_aten._scaled_dot_product_flash_attention_for_cpu: attention})
 
 
 def text(graph: fx.Graph) -> str:

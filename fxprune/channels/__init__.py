@@ -69,7 +69,8 @@ def remove(traced: TracedModule, plan: ChannelPlan) -> None:
         alive = _imposed(found, plan)
         state = None
     before = fx.Graph()
-    before.output(before.graph_copy(traced.graphs["eval"], {}))
+    copies: dict[fx.Node, fx.Node] = {}
+    before.output(before.graph_copy(traced.graphs["eval"], copies))
     old = {name: tensor.detach() for name, tensor in found.tensors.items()}
     values: dict[str, Tensor] = {}
     kept = Kept(found, alive)
@@ -84,7 +85,7 @@ def remove(traced: TracedModule, plan: ChannelPlan) -> None:
     carry_out(traced, found, kept, plan, values)
     plan.parameters = (plan.parameters[0], _parameters(traced))
     if state is not None:
-        verify(before, old, traced, found, alive, plan)
+        verify(before, {copied: node for node, copied in copies.items()}, old, traced, found, alive, plan)
     traced.plan = plan
 
 

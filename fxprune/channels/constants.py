@@ -93,7 +93,9 @@ def place(traced: TracedModule, coupling: Coupling, kept: Kept, constants: list[
         left = value
         for d, mask in zip([d for d, a in enumerate(axes) if carries(a)], gone, strict=True):
             left = left.index_select(d, mask.nonzero().squeeze(1))
-        zero = zero or (value is not None and walks[0].facts and not left.any() and all(_sum(p[user_name]) for p, _ in pairs))
+        zero = zero or (
+            value is not None and walks[0].facts and not left.any() and all(_sum(p[user_name]) for p, _ in pairs)
+        )
         name = "" if zero else _register(traced, coupling, main, axes, value.to(main.meta["val"].dtype))
         for nodes, walk in pairs:
             node, user = nodes[node_name], nodes[user_name]
@@ -111,7 +113,7 @@ def place(traced: TracedModule, coupling: Coupling, kept: Kept, constants: list[
 
 
 def _erase(node: fx.Node) -> None:
-    """Erase a node that nothing uses, and what it alone used; random operators as well, in a branch that never varies."""
+    """Erase a node that nothing uses, and what it alone used; random operators as well."""
     if node.users or node.op == "placeholder" or is_mutating(node):
         return
     inputs = node.all_input_nodes

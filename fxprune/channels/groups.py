@@ -12,11 +12,11 @@ import torch.utils._pytree as pytree
 from numpy.typing import NDArray
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.channels import coupling
 from fxprune.channels.coupling import Val, carries
 from fxprune.channels.ids import Classes, Ids, Mask, Vector
+from fxprune.graph import flop_counter
 from fxprune.traced import TracedModule
 
 
@@ -284,7 +284,7 @@ def _macs_by_node(traced: TracedModule) -> dict[fx.Node, float]:
             return result
 
     leaves = pytree.tree_leaves((traced.example_args, traced.example_kwargs))
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), counter:
         inputs = [fake.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in leaves]
         Count(traced, graph=traced.graphs["eval"]).run(*inputs, enable_io_processing=False)

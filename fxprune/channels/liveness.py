@@ -40,7 +40,9 @@ class Liveness:
             if rows is not None and reader.soft is not None:
                 self._costly[rows[(reader.used & ~reader.soft[:, None]).any(-1)]] = True
         walks = list(coupling.walks.values())
-        self._balances = [(coupling.of(b.inputs), coupling.of(b.outputs)) for w in walks for b in w.balances if b.node in reached]
+        self._balances = [
+            (coupling.of(b.inputs), coupling.of(b.outputs)) for w in walks for b in w.balances if b.node in reached
+        ]
         read = {str(n.target) for n in reached if n.op == "get_attr"}
         vectors = [v for name, axes in coupling.parameters.items() for v in axes if v is not None and name in read]
         vectors += [v for w in walks for v in w.nonempty]

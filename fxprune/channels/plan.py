@@ -94,7 +94,10 @@ class ChannelPlan:
                 lines.append(f"  {name}: {text}")
         lines += [f"  {layer}: {n} constant channels folded into its bias" for layer, n in self.folded.items()]
         lines += [f"  {layer}: {n} constant channels merged into representatives" for layer, n in self.merged.items()]
-        lines += [f"  {node}: always {'zero' if zero else 'the same'}, its layers left the graph" for node, _, zero in self.constants]
+        lines += [
+            f"  {node}: always {'zero' if zero else 'the same'}, its layers left the graph"
+            for node, _, zero in self.constants
+        ]
         if self.dropped:
             lines.append(f"  dropped, nothing reads them: {', '.join(self.dropped)}")
         if self.stayed:

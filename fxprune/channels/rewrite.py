@@ -11,14 +11,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune.channels.coupling import Axis, Coupling, Reader, Val, Walk, carries
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.liveness import representative
 from fxprune.channels.plan import ChannelPlan
 from fxprune.errors import FinalizeError
-from fxprune.graph import describe, erase_dead, evaluate, is_mutating, locate, tensor_at
+from fxprune.graph import describe, erase_dead, evaluate, flop_counter, is_mutating, locate, tensor_at
 from fxprune.traced import TracedModule
 
 Tensors = dict[str, Tensor]
@@ -31,6 +30,8 @@ class Kept:
 
     def __init__(self, coupling: Coupling, alive: Mask) -> None:
         self.coupling, self._alive = coupling, alive
+        self.names = set(coupling.parameters)
+        self.modules = computing(coupling, self.names)
         self.reindexed: dict[str, tuple[Vector, Tensor]] = {}
 
     def alive(self, ids: Vector) -> Mask:
@@ -235,7 +236,7 @@ def carry_out(traced: TracedModule, coupling: Coupling, kept: Kept, plan: Channe
                 continue
             replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         _install(traced, name, replaced[id(old)])
-    drop(traced, plan)
+    drop(traced, coupling, kept, plan)
     for walk in coupling.walks.values():
         reshape(walk, kept)
         walk.graph.lint()
@@ -250,13 +251,12 @@ def _install(traced: TracedModule, name: str, value: Tensor) -> None:
         owner._buffers[attribute] = value
 
 
-def drop(traced: TracedModule, plan: ChannelPlan) -> None:
+def drop(traced: TracedModule, coupling: Coupling, kept: Kept, plan: ChannelPlan) -> None:
     """Erase dead nodes, then the parameters and buffers that no graph reads."""
     before = _stored(traced)
-    prefixes = _computing(traced)
     for graph in traced.graphs.values():
         erase_dead(graph)
-    lost = prefixes - _computing(traced)
+    lost = kept.modules - computing(coupling, kept.names)
     for graph in traced.graphs.values():
         erase_dead(graph, lambda target: target.rpartition(".")[0] in lost)  # counters of a layer that left
     read = {str(n.target) for g in traced.graphs.values() for n in g.find_nodes(op="get_attr")}
@@ -270,10 +270,10 @@ def drop(traced: TracedModule, plan: ChannelPlan) -> None:
     plan.dropped = tuple(sorted({*plan.dropped, *gone}))
 
 
-def _computing(traced: TracedModule) -> set[str]:
-    """The modules whose parameters or buffers something computes with."""
-    nodes = (n for g in traced.graphs.values() for n in g.find_nodes(op="get_attr"))
-    return {str(n.target).rpartition(".")[0] for n in nodes if not all(map(is_mutating, n.users))}
+def computing(coupling: Coupling, names: set[str]) -> set[str]:
+    """The modules of which something computes with one of these parameters or buffers."""
+    nodes = (n for w in coupling.walks.values() for n in w.graph.find_nodes(op="get_attr"))
+    return {str(n.target).rpartition(".")[0] for n in nodes if n.target in names and not all(map(is_mutating, n.users))}
 
 
 def _stored(traced: TracedModule) -> Tensors:
@@ -376,9 +376,17 @@ def _touched(node: fx.Node) -> bool:
 
 
 def verify(
-    before: fx.Graph, old: Tensors, traced: TracedModule, coupling: Coupling, alive: Mask, plan: ChannelPlan
+    before: fx.Graph,
+    origin: dict[fx.Node, fx.Node],
+    old: Tensors,
+    traced: TracedModule,
+    coupling: Coupling,
+    alive: Mask,
+    plan: ChannelPlan,
 ) -> None:
     """Compare the outputs of the eval graph before and after at the sample inputs; count MACs on the way.
+
+    `origin` maps the nodes of `before`, a copy, to those that the coupling knows.
 
     Raises:
         FinalizeError: they differ; names the first node that does.
@@ -395,7 +403,7 @@ def verify(
     pairs = [(before, old.__getitem__), (after, new)]
     results, macs = [], []
     for graph, tensors in pairs:
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             try:
                 results.append(run(graph, tensors, inputs, dtype))
             except RuntimeError:
@@ -409,8 +417,8 @@ def verify(
     if all(_close(a, b, tolerance) for a, b in zip(*results, strict=True)):
         return
     seen: dict[str, Any] = {}
-    run(before, old.__getitem__, inputs, dtype, lambda node, value: seen.update({node.name: value}))
-    names = {node.name: node for node in coupling.walks["eval"].env}
+    run(before, old.__getitem__, inputs, dtype, lambda node, value: seen.update({origin.get(node, node).name: value}))
+    names = {node.name: node for node in origin.values()}
     differing: list[str] = []
 
     def compare(node: fx.Node, value: Any) -> None:

@@ -817,7 +817,7 @@ def unfold(w: Walk, node: Any) -> Any:
 # ---- reductions, pooling, interpolation
 
 
-@rule("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "std_mean", "any", "all",
+@rule("mean", "sum", "amax", "amin", "argmax", "argmin", "var", "std", "var_mean", "std_mean", "any", "all",
       "logsumexp", "linalg_vector_norm", "norm", "prod", "nansum", "median", "topk", "sort", "argsort", "kthvalue",
       "count_nonzero")  # fmt: skip
 def reduction(w: Walk, node: Any) -> Any:
@@ -1165,8 +1165,8 @@ def matmul(w: Walk, node: Any) -> Any:
             else {"linear": 2, "addmm": 0}.get(name, -1)
         )
         known = contract(
-            w, node, a, len(a.axes) - 1, replace(b, source=source), table, rows, columns, groups=1, counts=(n_out, n_in),
-            folds=True, bias=bias if plain else None, at=at,
+            w, node, a, len(a.axes) - 1, replace(b, source=source), table, rows, columns, groups=1,
+            counts=(n_out, n_in), folds=True, bias=bias if plain else None, at=at,
         )  # fmt: skip
         if not plain or (at < 0 and added):
             known = None

@@ -57,9 +57,9 @@ def test_every_kind_of_input_and_output(tmp_path: Path, suffix: str) -> None:
     traced = fxprune.trace(Everything().eval(), (x,), kwargs, modes=("eval",))
     path = tmp_path / f"model{suffix}"
     FORMATS[suffix](traced, path)
-    result = compare(traced, path, inputs=fxprune.export.Call((x,), kwargs))
+    result = compare(traced, path, inputs=[fxprune.export.Call((x,), kwargs), {"relu": x, **kwargs}])
     assert result.ok, result.table()
-    assert len(result.rows) == 8
+    assert len(result.rows) == 16
 
 
 READER = """
