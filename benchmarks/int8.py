@@ -21,7 +21,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     traced = fxprune.trace(cnn(sys.argv[1] if len(sys.argv) > 1 else "resnet50").eval(), torch.randn(2, 3, 224, 224))
-    fxprune.prune.channels(traced, 0.5)
+    for name, weight in list(traced.named_parameters()):
+        if weight.dim() == 4:
+            fxprune.prune.ln_structured(traced, name, amount=0.5, n=2, dim=0)
     final = fxprune.finalize(traced)
     batches = [torch.randn(2, 3, 224, 224) for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:

@@ -18,3 +18,27 @@ def cnn(name: str) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = get_model(name)
     return model
+
+
+def vision(name: str) -> nn.Module:
+    """A network for 224 x 224 images: "vit_b", or a pytorchcv network by its name."""
+    if name != "vit_b":
+        return cnn(name)
+    from transformers import ViTConfig, ViTForImageClassification
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.vit = ViTForImageClassification(ViTConfig(num_labels=1000))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.vit(x).logits
+            return logits
+
+    return Logits()
+
+
+def sample(batch: int) -> torch.Tensor:
+    """Random images."""
+    return torch.randn(batch, 3, 224, 224)

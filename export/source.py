@@ -100,6 +100,10 @@ def flat(final: TracedModule, structured: bool = False) -> tuple[fx.GraphModule,
         tree = _plain(pytree.tree_unflatten(leaves, info.out_spec))
     graph.output(tuple(pytree.tree_leaves(tree)))
     graph.set_codegen(CodeGen(info._replace(out_spec=pytree.tree_structure(tree))))
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.contiguous.default) if not structured else ():
+        # torch's exporter drops `contiguous` after an attention of one layout, and then meets another layout
+        node.target, node.kwargs = aten.clone.default, {"memory_format": torch.contiguous_format, **node.kwargs}
     folded: dict[str, torch.Tensor] = {}
     for node in reversed(tagged(graph)):
         # without users, what it was part of is folded already; what depends on an input stays an expression

@@ -3,7 +3,14 @@
 from fxprune import export, importance, passes, prune
 from fxprune.capture import trace
 from fxprune.diagnose import diagnose
-from fxprune.driver import finalize, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
+from fxprune.driver import (
+    channel_groups,
+    finalize,
+    remove_spectral_norm,
+    remove_weight_norm,
+    spectral_norm,
+    weight_norm,
+)
 from fxprune.errors import FxpruneError, FxpruneWarning
 from fxprune.export import compare
 from fxprune.optimizer import clip_gradients
@@ -16,6 +23,7 @@ __all__ = [
     "FxpruneWarning",
     "Schedule",
     "TracedModule",
+    "channel_groups",
     "clip_gradients",
     "compare",
     "diagnose",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +13,17 @@ import torch
 from torch import fx
 
 from fxprune import driver
-from fxprune.channels.budget import Ladder, Scores, choose, ladders, masks, slice_scores
-from fxprune.channels.groups import ChannelGroup, Grouping
-from fxprune.channels.ids import Vector
+from fxprune.channels.budget import Staircase, ladders, masks, slice_scores
+from fxprune.channels.groups import ChannelGroup, Grouping, Scores
+from fxprune.channels.ids import Mask, Vector
 from fxprune.errors import ArgumentError, ArgumentTypeError, NameLookupError, PruningError
 from fxprune.graph import locate
 from fxprune.reparametrize import masked
 from fxprune.traced import TracedModule
 
 Importance = str | Callable[[ChannelGroup], torch.Tensor]
+NORMS = {"l1": 1.0, "l2": 2.0, "linf": torch.inf}
+KNOWN = (*NORMS, "random", "bn", "fpgm", "taylor")
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,13 @@ class ChannelReport:
 
     Attributes:
         removed: by group, "name (kind)" -> (units masked, units in all).
-        macs, parameters: (before, after), after exact removal without alignment; MACs at the sample inputs.
+        stayed: by group that was not considered, why.
+        macs, parameters: (dense, after exact removal without alignment); MACs at the sample inputs.
         speedup: measured in onnxruntime, None where it was not asked for.
     """
 
     removed: dict[str, tuple[int, int]]
+    stayed: dict[str, str]
     macs: tuple[int, int]
     parameters: tuple[int, int]
     speedup: float | None = None
@@ -58,15 +63,17 @@ def channels(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     batches: int | None = None,
     threads: int = 1,
-    batch: int | None = None,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    batch: int = 1,
+    provider: str = "CPUExecutionProvider",
 ) -> ChannelReport:
     """Mask whole channels, by groups of slices that stand or fall together, so that `finalize` removes them exactly.
 
     The score of a unit is the mean over the slices that belong to it, of writers and readers alike; for the global
     scope it is divided by its group's mean, so that layers of different scale compare. Both are the defaults of
     DepGraph (Fang et al., "DepGraph: Towards Any Structural Pruning", 2023, https://arxiv.org/abs/2301.12900).
-    Rows of weights, biases and gains of normalizations are masked; training can go on, `finalize` makes it smaller.
+    Rows of weights, biases, gains and shifts of normalizations are masked, and the columns that read them; training
+    can go on, `finalize` makes it smaller. A unit that is masked already counts: called again with a smaller budget,
+    the function masks more.
 
     Args:
         traced: the module, changed in place.
@@ -74,18 +81,20 @@ def channels(
         importance: "l1", "l2", "linf" (norms of a slice), "random", "bn" (gains of batch norm: Liu et al., "Network
             Slimming", 2017, https://arxiv.org/abs/1708.06519), "fpgm" (distance to the other filters: He et al., 2019,
             https://arxiv.org/abs/1811.00250), "taylor" (Molchanov et al., 2019, https://arxiv.org/abs/1906.10771; needs
-            `loader` and `loss`), or a function from a `ChannelGroup` to a tensor [units].
+            `loader` and `loss`), or a function from a `ChannelGroup` to a tensor [units]. "bn" leaves groups without
+            a batch norm alone, and "fpgm" looks at the weights that write a group.
         scope: "global" compares units of all groups; "local" takes the same share of every group.
         targets: patterns of parameter or module names; groups that write one of these are pruned, None prunes all.
         ignore: patterns; groups with a member of such a name are left alone.
-        round_to: what stays of a group is rounded to the nearest multiple; "auto" takes 16 for convolutions (4 for
-            those with fewer than 32 channels), as onnxruntime computes them in blocks, and 1 for matrix products.
+        round_to: what stays of a group (of each conv group or head, where it has these) is rounded to the nearest
+            multiple; "auto" takes 16 for convolutions (8 and 4 for those with fewer than 32 and 16 channels), as
+            onnxruntime computes them in blocks, and 1 for matrix products.
         max_per_group: largest share of a group that goes. at_least: units that every group keeps.
         macs, parameters: what may be left, as a fraction of the dense model or as a count.
-        speedup: how many times faster in onnxruntime than the dense model, measured on this machine.
+        speedup: how many times faster in onnxruntime than `traced` finalized as it is, measured on this machine.
         seed: for "random"; None draws from the global generator.
         loader, loss, batches: for "taylor", as for `fxprune.importance.scores`.
-        threads, batch, providers: of the measurement for `speedup`; `batch` None takes the sample's.
+        threads, batch, provider: of the measurement for `speedup`; a batch that is not free is the sample's.
 
     Returns:
         A `ChannelReport`.
@@ -100,90 +109,165 @@ def channels(
         >>> report = fxprune.prune.channels(traced, macs=0.5)
         >>> final = fxprune.finalize(traced)
     """
-    budgets = {"macs": macs, "parameters": parameters, "speedup": speedup}
-    given = {name: value for name, value in budgets.items() if value is not None}
-    _check(amount, given, scope, round_to, max_per_group, at_least)
-    grouping = Grouping(driver.plain_copy(traced))
+    given = {k: v for k, v in (("macs", macs), ("parameters", parameters), ("speedup", speedup)) if v is not None}
+    name, value = _check(amount, given, importance, scope, round_to, max_per_group, at_least)
+    grouping = Grouping(driver.plain_view(traced))
     picked = _targets(grouping, targets, [ignore] if isinstance(ignore, str) else list(ignore))
+    labels = _labels(grouping.groups)
+    stayed = {labels[id(g)]: g.reason for g in grouping.groups if g.reason}
+    if importance == "bn":
+        gains = _gains(grouping)
+        without = [g for g in picked if gains.isdisjoint(m.parameter for m in g.members)]
+        stayed |= {labels[id(g)]: "no batch norm has its gain" for g in without}
+        picked = [g for g in picked if g not in without and not any(g.block == w.block >= 0 for w in without)]
+        if not picked:
+            raise PruningError('importance="bn" needs batch norms with a gain; no group that may be pruned has one.')
     evidence = {"loader": loader, "loss": loss, "batches": batches}
     scored = _scores(traced, grouping, picked, importance, seed, evidence)
     if scope == "global":
         scored = [s / s.mean() if s.mean() > 0 else s for s in scored]
-    steps = ladders(picked, scored, round_to, max_per_group, at_least)
+    stairs = Staircase(ladders(picked, scored, round_to, max_per_group, at_least), scope)
+    for group, score in zip(picked, scored, strict=True):  # where a choice is left, the highest scores stay
+        grouping.repair.cost[group.units] = 1 - np.argsort(np.argsort(score, kind="stable")) / len(score)
     measured = None
-    if speedup is not None:
-        units, measured = driver.search_speedup(
-            traced, speedup, lambda share: _requests(traced, grouping, choose(steps, scope, None, share, "")),
-            lambda share: choose(steps, scope, None, share, ""), threads=threads, batch=batch, providers=providers,
-        )  # fmt: skip
+    if name == "speedup":
+        with driver.stopwatch(traced, threads=threads, batch=batch, provider=provider) as measure:
+            height, measured = _fastest(traced, grouping, stairs, value, measure)
     else:
-        name, value = next(iter(given.items()), ("amount", amount))
-        units = _fit(grouping, steps, scope, name, value)
-    driver.insert_masks(traced, _requests(traced, grouping, units))
-    left = grouping.alive(units)
-    chosen = np.isin
-    removed = {f"{g.name} ({g.kind})": (int(chosen(g.units, units).sum()), g.size) for g in picked}
-    return ChannelReport(
-        removed, (grouping.macs(), grouping.macs(left)), (grouping.parameters(), grouping.parameters(left)), measured
-    )
+        height = _fit(grouping, stairs, name, value)
+    alive = grouping.alive(stairs.units(height))
+    driver.insert_masks(traced, _requests(traced, grouping, alive))
+    removed = {labels[id(g)]: (int((~alive[g.units]).sum()), g.size) for g in picked}
+    (m, p), (left, kept) = grouping.dense, (grouping.macs(alive), grouping.parameters(alive))
+    return ChannelReport(removed, stayed, (m, left), (p, kept), measured)
 
 
-def _fit(grouping: Grouping, steps: list[Ladder], scope: str, name: str, value: Any) -> Vector:
+def _labels(groups: Sequence[ChannelGroup]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for g in groups:
+        label, n = f"{g.name} ({g.kind})", 1
+        while (text := label if n == 1 else f"{label} {n}") in found.values():
+            n += 1
+        found[id(g)] = text
+    return found
+
+
+def _fit(grouping: Grouping, stairs: Staircase, name: str, value: float) -> int:
+    """The fewest stairs within the budget."""
     if name == "amount":
-        return choose(steps, scope, None, value, "amount")
-    count = grouping.macs if name == "macs" else grouping.parameters
-    limit = value * count() if isinstance(value, float) else value
-    most = np.concatenate([ladder.units[:, : ladder.removed(ladder.steps)].reshape(-1) for ladder in steps])
-    best = count(grouping.alive(most))
-    what = f"{name}={value} (at most {limit:,.0f} of {count():,}; the best is {best:,}, {best / max(count(), 1):.3f})"
-    return choose(steps, scope, lambda units: count(grouping.alive(units)) <= limit, 0.0, what)
+        if value > stairs.total:
+            raise ArgumentError(f"amount={value}: there are {stairs.total} units that may be pruned.")
+        return stairs.count(value * stairs.total if isinstance(value, float) else value)
+    count, dense = (grouping.macs, grouping.dense[0]) if name == "macs" else (grouping.parameters, grouping.dense[1])
+    limit = value * dense if isinstance(value, float) else value
+    height = stairs.search(lambda units: count(grouping.alive(units)) <= limit)
+    if height is None:
+        best = count(grouping.alive(stairs.units(len(stairs))))
+        raise PruningError(
+            f"{name}={value} cannot be reached: at most {limit:,.0f} of {dense:,} were asked for, the best is {best:,} "
+            f"({best / max(dense, 1):.3f}). Raise it, or max_per_group; `fxprune.channel_groups` says what must stay."
+        )
+    return height
+
+
+def _within(grouping: Grouping, limit: float, units: Vector) -> bool:
+    return grouping.macs(grouping.alive(units)) <= limit
+
+
+def _fastest(
+    traced: TracedModule, grouping: Grouping, stairs: Staircase, wanted: float, measure: Callable[[Any], float]
+) -> tuple[int, float]:
+    """The fewest stairs, to 1/32 of the MACs, that were measured to be fast enough, and how fast they are."""
+
+    def cost(height: int) -> float:
+        return grouping.macs(grouping.alive(stairs.units(height))) / max(grouping.dense[0], 1)
+
+    def speed(height: int) -> float:
+        return measure(_requests(traced, grouping, grouping.alive(stairs.units(height))))
+
+    low, high, best = 0, len(stairs), 0.0
+    lean, dense = cost(high), 1.0
+    guess = 1 / wanted
+    found: tuple[int, float] | None = None
+    while found is None or dense - lean > 1 / 32:
+        target = min(max(guess, lean), dense)
+        limit = target * grouping.dense[0]
+        height = stairs.search(functools.partial(_within, grouping, limit))
+        height = high if height is None or target <= lean else height
+        reached = speed(height)
+        best = max(best, reached)
+        if reached >= wanted:
+            found, high, lean = (height, reached), height, cost(height)
+        elif height >= high:
+            if found is not None:
+                break
+            raise PruningError(
+                f"speedup={wanted} cannot be reached: the best that was measured is {best:.2f}. No mask was inserted."
+            )
+        else:
+            low, dense = height, cost(height)
+        if high - low <= 1 and found is not None:
+            break
+        guess = (lean + dense) / 2 if found is not None else max(lean, dense * reached / wanted * 0.95)
+    return found
 
 
 def _check(
-    amount: float | None, given: dict[str, float], scope: str, round_to: Any, max_per_group: float, at_least: int
-) -> None:
+    amount: float | None, given: dict[str, float], importance: Importance, scope: str, round_to: Any,
+    max_per_group: float, at_least: int,
+) -> tuple[str, float]:  # fmt: skip
+    """The budget's name and value; refuses options that cannot be used."""
     if len(given) > 1:
         raise ArgumentError(f"one budget at a time: {' and '.join(f'{k}={v}' for k, v in given.items())} were given.")
     if not given and amount is None:
         raise ArgumentError("no budget: give amount, macs, parameters or speedup.")
-    for name, value in given.items() if given else [("amount", amount)]:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ArgumentTypeError(f"{name}={value!r}: a number is needed.")
-        high = np.inf if isinstance(value, int) or name == "speedup" else 1.0
-        low = 1.0 if name == "speedup" else 0
-        if not low <= value <= high:
-            raise ArgumentError(f"{name}={value}: a fraction from 0 to 1 or a count is needed; a speedup is above 1.")
+    name, value = next(iter(given.items()), ("amount", amount))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentTypeError(f"{name}={value!r}: a number is needed.")
+    whole = isinstance(value, int) and name != "speedup"
+    if not (value > 1 if name == "speedup" else value >= 0 if whole else 0 <= value <= 1) or value == np.inf:
+        raise ArgumentError(f"{name}={value}: a fraction from 0 to 1 or a count is needed; a speedup is above 1.")
+    if not callable(importance) and importance not in KNOWN:
+        raise ArgumentError(f"importance={importance!r}: one of {', '.join(KNOWN)} or a function is needed.")
     if scope not in ("global", "local"):
         raise ArgumentError(f'scope={scope!r}: "global" or "local" is needed.')
     if round_to != "auto" and (isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1):
         raise ArgumentError(f'round_to={round_to!r}: "auto" or a positive integer is needed.')
-    if not 0 <= max_per_group <= 1 or at_least < 1:
+    if not 0 <= max_per_group <= 1 or isinstance(at_least, bool) or not isinstance(at_least, int) or at_least < 1:
         raise ArgumentError(f"max_per_group={max_per_group}, at_least={at_least}: 0 to 1, and 1 or more, are needed.")
+    return name, value
 
 
-def _targets(
-    grouping: Grouping, targets: str | Iterable[str] | None, ignore: Sequence[str]
-) -> list[ChannelGroup]:
+def _targets(grouping: Grouping, targets: str | Iterable[str] | None, ignore: Sequence[str]) -> list[ChannelGroup]:
+    """The groups to prune; those that lose channels together are picked together."""
     wanted = None if targets is None else [targets] if isinstance(targets, str) else list(targets)
     names = {m.parameter for g in grouping.groups for m in g.members}
 
     def matches(pattern: str, name: str) -> bool:
-        return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, f"{pattern}.*")
+        return any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
 
     for pattern in [*(wanted or ()), *ignore]:
-        if not any(matches(pattern, name) for name in names):
+        if not isinstance(pattern, str) or not any(matches(pattern, name) for name in names):
             near = ", ".join(sorted(names)[:6])
             raise NameLookupError(f"{pattern!r} matches no parameter that carries channels. There are {near}, ...")
-    open_groups = [g for g in grouping.groups if g.reason is None and g.size > 1]
+    usable = [g for g in grouping.groups if g.reason is None and g.size > 1]
+
+    def named(g: ChannelGroup, patterns: Sequence[str], roles: Sequence[str]) -> bool:
+        return any(matches(p, m.parameter) for p in patterns for m in g.members if m.role in roles)
+
+    into = [g for g in usable if wanted is None or named(g, wanted, ["writer"])]
+    kept = {g.block for g in usable if named(g, ignore, ["writer", "reader"])} - {-1}
+    blocks = {g.block for g in into} - {-1}
     picked = [
         g
-        for g in open_groups
-        if (wanted is None or any(matches(p, m.parameter) for p in wanted for m in g.members if m.role == "writer"))
-        and not any(matches(p, m.parameter) for p in ignore for m in g.members)
+        for g in usable
+        if (g in into or g.block in blocks) and g.block not in kept and not named(g, ignore, ["writer", "reader"])
     ]
     if not picked:
-        reasons = "; ".join(sorted({g.reason for g in grouping.groups if g.reason})[:3]) or "there are no channel groups"
-        raise PruningError(f"no group is left to prune: {len(open_groups)} may be pruned at all. {reasons}.")
+        reasons = (
+            "; ".join(sorted({g.reason for g in grouping.groups if g.reason})[:3]) or "there are no channel groups"
+        )
+        raise PruningError(f"no group is left to prune: {len(usable)} may be pruned at all. {reasons}.")
     return picked
 
 
@@ -191,72 +275,56 @@ def _scores(
     traced: TracedModule, grouping: Grouping, picked: Sequence[ChannelGroup], importance: Importance,
     seed: int | None, evidence: dict[str, Any],
 ) -> list[Scores]:  # fmt: skip
-    def tensor(name: str, role: str) -> torch.Tensor | None:
-        return grouping.plain.get_parameter(name)
-
     if callable(importance):
         found = []
         for group in picked:
             value = torch.as_tensor(importance(group)).detach().double().cpu()
             if value.shape != (group.size,):
-                raise PruningError(f"importance gave shape {tuple(value.shape)} for {group.name!r}: ({group.size},) is needed.")
+                raise PruningError(
+                    f"importance gave {tuple(value.shape)} for {group.name!r}: ({group.size},) is needed."
+                )
             found.append(value.numpy())
         return found
     if importance == "random":
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return [torch.rand(g.size, generator=generator, dtype=torch.float64).numpy() for g in picked]
-    norms = {"l1": 1.0, "l2": 2.0, "linf": torch.inf}
-    of = tensor
+    names = {m.parameter for g in picked for m in g.members}
+    if importance == "bn":
+        names = _gains(grouping)
+    given = {name: grouping.plain.get_parameter(name) for name in names}
+    if importance == "taylor":
+        from fxprune.importance import scores  # it builds on fxprune.prune, which offers what is here
 
-    def reduce(t: torch.Tensor, axis: int) -> torch.Tensor:
-        others = [d for d in range(t.dim()) if d != axis]
-        t = t if t.dtype in (torch.float32, torch.float64) else t.float()
-        return torch.linalg.vector_norm(t, norms.get(importance, 1.0), dim=others) if others else t.abs()
+        given = scores(traced, sorted(names & _plain_names(traced)), "taylor", seed=seed, **evidence)  # type: ignore[assignment]
 
-    if importance in norms:
-        pass
-    elif importance == "bn":
-        gains = _gains(grouping)
-        of = lambda name, role: tensor(name, role) if name in gains else None  # noqa: E731
-    elif importance == "fpgm":
-        of = lambda name, role: tensor(name, role) if role == "writer" and _rank(grouping, name) > 1 else None  # noqa: E731
+    def score(name: str, axis: int, role: str) -> torch.Tensor | None:
+        if name not in given or (importance == "fpgm" and (role == "reader" or given[name].dim() < 2)):
+            return None
+        rows = grouping.slices(name, axis, given[name].detach())
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        if importance == "fpgm":
+            return torch.cdist(rows, rows).sum(1)
+        return (
+            rows.sum(1) if importance == "taylor" else torch.linalg.vector_norm(rows, NORMS.get(importance, 1.0), dim=1)
+        )
 
-        def reduce(t: torch.Tensor, axis: int) -> torch.Tensor:
-            filters = t.movedim(axis, 0).flatten(1).float()
-            return torch.cdist(filters, filters).sum(1)
-    elif importance == "taylor":
-        from fxprune import importance as elementwise
-
-        names = sorted({m.parameter for g in picked for m in g.members if m.role == "writer"} & _plain_names(traced))
-        given = elementwise.scores(traced, names, "taylor", seed=seed, **evidence)
-        of = lambda name, role: given.get(name)  # noqa: E731
-    else:
-        known = (*norms, "random", "bn", "fpgm", "taylor")
-        raise ArgumentError(f"importance={importance!r}: one of {', '.join(known)} or a function is needed.")
-    index = {id(g): i for i, g in enumerate(grouping.groups)}
-    every = slice_scores(grouping, reduce, of)
-    return [every[index[id(g)]] for g in picked]
-
-
-def _rank(grouping: Grouping, name: str) -> int:
-    return grouping.plain.get_parameter(name).dim()
+    values = slice_scores(grouping, score)
+    return [values[group.units] for group in picked]
 
 
 def _gains(grouping: Grouping) -> set[str]:
+    """The gains of batch norms."""
     nodes = [n for n in grouping.plain.graphs["eval"].nodes if "batch_norm" in str(n.target)]
-    found = {str(n.args[1].target) for n in nodes if isinstance(n.args[1], fx.Node)}
-    if not found:
-        raise PruningError('importance="bn" needs batch norms with a gain; the model has none.')
-    return found
+    return {str(n.args[1].target) for n in nodes if isinstance(n.args[1], fx.Node)}
 
 
 def _plain_names(traced: TracedModule) -> set[str]:
     return {name for name, _ in traced.named_parameters(remove_duplicate=False)} | set(masked(traced))
 
 
-def _requests(traced: TracedModule, grouping: Grouping, units: Vector) -> dict[str, torch.Tensor]:
-    """The masks to insert: those of the units, times what is there."""
-    wanted = masks(grouping, units)
+def _requests(traced: TracedModule, grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:
+    """The masks to insert: those of what is dead, times what is there."""
+    wanted = masks(grouping, alive)
     if hidden := sorted(wanted.keys() - _plain_names(traced)):
         raise PruningError(
             f"{', '.join(hidden[:5])} of a chosen group is computed by a parametrization, which a channel mask would "

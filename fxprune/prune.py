@@ -26,9 +26,11 @@ from fxprune.traced import TracedModule
 
 __all__ = [
     "BlockStructured",
+    "ChannelReport",
     "NMStructured",
     "apply",
     "block_structured",
+    "channels",
     "custom_from_mask",
     "global_unstructured",
     "identity",
@@ -401,3 +403,6 @@ def _compute(
         found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise PruningError(f"the method gave a mask of shape {found} for {name!r} of shape {tuple(default.shape)}.")
     return mask
+
+
+from fxprune.channel_pruning import ChannelReport, channels  # noqa: E402  importance scores need the functions above

@@ -36,11 +36,15 @@ def analyze(traced: TracedModule, *, align: str | int = "auto") -> ChannelPlan:
     Returns:
         The plan; `remove` carries it out on the same module.
 
+    Raises:
+        FinalizeError: there is no eval graph.
+
     Example:
         >>> plan = analyze(traced, align=1)
         >>> plan.removed
         {'0.weight': {0: 3}, '0.bias': {0: 3}, '2.weight': {1: 3}}
     """
+    _require_eval(traced)
     found = couple(traced, traced.graphs)
     fixed, reached = constants.find(found)
     live = Liveness(found, align, reached)
@@ -60,6 +64,7 @@ def remove(traced: TracedModule, plan: ChannelPlan) -> None:
     Raises:
         FinalizeError: the plan does not fit the module, or the outputs would change. The module is then of no use.
     """
+    _require_eval(traced)
     state, plan.state = plan.state, None
     if state is not None and state[0] is traced:
         _, found, alive = state
@@ -87,6 +92,11 @@ def remove(traced: TracedModule, plan: ChannelPlan) -> None:
     if state is not None:
         verify(before, {copied: node for node, copied in copies.items()}, old, traced, found, alive, plan)
     traced.plan = plan
+
+
+def _require_eval(traced: TracedModule) -> None:
+    if "eval" not in traced.graphs:
+        raise FinalizeError('removing channels needs the eval graph; trace the model with modes=("train", "eval").')
 
 
 def _parameters(traced: TracedModule) -> int:

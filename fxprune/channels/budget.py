@@ -3,147 +3,143 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from fxprune.channels.groups import ChannelGroup, Grouping
-from fxprune.channels.ids import Vector
+from fxprune.channels.groups import ChannelGroup, Grouping, Scores, steps_of
+from fxprune.channels.ids import Mask, Vector
 from fxprune.errors import ArgumentError, PruningError
 
-Scores = NDArray[np.float64]
+# a multiple is asked of the channels within these, not of their number
+_WHOLE = ("attention head", "key-value group", "conv group")
 
 
-def slice_scores(
-    grouping: Grouping, reduce: Callable[[torch.Tensor, int], torch.Tensor], of: Callable[[str, str], torch.Tensor | None]
-) -> list[Scores]:
-    """For each group, the mean over the members' slices of a score of each slice.
+def slice_scores(grouping: Grouping, score: Callable[[str, int, str], torch.Tensor | None]) -> Scores:
+    """For each class the mean over its unit's slices of a score of each slice.
 
     Args:
         grouping: the groups.
-        reduce: from a tensor and an axis to one score for each index of the axis.
-        of: from a parameter's name and role to the tensor that is scored, None to leave the member out.
+        score: from a parameter's name, axis and role to one score for each entry of the axis, None to leave it out.
     """
     count = grouping.found.classes.count
     total, slices = np.zeros(count), np.zeros(count)
-    for name, axis, vector in grouping.axes:
-        tensor = of(name, "reader" if (name, axis) in grouping.readers else "writer")
-        if tensor is not None:
-            value = reduce(tensor.detach(), axis).double().cpu().numpy()
-            np.add.at(total, vector, value)
-            np.add.at(slices, vector, 1.0)
-    unit, position = grouping.positions
-    for sums in (total, slices):
-        np.add.at(sums, unit, sums[position])
-    mean = np.divide(total, slices, out=np.zeros(count), where=slices > 0)
-    return [mean[group.units] for group in grouping.groups]
+    for name, axis, v in grouping.axes:
+        value = score(name, axis, "reader" if (name, axis) in grouping.readers else "writer")
+        if value is not None:
+            vector = grouping.vectors[v]
+            total += np.bincount(vector, value.detach().double().cpu().numpy(), count)
+            slices += np.bincount(vector, minlength=count)
+    total, slices = grouping.unit_sums(total), grouping.unit_sums(slices)
+    return np.divide(total, slices, out=np.zeros(count), where=slices > 0)
 
 
 class Ladder:
-    """The order in which a group loses its units: step i removes the i-th lowest unit of each of its bundles."""
+    """The order in which groups that are cut together lose their units: a row of `units` is one step."""
 
-    def __init__(self, group: ChannelGroup, scores: Scores, multiple: int, most: float, least: int) -> None:
-        where = {int(u): i for i, u in enumerate(group.units)}
-        table = scores[np.vectorize(where.__getitem__, otypes=[np.int64])(group.bundles)]
-        order = np.argsort(table, axis=1, kind="stable")
-        self.units: Vector = np.take_along_axis(group.bundles, order, 1)
-        self.scores: Scores = np.take_along_axis(table, order, 1).mean(0)
-        self.group, self.width = group, len(group.bundles)
-        self.steps = self.units.shape[1]
-        self._multiple = multiple // math.gcd(multiple, self.width)
-        self._most = min(int(most * self.steps), self.steps - min(least, self.steps))
-
-    def removed(self, wanted: int) -> int:
-        """The number of steps to take when `wanted` are asked for: limits, and the nearest multiple of what stays."""
-        wanted = min(wanted, self._most)
-        left = self.steps - wanted
-        nearest = self._multiple * max(1, math.floor(left / self._multiple + 0.5))
-        if wanted == 0 or nearest >= self.steps:
-            return 0
-        while self.steps - nearest > self._most:
-            nearest += self._multiple
-        return max(0, self.steps - nearest)
+    def __init__(
+        self, groups: Sequence[ChannelGroup], scores: Sequence[Scores], round_to: int | str, most: float, least: int
+    ) -> None:
+        self.units = steps_of(groups, scores)
+        self.steps, self.width = self.units.shape
+        every = np.concatenate([g.units for g in groups])
+        value = np.zeros(int(every.max()) + 1)
+        value[every] = np.concatenate(scores)
+        self.scores: Scores = value[self.units].mean(1)
+        stays = max(1, math.ceil(least * self.steps / min(g.size for g in groups)))
+        most = max(0, min(math.floor(most * self.steps + 1e-9), self.steps - stays))
+        multiple = min(m // math.gcd(m, max(1, int(g.share[0]))) for g in groups for m in [_multiple(g, round_to)])
+        wanted = np.minimum(np.arange(1, self.steps + 1), most)
+        left = multiple * np.maximum(1, np.floor((self.steps - wanted) / multiple + 0.5)).astype(np.int64)
+        left = np.where(self.steps - left > most, -(-(self.steps - most) // multiple) * multiple, left)
+        # how many steps are taken when 1, 2, ... are asked for: what stays is the nearest multiple
+        self.taken: Vector = np.where(left >= self.steps, 0, self.steps - left)
 
 
 def ladders(
     groups: Sequence[ChannelGroup], scores: Sequence[Scores], round_to: int | str, most: float, least: int
 ) -> list[Ladder]:
-    """The ladders of the groups that may be pruned; checks scores and rounding."""
-    found = []
-    for group, score in zip(groups, scores, strict=True):
+    """The ladders of the groups, one for those that must be cut together; checks scores and rounding."""
+    together: dict[int, list[int]] = {}
+    for i, (group, score) in enumerate(zip(groups, scores, strict=True)):
         if not np.isfinite(score).all():
             raise PruningError(f"the importance of {group.name!r} ({group.kind}) is NaN or inf; no mask was inserted.")
-        if isinstance(round_to, int) and round_to > group.size:
+        if isinstance(round_to, int) and round_to > group.size and group.kind not in _WHOLE:
             raise ArgumentError(
                 f"round_to={round_to} is more than the {group.size} units of {group.name!r} ({group.kind}). "
                 'Choose a smaller one, "auto", or put it into `ignore`.'
             )
-        found.append(Ladder(group, score, _multiple(group, round_to), most, least))
-    return found
+        together.setdefault(group.block if group.block >= 0 else -1 - i, []).append(i)
+    return [
+        Ladder([groups[i] for i in own], [scores[i] for i in own], round_to, most, least) for own in together.values()
+    ]
 
 
 def _multiple(group: ChannelGroup, round_to: int | str) -> int:
-    # onnxruntime computes a convolution's channels in blocks of 16, and counts that are no multiple of 4 slower still
+    if group.kind in _WHOLE:
+        return 1
     if isinstance(round_to, int):
         return round_to
-    if not group.aligned or group.kind == "attention head":
-        return 1
-    return 16 if group.size >= 32 else 4 if group.size >= 8 else 1
+    # onnxruntime computes a convolution's channels in blocks of 16; fewer than 32 would leave too little choice
+    return 1 if not group.aligned else next((m for m in (16, 8, 4) if group.size >= 2 * m), 1)
 
 
-def choose(
-    found: Sequence[Ladder], scope: str, fits: Callable[[Vector], bool] | None, amount: float, what: str
-) -> Vector:
-    """The units to mask: a share of all, or the fewest that fit a budget.
+class Staircase:
+    """All steps of the ladders in one order, each a choice of units that holds the one before.
 
-    Args:
-        found: the ladders.
-        scope: "global" cuts at one level of the normalized scores, "local" takes the same share of each group.
-        fits: whether what is left without these units is within the budget; None takes `amount`.
-        amount: share of the units, or their number.
-        what: the budget in words, for the message when it cannot be reached.
+    Scope "global" orders by score, "local" takes the same share of every ladder at a time; scores that tie are taken
+    like local ones.
     """
-    pooled = np.sort(np.concatenate([ladder.scores for ladder in found]))
-    weights = np.concatenate([np.full(ladder.steps, ladder.width) for ladder in found])
-    weights = weights[np.argsort(np.concatenate([ladder.scores for ladder in found]), kind="stable")]
-    total = int(weights.sum())
 
-    def take(share: float) -> Vector:
-        parts = []
-        level = -np.inf
-        if scope == "global" and share > 0:
-            index = int(np.searchsorted(np.cumsum(weights), round(share * total)))
-            level = pooled[min(index, len(pooled) - 1)]
-        for ladder in found:
-            wanted = round(share * ladder.steps)
-            if scope == "global":
-                wanted = int(np.searchsorted(ladder.scores, level, "right")) if share < 1 else ladder.steps
-            parts.append(ladder.units[:, : ladder.removed(wanted)].reshape(-1))
-        return np.concatenate(parts)
+    def __init__(self, found: Sequence[Ladder], scope: str) -> None:
+        self._ladders = found
+        which = np.repeat(np.arange(len(found)), [ladder.steps for ladder in found])
+        share = np.concatenate([(np.arange(ladder.steps) + 0.5) / ladder.steps for ladder in found])
+        level = np.concatenate([ladder.scores for ladder in found]) if scope == "global" else share
+        order = np.lexsort((share, level))
+        before = np.concatenate([[0, *ladder.taken[:-1]] for ladder in found])
+        taken = np.concatenate([ladder.taken for ladder in found])
+        self._sizes = np.cumsum(np.array([ladder.width for ladder in found])[which][order])
+        self._rank = np.flatnonzero(taken[order] > before[order])
+        self._which, self._taken = which[order][self._rank], taken[order][self._rank]
 
-    if fits is None:
-        return take(amount if isinstance(amount, float) else min(1.0, amount / total))
-    if not fits(take(1.0)):
-        raise PruningError(f"{what} cannot be reached by the groups that may be pruned.")
-    low, high = 0, 4096
-    if fits(take(0.0)):
-        return take(0.0)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(take(middle / 4096)) else (middle, high)
-    return take(high / 4096)
+    def __len__(self) -> int:
+        return len(self._rank)
+
+    @property
+    def total(self) -> int:
+        """The number of units."""
+        return int(self._sizes[-1])
+
+    def count(self, units: float) -> int:
+        """The number of stairs when so many units are asked for."""
+        cut = np.searchsorted(self._sizes, units + 0.5, "left")
+        return int(np.searchsorted(self._rank, cut))
+
+    def units(self, stairs: int) -> Vector:
+        """The units that go with the first stairs."""
+        taken = np.zeros(len(self._ladders), np.int64)
+        np.maximum.at(taken, self._which[:stairs], self._taken[:stairs])
+        return np.concatenate([x.units[:n].reshape(-1) for x, n in zip(self._ladders, taken, strict=True)])
+
+    def search(self, fits: Callable[[Vector], bool]) -> int | None:
+        """The fewest stairs that fit, None where all of them do not."""
+        low, high = -1, len(self)
+        if not fits(self.units(high)):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(self.units(middle)) else (middle, high)
+        return high
 
 
-def masks(grouping: Grouping, units: Vector) -> Mapping[str, torch.Tensor]:
-    """For each parameter that the units cut as a writer, its mask."""
-    dead = ~grouping.alive(units)
+def masks(grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:
+    """For each parameter that holds a dead class its mask, boolean."""
+    dead = [bool((~alive[v]).any()) for v in grouping.vectors]
     found: dict[str, torch.Tensor] = {}
-    for name, axis, vector in grouping.axes:
-        gone = dead[vector]
-        if gone.any() and (name, axis) not in grouping.readers:
-            parameter = grouping.plain.get_parameter(name)
-            mask = found.setdefault(name, torch.ones(parameter.shape))
-            mask.index_fill_(axis, torch.from_numpy(np.flatnonzero(gone)), 0.0)
+    for name, axis, v in grouping.axes:
+        if dead[v]:
+            mask = found.setdefault(name, torch.ones(grouping.plain.get_parameter(name).shape, dtype=torch.bool))
+            grouping.mask(name, axis, mask, alive[grouping.vectors[v]])
     return found

@@ -72,7 +72,7 @@ def _reached(walk: Walk, edges: list[Constant]) -> set[fx.Node]:
     cut = {(e.node, e.user) for e in edges}
     seen: set[fx.Node] = set()
     for node in reversed(walk.graph.nodes):
-        if node.op in ("output", "placeholder") or (is_mutating(node) and not node.users):
+        if node.op in ("output", "placeholder") or not _private(walk, node):
             seen.add(node)
         if node in seen:
             seen.update(n for n in node.all_input_nodes if (n.name, node.name) not in cut)
@@ -101,25 +101,30 @@ def place(traced: TracedModule, coupling: Coupling, kept: Kept, constants: list[
             node, user = nodes[node_name], nodes[user_name]
             if zero:
                 user.replace_all_uses_with(next(n for n in user.all_input_nodes if n is not node))
-                _erase(user)
+                _erase(walk, user)
                 continue
             with user.graph.inserting_before(user):
                 read = user.graph.get_attr(name)
             read.meta["val"], walk.env[read] = resized(node.meta["val"], shape), Val(axes)
             user.replace_input_with(node, read)
-            _erase(node)
+            _erase(walk, node)
         done.append(Constant(node_name, user_name, zero))
     return done
 
 
-def _erase(node: fx.Node) -> None:
+def _private(walk: Walk, node: fx.Node) -> bool:
+    """Whether what a node writes, if anything, is a value of its own that nothing else sees."""
+    return all(t.op == "call_function" and not walk.is_view(t) and len(t.users) == 1 for t in written(node))
+
+
+def _erase(walk: Walk, node: fx.Node) -> None:
     """Erase a node that nothing uses, and what it alone used; random operators as well."""
-    if node.users or node.op == "placeholder" or is_mutating(node):
+    if node._erased or node.users or node.op == "placeholder" or not _private(walk, node):
         return
     inputs = node.all_input_nodes
     node.graph.erase_node(node)
     for n in inputs:
-        _erase(n)
+        _erase(walk, n)
 
 
 def _sum(user: fx.Node) -> bool:

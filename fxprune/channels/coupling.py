@@ -164,6 +164,7 @@ class Walk:
         self.nonempty: list[Vector] = []
         self.uses: dict[str, int] = {}
         self._alias: dict[fx.Node, fx.Node] = {}
+        self._bases: set[fx.Node] = set()
         self._mutated = self._written_targets()
         for read in graph.find_nodes(op="get_attr"):
             self.uses[str(read.target)] = self.uses.get(str(read.target), 0) + len(read.users)
@@ -353,6 +354,11 @@ class Walk:
     def shared_storage(self, result: fx.Node, base: fx.Node) -> None:
         """`result` may be a view of `base`."""
         self._alias[result] = self._alias.get(base, base)
+        self._bases.add(self._alias[result])
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether `node` may share its memory with another value."""
+        return node in self._alias or node in self._bases
 
     # ---- internal
 
@@ -374,7 +380,7 @@ class Walk:
     def _written_targets(self) -> set[str]:
         found = set()
         for node in self.graph.nodes:
-            stack = written(node)
+            stack = _overwritten(node)
             while stack:
                 base = stack.pop()
                 if base.op == "get_attr":
@@ -384,7 +390,7 @@ class Walk:
         return found
 
     def _mutate(self, node: fx.Node) -> None:
-        for target in written(node):
+        for target in _overwritten(node):
             root = self._alias.get(target, target)
             for other in [root, *(n for n, r in self._alias.items() if r is root)]:
                 value = self.env.get(other)
@@ -392,6 +398,11 @@ class Walk:
                     self.env[other] = Val(value.axes)
             if isinstance(self.env[node], Val) and len(self.env[node].axes) == len(self.shape(target)):
                 self.env[target] = replace(self.env[node], source=None)
+
+
+def _overwritten(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose values a node changes; `detach_` counts as writing and changes none."""
+    return [] if node.target is torch.ops.aten.detach_.default else written(node)
 
 
 def operator_name(target: Any) -> str:

@@ -15,42 +15,93 @@ ROUND = 4
 TINY = 0.05
 
 
-class Liveness:
-    """Starts from the pinned classes and adds what must stay, until nothing changes.
+class Consistency:
+    """What every choice of channels must keep: whole grids, equal groups of a convolution, something of every axis.
 
-    What only nodes outside of `reached` read goes with them.
+    Nodes outside of `reached` ask for nothing.
 
     Attributes:
         alive: by class.
-        why: by class, what keeps it: the index of the reader, or one of the codes below.
+        why: by class, what keeps it: the index of a reader, or one of the codes below.
+        cost: by class, from 0 to 1; where a choice is left, the cheapest stay.
     """
 
     REPRESENTATIVE, BALANCED, NONEMPTY, ALIGNED = -2, -3, -4, -5
 
-    def __init__(self, coupling: Coupling, align: int | str, reached: set[fx.Node]) -> None:
+    def __init__(self, coupling: Coupling, reached: set[fx.Node]) -> None:
         self.coupling, self.classes = coupling, coupling.classes
-        self.readers = [r for r in coupling.walks["eval"].readers if r.node in reached]
         self.alive: Mask = self.classes.pinned.copy()
         self.why = np.full(self.classes.count, -1, dtype=np.int64)
+        self.cost = np.zeros(self.classes.count)
+        walks = list(coupling.walks.values())
+        pairs = [
+            (coupling.of(b.inputs), coupling.of(b.outputs)) for w in walks for b in w.balances if b.node in reached
+        ]
+        self.balances = list({(i.tobytes(), o.tobytes()): (i, o) for i, o in pairs}.values())
+        read = {str(n.target) for n in reached if n.op == "get_attr"}
+        self._vectors = [
+            v for name, axes in coupling.parameters.items() for v in axes if v is not None and name in read
+        ]
+        self._vectors += [v for w in walks for v in w.nonempty]
+        self.axes = _unique(coupling.of(v) for v in self._vectors)
+        self._offsets = np.cumsum([0, *map(len, self.axes)])[:-1]
+        self._joined = np.concatenate(self.axes) if self.axes else np.zeros(0, np.int64)
+
+    def settle(self, alive: Mask) -> Mask:
+        """The least consistent set that holds `alive`."""
+        self.alive = alive | self.classes.pinned
+        while self.classes.close(self.alive) or self.balance() or self.fill():
+            pass
+        return self.alive
+
+    def balance(self) -> bool:
+        """Keep dead channels until the groups of every convolution have equal counts."""
+        changed = False
+        for inputs, outputs in self.balances:
+            group = self.alive[inputs].any(1) | self.alive[outputs].any(1)
+            for columns in (inputs, outputs):
+                alive = self.alive[columns]
+                lacking = np.where(group, max(1, int(alive.sum(1).max())) - alive.sum(1), 0)
+                if (lacking > 0).any():
+                    self._keep(self._cheapest(columns, lacking), self.BALANCED)
+                    changed = True
+        return changed
+
+    def fill(self) -> bool:
+        """Keep one channel of every axis that would lose them all."""
+        if not len(self._joined):
+            return False
+        empty = np.flatnonzero(~np.logical_or.reduceat(self.alive[self._joined], self._offsets))
+        for k in empty[::-1]:
+            if not self.alive[self.axes[k]].any():
+                self._keep(self._cheapest(self.axes[k][None], np.ones(1, np.int64)), self.NONEMPTY)
+        return len(empty) > 0
+
+    def _cheapest(self, columns: Vector, lacking: NDArray[np.int64]) -> Vector:
+        """For each row of classes, as many dead ones as it lacks, the cheapest first."""
+        order = np.argsort(self.cost[columns] + self.alive[columns] * 2, axis=1, kind="stable")
+        rank = np.arange(columns.shape[1])
+        return np.take_along_axis(columns, order, 1)[rank < lacking[:, None]]
+
+    def _keep(self, classes: Vector, why: int) -> None:
+        self.why[classes[~self.alive[classes]]] = why
+        self.alive[classes] = True
+
+
+class Liveness(Consistency):
+    """Starts from the pinned classes and adds what must stay, until nothing changes."""
+
+    def __init__(self, coupling: Coupling, align: int | str, reached: set[fx.Node]) -> None:
+        super().__init__(coupling, reached)
+        self.readers = [r for r in coupling.walks["eval"].readers if r.node in reached]
         self._rows = [None if r.rows is None else coupling.of(r.rows) for r in self.readers]
         self._columns = [coupling.of(r.columns) for r in self.readers]
         self._done = [np.zeros(1 if r is None else r.shape, bool) for r in self._rows]
-        self._costly = np.zeros(self.classes.count, bool)
         for reader, rows in zip(self.readers, self._rows, strict=True):
             if rows is not None and reader.soft is not None:
-                self._costly[rows[(reader.used & ~reader.soft[:, None]).any(-1)]] = True
-        walks = list(coupling.walks.values())
-        self._balances = [
-            (coupling.of(b.inputs), coupling.of(b.outputs)) for w in walks for b in w.balances if b.node in reached
-        ]
-        read = {str(n.target) for n in reached if n.op == "get_attr"}
-        vectors = [v for name, axes in coupling.parameters.items() for v in axes if v is not None and name in read]
-        vectors += [v for w in walks for v in w.nonempty]
-        self._axes = _unique(coupling.of(v) for v in vectors)
-        self._offsets = np.cumsum([0, *map(len, self._axes)])[:-1]
-        self._joined = np.concatenate(self._axes) if self._axes else np.zeros(0, np.int64)
+                self.cost[rows[(reader.used & ~reader.soft[:, None]).any(-1)]] = 1
         step = ROUND if align == "auto" else int(align)
-        aligned = walks[0].aligned if align == "auto" else [v for v in vectors]
+        aligned = next(iter(coupling.walks.values())).aligned if align == "auto" else self._vectors
         self._aligned = _unique(coupling.of(v) for v in aligned) if step > 1 else []
         self.demand()
         while self.represent() or self.balance() or self.fill() or self.round(step):
@@ -109,29 +160,6 @@ class Liveness:
                 return True
         return False
 
-    def balance(self) -> bool:
-        """Keep dead channels until the groups of every convolution have equal counts."""
-        changed = False
-        for inputs, outputs in self._balances:
-            group = self.alive[inputs].any(1) | self.alive[outputs].any(1)
-            for columns in (inputs, outputs):
-                alive = self.alive[columns]
-                lacking = np.where(group, max(1, int(alive.sum(1).max())) - alive.sum(1), 0)
-                if (lacking > 0).any():
-                    self._keep(self._cheapest(columns, lacking), self.BALANCED)
-                    changed = True
-        return changed
-
-    def fill(self) -> bool:
-        """Keep one channel of every axis that would lose them all."""
-        if not len(self._joined):
-            return False
-        empty = np.flatnonzero(~np.logical_or.reduceat(self.alive[self._joined], self._offsets))
-        for k in empty[::-1]:
-            if not self.alive[self._axes[k]].any():
-                self._keep(self._cheapest(self._axes[k][None], np.ones(1, np.int64)), self.NONEMPTY)
-        return len(empty) > 0
-
     def round(self, step: int) -> bool:
         """Keep dead channels until the counts are multiples of `step`, as far as there are any."""
         changed = False
@@ -142,16 +170,6 @@ class Liveness:
                 self._keep(self._cheapest(columns[None], np.array([lacking])), self.ALIGNED)
                 changed = True
         return changed
-
-    def _cheapest(self, columns: Vector, lacking: NDArray[np.int64]) -> Vector:
-        """For each row of classes, as many dead ones as it lacks, those first that read nothing."""
-        order = np.argsort(self._costly[columns] * 1 + self.alive[columns] * 2, axis=1, kind="stable")
-        rank = np.arange(columns.shape[1])
-        return np.take_along_axis(columns, order, 1)[rank < lacking[:, None]]
-
-    def _keep(self, classes: Vector, why: int) -> None:
-        self.why[classes[~self.alive[classes]]] = why
-        self.alive[classes] = True
 
 
 def representative(reader: Reader, group: int, alive: Mask) -> int | None:

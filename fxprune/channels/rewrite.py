@@ -145,7 +145,9 @@ def _into_bias(
     _add(traced, coupling, [r for r in (reader, twin) if r is not None], name, value.to(reader.table.dtype))
 
 
-def _argument(node: fx.Node, at: int) -> Any:
+def _argument(node: fx.Node, at: Any) -> Any:
+    if isinstance(at, fx.Node):
+        return at
     return node.args[at] if 0 <= at < len(node.args) else node.kwargs.get("bias") if at >= 0 else None
 
 

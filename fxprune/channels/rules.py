@@ -755,7 +755,7 @@ def index(w: Walk, node: Any) -> Any:
     return moved(x, (*x.axes[:d], new, *x.axes[d + 1 :]), lambda t: t.index_select(d, order))
 
 
-_COPIES = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_COPIES = tuple(getattr(torch.ops.aten, n).default for n in ("lift_fresh_copy", "detach", "detach_", "alias"))
 
 
 @rule("embedding")
@@ -986,7 +986,7 @@ def _constants(x: Val, d: int, n: int) -> tuple[Mask, Floats, Mask]:
 
 def contract(
     w: Walk, node: Any, x: Val, d: int, weight: Val, table: Tensor | None, rows: Vector | None, columns: Vector | None,
-    *, groups: int, counts: tuple[int, int], folds: bool, bias: Val | None, at: int,
+    *, groups: int, counts: tuple[int, int], folds: bool, bias: Val | None, at: Any,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Record a contraction with a known weight; returns what is known of the output rows, and their values.
 
@@ -994,7 +994,7 @@ def contract(
         table: the weight as a view [groups, rows, columns, taps], None without facts.
         rows, columns: ids of outputs and inputs, None where they carry none.
         counts: outputs and inputs per group.
-        at: position of the bias argument, -1 where the operator has none.
+        at: position of the bias argument or its node, -1 where the operator has none.
     """
     m, n = counts
     name = weight.source
@@ -1209,21 +1209,54 @@ def product(w: Walk, node: Any, a: Val, b: Val, batch: Sequence[Axis], columns: 
 
     With `shift` (the product is the logits of a softmax over the rows of b), neither is one where b is uniform.
     """
-    lengths = [length(x) for x in batch]
-    spare = _zero(a).all(-2, keepdim=True)
-    other = _zero(b).all(-1, keepdim=True)
+    other = _zero(b).all(-1)
     if shift and b.value is not None:
-        other = other | (b.mask() & (b.value == b.value[..., :1])).all(-1, keepdim=True)
-    n = len(columns)
-    need = ~(spare | other.transpose(-1, -2)).expand(*lengths, 1, n).reshape(*lengths, n)
+        other = other | (b.mask() & (b.value == b.value[..., :1])).all(-1)
+    pair(w, node, _zero(a).all(-2) | other, batch, columns)
+
+
+def pair(w: Walk, node: Any, spare: Tensor, batch: Sequence[Axis], columns: Vector) -> None:
+    """Record a reader that needs its columns except where they are `spare` [*batch, columns]."""
+    lengths = [length(x) for x in batch]
+    need = ~spare.expand(*lengths, len(columns))
     gates = [i for i, s in enumerate(lengths) if s > 1]
-    rows = None
-    if len(gates) == 1:
-        rows = w.vector(node, batch[gates[0]])
+    rows = w.vector(node, batch[gates[0]]) if len(gates) == 1 else None
     if rows is not None and len(rows) == lengths[gates[0]]:
-        w.readers.append(Reader(node, rows[None], columns[None], need.reshape(1, len(rows), n).numpy()))
+        w.readers.append(Reader(node, rows[None], columns[None], need.reshape(1, len(rows), -1).numpy()))
     else:
-        w.readers.append(Reader(node, None, columns[None], need.reshape(-1, n).any(0)[None, None].numpy()))
+        w.readers.append(Reader(node, None, columns[None], need.reshape(-1, len(columns)).any(0)[None, None].numpy()))
+
+
+@rule("einsum")
+def einsum(w: Walk, node: Any) -> Any:
+    """Two operands and one contracted label; what is known does not pass, zeros are not needed."""
+    terms = str(node.args[0]).replace(" ", "").replace("->", ",").split(",")
+    if len(node.args[1]) != 2 or len(terms) != 3 or "." in node.args[0] or any(len(set(t)) < len(t) for t in terms):
+        return w.refuse(node)
+    left, right, out = terms
+    inner = [c for c in left if c in right and c not in out]
+    if len(inner) != 1 or set(left) ^ set(right) > set(out) | set(inner):
+        return w.refuse(node)
+    a, b = (w.val(n) for n in node.args[1])
+    axes: dict[str, Axis] = {}
+    for c in {*left, *right}:
+        shared = [v.axes[t.index(c)] for v, t in ((a, left), (b, right)) if c in t]
+        axes[c] = w.join(node, shared)
+        if len(shared) == 2:
+            a = w.relayout(a, left.index(c), axes[c]) if a.axes[left.index(c)] else a
+            b = w.relayout(b, right.index(c), axes[c]) if b.axes[right.index(c)] else b
+    batch = [c for c in left if c in right and c in out]
+    columns = w.vector(node, axes[inner[0]])
+    if columns is not None and w.facts:
+        spare = [_labelled(v, t, [*batch, *inner]) for v, t in ((a, left), (b, right))]
+        pair(w, node, spare[0] | spare[1], [axes[c] for c in batch], columns)
+    return Val(tuple(axes[c] for c in out))
+
+
+def _labelled(val: Val, labels: str, keep: list[str]) -> Tensor:
+    """Where a value is zero whatever the labels that are not kept; axes in the order of `keep`."""
+    zero = _zero(val).permute([labels.index(c) for c in keep] + [i for i, c in enumerate(labels) if c not in keep])
+    return zero.reshape(*zero.shape[: len(keep)], -1).all(-1)
 
 
 def _passed(a: Val, b: Val, axes: Sequence[Axis]) -> Val | None:
@@ -1298,23 +1331,23 @@ def recurrent(w: Walk, node: Any) -> Any:
         return w.refuse(node)
     x = w.val(node.args[0])
     weights: Any = node.args[2]
-    for n in node.all_input_nodes:
-        if n is not node.args[0] and n is not weights[0]:
-            w.pin(node, n, "hidden units of a recurrent layer")
     biased, bidirectional = node.args[3], node.args[7]
     step = len(weights) // (node.args[4] * (2 if bidirectional else 1))
+    for n in node.all_input_nodes:
+        if n is not node.args[0] and n not in (weights[0], weights[step * bidirectional]):
+            w.pin(node, n, "hidden units of a recurrent layer")
     x = w.flat(node, x, len(x.axes) - 1)
-    first = [0, step] if bidirectional else [0]
-    for i in first:
-        name = weights[i]
-        weight, bias = w.val(name), w.val(weights[i + 2]) if biased else None
+    for i in [0, step] if bidirectional else [0]:
+        weight, bias = w.val(weights[i]), w.val(weights[i + 2]) if biased else None
         w.pin(node, weight.axes[0], "hidden units of a recurrent layer")
         axis = w.join(node, [x.axes[-1], weight.axes[1]])
         x = w.relayout(x, len(x.axes) - 1, axis) if x.axes[-1] else x
         columns, rows = axis[0][1] if axis else None, weight.axes[0][0][1]
         table = None if weight.value is None else weight.value.unsqueeze(0).unsqueeze(-1)
+        name = "" if bias is None or bias.source is None else bias.source
+        own = w.uses.get(name) == 1 and sum(v is w.parameters[name] for v in w.parameters.values()) == 1
         contract(
             w, node, x, len(x.axes) - 1, replace(weight, source=None), table, rows, columns, groups=1,
-            counts=tuple(w.shape(name)), folds=False, bias=bias, at=-1,
+            counts=tuple(w.shape(weights[i])), folds=own, bias=bias, at=weights[i + 2] if own else -1,
         )  # fmt: skip
     return w.unknown(node)

@@ -413,7 +413,7 @@ def test_traced_module_with_masks_is_not_traced_again_and_a_finalized_one_is():
     prune.l1_unstructured(traced, "0.weight", 0.5)
     with pytest.raises(CaptureError, match="Finalize it first"):
         fxprune.trace(traced, X)
-    final = fxprune.finalize(traced)
+    final = fxprune.finalize(traced, shrink=False)
     again = fxprune.trace(final, X)
     assert list(again.state_dict()) == list(final.state_dict())
     assert_same_calls(again, final, X, ("eval", "train"))
@@ -435,7 +435,7 @@ def test_value_that_is_random_in_eval_mode_cannot_be_folded():
     parametrize.register_parametrization(model[0], "weight", Random())
     traced = fxprune.trace(model, X)
     with pytest.raises(FinalizeError, match="random"):
-        fxprune.finalize(traced)
+        fxprune.finalize(traced, shrink=False)
 
 
 def test_parameter_vectors_round_trip_in_the_order_of_eager():
@@ -449,7 +449,7 @@ def test_parameter_vectors_round_trip_in_the_order_of_eager():
     vector_to_parameters(vector.detach() * 2, eager.parameters())
     vector_to_parameters(vector.detach() * 2, traced.parameters())
     assert_same_calls(traced, eager, X, ("eval", "train"))
-    final, plain = fxprune.finalize(traced), mlp()
+    final, plain = fxprune.finalize(traced, shrink=False), mlp()
     vector = parameters_to_vector(final.parameters())
     vector_to_parameters(vector.detach(), plain.parameters())
     assert torch.equal(call(plain, "eval", X)[0], call(final, "eval", X)[0])
@@ -475,7 +475,7 @@ def test_deep_copy_is_a_separate_module_that_computes_the_same():
     prune.random_unstructured(clone, "0.bias", 2)
     assert not prune.is_pruned(traced, "0.bias")
     plain = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
-    assert list(fxprune.finalize(clone).state_dict()) == list(plain.state_dict())
+    assert list(fxprune.finalize(clone, shrink=False).state_dict()) == list(plain.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own on compiling
