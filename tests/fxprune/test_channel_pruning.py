@@ -1,0 +1,128 @@
+"""`channel_groups` and `prune.channels`: coupled groups, budgets that are kept, masks that finalize removes exactly."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, NameLookupError, PruningError
+
+
+class Net(nn.Module):
+    """A residual stream, a depthwise layer and a head; the stream's writers stand or fall together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.norm = nn.BatchNorm2d(32)
+        self.inner = nn.Conv2d(32, 48, 1)
+        self.depthwise = nn.Conv2d(48, 48, 3, padding=1, groups=48)
+        self.back = nn.Conv2d(48, 32, 1, bias=False)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = x + self.back(self.depthwise(self.inner(x)).sigmoid())
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def captured() -> fxprune.TracedModule:
+    torch.manual_seed(0)
+    return fxprune.trace(Net().double().eval(), (torch.randn(2, 3, 6, 6).double(),))
+
+
+@pytest.fixture
+def traced(captured: fxprune.TracedModule) -> fxprune.TracedModule:
+    return copy.deepcopy(captured)
+
+
+def _check(traced: fxprune.TracedModule) -> fxprune.TracedModule:
+    final = fxprune.finalize(traced, align=1)
+    x = torch.randn(3, 3, 6, 6).double()
+    want = traced(x)
+    assert (want - final(x)).abs().max() <= 1e-9 * want.abs().max()
+    return final
+
+
+def test_groups_name_what_is_masked_together_and_why_some_may_not(traced: fxprune.TracedModule) -> None:
+    groups = fxprune.channel_groups(traced)
+    found = {g.name: {(m.parameter, m.axis, m.role) for m in g.members} for g in groups if g.reason is None}
+    assert found["stem.weight"] == {
+        ("stem.weight", 0, "writer"),
+        ("stem.bias", 0, "writer"),
+        ("norm.weight", 0, "writer"),
+        ("norm.bias", 0, "writer"),
+        ("back.weight", 0, "writer"),
+        ("inner.weight", 1, "reader"),
+        ("head.weight", 1, "reader"),
+    }
+    assert ("depthwise.weight", 0, "writer") in found["inner.weight"]
+    (last,) = [g for g in groups if g.name == "head.weight"]
+    assert "the model returns it" in str(last.reason)
+
+
+@pytest.mark.parametrize("budget", ["macs", "parameters"])
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.3])
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_a_budget_is_kept_exactly_as_predicted(
+    traced: fxprune.TracedModule, budget: str, share: float, scope: str
+) -> None:
+    report = fxprune.prune.channels(traced, scope=scope, round_to=1, **{budget: share})
+    final = _check(traced)
+    assert (final.plan.macs, final.plan.parameters) == (report.macs, report.parameters)
+    before, after = getattr(report, budget)
+    assert share - 0.1 <= after / before <= share
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "linf", "random", "fpgm", lambda group: torch.arange(group.size)])
+def test_every_importance_prunes_exactly_removable_channels(traced: fxprune.TracedModule, importance: Any) -> None:
+    report = fxprune.prune.channels(traced, amount=0.5, importance=importance, seed=1)
+    assert _check(traced).plan.macs == report.macs
+    assert report.macs[1] < report.macs[0]
+
+
+def test_what_stays_is_rounded_to_multiples(traced: fxprune.TracedModule) -> None:
+    fxprune.prune.channels(traced, amount=0.4, round_to=8)
+    final = _check(traced)
+    for name in ("stem", "inner", "back"):
+        assert final.get_submodule(name).weight.shape[0] % 8 == 0
+
+
+def test_targets_and_ignore_choose_groups(traced: fxprune.TracedModule) -> None:
+    fxprune.prune.channels(traced, amount=0.5, targets="inner", round_to=1)
+    assert fxprune.prune.is_pruned(traced, "inner.weight")
+    assert not fxprune.prune.is_pruned(traced, "stem.weight")
+    fxprune.prune.channels(traced, amount=0.25, ignore=["depthwise"], round_to=1)
+    assert fxprune.prune.is_pruned(traced, "stem.weight")
+    _check(traced)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"macs": 0.5, "parameters": 0.5}, ArgumentError, "one budget"),
+        ({"amount": None}, ArgumentError, "no budget"),
+        ({"amount": "half"}, ArgumentTypeError, "half"),
+        ({"macs": 1.5}, ArgumentError, "macs"),
+        ({"importance": "luck"}, ArgumentError, "luck"),
+        ({"importance": lambda group: torch.full((group.size,), torch.nan)}, PruningError, "NaN"),
+        ({"importance": "taylor"}, FxpruneError, "loader"),
+        ({"targets": "nothing.*"}, NameLookupError, "nothing"),
+        ({"ignore": ["stem", "inner"]}, PruningError, "group"),
+        ({"macs": 0.0001}, PruningError, "best"),
+        ({"round_to": 64}, ArgumentError, "64"),
+        ({"scope": "some"}, ArgumentError, "scope"),
+    ],
+)
+def test_bad_requests_are_refused_and_insert_no_mask(
+    traced: fxprune.TracedModule, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fxprune.prune.channels(traced, **options)
+    assert not fxprune.prune.is_pruned(traced)
