@@ -23,6 +23,7 @@ from fxprune.traced import TracedModule
 
 Importance = str | Callable[[ChannelGroup], torch.Tensor]
 NORMS = {"l1": 1.0, "l2": 2.0, "linf": torch.inf}
+MARGIN = 1.02  # another process measures a little more or less
 KNOWN = (*NORMS, "random", "bn", "fpgm", "taylor")
 
 
@@ -179,36 +180,27 @@ def _fastest(
 ) -> tuple[int, float]:
     """The fewest stairs, to 1/32 of the MACs, that were measured to be fast enough, and how fast they are."""
 
-    def cost(height: int) -> float:
-        return grouping.macs(grouping.alive(stairs.units(height))) / max(grouping.dense[0], 1)
-
-    def speed(height: int) -> float:
-        return measure(_requests(traced, grouping, grouping.alive(stairs.units(height))))
-
-    low, high, best = 0, len(stairs), 0.0
-    lean, dense = cost(high), 1.0
-    guess = 1 / wanted
+    slow, fast, share, best = 1.0, 0.0, 1 / wanted, 0.0
     found: tuple[int, float] | None = None
-    while found is None or dense - lean > 1 / 32:
-        target = min(max(guess, lean), dense)
-        limit = target * grouping.dense[0]
+    for _ in range(10):
+        limit = share * grouping.dense[0]
         height = stairs.search(functools.partial(_within, grouping, limit))
-        height = high if height is None or target <= lean else height
-        reached = speed(height)
+        stair = len(stairs) if height is None else height
+        reached = measure(_requests(traced, grouping, grouping.alive(stairs.units(stair))))
         best = max(best, reached)
-        if reached >= wanted:
-            found, high, lean = (height, reached), height, cost(height)
-        elif height >= high:
-            if found is not None:
-                break
-            raise PruningError(
-                f"speedup={wanted} cannot be reached: the best that was measured is {best:.2f}. No mask was inserted."
-            )
-        else:
-            low, dense = height, cost(height)
-        if high - low <= 1 and found is not None:
+        if reached >= wanted * MARGIN:
+            found, fast = (stair, reached), share
+        elif height is None:
             break
-        guess = (lean + dense) / 2 if found is not None else max(lean, dense * reached / wanted * 0.95)
+        else:
+            slow = share
+        if found is not None and slow - fast < 1 / 32:
+            break
+        share = (slow + fast) / 2 if found is not None else share * min(0.95, reached / wanted)
+    if found is None:
+        raise PruningError(
+            f"speedup={wanted} cannot be reached: the best that was measured is {best:.2f}. No mask was inserted."
+        )
     return found
 
 
@@ -300,13 +292,15 @@ def _scores(
     def score(name: str, axis: int, role: str) -> torch.Tensor | None:
         if name not in given or (importance == "fpgm" and (role == "reader" or given[name].dim() < 2)):
             return None
-        rows = grouping.slices(name, axis, given[name].detach())
+        rows, across = grouping.slices(name, axis, given[name].detach())
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if importance == "fpgm":
-            return torch.cdist(rows, rows).sum(1)
-        return (
-            rows.sum(1) if importance == "taylor" else torch.linalg.vector_norm(rows, NORMS.get(importance, 1.0), dim=1)
-        )
+            filters = rows.flatten(across[0]).flatten(0, -2)
+            return torch.cdist(filters, filters).sum(1)
+        if importance == "taylor":
+            return rows.sum(across).flatten()
+        norms: torch.Tensor = torch.linalg.vector_norm(rows, NORMS.get(importance, 1.0), dim=across)
+        return norms.flatten()
 
     values = slice_scores(grouping, score)
     return [values[group.units] for group in picked]

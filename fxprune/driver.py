@@ -14,7 +14,7 @@ import torch
 from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
-from fxprune.graph import canonical, locate, one_name
+from fxprune.graph import canonical, hold_names, locate, one_name
 from fxprune.passes import (
     FINALIZE,
     FoldBatchNorm,
@@ -39,7 +39,8 @@ def run(traced: TracedModule, *pipeline: Pass) -> None:
 
 def insert_masks(traced: TracedModule, masks: dict[str, torch.Tensor]) -> None:
     """Insert or replace the masks of several parameters."""
-    run(traced, *(InsertMask(name, mask) for name, mask in masks.items()))
+    with hold_names(traced):
+        run(traced, *(InsertMask(name, mask) for name, mask in masks.items()))
 
 
 def fold(traced: TracedModule, name: str) -> None:

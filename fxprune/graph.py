@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import operator
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -31,8 +33,27 @@ def tensor_at(root: nn.Module, target: str) -> torch.Tensor:
     return value
 
 
+_held: ContextVar[dict[nn.Module, list[str]] | None] = ContextVar("names of modules", default=None)
+
+
+@contextlib.contextmanager
+def hold_names(root: nn.Module) -> Iterator[None]:
+    """Look up once where the modules of `root` stand, for work on many parameters that moves no module."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    token = _held.set(names)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
 def names_of(root: nn.Module, owner: nn.Module) -> list[str]:
     """Every dotted path under which `owner` stands in `root` (a shared module has several)."""
+    held = _held.get()
+    if held and root in held and owner in held:
+        return held[owner]
     return [name for name, module in root.named_modules(remove_duplicate=False) if module is owner]
 
 

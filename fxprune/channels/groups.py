@@ -173,12 +173,15 @@ class Grouping:
         """The classes that are left when `units` are masked and what cannot go without others is brought back."""
         return self.repair.settle(~self.killed(units))
 
-    def slices(self, name: str, axis: int, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of a parameter's shape as a matrix with a row for each entry of the axis' class vector."""
+    def slices(self, name: str, axis: int, tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """A view of a tensor of a parameter's shape, and its axes that are not those of the class vector."""
+        first = 1
         if axis == 1 and name in self.grouped:
-            tensor = tensor.reshape(len(self.grouped[name]), -1, *tensor.shape[1:]).transpose(1, 2).flatten(0, 1)
-            return tensor.flatten(1)
-        return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+            tensor, first = tensor.unflatten(0, (len(self.grouped[name]), -1)).transpose(1, 2), 2
+        else:
+            tensor = tensor.movedim(axis, 0)
+        tensor = tensor.unsqueeze(-1)
+        return tensor, list(range(first, tensor.dim()))
 
     def mask(self, name: str, axis: int, mask: torch.Tensor, alive: Mask) -> None:
         """Clear what is dead along an axis of a mask."""
