@@ -258,7 +258,7 @@ def finalize(
             faster; 1 removes all, an integer n keeps multiples of n.
         fold_batch_norm: scale the layers before batch norms instead of running these; the result has no train graph.
         plan: a stored plan to carry out instead of an analysis: the result has its architecture.
-        verify: compare the outputs on the sample inputs in eval mode.
+        verify: compare the outputs on the sample inputs in eval mode, and count MACs on the way.
         after: called after each pass with (pass, module, modified, seconds).
 
     Returns:
@@ -278,7 +278,7 @@ def finalize(
     _require_eval(traced)
     steps: list[Pass] = [*FINALIZE]
     if shrink or plan is not None:
-        steps.append(RemoveChannels(align, plan))
+        steps.append(RemoveChannels(align, plan, verify))
     if fold_batch_norm:
         steps.append(FoldBatchNorm())
     final = run_passes(copy.deepcopy(traced), tuple(steps), after).graph_module

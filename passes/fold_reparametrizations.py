@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,8 +48,12 @@ class FoldReparametrizations(Pass):
             wanted = [n for graph in order for name in self.parameters for n in tagged(graph, name)]
             inner = {n.meta["fxprune"]["parameter"] for node in wanted for n in closure(node) if "fxprune" in n.meta}
             names = [n for n in names if n in self.parameters or n in inner]
-        for name in names:
-            self._fold(traced, name, order)
+        places: dict[str, list[fx.Node]] = {name: [] for name in names}
+        for node in (node for graph in order for node in tagged(graph)):
+            places.get(node.meta["fxprune"]["parameter"], []).append(node)
+        holders = Counter(id(p) for module in traced.modules() for p in module._parameters.values())
+        for name, nodes in places.items():
+            self._fold(traced, name, nodes, holders)
         for graph in order:
             erase_dead(graph, lambda target: not exists(traced, target))
         return bool(names)
@@ -61,9 +66,8 @@ class FoldReparametrizations(Pass):
                 "folded. Trace the eager model itself, or remove the parametrization before tracing."
             )
 
-    def _fold(self, traced: TracedModule, name: str, graphs: list[fx.Graph]) -> None:
+    def _fold(self, traced: TracedModule, name: str, nodes: list[fx.Node], holders: Counter[int]) -> None:
         owner, attribute = locate(traced, name)
-        nodes = [node for graph in graphs for node in tagged(graph, name)]
         if nodes:
             same_graph = [node for node in nodes if node.graph is nodes[0].graph]
             values = [evaluate(traced, node) for node in same_graph]
@@ -80,8 +84,7 @@ class FoldReparametrizations(Pass):
             value = value.clone()
         trained = any(isinstance(s, nn.Parameter) and s.requires_grad for s in sources)
         original = owner._parameters.get(f"{attribute}_orig")
-        holders = sum(p is original for module in traced.modules() for p in module._parameters.values())
-        keeps_object = f"{attribute}_mask" in owner._buffers and holders == 1
+        keeps_object = f"{attribute}_mask" in owner._buffers and holders[id(original)] == 1
         remove_state(traced, name)
         if original is not None and keeps_object:  # (1)
             original.data = value
@@ -89,16 +92,15 @@ class FoldReparametrizations(Pass):
         else:  # (2)
             owner._parameters[attribute] = nn.Parameter(value, requires_grad=trained)
         owner.restore_order()  # type: ignore[operator]
-        for graph in graphs:
-            for node in tagged(graph, name):
-                with graph.inserting_before(node):
-                    read = graph.get_attr(name)
-                    read.meta = {k: v for k, v in node.meta.items() if k != "fxprune"}
-                    if _depends_on_grad_flag(node):
-                        read = graph.call_function(torch.ops.aten.clone.default, (read,))
-                        read.meta = dict(read.args[0].meta)  # type: ignore[union-attr]
-                node.replace_all_uses_with(read)
-                del node.meta["fxprune"]
+        for node in nodes:
+            with node.graph.inserting_before(node):
+                read = node.graph.get_attr(name)
+                read.meta = {k: v for k, v in node.meta.items() if k != "fxprune"}
+                if _depends_on_grad_flag(node):
+                    read = node.graph.call_function(torch.ops.aten.clone.default, (read,))
+                    read.meta = dict(read.args[0].meta)  # type: ignore[union-attr]
+            node.replace_all_uses_with(read)
+            del node.meta["fxprune"]
 
 
 def _depends_on_grad_flag(weight: fx.Node) -> bool:

@@ -18,7 +18,7 @@ class RemoveChannels(Pass):
 
     Masks must be folded before. The plan is left in `traced.plan`. `align` is "auto" (counts at convolutions stay
     multiples that run fast, exactness is untouched), 1 for the least, or the multiple to keep. With `plan` the sizes
-    are those of a stored plan, and no constants are folded.
+    are those of a stored plan, and no constants are folded. `check` compares the outputs and counts MACs.
 
     Example:
         >>> RemoveChannels(align=1)(traced).modified
@@ -27,6 +27,7 @@ class RemoveChannels(Pass):
 
     align: str | int = "auto"
     plan: ChannelPlan | None = None
+    check: bool = True
     name: ClassVar[str] = "remove-channels"
 
     def requires(self, traced: TracedModule) -> None:
@@ -37,5 +38,5 @@ class RemoveChannels(Pass):
 
     def run(self, traced: TracedModule) -> bool:
         plan = self.plan or analyze(traced, align=self.align)
-        remove(traced, plan)
+        remove(traced, plan, check=self.check)
         return bool(plan.removed or plan.dropped)

@@ -55,11 +55,11 @@ def analyze(traced: TracedModule, *, align: str | int = "auto") -> ChannelPlan:
     return plan
 
 
-def remove(traced: TracedModule, plan: ChannelPlan) -> None:
+def remove(traced: TracedModule, plan: ChannelPlan, *, check: bool = True) -> None:
     """Take out, in place and from every graph, what `plan` does not keep; checked against the graph before.
 
     A plan that was analyzed on another module (or restored from JSON) gives the same architecture: sizes are those of
-    the plan, and no constants are folded.
+    the plan, and no constants are folded. Without `check` the outputs are not compared and MACs not counted.
 
     Raises:
         FinalizeError: the plan does not fit the module, or the outputs would change. The module is then of no use.
@@ -73,9 +73,11 @@ def remove(traced: TracedModule, plan: ChannelPlan) -> None:
         added(traced, found, plan)
         alive = _imposed(found, plan)
         state = None
+    check = check and state is not None
     before = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    before.output(before.graph_copy(traced.graphs["eval"], copies))
+    if check:
+        before.output(before.graph_copy(traced.graphs["eval"], copies))
     old = {name: tensor.detach() for name, tensor in found.tensors.items()}
     values: dict[str, Tensor] = {}
     kept = Kept(found, alive)
@@ -89,7 +91,7 @@ def remove(traced: TracedModule, plan: ChannelPlan) -> None:
         keep(found, alive, plan)
     carry_out(traced, found, kept, plan, values)
     plan.parameters = (plan.parameters[0], _parameters(traced))
-    if state is not None:
+    if check:
         verify(before, {copied: node for node, copied in copies.items()}, old, traced, found, alive, plan)
     traced.plan = plan
 

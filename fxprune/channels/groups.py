@@ -264,7 +264,7 @@ class Grouping:
         number = np.zeros(len(self.vectors), np.uint64)
         for name, a, v in self.axes:
             if (name, a) not in self.readers and self._parameters[name].dim() > 1:
-                number[v] += random.integers(2**62, dtype=np.uint64)
+                number[v] ^= random.integers(2**63, dtype=np.uint64)
         np.add.at(alike, touched[1], number[touched[0]])
         kind = np.zeros(count, np.int64)  # 0 plain, 1 outer and 2 inner factor of a grid, 3 outer factor of outer ones
         kind[classes.right], kind[classes.left] = 2, 1

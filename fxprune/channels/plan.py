@@ -30,7 +30,8 @@ class ChannelPlan:
         merged: layer -> how many constant channels went into representative columns.
         constants: (node, its reader, whether it is zero) of values that never change and left the graph.
         stayed: (parameter, axis, dead indices, reason) for what is dead and stayed.
-        macs, parameters: (before, after); MACs at the sample inputs, by `torch.utils.flop_counter`.
+        macs, parameters: (before, after); MACs at the sample inputs, by `torch.utils.flop_counter`, while the outputs
+            were compared; (0, 0) where they were not.
 
     Example:
         >>> plan = fxprune.finalize(traced).plan
