@@ -10,6 +10,7 @@ import torch
 
 from fxprune.channels.groups import ChannelGroup, Grouping, Scores, steps_of
 from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.liveness import fast_multiple
 from fxprune.errors import ArgumentError, PruningError
 
 # a multiple is asked of the channels within these, not of their number
@@ -81,8 +82,7 @@ def _multiple(group: ChannelGroup, round_to: int | str) -> int:
         return 1
     if isinstance(round_to, int):
         return round_to
-    # onnxruntime computes a convolution's channels in blocks of 16; fewer than 32 would leave too little choice
-    return 1 if not group.aligned else next((m for m in (16, 8, 4) if group.size >= 2 * m), 1)
+    return fast_multiple(group.size) if group.aligned else 1
 
 
 class Staircase:

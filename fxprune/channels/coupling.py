@@ -31,7 +31,8 @@ Known: TypeAlias = Tensor | bool
 class Val:
     """A tensor value: its axes, and where `known` (True: everywhere, False: nowhere) its reduced `value`.
 
-    `border` marks known entries that are surrounded by zeros (a constant channel after zero padding); `sums` that
+    `border` marks known entries that are surrounded by zeros or averaged with them (a constant channel after zero
+    padding): multiples of one map over space, the same for every channel; `sums` that
     the last axis holds weights which sum to one; `source` the parameter that the value is.
     """
 
@@ -139,7 +140,7 @@ class Walk:
         readers, balances: the contractions met.
         edits: how to rewrite nodes once it is known which ids stay.
         parameters: qualified name -> ids of each axis, shared between the walks of one module.
-        aligned: the id vectors of convolutions, for alignment.
+        aligned: the id vectors of each convolution, and whether it is depthwise.
         nonempty: id vectors of which something must remain.
         uses: how often each parameter is read.
     """
@@ -160,7 +161,7 @@ class Walk:
         self.balances: list[Balance] = []
         self.edits: list[Callable[[Any], None]] = []
         self.parameters = parameters
-        self.aligned: list[Vector] = []
+        self.aligned: list[tuple[list[Vector], bool]] = []
         self.nonempty: list[Vector] = []
         self.uses: dict[str, int] = {}
         self._alias: dict[fx.Node, fx.Node] = {}

@@ -875,15 +875,16 @@ def resample(w: Walk, node: Any) -> Any:
     if value is None:
         out = Val(axes)
     else:
+        border = None
+        if x.border is not None:
+            known = known & ~x.border
         if name.startswith("avg_pool"):
             padding: Any = argument(node, 3, "padding", 0)
             padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
             counted = padded and argument(node, 5, "count_include_pad", True)
             if counted or argument(node, 6, "divisor_override") is not None:
-                known = known & (value == 0)
-        if x.border is not None:
-            known = known & ~x.border
-        out = settled(axes, known, value)
+                border = known & (value != 0)  # every channel is averaged with the same zeros
+        out = settled(axes, known, value, border)
     return [out, Val(axes)] if isinstance(result, list | tuple) else out
 
 
@@ -1099,7 +1100,7 @@ def convolution(w: Walk, node: Any) -> Any:
         rows = axis[0][1] if axis else rows
         bias = w.relayout(bias, 0, axis)
     out_axis: Axis = opaque(outputs) if rows is None else ((outputs, rows),)
-    w.aligned += [v for v in (rows, columns) if v is not None]
+    w.aligned.append(([v for v in (rows, columns) if v is not None], groups > 1 and n == m == 1))
     table = None
     if w.facts and weight.known is True and weight.value is not None:
         v = weight.value
