@@ -1,0 +1,117 @@
+"""Latency in onnxruntime, one thread: models cut to the MACs that Torch-Pruning reaches, against Torch-Pruning's own.
+
+For each ratio: the dense model, Torch-Pruning's as it comes and with round_to=16 (exported by torch.onnx.export), and
+fxprune's at the MACs of each. "half": both with half of every layer, so that all channel counts are the same.
+
+Run: python benchmarks/runtime.py [rounds] [network ...] [ratio ...] (a ratio may be "half")
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+import torch_pruning
+from models import sample, vision
+from pairs import alternate
+from torch import nn
+
+import fxprune
+
+RATIOS = ("half", "0.25", "0.35", "0.45", "0.55")
+
+
+def peer(model: nn.Module, x: torch.Tensor, ratio: float, round_to: int | None) -> nn.Module:
+    """Torch-Pruning's model; transformers lose heads and hidden units, not the width of the stream."""
+    model = copy.deepcopy(model)
+    options: dict[str, Any] = {}
+    ignored = [m for m in model.modules() if getattr(m, "out_features", 0) == 1000]
+    heads = {m: m.num_attention_heads for m in model.modules() if hasattr(m, "num_attention_heads")}
+    if heads:
+        linear = dict(model.named_modules())
+        options["num_heads"] = {
+            linear[f"{name}.{part}"]: m.num_attention_heads
+            for name, m in model.named_modules() for part in ("query", "key", "value") if hasattr(m, "query")
+        }  # fmt: skip
+        options["prune_num_heads"] = True
+        ignored += [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) or n.endswith("output.dense")]
+    pruner = torch_pruning.pruner.MagnitudePruner(
+        model, x, importance=torch_pruning.importance.MagnitudeImportance(p=2), pruning_ratio=ratio,
+        ignored_layers=ignored, round_to=round_to, **options,
+    )  # fmt: skip
+    pruner.step()
+    for module in heads:
+        if hasattr(module, "query"):
+            module.num_attention_heads = options["num_heads"][module.query] if module.query in pruner.num_heads else 0
+            module.num_attention_heads = pruner.num_heads[module.query]
+            module.all_head_size = module.query.out_features
+    return model
+
+
+def macs(model: nn.Module, x: torch.Tensor) -> int:
+    count, _ = torch_pruning.utils.count_ops_and_params(model, x)
+    return int(count)
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def race(name: str, ratio: str, rounds: int, folder: Path) -> None:
+    model, x = vision(name).eval(), sample(1)
+    peers = {"Torch-Pruning": peer(model, x, 0.5 if ratio == "half" else float(ratio), None)}
+    if ratio != "half":
+        peers["Torch-Pruning, round_to=16"] = peer(model, x, float(ratio), 16)
+    dense = macs(model, x)
+    left = {"dense": 1.0}
+    files = {"dense": folder / "dense.onnx"}
+    traced = fxprune.trace(model, (sample(2),), modes=("eval",))
+    fxprune.export.to_onnx(fxprune.finalize(traced, fold_batch_norm=True), files["dense"], verify=False)
+    for label, other in peers.items():
+        own = copy.deepcopy(traced)
+        if ratio == "half":
+            fxprune.prune.channels(own, 0.5, scope="local", round_to=1)
+        else:
+            fxprune.prune.channels(own, macs=macs(other, x) / dense)
+        final = fxprune.finalize(own, fold_batch_norm=True)
+        files[label], files[f"fxprune at the MACs of {label}"] = (folder / f"{len(files) + i}.onnx" for i in range(2))
+        torch.onnx.export(other.eval(), (x,), files[label], dynamo=True, verbose=False)
+        fxprune.export.to_onnx(final, files[f"fxprune at the MACs of {label}"], verify=False)
+        left[label] = macs(other, x) / dense
+        left[f"fxprune at the MACs of {label}"] = final.plan.macs[1] / final.plan.macs[0]
+    feed = x.numpy()
+    sessions = {label: session(path) for label, path in files.items()}
+    runs = {label: lambda s=s: s.run(None, {s.get_inputs()[0].name: feed}) for label, s in sessions.items()}
+    seconds = alternate(runs, rounds)
+    print(f"{name}, ratio {ratio}")
+    for label, times in seconds.items():
+        speed = statistics.median(a / b for a, b in zip(seconds["dense"], times, strict=True))
+        text = f"  {label}: MACs left {left[label]:.3f}, {speed:.2f} times faster than dense ({speed * left[label]:.3f} of the MACs)"
+        if label.startswith("fxprune"):
+            other = seconds[label.removeprefix("fxprune at the MACs of ")]
+            text += f", time {statistics.median(times) / statistics.median(other):.3f} of Torch-Pruning's"
+        print(text, flush=True)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")  # Torch-Pruning's and the exporter's own
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    given = sys.argv[2:]
+    ratios = [a for a in given if a == "half" or a.startswith("0.")] or RATIOS
+    for name in [a for a in given if a not in ratios] or ("resnet50", "mobilenetv2_w1", "densenet121", "vit_b"):
+        for ratio in ratios:
+            with tempfile.TemporaryDirectory() as folder:
+                race(name, ratio, rounds, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
