@@ -4,10 +4,9 @@ from .bench import Latency, bench
 from .compare import Call, Report, Row, compare
 from .inspect import Contents, inspect
 from .onnx import ExportReport, to_onnx
-from .program import to_program
+from .program import to_program, to_torchscript
 from .session import Session
 from .source import FileReport
-from .torchscript import to_torchscript
 
 __all__ = [
     "Call",

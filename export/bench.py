@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,24 +58,19 @@ def bench(
             f"{len(paths)} files, batch {batch}, {threads} threads, {rounds} rounds: at least 1 of each."
         )
     sessions = [Session(path, [provider], threads) for path in paths]
-    calls = [None if inputs is None else as_calls(inputs)[0]] * len(paths)
+    call = None if inputs is None else as_calls(inputs)[0]
     runs = []
-    for session, call in zip(sessions, calls, strict=True):
+    for session in sessions:
         feed = session.random(batch) if call is None else session.feed(*call)
         if call is not None:
             session.run(*call)  # names inputs that do not fit
         runs.append(session.bind(feed))
-    seconds: list[list[float]] = [[] for _ in runs]
-    for i in range(warmup + rounds):
-        for run, times in zip(runs, seconds, strict=True):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-            if i < warmup:
-                times.clear()
-    found = []
-    for session, times in zip(sessions, seconds, strict=True):
-        low, middle, high = np.quantile(times, (0.25, 0.5, 0.75)) * 1e3
-        ratio = statistics.median(t / first for t, first in zip(times, seconds[0], strict=True))
-        found.append(Latency(session.name, float(middle), (float(low), float(high)), ratio, rounds))
-    return found
+    seconds = np.empty((warmup + rounds, len(runs)))
+    for i, j in np.ndindex(seconds.shape):
+        start = time.perf_counter()
+        runs[j]()
+        seconds[i, j] = time.perf_counter() - start
+    seconds = seconds[warmup:]
+    low, middle, high = (np.quantile(seconds, (0.25, 0.5, 0.75), axis=0) * 1e3).tolist()
+    ratios = np.median(seconds / seconds[:, :1], axis=0).tolist()
+    return [Latency(s.name, middle[j], (low[j], high[j]), ratios[j], rounds) for j, s in enumerate(sessions)]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -127,15 +127,6 @@ class Report:
         if self.first_divergence is None:
             raise CompareError("no node is known to differ: all outputs agree, or the two share no names of nodes.")
         self.first_divergence.reproduce(path)
-
-
-class Runner(Protocol):
-    """What `compare` can run: a name, a tolerance of its own, and a call that returns tensors by name, on the CPU."""
-
-    name: str
-    rtol: float | None
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]: ...
 
 
 def compare(
@@ -338,9 +329,7 @@ class _WideRunner(ModuleRunner):
 
 
 def _wide(runner: Runner) -> tuple[_WideRunner | None, str]:
-    if not isinstance(runner, ModuleRunner) or isinstance(runner, ProgramRunner):
-        return None, ""
-    if not any(p.dtype == torch.float32 for p in runner.module.parameters()):
+    if type(runner) is not ModuleRunner or all(p.dtype != torch.float32 for p in runner.module.parameters()):
         return None, ""
     try:
         return _WideRunner(runner.module), ""
@@ -373,6 +362,9 @@ class ProgramRunner(ModuleRunner):
             return self.module(*match(self._names, args, kwargs).values())
         args, kwargs = as_captured(self.module.graph, args, kwargs)  # type: ignore[arg-type]
         return self.module(*args, **kwargs)
+
+
+Runner = ModuleRunner | Session  # a name, a tolerance of its own, and a call that returns tensors by name, on the CPU
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import torch
 import torch.utils._pytree as pytree
-from onnx import helper, numpy_helper
+from onnx import helper
 from safetensors.torch import save
 from torch import fx, nn
 
@@ -63,12 +63,12 @@ class Divergence:
         target, sides = Path(path), ""
         files: dict[Path, bytes] = {}
         tensors: dict[str, torch.Tensor] = {}
-        for side, (names, body, values, model) in zip(("reference", "candidate"), self.pieces, strict=True):
-            names = [name.replace("SIDE", side, 1) for name in names]
-            tensors |= dict(zip(names, values.values(), strict=True))
+        for side, (body, values, model) in zip(("reference", "candidate"), self.pieces, strict=True):
+            named = {name.replace("SIDE", side, 1): value for name, value in values.items()}
+            tensors |= named
             if model:
                 files[target.with_name(f"{target.stem}.{side}.onnx")] = model
-            call = ", ".join(f"tensors[{name!r}]" for name in names)
+            call = ", ".join(f"tensors[{name!r}]" for name in named)
             sides += f"\n\n{body.replace('SIDE', side)}\n\n{side}_value = {side}({call}).double()\n"
         data = target.with_suffix(".safetensors")
         files[data] = save({name: value.contiguous().clone() for name, value in tensors.items()})
@@ -110,7 +110,7 @@ def find(reference: Any, candidate: Any, call: Any, index: int, agrees: Any) -> 
     if left is None or right is None:
         return None
     for name in left.values:
-        if not left.is_computed(name) or name not in right.values:
+        if name not in left.computed or name not in right.values:
             continue
         a, b = left.values[name], right.values[name].to(left.values[name].dtype)
         if a.shape != b.shape:
@@ -120,7 +120,7 @@ def find(reference: Any, candidate: Any, call: Any, index: int, agrees: Any) -> 
             continue
         worst = int((a.double() - b.double()).abs().nan_to_num(nan=torch.inf).argmax())
         at = tuple(int(i) for i in np.unravel_index(worst, a.shape))
-        (operator, module), (other, _) = left.describe(name), right.describe(name)
+        (operator, module), (other, _) = left.computed[name], right.computed[name]
         pieces = tuple(side.piece(name, shared, left.values) for side in (left, right))
         return Divergence(
             candidate.name, index, name, operator, other, module, tuple(a.shape), at, float(a[at]), float(b[at]), pieces
@@ -145,6 +145,7 @@ class _Graph:
     def __init__(self, module: fx.GraphModule, call: Any) -> None:
         graph = module.graphs["eval"] if isinstance(module, TracedModule) else module.graph
         self.nodes = {node.name: node for node in graph.nodes}
+        self.computed = {n.name: (str(n.target), module_path(n)) for n in graph.nodes if n.op == "call_function"}
         self.values: dict[str, torch.Tensor] = {}
         names = graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
         bound = dict(zip(names, call[0], strict=False)) | call[1]
@@ -160,12 +161,6 @@ class _Graph:
                 return result
 
         Recorder(module, graph=graph).run(*leaves, enable_io_processing=False)
-
-    def is_computed(self, name: str) -> bool:
-        return self.nodes[name].op not in ("placeholder", "get_attr", "output")
-
-    def describe(self, name: str) -> tuple[str, str]:
-        return str(self.nodes[name].target), module_path(self.nodes[name])
 
     def piece(self, name: str, shared: set[str], values: dict[str, torch.Tensor]) -> tuple[Any, ...]:
         graph, tensors, copies = fx.Graph(), dict[str, torch.Tensor](), dict[fx.Node, Any]()
@@ -186,7 +181,7 @@ class _Graph:
 
         graph.output(copy(self.nodes[name]))
         code = fx.GraphModule(nn.Module(), graph).code.strip().replace("def forward(self, ", "def SIDE(")
-        return list(tensors), code.replace("def forward(self)", "def SIDE()"), tensors, b""
+        return code.replace("def forward(self)", "def SIDE()"), tensors, b""
 
 
 class _Onnx:
@@ -195,33 +190,28 @@ class _Onnx:
     def __init__(self, session: Session, call: Any) -> None:
         self.model = onnx.load(session.path)
         graph = self.model.graph
-        self.nodes: dict[str, tuple[str, onnx.NodeProto]] = {}
+        self.names: dict[str, str] = {}
+        self.computed: dict[str, tuple[str, str]] = {}
         for node in graph.node:
             origin = [entry.value for entry in node.metadata_props if entry.key == ORIGIN]
-            self.nodes[(origin or node.output)[0]] = node.output[0], node
+            name = (origin or node.output)[0]
+            self.names[name], self.computed[name] = node.output[0], (node.op_type, "")
         known = {value.name for value in graph.output}
         wider = onnx.ModelProto()
         wider.CopyFrom(self.model)
-        values = [value for value, _ in self.nodes.values()]
+        values = list(self.names.values())
         wider.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values if value not in known)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         run = onnxruntime.InferenceSession(wider.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.feed = session.feed(*call)
         found = dict(zip(values, run.run(values, self.feed), strict=True))
-        self.values = {name: torch.from_numpy(np.array(found[value])) for name, (value, _) in self.nodes.items()}
-
-    def is_computed(self, name: str) -> bool:
-        return name in self.nodes
-
-    def describe(self, name: str) -> tuple[str, str]:
-        return self.nodes[name][1].op_type, ""
+        self.values = {name: torch.from_numpy(np.array(found[value])) for name, value in self.names.items()}
 
     def piece(self, name: str, shared: set[str], values: dict[str, torch.Tensor]) -> tuple[Any, ...]:
-        graph, target = self.model.graph, self.nodes[name][0]
-        weights = {tensor.name: tensor for tensor in graph.initializer}
+        graph, target = self.model.graph, self.names[name]
         producers = {value: node for node in graph.node for value in node.output}
-        given = {self.nodes[n][0]: (n, values[n]) for n in shared if n in self.nodes}
+        given = {self.names[n]: (n, values[n]) for n in shared if n in self.names}
         given |= {n: (f"SIDE.{n}", torch.from_numpy(array)) for n, array in self.feed.items()}
         stops: dict[str, tuple[str, torch.Tensor]] = {}
         taken: list[onnx.NodeProto] = []
@@ -234,14 +224,13 @@ class _Onnx:
                 taken.append(producers[value])
                 need += producers[value].input
         used = {value for node in taken for value in node.input}
-        arrays = {value: tensor.numpy() for value, (_, tensor) in stops.items()}
         ends = [
-            helper.make_tensor_value_info(v, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
-            for v, a in arrays.items()
+            helper.make_tensor_value_info(value, helper.np_dtype_to_tensor_dtype(tensor.numpy().dtype), tensor.shape)
+            for value, (_, tensor) in stops.items()
         ]
         small = helper.make_graph(
             [node for node in graph.node if node in taken], name, ends, [onnx.ValueInfoProto(name=target)],
-            [numpy_helper.from_array(numpy_helper.to_array(t), n) for n, t in weights.items() if n in used],
+            [t for t in graph.initializer if t.name in used],
             sparse_initializer=[t for t in graph.sparse_initializer if t.values.name in used],
         )  # fmt: skip
         model = helper.make_model(small, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
@@ -251,4 +240,4 @@ class _Onnx:
             f"    feed = {{n: v.numpy() for n, v in zip({json.dumps(list(stops))}, values)}}\n"
             "    return torch.from_numpy(session.run(None, feed)[0])"
         )
-        return [key for key, _ in stops.values()], body, dict(stops.values()), model.SerializeToString()
+        return body, dict(stops.values()), model.SerializeToString()

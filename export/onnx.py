@@ -14,20 +14,18 @@ from typing import Any, Literal
 import onnx
 import torch
 from onnxscript.optimizer import FOLDED_FROM_KEY
-from torch import fx
 from torch.onnx import ONNXProgram
 
-from fxprune.errors import ArgumentError, CompareError, ExportError
+from fxprune.errors import ArgumentError
 from fxprune.files import atomic
 from fxprune.traced import TracedModule
 
-from .compare import Call, ModuleRunner, as_calls, judge
+from .compare import Call, ModuleRunner, as_calls
 from .divergence import ORIGIN
-from .metadata import metadata
-from .precision import RTOL, float16, int8
+from .precision import float16, int8
 from .precision import sparse as store_sparse
-from .session import Session, as_captured
-from .source import FileReport, causes, check_source, flat, keep_aside, quiet, resized
+from .session import RTOL, Session, as_captured
+from .source import FileReport, check_source, flat, metadata, resized, size_of, translating, verifying
 
 SINGLE_FILE_BYTES = 1536 * 2**20  # weights beyond it go to a file beside: protobuf ends at 2 GiB
 
@@ -113,17 +111,13 @@ def to_onnx(
     check_source(final, "to_onnx")
     batches = _batches(final, precision, calibration)
     sample, extra = Call(final.example_args, final.example_kwargs), as_calls(inputs) if inputs != () else []
-    captured = isinstance(dynamic_shapes, str) and dynamic_shapes == "captured"
-    shapes = final.dynamic_shapes if captured else dynamic_shapes
+    shapes = final.dynamic_shapes if dynamic_shapes == "captured" else dynamic_shapes
     with atomic(path) as name:
         stale = _side_files(Path(os.path.realpath(path)))
         module, names, aliases = flat(final)
-        try:
-            with quiet(), fx.traceback.preserve_node_meta():
-                exported = torch.export.export(module, *sample, dynamic_shapes=shapes, strict=False)
-                program = torch.onnx.export(exported, dynamo=True, verbose=False, opset_version=opset)
-        except Exception as error:  # whatever torch, onnxscript or an operator's translation raises
-            raise ExportError(f"torch cannot translate the model to ONNX: {causes(error)}") from error
+        with translating("translate the model to ONNX"):
+            exported = torch.export.export(module, *sample, dynamic_shapes=shapes, strict=False)
+            program = torch.onnx.export(exported, dynamo=True, verbose=False, opset_version=opset)
         assert isinstance(program, ONNXProgram)
         reached = program.model.opset_imports[""]
         if opset not in (None, reached):
@@ -134,32 +128,29 @@ def to_onnx(
         program.model.metadata_props.update(metadata(final, precision))
         _save(program, name)
         comparison, notes = None, []
-        try:
+        with verifying(name, path) as check:
             if precision == "float16":
                 _rewrite(name, lambda model: float16(model, keep_io))
             elif precision == "int8":
                 feeds = [Session(name).feed(*batch) for batch in batches] or None
                 _rewrite(name, lambda model: int8(name, feeds))
-            dense = _bytes(name.parent)
+            dense = size_of(name)
             if sparse:
-                notes.append(_make_sparse(name, dense))
+                _rewrite(name, store_sparse)
+                count = len(onnx.load(name, load_external_data=False).graph.sparse_initializer)
+                notes.append(
+                    f"{count} initializers are stored sparse: {size_of(name)} bytes instead of {dense}. onnxruntime "
+                    "makes them dense when it loads the file: latency is that of the dense file."
+                )
             onnx.checker.check_model(os.fspath(name))
             if verify:
                 first = batches[0] if batches else sample
                 calls = [*(batches or [sample]), *resized(exported, first, final), *extra]
                 session = Session(name, providers)
-                comparison = judge([ModuleRunner(final, "eval"), session], calls, rtol, atol)
+                comparison = check([ModuleRunner(final, "eval"), session], calls, rtol, atol)
                 if set(session.placement) - {providers[0]}:
                     notes.append(f"operators by provider: {session.placement}")
-        except (onnx.checker.ValidationError, CompareError) as error:
-            text = str(error).replace(os.fspath(name), os.fspath(path))
-            raise ExportError(f"the exported file cannot be used: {text}") from error
-        if comparison and not comparison.ok:
-            raise ExportError(
-                f"the exported file computes something else than its source; kept as '{keep_aside(name, Path(path))}'."
-                f"\n{comparison.table()}"
-            )
-        size = _bytes(name.parent)
+        size = size_of(name)
     for part in stale:
         part.unlink(missing_ok=True)
     taken, given = ([str(v.name) for v in ends] for ends in (program.model.graph.inputs, program.model.graph.outputs))
@@ -177,18 +168,10 @@ def _batches(final: TracedModule, precision: str, calibration: Any) -> list[Call
     found = as_calls(calibration if single else list(calibration)) if given else []
     if given and not found:
         raise ArgumentError("calibration holds no batch; at least one is needed, or None for dynamic quantization.")
-    return [_like_sample(final, call) for call in found]
-
-
-def _like_sample(final: TracedModule, call: Call) -> Call:
-    """A calibration batch with its arguments passed as the sample passes them."""
-    call = Call(*as_captured(final.graphs["eval"], *call))
-    final._check_inputs(*call)
-    return call
-
-
-def _bytes(folder: Path) -> int:
-    return sum(part.stat().st_size for part in folder.iterdir())
+    found = [Call(*as_captured(final.graphs["eval"], *call)) for call in found]
+    for call in found:
+        final._check_inputs(*call)
+    return found
 
 
 def _rewrite(name: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:
@@ -208,21 +191,6 @@ def _rewrite(name: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -
     external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > SINGLE_FILE_BYTES
     side = f"{name.stem}-{secrets.token_hex(4)}.onnx.data"
     onnx.save(model, name, save_as_external_data=external, location=side)
-
-
-def _make_sparse(name: Path, dense: int) -> str:
-    changed = 0
-
-    def change(model: onnx.ModelProto) -> onnx.ModelProto:
-        nonlocal changed
-        changed = store_sparse(model)
-        return model
-
-    _rewrite(name, change)
-    return (
-        f"{changed} initializers are stored sparse: {_bytes(name.parent)} bytes instead of {dense}. onnxruntime makes "
-        "them dense when it loads the file: latency is that of the dense file."
-    )
 
 
 def _name_weights(program: ONNXProgram, aliases: dict[str, str]) -> None:
@@ -288,11 +256,12 @@ def _save(program: ONNXProgram, name: Path) -> None:
 def _side_files(path: Path) -> list[Path]:
     """External data of a file that stands at `path`, as far as `_save` has named it."""
     own = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}\.onnx\.data")
-    found = {item.name: item for item in path.parent.iterdir() if own.fullmatch(item.name)}
+    found = [item for item in path.parent.iterdir() if own.fullmatch(item.name)]
     if not found or not path.is_file():
         return []
     try:
         tensors = onnx.load(os.fspath(path), load_external_data=False).graph.initializer
     except Exception:  # what stands there is not ONNX: nothing of it is known to be ours
         return []
-    return [found[e.value] for e in {e.value: e for t in tensors for e in t.external_data}.values() if e.value in found]
+    used = {entry.value for tensor in tensors for entry in tensor.external_data}
+    return [item for item in found if item.name in used]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -17,9 +13,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from fxprune.errors import ExportError
 
-# Relative to the largest value of an output; None: by the output's dtype. float16 rounds at 5e-4; an int8 step is 1/255
-# of a tensor's range, and some ten to a hundred layers add theirs up.
-RTOL: dict[str, float | None] = {"float32": None, "float16": 1e-2, "int8": 0.1}
+from .source import quiet
 
 # Operators that compute in int8, and those that only move what is int8 already. Normalizations, softmax and products
 # of activations keep float32: their ranges are too wide for one step size.
@@ -31,7 +25,7 @@ _STATIC = (
 
 def float16(model: ModelProto, keep_io: bool) -> ModelProto:
     """The model in float16, inputs and outputs float32 where `keep_io` is true."""
-    with _silent():
+    with quiet():
         converted = onnx_ir.from_proto(convert_float_to_float16(model, keep_io_types=keep_io))
     converted.graph.sort()  # the converter puts its casts of the inputs last
     proto: ModelProto = onnx_ir.to_proto(converted)
@@ -46,7 +40,7 @@ def int8(path: Path, feeds: list[dict[str, np.ndarray]] | None) -> ModelProto:
     """
     target, large = path.with_suffix(".int8"), len(list(path.parent.iterdir())) > 1
     try:
-        with _silent():
+        with quiet():
             if feeds is None:
                 quantize_dynamic(path, target, weight_type=QuantType.QInt8, use_external_data_format=large)
             else:
@@ -78,13 +72,13 @@ def _wide_sums(model: ModelProto) -> list[str]:
     return [n.name for n in model.graph.node if n.op_type == "Add" and not convolved.intersection(n.input)]
 
 
-def sparse(model: ModelProto) -> int:
-    """Store the initializers that get smaller by it as sparse ones, in place; returns how many.
+def sparse(model: ModelProto) -> ModelProto:
+    """The model, with the initializers that get smaller by it stored as sparse ones in place.
 
     Indices are linear, 8 bytes a value; the layouts that onnxruntime reads are listed in
     https://onnx.ai/onnx/repo-docs/IR.html (sparse tensors).
     """
-    graph, changed = model.graph, 0
+    graph = model.graph
     for tensor in list(graph.initializer):
         values = numpy_helper.to_array(tensor)
         flat = values.reshape(-1)
@@ -96,16 +90,4 @@ def sparse(model: ModelProto) -> int:
             helper.make_sparse_tensor(kept, numpy_helper.from_array(index.astype(np.int64)), list(tensor.dims))
         )
         graph.initializer.remove(tensor)
-        changed += 1
-    return changed
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[Any]:
-    """Without the advice that onnxruntime's tools log, to the root logger, about steps that are done elsewhere."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    return model

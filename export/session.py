@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from torch import fx
 
 from fxprune.errors import CompareError, ProviderWarning
 
-from .precision import RTOL
+# Relative to the largest value of an output; None: by the output's dtype. float16 rounds at 5e-4; an int8 step is 1/255
+# of a tensor's range, and some ten to a hundred layers add theirs up.
+RTOL: dict[str, float | None] = {"float32": None, "float16": 1e-2, "int8": 0.1}
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -71,14 +74,19 @@ def tensors_of(value: Any, owner: str) -> dict[str, torch.Tensor]:
     return found
 
 
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], list[tuple[str, torch.Tensor]]]:
+    """The tensors by order, and those by name."""
+    by_name = [(identifier(p, "input"), v) for p, v in named_leaves(kwargs) if isinstance(v, torch.Tensor)]
+    return [v for v in pytree.tree_leaves(args) if isinstance(v, torch.Tensor)], by_name
+
+
 def match(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors of a call by the names of a file's inputs, in their order; ValueError when the number differs.
 
     Keyword arguments are matched by name where the names agree, all others by order; what is no tensor is left out.
     """
-    given = [(identifier(p, "input"), v) for p, v in named_leaves(kwargs) if isinstance(v, torch.Tensor)]
+    by_order, given = _given(args, kwargs)
     by_name = {name: value for name, value in given if name in names}
-    by_order = [v for v in pytree.tree_leaves(args) if isinstance(v, torch.Tensor)]
     by_order += [value for name, value in given if name not in by_name]
     found = by_name | dict(zip([name for name in names if name not in by_name], by_order, strict=True))
     return {name: found[name] for name in names}
@@ -153,9 +161,8 @@ class Session:
         precision = self.metadata.get("fxprune.precision", "")
         self.rtol, self._half = RTOL.get(precision), precision == "float16"
         self.providers: list[str] = self._session.get_providers()
-        self.placement: dict[str, int] = {}
-        for part in self._session.get_provider_graph_assignment_info():
-            self.placement[part.ep_name] = self.placement.get(part.ep_name, 0) + len(part.get_nodes())
+        parts = self._session.get_provider_graph_assignment_info()
+        self.placement = dict(sum((Counter({part.ep_name: len(part.get_nodes())}) for part in parts), Counter[str]()))
         dropped = [p for p in providers if p not in self.providers]
         if dropped or (self.placement and providers[0] not in self.placement):
             warnings.warn(
@@ -176,10 +183,10 @@ class Session:
         """
         try:
             found = match(list(self.inputs), args, kwargs)
-            return {
-                name: value.detach().cpu().to(torch.float16 if self._rounds(name, value) else value.dtype).numpy()
-                for name, value in found.items()
-            }
+            for name, value in found.items():
+                if self._half and value.dtype == torch.float32 and self.inputs[name].startswith("tensor(float16)"):
+                    found[name] = value.half()
+            return {name: value.detach().cpu().numpy() for name, value in found.items()}
         except (ValueError, TypeError) as error:
             raise self._refusal(error, args, kwargs) from error
 
@@ -191,7 +198,8 @@ class Session:
         """
         feed = self.feed(args, kwargs)
         try:
-            values = self._session.run(None, feed) if self._device == "cpu" else self._run_bound(feed)
+            bound = self._device != "cpu"
+            values = [v.numpy() for v in self.bind(feed)()] if bound else self._session.run(None, feed)
         except Exception as error:
             raise self._refusal(error, args, kwargs) from error
         for name, value in zip(self.outputs, values, strict=True):
@@ -210,13 +218,13 @@ class Session:
             found[value.name] = array.astype(kind)
         return found
 
-    def bind(self, feed: dict[str, np.ndarray], device: str | None = None) -> Callable[[], list[Any]]:
+    def bind(self, feed: dict[str, np.ndarray]) -> Callable[[], list[Any]]:
         """A call that runs on inputs copied to the session's device once, and leaves its outputs there."""
-        device, binding = device or self._device, self._session.io_binding()
+        binding = self._session.io_binding()
         for name, value in feed.items():
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value, device, 0))
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value, self._device, 0))
         for name in self.outputs:
-            binding.bind_output(name, device)
+            binding.bind_output(name, self._device)
 
         def call() -> list[Any]:
             self._session.run_with_iobinding(binding)
@@ -224,17 +232,10 @@ class Session:
 
         return call
 
-    def _run_bound(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return [value.numpy() for value in self.bind(feed)()]
-
-    def _rounds(self, name: str, value: torch.Tensor) -> bool:
-        return self._half and value.dtype == torch.float32 and self.inputs[name].startswith("tensor(float16)")
-
     def _refusal(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompareError:
-        by_name = {identifier(p, "input"): v for p, v in named_leaves(kwargs) if isinstance(v, torch.Tensor)}
-        by_order = [v for v in pytree.tree_leaves(args) if isinstance(v, torch.Tensor)]
-        got = [f"{v.dtype} {list(v.shape)}" for v in (*by_order, *by_name.values())]
+        by_order, by_name = _given(args, kwargs)
+        got = [f"{v.dtype} {list(v.shape)}" for v in (*by_order, *dict(by_name).values())]
         return CompareError(
             f"'{self.name}' cannot run these inputs: {error}. It takes {self.inputs}; given were "
-            f"{len(by_order)} by order and {list(by_name)} by name: {got}."
+            f"{len(by_order)} by order and {[*dict(by_name)]} by name: {got}."
         )

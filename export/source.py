@@ -1,30 +1,33 @@
-"""The graph that is written to a file, the calls that a file is tried on, and the report of both."""
+"""What the writers share: the graph that is written, what a file says of itself, and how it is verified."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import keyword
 import logging
 import operator
+import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import onnx
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 
-from fxprune.errors import ArgumentTypeError, ExportError, FinalizeError, FxpruneError
+from fxprune.errors import ArgumentTypeError, CompareError, ExportError, FinalizeError, FxpruneError
 from fxprune.files import atomic
-from fxprune.graph import erase_dead, evaluate
+from fxprune.graph import erase_dead, evaluate, text
 from fxprune.reparametrize import tagged
 from fxprune.traced import CodeGen, TracedModule
 
-from .compare import Call, ModuleRunner, Report
+from .compare import Call, ModuleRunner, Report, judge
 from .divergence import ORIGIN
 from .session import identifier, named_key, named_leaves
 
@@ -136,14 +139,6 @@ def _plain(tree: Any) -> Any:
     return {named_key(path): _plain(part) for path, part in parts}
 
 
-def keep_aside(name: Path, path: Path) -> Path:
-    aside = path.with_name(f"{path.stem}.mismatch{path.suffix}")
-    with atomic(aside) as kept:
-        for part in list(name.parent.iterdir()):
-            part.rename(kept if part.name == name.name else kept.with_name(part.name))
-    return aside
-
-
 def resized(exported: ExportedProgram, call: Call, final: TracedModule) -> list[Call]:
     """The sample with every free size one larger, and with free batches of 1, as far as `final` runs on these."""
     keywords = exported.call_spec.in_spec.child(1).context  # in the order of the signature
@@ -174,24 +169,81 @@ def resized(exported: ExportedProgram, call: Call, final: TracedModule) -> list[
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the deprecations that torch and onnxscript cause each other, and the exporter's progress."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
+    """Without what torch's, onnxscript's and onnxruntime's tools say of each other and of steps done elsewhere."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning):
                 warnings.filterwarnings("ignore", category=category, module=r"(torch|onnx\w*|copyreg)(\.|$)")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
-def causes(error: BaseException | None) -> str:
-    chain = []
-    while error:
-        chain.append(re.sub(r"\x1b\[\d+m", "", f"{type(error).__name__}: {error}"))
-        error = error.__cause__
-    return "; ".join(chain[1:] or chain)  # the first of several only says where to report
+@contextlib.contextmanager
+def translating(task: str) -> Iterator[None]:
+    """Raise whatever torch, onnxscript or an operator's translation raises as an ExportError."""
+    try:
+        with quiet(), fx.traceback.preserve_node_meta():
+            yield
+    except OSError:
+        raise
+    except Exception as error:
+        chain, cause = list[str](), cast(BaseException | None, error)
+        while cause:
+            chain.append(re.sub(r"\x1b\[\d+m", "", f"{type(cause).__name__}: {cause}"))
+            cause = cause.__cause__
+        told = "; ".join(chain[1:] or chain)  # the first of several only says where to report
+        raise ExportError(f"torch cannot {task}: {told}") from error
+
+
+@contextlib.contextmanager
+def verifying(name: Path, path: str | os.PathLike[str]) -> Iterator[Callable[..., Report]]:
+    """Give `judge`; raise what a file in the making at `name` fails at, by the path that it is to have.
+
+    Raises:
+        ExportError: the file cannot be used, or computes something else; then it is kept beside `path`.
+    """
+
+    def check(*arguments: Any) -> Report:
+        comparison = judge(*arguments)
+        if not comparison.ok:
+            aside = Path(path).with_stem(f"{Path(path).stem}.mismatch")
+            with atomic(aside) as kept:
+                for part in list(name.parent.iterdir()):
+                    part.rename(kept if part.name == name.name else kept.with_name(part.name))
+            raise ExportError(
+                f"the exported file computes something else than its source; kept as '{aside}'.\n{comparison.table()}"
+            )
+        return comparison
+
+    try:
+        yield check
+    except (onnx.checker.ValidationError, CompareError) as error:
+        told = str(error).replace(os.fspath(name), os.fspath(path))
+        raise ExportError(f"the exported file cannot be used: {told}") from error
+
+
+def size_of(name: Path) -> int:
+    """Bytes of a file in its private folder, external data included."""
+    return sum(part.stat().st_size for part in name.parent.iterdir())
+
+
+def metadata(final: TracedModule, precision: str = "float32") -> dict[str, str]:
+    """The entries by key, `fxprune.version` and so on; the same for equal modules."""
+    from fxprune import __version__  # the package imports this module before it has a version
+
+    found = {"version": __version__, "precision": precision, "digest": digest(final)}
+    if final.plan is not None:
+        found["plan"] = final.plan.explain()
+    return {f"fxprune.{key}": value for key, value in found.items()}
+
+
+def digest(final: TracedModule) -> str:
+    """SHA-256 over the eval graph and every parameter and buffer, names, types and shapes included."""
+    found = hashlib.sha256(text(final.graphs["eval"]).encode())
+    for name, value in [*final.named_parameters(), *final.named_buffers()]:
+        found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

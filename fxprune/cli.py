@@ -6,6 +6,7 @@ import importlib
 import json
 import operator
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -98,7 +99,7 @@ def export(
     model: Annotated[str, typer.Argument(help="package.module:factory, a function that returns a module.")],
     output: Annotated[Path, typer.Argument(help="The file to write: .onnx, .pt2 or .pt.")],
     inputs: _Inputs,
-    precision: Annotated[str, typer.Option(help="float32, float16 or int8 (ONNX).")] = "float32",
+    precision: Annotated[str | None, typer.Option(help="float32, float16 or int8 (ONNX).")] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="For int8: a file of one batch; repeat it.")] = None,
     sparse: Annotated[bool, typer.Option(help="Store masked weights sparse (ONNX).")] = False,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
@@ -108,20 +109,18 @@ def export(
     source = _model(model)
     if isinstance(source, Path):
         raise ArgumentError(f"'{model}' is a file; export takes package.module:factory.")
-    call = _call(inputs)
-    final = fxprune.finalize(fxprune.trace(source.eval(), *call, modes=("eval",)))
-    if output.suffix == ".onnx":
-        batches = [_call([text]) for text in calibration] if calibration else None
-        report: fxprune.export.FileReport = fxprune.export.to_onnx(
-            final, output, precision=precision, calibration=batches, sparse=sparse, opset=opset  # type: ignore[arg-type]
-        )  # fmt: skip
-    elif precision != "float32" or sparse or calibration or opset:
+    writers: dict[str, Callable[..., fxprune.export.FileReport]] = {
+        ".onnx": fxprune.export.to_onnx, ".pt2": fxprune.export.to_program, ".pt": fxprune.export.to_torchscript
+    }  # fmt: skip
+    if output.suffix not in writers:
+        raise ArgumentError(f"'{output}': the name must end in .onnx, .pt2 or .pt.")
+    batches = [_call([text]) for text in calibration or ()]
+    options = {"precision": precision, "calibration": batches, "sparse": sparse, "opset": opset}
+    options = {name: value for name, value in options.items() if value and value != "float32"}
+    if options and output.suffix != ".onnx":
         raise ArgumentError(f"'{output}': precision, calibration, sparse and opset are for files that end in .onnx.")
-    else:
-        writers = {".pt2": fxprune.export.to_program, ".pt": fxprune.export.to_torchscript}
-        if output.suffix not in writers:
-            raise ArgumentError(f"'{output}': the name must end in .onnx, .pt2 or .pt.")
-        report = writers[output.suffix](final, output)
+    final = fxprune.finalize(fxprune.trace(source.eval(), *_call(inputs), modes=("eval",)))
+    report = writers[output.suffix](final, output, **options)
     assert report.comparison is not None
     text = f"{output}: {report.size:,} bytes\n{report.comparison.table()}"
     print(json.dumps(report.to_dict(), indent=2) if as_json else text)
@@ -194,31 +193,29 @@ def _call(texts: list[str]) -> fxprune.export.Call:
     kwargs: dict[str, torch.Tensor] = {}
     for text in texts:
         try:
-            if text.endswith((".npz", ".safetensors")):
-                load = safetensors.torch.load_file if text.endswith(".safetensors") else _load_npz
-                found = load(text)
-                kwargs |= {name: value for name, value in found.items() if not name.startswith("arr_")}
-                args += [value for name, value in found.items() if name.startswith("arr_")]
-                continue
-            name, _, shape = text.rpartition("=")
-            sizes, _, kind = shape.partition(":")
-            dtype, size = getattr(torch, kind or "float32"), [int(n) for n in sizes.split("x")]
-            value = torch.randn(size).to(dtype) if dtype.is_floating_point else torch.ones(size, dtype=dtype)
+            found = _tensors(text)
         except Exception as error:  # of the readers, of torch, or of int
             raise ArgumentError(
                 f"input '{text}' cannot be used: {type(error).__name__}: {error}. Give a shape (2x3x32x32, x=2x3, "
                 "ids=2x16:int64) or an .npz or .safetensors file."
             ) from error
-        if name:
-            kwargs[name] = value
-        else:
-            args.append(value)
+        kwargs |= {name: value for name, value in found.items() if not name.startswith("arr_")}
+        args += [value for name, value in found.items() if name.startswith("arr_")]
     return fxprune.export.Call(tuple(args), kwargs)
 
 
-def _load_npz(path: str) -> dict[str, torch.Tensor]:
-    with np.load(path, allow_pickle=False) as found:
-        return {name: torch.from_numpy(value) for name, value in found.items()}
+def _tensors(text: str) -> dict[str, torch.Tensor]:
+    """By name; what has none is called as numpy does it, `arr_0`."""
+    if text.endswith(".safetensors"):
+        return safetensors.torch.load_file(text)
+    if text.endswith(".npz"):
+        with np.load(text, allow_pickle=False) as found:
+            return {name: torch.from_numpy(value) for name, value in found.items()}
+    name, _, shape = text.rpartition("=")
+    sizes, _, kind = shape.partition(":")
+    dtype, size = getattr(torch, kind or "float32"), [int(n) for n in sizes.split("x")]
+    value = torch.randn(size).to(dtype) if dtype.is_floating_point else torch.ones(size, dtype=dtype)
+    return {name or "arr_0": value}
 
 
 def _complain(text: str) -> None:

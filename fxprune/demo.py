@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from rich import box
 from rich.console import Console
@@ -33,7 +31,11 @@ EPOCHS, BATCH = 20, 64
 POINT = 0.01  # how far below the dense accuracy a pruned one may be
 FLOOR = 0.95  # below it the dense network has not learned, and a comparison with it says nothing
 PRUNING = (0.1, 0.5)  # masks grow between these fractions of the training
-WARM_UP, ROUNDS = 10, 100  # runs of each file in onnxruntime
+ROUNDS = 100  # runs of each file in onnxruntime
+COSTS = {  # the stage and the column that say them
+    "MACs": ("finalized", "macs"), "parameters": ("finalized", "parameters"),
+    "file size": ("onnx", "file_bytes"), "latency": ("onnx", "latency_ms"),
+}  # fmt: skip
 
 Step = Callable[[str, int, int], None]
 
@@ -77,14 +79,14 @@ class Variant:
 
     Attributes:
         name: also of its file.
-        prepare: called on the traced module before training; None: trained in eager, traced afterwards.
+        prepare: called on the traced module before training.
         prune: called with the traced module, the sparsity it has and the one it is to have.
         sparsity: what `prune` is to reach in the end.
         note: what the reader should know about the result.
     """
 
     name: str
-    prepare: Callable[[Any], None] | None = None
+    prepare: Callable[[Any], None] = lambda traced: None
     prune: Callable[[Any, float, float], None] = lambda traced, has, wanted: None
     sparsity: float = 0.0
     note: str = ""
@@ -120,8 +122,8 @@ VARIANTS = (
         "Unstructured zeros do not give speed: file and latency stay those of the dense network. That takes removing "
         "whole channels.",
     ),
-    Variant("rows", lambda traced: None, _rows, 0.5, "rows: half of the filters of three layers, by ln_structured."),
-    Variant("budget", lambda traced: None, _budget, 0.5, "budget: coupled channels, to half of the MACs."),
+    Variant("rows", prune=_rows, sparsity=0.5, note="rows: half of the filters of three layers, by ln_structured."),
+    Variant("budget", prune=_budget, sparsity=0.5, note="budget: coupled channels, to half of the MACs."),
 )
 
 
@@ -174,12 +176,12 @@ class Result:
         layers = Table("zeros", *(variant.name for variant in VARIANTS), "of", box=box.SIMPLE, show_edge=False)
         for column in (*rows.columns[2:], *layers.columns[1:]):
             column.justify = "right"
+        formats = ("{:.2%}", "{:,}", "{:.1%}", "{:.1f}M", "{:.0f}", "{:.3f}", "{:.2g}")
         for s in self.stages:
             share = None if s.zeros is None or not s.parameters else s.zeros / s.parameters
             macs = None if s.macs is None else s.macs / 1e6
             size = None if s.file_bytes is None else s.file_bytes / 1e3
             values = (s.accuracy, s.parameters, share, macs, size, s.latency_ms, s.max_difference)
-            formats = ("{:.2%}", "{:,}", "{:.1%}", "{:.1f}M", "{:.0f}", "{:.3f}", "{:.2g}")
             cells = ["" if v is None else text.format(v) for v, text in zip(values, formats, strict=True)]
             rows.add_row(s.variant, s.stage, *cells, end_section=s.stage == "onnx")
         for name, counts in self.layers.items():
@@ -232,8 +234,7 @@ def run(output: Path, *, seed: int = 0, epochs: int = EPOCHS, step: Step = lambd
             for variant in VARIANTS:
                 torch.manual_seed(seed)
                 _run(variant, copy.deepcopy(start), train, test, result, step)
-            _measure_latency(result, test[0][:BATCH], step)
-            _compare_costs(result)
+            _compare_costs(result, test[0][:BATCH], step)
     finally:
         torch.set_num_threads(threads)
     _judge_accuracy(result)
@@ -258,23 +259,18 @@ def _run(
     variant: Variant, model: nn.Module, train: tuple[Tensor, ...], test: tuple[Tensor, ...], result: Result, step: Step
 ) -> None:
     name, (images, labels) = variant.name, test
-    if variant.prepare is None:
-        _train(model, train, variant, result, step)
     traced = fxprune.trace(model, (images[:BATCH],))
-    if variant.prepare is not None:
-        variant.prepare(traced)
-        _train(traced, train, variant, result, step)
-    step(f"{name}: deploy", 0, 3)
+    variant.prepare(traced)
+    _train(traced, train, variant, result, step)
+    step(f"{name}: deploy", 0, 1)
     final = fxprune.finalize(traced.eval())
-    step(f"{name}: deploy", 1, 3)
     stages: dict[str, nn.Module | Path] = {"eager": _twin(traced, model).eval(), "traced": traced, "finalized": final}
+    path = Path(result.output, f"{name}.onnx")
     try:
-        path = Path(result.output, f"{name}.onnx")
         fxprune.export.to_onnx(final, path)
         stages["onnx"] = path
     except FxpruneError as error:
         result.failures.append(f"export: {name}: {error}")
-    step(f"{name}: deploy", 2, 3)
     zeros = {key: int((p == 0).sum()) for key, p in final.named_parameters()}
     for key, parameter in final.named_parameters():
         if parameter.dim() > 1:
@@ -296,7 +292,7 @@ def _run(
         rounds = stage == "onnx" or (stage == "finalized" and final.plan is not None and bool(final.plan.removed))
         if row and not (row.ok and (rounds or row.max_abs == 0)):
             result.failures.append(f"equality: {name}: {stage} differs from eager by {row.max_abs} {row.note}".rstrip())
-    step(f"{name}: deploy", 3, 3)
+    step(f"{name}: deploy", 1, 1)
 
 
 def _train(module: nn.Module, data: tuple[Tensor, ...], variant: Variant, result: Result, step: Step) -> None:
@@ -348,41 +344,27 @@ def _accuracy(item: nn.Module | Path, images: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def _measure_latency(result: Result, batch: Tensor, step: Step) -> None:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    runs = []
-    for stage in (stage for stage in result.stages if stage.stage == "onnx"):
-        path, times = str(Path(result.output, f"{stage.variant}.onnx")), list[float]()
-        runs.append((stage, onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]), times))
-    for i in range(WARM_UP + ROUNDS):
-        for _, session, times in runs:  # in turn, so that what else the machine does meets all alike
-            began = time.perf_counter()
-            session.run(None, {session.get_inputs()[0].name: batch.numpy()})
-            times.append(time.perf_counter() - began)
-        step("latency", i + 1, WARM_UP + ROUNDS)
-    for stage, _, times in runs:
-        stage.latency_ms = statistics.median(times[WARM_UP:]) * 1000
-
-
-def _compare_costs(result: Result) -> None:
-    def costs(variant: str) -> dict[str, float | None]:
-        stages = {s.stage: s for s in result.stages if s.variant == variant}
-        final, file = stages["finalized"], stages.get("onnx")
-        found = {"MACs": final.macs, "parameters": final.parameters}
-        return found | ({"file size": file.file_bytes, "latency": file.latency_ms} if file else {})
-
-    dense = costs(VARIANTS[0].name)
+def _compare_costs(result: Result, batch: Tensor, step: Step) -> None:
+    files = {Path(result.output, f"{s.variant}.onnx"): s for s in result.stages if s.stage == "onnx"}
+    step("latency", 0, 1)
+    measured = fxprune.export.bench(list(files), inputs=(batch,), rounds=ROUNDS) if files else []
+    for stage, latency in zip(files.values(), measured, strict=True):
+        stage.latency_ms = latency.median
+    step("latency", 1, 1)
+    found = {(s.variant, s.stage, what): value for s in result.stages for what, value in asdict(s).items() if value}
     for variant in VARIANTS[1:]:
-        pairs = ((what, value, dense.get(what)) for what, value in costs(variant.name).items())
-        result.ratios[variant.name] = {what: value / base for what, value, base in pairs if value and base}
+        result.ratios[variant.name] = {
+            what: found[variant.name, *cost] / found["dense", *cost]
+            for what, cost in COSTS.items()
+            if {(variant.name, *cost), ("dense", *cost)} <= found.keys()
+        }
 
 
 def _judge_accuracy(result: Result) -> None:
     dense = result.stages[0].accuracy
     if dense < FLOOR:
         result.failures.append(f"accuracy: dense has {dense:.2%}, below {FLOOR:.0%}: train for more epochs")
-    for name in dict.fromkeys(s.variant for s in result.stages[1:] if s.variant != VARIANTS[0].name):
+    for name in dict.fromkeys(s.variant for s in result.stages if s.variant != "dense"):
         worst = min((s for s in result.stages if s.variant == name), key=lambda s: s.accuracy)
         if worst.accuracy < dense - POINT:
             result.failures.append(

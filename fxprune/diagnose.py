@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,10 +110,8 @@ def _faults(path: str, module: nn.Module, *, skipped: bool, holders: dict[nn.Par
                 f"{kind.replace('_', ' ')} is computed once and never again.",
                 "Remove it and use a parametrization, or trace the model without it and let fxprune insert it.",
             )
-        tied = [n for s in state if (p := module._parameters.get(s)) is not None for n in holders[p] if n != prefix + s]
-        if tied:
-            yield _tied(name, kind.replace("_", " "), tied)
-        if (value := _value(module, hook)) is not None and not _same(getattr(module, tensor, None), value):
+        yield from _tied(name, kind.replace("_", " "), module, prefix, holders, state)
+        if _stale(module, tensor, hook):
             yield Fault(
                 "stale value",
                 name,
@@ -161,9 +160,7 @@ def _faults(path: str, module: nn.Module, *, skipped: bool, holders: dict[nn.Par
 
 
 def _parametrized(name: str, listed: nn.Module, holders: dict[nn.Parameter, list[str]], prefix: str) -> Iterator[Fault]:
-    for original, parameter in listed._parameters.items():
-        if parameter is not None and (tied := [n for n in holders[parameter] if n != prefix + original]):
-            yield _tied(name, "parametrization", tied)
+    yield from _tied(name, "parametrization", listed, prefix, holders, list(listed._parameters))
     if any(isinstance(step, parametrizations._Orthogonal) for step in listed.children()):
         try:
             with torch.no_grad():
@@ -178,38 +175,30 @@ def _parametrized(name: str, listed: nn.Module, holders: dict[nn.Parameter, list
             )
 
 
-def _tied(name: str, kind: str, others: list[str]) -> Fault:
-    return Fault(
-        "tied and reparametrized",
-        name,
-        f"it is tied to {', '.join(others)}, which the {kind} leaves alone: the two compute with different values, and "
-        "torch's removal writes one of them into both, so outputs change.",
-        "Untie them, or reparametrize both sides; fxprune's removal and finalize split the two.",
-    )
+def _tied(
+    name: str, kind: str, owner: nn.Module, prefix: str, holders: dict[nn.Parameter, list[str]], state: list[str]
+) -> Iterator[Fault]:
+    held = [(s, p) for s in state if (p := owner._parameters.get(s)) is not None]
+    if others := [n for s, p in held for n in holders[p] if n != prefix + s]:
+        yield Fault(
+            "tied and reparametrized",
+            name,
+            f"it is tied to {', '.join(others)}, which the {kind} leaves alone: the two compute with different values, "
+            "and torch's removal writes one of them into both, so outputs change.",
+            "Untie them, or reparametrize both sides; fxprune's removal and finalize split the two.",
+        )
 
 
-def _value(module: nn.Module, hook: object) -> torch.Tensor | None:
-    with torch.no_grad():
-        try:
-            if isinstance(hook, BasePruningMethod):
-                value: torch.Tensor | None = hook.apply_mask(module)
-            elif isinstance(hook, WeightNorm):
-                value = hook.compute_weight(module)
-            elif isinstance(hook, SpectralNorm):
-                value = hook.compute_weight(module, do_power_iteration=False)
-            else:
-                value = None
-            return value
-        except (AttributeError, RuntimeError, AssertionError):  # state that was tampered with has no value
-            return None
-
-
-def _same(left: object, right: torch.Tensor) -> bool:
-    return (
-        isinstance(left, torch.Tensor)
-        and left.dtype == right.dtype
-        and torch.equal(left.nan_to_num(), right.nan_to_num())
-    )
+def _stale(module: nn.Module, tensor: str, hook: Any) -> bool:
+    options = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
+    compute = hook.apply_mask if isinstance(hook, BasePruningMethod) else hook.compute_weight
+    try:
+        with torch.no_grad():
+            value = compute(module, **options).nan_to_num()
+    except (AttributeError, RuntimeError, AssertionError):  # state that was tampered with has no value
+        return False
+    held = getattr(module, tensor, None)
+    return not isinstance(held, torch.Tensor) or held.dtype != value.dtype or not torch.equal(held.nan_to_num(), value)
 
 
 def _fused(module: nn.Module) -> bool:

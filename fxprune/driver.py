@@ -260,9 +260,9 @@ def finalize(
     Args:
         traced: a traced module with an eval graph.
         shrink: whether to remove dead channels.
-        align: "auto" keeps dead channels so that counts at convolutions are multiples of 4, at depthwise ones and those
-            next to them of 16 (8 and 4 for fewer than 32 and 16), which onnxruntime runs faster; 1 removes all, an
-            integer n keeps multiples of n.
+        align: "auto" keeps dead channels so that counts at convolutions are multiples of 4, next to depthwise ones of
+            16 where that concerns no other layer (8 and 4 for fewer than 32 and 16 channels), which onnxruntime runs
+            faster; 1 removes all, an integer n keeps multiples of n.
         fold_batch_norm: scale the layers before batch norms instead of running these; the result has no train graph.
         plan: a stored plan to carry out instead of an analysis: the result has its architecture.
         verify: compare the outputs on the sample inputs in eval mode, and count MACs on the way.

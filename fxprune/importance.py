@@ -152,11 +152,8 @@ def _gradients(
         raise ArgumentError(
             f"the loader yielded a {type(batch).__name__}; a pair (inputs, target) or a mapping is needed."
         )
-    if isinstance(inputs, Mapping):
-        outputs = traced(**inputs)
-    else:
-        outputs = traced(*(inputs if isinstance(inputs, list | tuple) else (inputs,)))
-    value = loss(outputs, target)
+    args = () if isinstance(inputs, Mapping) else inputs if isinstance(inputs, list | tuple) else (inputs,)
+    value = loss(traced(*args, **(inputs if isinstance(inputs, Mapping) else {})), target)
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         raise ArgumentError(f"the loss is no scalar tensor: {getattr(value, 'shape', type(value).__name__)}.")
     asked = [p for p in parameters if p.requires_grad]

@@ -165,19 +165,15 @@ class Schedule:
     def _prune(self, total: float) -> None:
         before = {name: prune.state(self.traced, name) for name in self.names}
         sizes = {name: (parameter.numel(), _zeros(mask)) for name, (parameter, mask) in before.items()}
-        if self._class and self.scope == "local":
-            fractions = {name: _increment(total, *counts) for name, counts in sizes.items()}
-            masks = prune.computed(self.traced, {name: self._with(f) for name, f in fractions.items() if f})
-            _refuse_revival(before, masks)
-            driver.insert_masks(self.traced, masks)
-            return
         fraction = _increment(total, *map(sum, zip(*sizes.values(), strict=True)))
-        if not fraction:
-            return
         try:
-            if self._class:
+            if self._class and self.scope == "local":
+                fractions = {name: _increment(total, *counts) for name, counts in sizes.items()}
+                methods = {name: self._with(fraction) for name, fraction in fractions.items() if fraction}
+                driver.insert_masks(self.traced, prune.computed(self.traced, methods))
+            elif self._class and fraction:
                 prune.global_unstructured(self.traced, self.names, self._class, amount=fraction, **self.kwargs)
-            else:
+            elif fraction:
                 self.request(fraction)  # type: ignore[call-arg]
             _refuse_revival(before, {name: prune.state(self.traced, name)[1] for name in self.names})
         except BaseException:

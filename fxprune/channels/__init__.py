@@ -31,7 +31,7 @@ def analyze(traced: TracedModule, *, align: str | int = "auto") -> ChannelPlan:
 
     Args:
         traced: a module with an eval graph; masks folded into its parameters.
-        align: "auto" keeps dead channels so that counts at convolutions are multiples that run fast; an integer n, of n.
+        align: "auto" keeps dead channels where counts at convolutions then run faster; an integer n, multiples of n.
 
     Returns:
         The plan; `remove` carries it out on the same module.

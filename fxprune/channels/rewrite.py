@@ -302,6 +302,8 @@ def reshape(walk: Walk, kept: Kept) -> None:
         if val is not None and node.op != "placeholder" and "val" in node.meta:
             new = renew(val, node.meta["val"])
             if new is not node.meta["val"]:
+                if node.target is torch.ops.aten.view.default and not any(map(is_mutating, node.users)):
+                    node.target = torch.ops.aten.reshape.default  # an axis that is left with one entry can bar a view
                 node.meta["val"] = new
                 node.meta.pop("tensor_meta", None)
 

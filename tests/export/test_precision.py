@@ -24,7 +24,7 @@ from fxprune.demo import DigitNet
 from fxprune.errors import ArgumentError, CompareError, ExportError, FxpruneError, InputError, ProviderWarning
 from fxprune.export import ExportReport, Session, compare, to_onnx
 from fxprune.export import onnx as module_under_test
-from fxprune.export.metadata import digest
+from fxprune.export.source import digest
 
 
 class Wide(nn.Module):

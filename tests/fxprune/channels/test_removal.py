@@ -261,6 +261,43 @@ def test_a_buffer_that_the_graph_writes_is_kept_whole() -> None:
     assert len(plan.kept["seen"][0]) == 4
 
 
+@pytest.mark.parametrize(("align", "left"), [(1, (18, 18)), (4, (20, 20)), ("auto", (32, 32))])
+def test_automatic_alignment_keeps_more_next_to_depthwise_convolutions(align: Any, left: tuple[int, int]) -> None:
+    model = Net(
+        lambda m, x: m.last(m.plain(m.depthwise(m.wide(x)))),
+        wide=nn.Conv2d(3, 48, 1), depthwise=nn.Conv2d(48, 48, 3, padding=1, groups=48), plain=nn.Conv2d(48, 40, 1),
+        last=nn.Conv2d(40, 2, 1),
+    )  # fmt: skip
+    zero_rows(model.wide, *range(18, 48), bias=True)
+    zero_rows(model.depthwise, *range(18, 48), bias=True)
+    zero_rows(model.plain, *range(18, 40), bias=True)
+    _, plan = check(model, torch.randn(*IMAGE), align=align)
+    assert tuple(len(plan.kept[f"{name}.weight"][0]) for name in ("depthwise", "plain")) == left
+
+
+def test_automatic_alignment_does_not_spread_over_groups() -> None:
+    model = Net(
+        lambda m, x: m.last(m.second(m.first(x).relu())),
+        first=nn.Conv2d(3, 24, 1), second=nn.Conv2d(24, 24, 1, groups=6), last=nn.Conv2d(24, 2, 1),
+    )  # fmt: skip
+    zero_rows(model.first, *range(1, 24, 4), *range(2, 24, 4), *range(3, 24, 4), bias=True)
+    zero_rows(model.second, *range(1, 24, 4), *range(2, 24, 4), *range(3, 24, 4), bias=True)
+    _, plan = check(model, torch.randn(*IMAGE), align="auto")
+    assert [len(plan.kept[f"{name}.weight"][0]) for name in ("first", "second")] == [6, 6]
+
+
+def test_heads_with_one_value_dimension_left_are_viewed_as_before() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (part(x).view(-1, 5, 4, part.out_features // 4).transpose(1, 2) for part in (m.q, m.k, m.v))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 5, 32)
+        return torch.addmm(m.out.bias, out.view(-1, 32), m.out.weight.t())
+
+    model = Net(forward, q=nn.Linear(8, 32), k=nn.Linear(8, 32), v=nn.Linear(8, 32), out=nn.Linear(32, 3))
+    zero_rows(model.v, *(i for i in range(32) if i % 8), bias=True)
+    _, plan = check(model, torch.randn(2, 5, 8))
+    assert len(plan.kept["v.weight"][0]) == 4
+
+
 @pytest.mark.parametrize(("align", "left"), [(1, 5), (4, 8), ("auto", 8), (3, 6), (16, 16)])
 def test_alignment_keeps_dead_channels_up_to_a_multiple(align: Any, left: int) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1))
