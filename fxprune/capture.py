@@ -13,7 +13,7 @@ import re
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,7 +95,9 @@ def trace(
     root = _containers(model, reads[min(programs, key=MODES.index)])
     graphs = {}
     for mode, program in programs.items():
-        graphs[mode] = _unlift(program, model, root, mode, assigned[mode])
+        names = _argument_names(model, program.call_spec.in_spec)
+        keep = partial(_keep_constant, model=model, root=root, mode=mode, assigned=assigned[mode])
+        graphs[mode] = unlift(program, root, mode, names, keep)
         tag_results(graphs[mode], model)
         erase_dead(graphs[mode])
     for item in carried(model) if "eval" in graphs else ():  # finalize needs the value of those that eval does not read
@@ -356,7 +358,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _register_dataclasses(value: Any) -> None:
     for leaf in pytree.tree_leaves(value):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            torch.export.register_dataclass(type(leaf))
+            kind = type(leaf)
+            torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
             _register_dataclasses(leaf)
 
 
@@ -379,7 +382,17 @@ def _containers(model: nn.Module, reads: _Reads) -> Container:
     return build(model)
 
 
-def _unlift(program: ExportedProgram, model: nn.Module, root: Container, mode: str, assigned: set[str]) -> fx.Graph:
+def unlift(
+    program: ExportedProgram,
+    root: Container,
+    mode: str,
+    names: list[str],
+    keep_constant: Callable[[torch.Tensor, str], str],
+) -> fx.Graph:
+    """The graph of a program with its parameters and buffers read from `root` by `get_attr` nodes.
+
+    `names` are those of the arguments; `keep_constant` holds a tensor that is neither in `root`, and returns its name.
+    """
     graph: fx.Graph = program.graph
     signature = program.graph_signature
     for node, spec in zip(graph.find_nodes(op="placeholder"), signature.input_specs, strict=True):
@@ -389,7 +402,7 @@ def _unlift(program: ExportedProgram, model: nn.Module, root: Container, mode: s
             raise CaptureError(f"the model reads {spec.target!r} ({spec.kind.name}), which is no tensor.")
         target = str(spec.target)
         if spec.kind is InputKind.CONSTANT_TENSOR:
-            target = _keep_constant(program.constants[target], target, model, root, mode, assigned)
+            target = keep_constant(program.constants[target], target)
         if node.users:
             with graph.inserting_before(node):
                 read = graph.create_node("get_attr", target, name=target.replace(".", "_"))
@@ -407,7 +420,7 @@ def _unlift(program: ExportedProgram, model: nn.Module, root: Container, mode: s
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)
     spec = program.call_spec
-    graph.set_codegen(CodeGen(_PyTreeInfo(_argument_names(model, spec.in_spec), spec.in_spec, spec.out_spec)))
+    graph.set_codegen(CodeGen(_PyTreeInfo(names, spec.in_spec, spec.out_spec)))
     return graph
 
 

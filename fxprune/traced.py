@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import keyword
 import re
+import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,12 +76,14 @@ class Container(nn.Module):
 
     `parameter_order` lists the parameters as the model without reparametrizations has them, so that removing a
     mask or a norm restores the order that optimizers and `parameters_to_vector` go by. `source_class` is eager's class,
-    and `_reads` how often one forward in train mode read each parameter.
+    and `_reads` how often one forward in train mode read each parameter. `options` say how the parametrization that it
+    belongs to was inserted.
     """
 
     parameter_order: tuple[str, ...] = ()
     source_class: type[nn.Module] = nn.Module
     _reads: Mapping[str, int] = MappingProxyType({})
+    options: Mapping[str, Any] = MappingProxyType({})
 
     def restore_order(self) -> None:
         """Sort the parameters by `parameter_order`; those it does not list keep their place at the end."""
@@ -101,6 +104,7 @@ class TracedModule(fx.GraphModule):
         example_args, example_kwargs: the sample inputs of the capture.
         dynamic_shapes: `torch.export`'s structure of the dynamic axes, None when every size is fixed.
         plan: the channel plan that `finalize` carried out, else None.
+        origin: what `finalize` carried out just now, and the parameters of the module that it was given.
     """
 
     graphs: dict[str, fx.Graph]
@@ -108,6 +112,7 @@ class TracedModule(fx.GraphModule):
     example_kwargs: dict[str, Any]
     dynamic_shapes: Any
     plan: ChannelPlan | None
+    origin: tuple[ChannelPlan | None, dict[str, weakref.ref[nn.Parameter]]] | None
     _python_code: PythonCode
     _expected: list[_Input]
 
@@ -133,7 +138,7 @@ class TracedModule(fx.GraphModule):
             graph.owning_module = self
         self.example_args, self.example_kwargs = example_args, dict(example_kwargs)
         self.dynamic_shapes = dynamic_shapes
-        self.plan = None
+        self.plan = self.origin = None
         mode = "train" if training else "eval"
         self.train((mode if mode in self.graphs else next(iter(self.graphs))) == "train")
 
@@ -298,7 +303,7 @@ class TracedModule(fx.GraphModule):
             self.dynamic_shapes,
             training=self.training,
         )
-        clone.plan = self.plan
+        clone.plan, clone.origin = self.plan, self.origin
         memo[id(self)] = clone
         return clone
 
@@ -308,7 +313,7 @@ class TracedModule(fx.GraphModule):
     def __reduce__(self) -> Any:
         raise ArtifactError(
             "a traced module was to be pickled; pickles are not supported, since loading one runs code. "
-            "Keep `state_dict()`, or the exported file."
+            "Store it with fxprune.save, or keep `state_dict()`."
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> TracedModule:

@@ -1,0 +1,83 @@
+"""Accuracy on scikit-learn's digits at the MACs that Torch-Pruning reaches, after the same fine-tuning steps.
+
+Per seed: one network is trained; Torch-Pruning and fxprune prune it by L2 magnitude to the same MACs, and both are
+trained on over the same batches.
+
+Run: python benchmarks/accuracy.py [ratio] [seeds]
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+import warnings
+
+import torch
+import torch_pruning
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fxprune
+from fxprune.demo import DigitNet
+
+EPOCHS, FINE_TUNING, BATCH = 15, 5, 64
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float, seed: int) -> None:
+    order = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images), generator=order).split(BATCH):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+    model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    return float((model(images).argmax(1) == labels).double().mean())
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")  # Torch-Pruning's own
+    torch.set_num_threads(1)
+    ratio = float(sys.argv[1]) if len(sys.argv) > 1 else 0.6
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(digits.target)
+    found: dict[str, list[float]] = {"dense": [], "Torch-Pruning": [], "fxprune": []}
+    left: dict[str, list[float]] = {"Torch-Pruning": [], "fxprune": []}
+    for seed in range(int(sys.argv[2]) if len(sys.argv) > 2 else 5):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        test, own = order[:600], order[600:]
+        torch.manual_seed(seed)
+        dense = DigitNet()
+        train(dense, images[own], labels[own], EPOCHS, 0.05, seed)
+        found["dense"].append(accuracy(dense, images[test], labels[test]))
+        example = images[:2]
+        total, _ = torch_pruning.utils.count_ops_and_params(dense, example)
+        peer = copy.deepcopy(dense)
+        torch_pruning.pruner.MagnitudePruner(
+            peer, example, importance=torch_pruning.importance.MagnitudeImportance(p=2), pruning_ratio=ratio,
+            global_pruning=True, ignored_layers=[peer.head],
+        ).step()  # fmt: skip
+        share = torch_pruning.utils.count_ops_and_params(peer, example)[0] / total
+        traced = fxprune.trace(copy.deepcopy(dense), (example,))
+        fxprune.prune.channels(traced, macs=share, round_to=1)
+        final = fxprune.finalize(traced, align=1)
+        left["Torch-Pruning"].append(share)
+        left["fxprune"].append(final.plan.macs[1] / final.plan.macs[0])
+        for label, model in (("Torch-Pruning", peer), ("fxprune", final)):
+            train(model, images[own], labels[own], FINE_TUNING, 0.02, seed + 100)
+            found[label].append(accuracy(model, images[test], labels[test]))
+    for label, values in found.items():
+        macs = f", MACs left {statistics.mean(left[label]):.3f}" if label in left else ""
+        print(f"{label}: {statistics.mean(values):.4f} (standard deviation {statistics.stdev(values):.4f}){macs}")
+
+
+if __name__ == "__main__":
+    main()
