@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxprune.checkpoint import read_program
 from fxprune.errors import ArgumentError, CompareError, FxpruneError
 from fxprune.traced import TracedModule
 
@@ -350,7 +351,7 @@ class ProgramRunner(ModuleRunner):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
                 if Path(path).suffix == ".pt2":
-                    self.module = torch.export.load(os.fspath(path)).module()
+                    self.module = read_program(path).module()
                 else:
                     self.module = script = torch.jit.load(os.fspath(path))
                     self._names = [a.name for a in script.forward.schema.arguments[1:]]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
 
+from fxprune.checkpoint import read_program
 from fxprune.errors import CompareError
 from fxprune.graph import flop_counter
 
@@ -94,8 +95,9 @@ def _macs(graph: onnx.GraphProto, shapes: dict[str, tuple[int, ...]]) -> int | N
 
 
 def _program(path: str) -> Contents:
-    files: dict[str, Any] = {"fxprune.json": ""}
-    program = torch.export.load(path, extra_files=files)
+    program = read_program(path)
+    with zipfile.ZipFile(path) as archive:
+        notes = [archive.read(name) for name in archive.namelist() if name.endswith("/extra/fxprune.json")]
     tensors = [
         (name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.numel(), int((t == 0).sum()))
         for name, t in program.state_dict.items()
@@ -107,4 +109,4 @@ def _program(path: str) -> Contents:
         with flop_counter() as counter, torch.no_grad():
             program.module()(*args, **kwargs)
         macs = counter.get_total_flops() // 2
-    return Contents(tensors, dict(operators.most_common()), macs, json.loads(files["fxprune.json"] or "{}"))
+    return Contents(tensors, dict(operators.most_common()), macs, json.loads(notes[0] if notes else "{}"))

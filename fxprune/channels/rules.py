@@ -1221,8 +1221,11 @@ def pair(w: Walk, node: Any, spare: Tensor, batch: Sequence[Axis], columns: Vect
     lengths = [length(x) for x in batch]
     need = ~spare.expand(*lengths, len(columns))
     gates = [i for i, s in enumerate(lengths) if s > 1]
-    rows = w.vector(node, batch[gates[0]]) if len(gates) == 1 else None
-    if rows is not None and len(rows) == lengths[gates[0]]:
+    carried = [ids for _, ids in batch[gates[0]] if ids is not None] if len(gates) == 1 else []
+    rows = (
+        functools.reduce(w.ids.product, carried) if carried else None
+    )  # what is opaque beside them, batch, may be free
+    if rows is not None:
         w.readers.append(Reader(node, rows[None], columns[None], need.reshape(1, len(rows), -1).numpy()))
     else:
         w.readers.append(Reader(node, None, columns[None], need.reshape(-1, len(columns)).any(0)[None, None].numpy()))

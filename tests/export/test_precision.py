@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import pytest
 import torch
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
+from sklearn.datasets import load_digits
 from torch import nn
+from torch.nn import functional
 
 import fxprune
 from fxprune.demo import DigitNet
@@ -164,38 +167,138 @@ def test_the_digest_follows_the_weights(final: fxprune.TracedModule) -> None:
     assert digest(traced) != before
 
 
-def test_onnx_reference_evaluator_agrees(export: Callable[..., ExportReport]) -> None:
-    path = export().path
-    (got,) = ReferenceEvaluator(os.fspath(path)).run(None, {"x": BATCHES[0].numpy()})  # type: ignore[misc]
-    want = Session(path).run((BATCHES[0],), {})["output"].numpy()
+# ---- the demo's network, trained, pruned and trained on
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The pruned network, its files by precision, and test images it has not seen, with their labels."""
+
+    final: fxprune.TracedModule
+    files: dict[str, ExportReport]
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def accuracy(self, logits: torch.Tensor) -> float:
+        return (logits.argmax(1) == self.labels).double().mean().item()
+
+
+def fit(traced: fxprune.TracedModule, images: torch.Tensor, labels: torch.Tensor, epochs: int, rate: float) -> None:
+    optimizer = torch.optim.SGD(traced.parameters(), rate, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * -(-len(images) // 64))
+    traced.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images)).split(64):
+            optimizer.zero_grad()
+            functional.cross_entropy(traced(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    traced.eval()
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    torch.manual_seed(0)
+    found = load_digits()
+    images, labels = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16, torch.tensor(found.target)
+    test, own = torch.randperm(len(images)).split([600, len(images) - 600])
+    traced = fxprune.trace(DigitNet(), images[own[:2]])
+    fit(traced, images[own], labels[own], 5, 0.1)
+    fxprune.prune.channels(traced, macs=0.5)
+    fit(traced, images[own], labels[own], 3, 0.05)
+    final, folder = fxprune.finalize(traced), tmp_path_factory.mktemp("digits")
+    files = {
+        "float32": to_onnx(final, folder / "float32.onnx"),
+        "int8": to_onnx(final, folder / "int8.onnx", precision="int8", calibration=list(images[own[:256]].split(64))),
+    }
+    return Digits(final, files, images[test], labels[test])
+
+
+def test_int8_keeps_the_accuracy_of_the_pruned_demo(digits: Digits) -> None:
+    assert digits.final.plan is not None
+    assert digits.final.plan.macs[1] <= 0.5 * digits.final.plan.macs[0]
+    full, small = (Session(file.path).run((digits.images,), {})["output"] for file in digits.files.values())
+    assert not torch.equal(full, small)
+    assert digits.files["int8"].size < 0.45 * digits.files["float32"].size
+    assert digits.accuracy(full) > 0.95
+    assert abs(digits.accuracy(small) - digits.accuracy(full)) <= 0.01
+
+
+# ---- other runtimes
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(20, 16)
+        self.norm = nn.LayerNorm(16)
+        self.qkv = nn.Linear(16, 48)
+        self.up = nn.Linear(16, 32)
+        self.down = nn.Linear(32, 16)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids)
+        q, k, v = self.qkv(self.norm(x)).reshape(*ids.shape, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind()
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + y.transpose(1, 2).reshape(x.shape)
+        return x + self.down(functional.gelu(self.up(x)))
+
+
+def assert_reference_agrees(path: Path, final: fxprune.TracedModule, x: torch.Tensor) -> None:
+    feed = dict.fromkeys(Session(path).inputs, x.numpy())
+    (got,) = ReferenceEvaluator(os.fspath(path)).run(None, feed)  # type: ignore[misc]
+    with torch.no_grad():
+        want = final(x).numpy()
+    assert got.shape == want.shape
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
+def test_onnx_reference_evaluator_agrees(final: fxprune.TracedModule, export: Callable[..., ExportReport]) -> None:
+    assert_reference_agrees(export().path, final, BATCHES[0])
+
+
+def test_onnx_reference_evaluator_agrees_on_attention(tmp_path: Path) -> None:
+    traced = fxprune.trace(Attention(), torch.randint(20, (2, 5)), modes=("eval",))
+    fxprune.prune.channels(traced, 0.5, targets="up", round_to=1)
+    final = fxprune.finalize(traced)
+    assert final.up.out_features == 16
+    assert_reference_agrees(to_onnx(final, tmp_path / "a.onnx").path, final, torch.randint(20, (4, 5)))
+
+
+def test_onnx_reference_evaluator_agrees_on_the_pruned_demo(digits: Digits) -> None:
+    assert_reference_agrees(digits.files["float32"].path, digits.final, digits.images[:8])
+
+
 NODE = """
-const ort = require('onnxruntime-node'), fs = require('fs');
+const ort = require(process.argv[1]);
+const {path, dims, data} = JSON.parse(require('fs').readFileSync(0));
+ort.env.wasm.numThreads = 1;
 (async () => {
-  const session = await ort.InferenceSession.create(process.argv[2]);
-  const x = new Float32Array(fs.readFileSync(process.argv[3]).buffer.slice(0, 4 * 2 * 64));
-  const result = await session.run({[session.inputNames[0]]: new ort.Tensor('float32', x, [2, 1, 8, 8])});
-  fs.writeFileSync(process.argv[4], Buffer.from(result[session.outputNames[0]].data.buffer));
+  const session = await ort.InferenceSession.create(path);
+  const x = new ort.Tensor('float32', Float32Array.from(data), dims);
+  const result = await session.run({[session.inputNames[0]]: x});
+  console.log(JSON.stringify(Array.from(result[session.outputNames[0]].data)));
 })();
 """
 
 
-def test_the_demo_network_runs_in_onnxruntime_node(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("package", ["onnxruntime-node", "onnxruntime-web"])
+def test_the_pruned_demo_runs_in_node(package: str, precision: str, request: pytest.FixtureRequest) -> None:
     node = shutil.which("node")
-    found = node and subprocess.run([node, "-e", "require('onnxruntime-node')"], capture_output=True, check=False)
-    if not found or found.returncode:
-        pytest.skip("node with the package onnxruntime-node is missing")
-    x = torch.randn(2, 1, 8, 8)
-    traced = fxprune.trace(DigitNet(), x, modes=("eval",))
-    path = to_onnx(traced, tmp_path / "digits.onnx").path
-    (tmp_path / "run.js").write_text(NODE)
-    (tmp_path / "x").write_bytes(x.numpy().tobytes() + bytes(8192))
-    subprocess.run([node, tmp_path / "run.js", path, tmp_path / "x", tmp_path / "y"], check=True)  # type: ignore[list-item]
-    got = np.frombuffer((tmp_path / "y").read_bytes(), np.float32).reshape(2, 10)
-    want = Session(path).run((x,), {})["logits"].numpy()
-    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+    if node is None:
+        pytest.skip("node is missing")
+    if subprocess.run([node, "-e", f"require.resolve('{package}')"], capture_output=True, check=False).returncode:
+        pytest.skip(f"node does not find the package {package}: npm install it, here or in a folder of NODE_PATH")
+    digits: Digits = request.getfixturevalue("digits")  # trained only where it is needed
+    path, x = digits.files[precision].path, digits.images[:64]
+    call = json.dumps({"path": os.fspath(path), "dims": x.shape, "data": x.flatten().tolist()})
+    # as an argument, for a script file would look for packages from its own folder
+    done = subprocess.run([node, "-e", NODE, package], input=call, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    got = np.array(json.loads(done.stdout), np.float32).reshape(64, 10)
+    want = Session(path).run((x,), {})["output"].numpy()
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
 # ---- bad input
