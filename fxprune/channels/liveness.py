@@ -50,11 +50,17 @@ class Consistency:
         self.axes = _unique(coupling.of(v) for v in self._vectors)
         self._offsets = np.cumsum([0, *map(len, self.axes)])[:-1]
         self._joined = np.concatenate(self.axes) if self.axes else np.zeros(0, np.int64)
+        self.align(1)
+
+    def align(self, to: int | str) -> None:
+        """From now on keep counts that are multiples of `to`; "auto" says which, as long as that does not spread."""
+        self._multiples = self._fast() if to == "auto" else [(v, int(to)) for v in self.axes if int(to) > 1]
+        self._aligned, self._spread = self._multiples, to != "auto"
 
     def settle(self, alive: Mask) -> Mask:
         """The least consistent set that holds `alive`."""
-        self.alive = alive | self.classes.pinned
-        while self.classes.close(self.alive) or self.balance() or self.fill():
+        self.alive, self._aligned = alive | self.classes.pinned, self._multiples
+        while self.classes.close(self.alive) or self.balance() or self.fill() or self.round():
             pass
         return self.alive
 
@@ -81,6 +87,45 @@ class Consistency:
                 self._keep(self._cheapest(self.axes[k][None], np.ones(1, np.int64)), self.NONEMPTY)
         return len(empty) > 0
 
+    def round(self) -> bool:
+        """Keep dead channels until the counts are multiples that run fast, as far as there are any.
+
+        Where that would make channels of other layers stay, in grids or groups, the count is left as it is.
+        """
+        changed = False
+        for columns, step in list(self._aligned):
+            count = int(self.alive[columns].sum())
+            lacking = min(-count % step, len(columns) - count)
+            if lacking:
+                before = self.alive.copy(), self.why.copy()
+                self._keep(self._cheapest(columns[None], np.array([lacking])), self.ALIGNED)
+                while self.classes.close(self.alive) or self.balance():
+                    pass
+                if not self._spread and int(self.alive.sum() - before[0].sum()) > lacking:
+                    self.alive, self.why = before
+                    self._aligned = [item for item in self._aligned if item[0] is not columns]
+                    continue
+                changed = True
+        return changed
+
+    def _fast(self) -> list[tuple[Vector, int]]:
+        """The multiples that the channels of convolutions should be of, as measured in onnxruntime.
+
+        Counts of 4 cost as if rounded up to 16, so more dead channels gain nothing; around depthwise convolutions,
+        where memory traffic decides, multiples of 16 ran 1.24 times faster than those of 4 (MobileNetV2). That is asked
+        for where a vector overlaps with no other, so that rounding does not spread.
+        """
+        convolutions = [([self.coupling.of(v) for v in own], deep) for own, deep in self.coupling.walks["eval"].aligned]
+        depthwise = {v.tobytes() for own, deep in convolutions if deep for v in own}
+        near = {v.tobytes() for own, _ in convolutions if any(v.tobytes() in depthwise for v in own) for v in own}
+        vectors = _unique(v for own, _ in convolutions for v in own)
+        holders = np.zeros(self.classes.count, np.int64)
+        for classes in {tuple(np.sort(v)) for v in vectors}:
+            np.add.at(holders, list(classes), 1)
+        holders[np.concatenate([self.classes.whole, self.classes.left, self.classes.right])] = 2
+        wide = [v.tobytes() in near and (holders[v] == 1).all() for v in vectors]
+        return [(v, max(4, fast_multiple(len(v))) if w else 4) for v, w in zip(vectors, wide, strict=True)]
+
     def _cheapest(self, columns: Vector, lacking: NDArray[np.int64]) -> Vector:
         """For each row of classes, as many dead ones as it lacks, the cheapest first."""
         order = np.argsort(self.cost[columns] + self.alive[columns] * 2, axis=1, kind="stable")
@@ -104,29 +149,10 @@ class Liveness(Consistency):
         for reader, rows in zip(self.readers, self._rows, strict=True):
             if rows is not None and reader.soft is not None:
                 self.cost[rows[(reader.used & ~reader.soft[:, None]).any(-1)]] = 1
-        self._spare = align == "auto"
-        self._aligned = self._fast() if self._spare else [(v, int(align)) for v in self.axes]
+        self.align(align)
         self.demand()
         while self.represent() or self.balance() or self.fill() or self.round():
             self.demand()
-
-    def _fast(self) -> list[tuple[Vector, int]]:
-        """The multiples that the channels of convolutions should be of, as measured in onnxruntime.
-
-        Counts of 4 cost as if rounded up to 16, so more dead channels gain nothing; around depthwise convolutions,
-        where memory traffic decides, multiples of 16 ran 1.24 times faster than those of 4 (MobileNetV2). That is asked
-        for where a vector overlaps with no other, so that rounding does not spread.
-        """
-        convolutions = [([self.coupling.of(v) for v in own], deep) for own, deep in self.coupling.walks["eval"].aligned]
-        depthwise = {v.tobytes() for own, deep in convolutions if deep for v in own}
-        near = {v.tobytes() for own, _ in convolutions if any(v.tobytes() in depthwise for v in own) for v in own}
-        vectors = _unique(v for own, _ in convolutions for v in own)
-        holders = np.zeros(self.classes.count, np.int64)
-        for classes in {tuple(np.sort(v)) for v in vectors}:
-            np.add.at(holders, list(classes), 1)
-        holders[np.concatenate([self.classes.whole, self.classes.left, self.classes.right])] = 2
-        wide = [v.tobytes() in near and (holders[v] == 1).all() for v in vectors]
-        return [(v, max(4, fast_multiple(len(v))) if w else 4) for v, w in zip(vectors, wide, strict=True)]
 
     def demand(self) -> None:
         """Keep the columns that rows still alive read, and close grids, until stable."""
@@ -180,27 +206,6 @@ class Liveness(Consistency):
             if not sets:
                 return True
         return False
-
-    def round(self) -> bool:
-        """Keep dead channels until the counts are multiples that run fast, as far as there are any.
-
-        Where that would make channels of other layers stay, in grids or groups, the count is left as it is.
-        """
-        changed = False
-        for columns, step in list(self._aligned):
-            count = int(self.alive[columns].sum())
-            lacking = min(-count % step, len(columns) - count)
-            if lacking:
-                before = self.alive.copy(), self.why.copy()
-                self._keep(self._cheapest(columns[None], np.array([lacking])), self.ALIGNED)
-                while self.classes.close(self.alive) or self.balance():
-                    pass
-                if self._spare and int(self.alive.sum() - before[0].sum()) > lacking:
-                    self.alive, self.why = before
-                    self._aligned = [item for item in self._aligned if item[0] is not columns]
-                    continue
-                changed = True
-        return changed
 
 
 def representative(reader: Reader, group: int, alive: Mask) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxprune.channels.coupling import Axis, Coupling, Reader, Val, Walk, carries
+from fxprune.channels.coupling import Axis, Coupling, Reader, Val, Walk, carries, operator_name
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.liveness import representative
 from fxprune.channels.plan import ChannelPlan
@@ -474,13 +475,13 @@ def _close(a: Any, b: Any, tolerance: float | None) -> bool:
 
 
 def _estimate(graph: fx.Graph) -> float:
+    """FLOPs of one sample in convolutions and linear layers."""
     total = 0.0
     for node in graph.nodes:
-        if node.op == "call_function" and ("conv" in str(node.target) or "linear" in str(node.target)):
+        name = operator_name(node.target) if node.op == "call_function" else ""
+        if name == "linear" or "conv" in name:
             weight, out = node.args[1].meta.get("val"), node.meta.get("val")
             if weight is not None and out is not None:
-                space = [s for s in out.shape[(2 if "conv" in str(node.target) else 1) :] if type(s) is int]
-                total += (
-                    2.0 * weight.numel() * float(np.prod(space[: None if "conv" in str(node.target) else -1] or [1]))
-                )
+                space = out.shape[1:-1] if name == "linear" else out.shape[2:]
+                total += 2.0 * weight.numel() * math.prod(s for s in space if type(s) is int)
     return total
