@@ -1,7 +1,7 @@
 """Latency in onnxruntime, one thread: models cut to the MACs that Torch-Pruning reaches, against Torch-Pruning's own.
 
 For each ratio: the dense model, Torch-Pruning's as it comes and with round_to=16 (exported by torch.onnx.export), and
-fxprune's at the MACs of each. "half": both with half of every layer, so that all channel counts are the same.
+fxprune's at the MACs of each; both take the same share of every layer. "half": both with half of every layer, so that all channel counts are the same.
 
 Run: python benchmarks/runtime.py [rounds] [network ...] [ratio ...] (a ratio may be "half")
 """
@@ -72,7 +72,7 @@ def race(name: str, ratio: str, rounds: int, folder: Path) -> None:
         if ratio == "half":
             fxprune.prune.channels(own, 0.5, scope="local", round_to=1)
         else:
-            fxprune.prune.channels(own, macs=macs(other, x) / dense)
+            fxprune.prune.channels(own, macs=macs(other, x) / dense, scope="local")
         final = fxprune.finalize(own, fold_batch_norm=True)
         files[label], files[f"fxprune at the MACs of {label}"] = (folder / f"{len(files) + i}.onnx" for i in range(2))
         torch.onnx.export(other.eval(), (x,), files[label], dynamo=True, verbose=False)

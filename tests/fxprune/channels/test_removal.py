@@ -261,6 +261,19 @@ def test_a_buffer_that_the_graph_writes_is_kept_whole() -> None:
     assert len(plan.kept["seen"][0]) == 4
 
 
+def test_single_precision_with_bilinear_upsampling_is_checked_too() -> None:
+    model = Net(
+        lambda m, x: m.last(F.interpolate(m.first(x), scale_factor=2, mode="bilinear")),
+        first=nn.Conv2d(3, 8, 1), last=nn.Conv2d(8, 2, 1),
+    ).float()  # fmt: skip
+    zero_rows(model.first, 0, 1, 2, bias=True)
+    x = torch.randn(*IMAGE).float()
+    final = fxprune.finalize(fxprune.trace(model.eval(), (x,), modes=("eval",)), align=1)
+    assert len(final.plan.kept["first.weight"][0]) == 5
+    with torch.no_grad():
+        assert error(model(x), final(x)) < 1e-5
+
+
 @pytest.mark.parametrize(("align", "left"), [(1, (18, 18)), (4, (20, 20)), ("auto", (32, 32))])
 def test_automatic_alignment_keeps_more_next_to_depthwise_convolutions(align: Any, left: tuple[int, int]) -> None:
     model = Net(
