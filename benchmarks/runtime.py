@@ -1,7 +1,8 @@
 """Latency in onnxruntime, one thread: models cut to the MACs that Torch-Pruning reaches, against Torch-Pruning's own.
 
 For each ratio: the dense model, Torch-Pruning's as it comes and with round_to=16 (exported by torch.onnx.export), and
-fxprune's at the MACs of each; both take the same share of every layer. "half": both with half of every layer, so that all channel counts are the same.
+fxprune's at the MACs of each; both take the same share of every layer. "half": both with half of every layer, so that
+all channel counts are the same.
 
 Run: python benchmarks/runtime.py [rounds] [network ...] [ratio ...] (a ratio may be "half")
 """
