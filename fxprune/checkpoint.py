@@ -130,6 +130,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Traced
     except FxpruneError as error:
         error.add_note(f"while loading '{path}'")
         raise
+    except OSError as error:
+        raise ArtifactError(f"'{path}' was to be loaded and cannot be read: {error}.") from error
     except Exception as error:  # whatever damage makes torch, zipfile and json raise
         raise ArtifactError(
             f"'{path}' cannot be restored: {type(error).__name__}: {error}. A file that is truncated or altered must "
