@@ -113,7 +113,8 @@ def channels(
     given = {k: v for k, v in (("macs", macs), ("parameters", parameters), ("speedup", speedup)) if v is not None}
     name, value = _check(amount, given, importance, scope, round_to, max_per_group, at_least)
     grouping = Grouping(driver.plain_view(traced))
-    grouping.repair.align("auto" if round_to == "auto" else 1)  # what finalize would keep counts against the budget
+    if round_to == "auto" and name in ("macs", "parameters"):
+        grouping.repair.align("auto")  # what finalize will keep counts against the budget
     picked = _targets(grouping, targets, [ignore] if isinstance(ignore, str) else list(ignore))
     labels = _labels(grouping.groups)
     stayed = {labels[id(g)]: g.reason for g in grouping.groups if g.reason}
