@@ -16,7 +16,7 @@ import fxprune
 from fxprune.errors import ArgumentTypeError, FxpruneError
 from fxprune.write_back import WriteBackError, write_back
 from tests.fxprune.channels.exactness import error
-from tests.fxprune.channels.test_zoo import ARCHITECTURES, FAMILIES, prepare, repeated
+from tests.fxprune.channels.test_zoo import ARCHITECTURES, FAMILIES, prepare, repeated, transformer
 from tests.networks import NETWORKS
 
 
@@ -346,18 +346,8 @@ def family(name: str, transformers: Any, build: Callable[..., nn.Module]) -> tup
     if name not in ARCHITECTURES:
         model = build(name)
         return model, (torch.randn(2, 3, *getattr(model, "in_size", (224, 224))).double(),), {}
-    config, shapes = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**config))
-    if name == "Wav2Vec2":
-        for module in model.modules():
-            if nn.utils.parametrize.is_parametrized(module):
-                nn.utils.parametrize.remove_parametrizations(module, "weight")
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p.add_(torch.randn_like(p) * 0.3)
-    inputs = {k: torch.randint(3, 90, s) if "ids" in k else torch.randn(s).double() for k, s in shapes.items()}
+    model, inputs = transformer(name, transformers)
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     return model, (), inputs
 
 

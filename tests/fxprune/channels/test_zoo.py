@@ -118,10 +118,8 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.filterwarnings("ignore")
-def test_a_transformer_is_shrunk_exactly(name: str, transformers: Any) -> None:
+def transformer(name: str, transformers: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A small one of an architecture with random weights and biases, and its inputs."""
     config, shapes = ARCHITECTURES[name]
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**config))
@@ -133,6 +131,13 @@ def test_a_transformer_is_shrunk_exactly(name: str, transformers: Any) -> None:
         for p in model.parameters():
             if p.dim() == 1:
                 p.add_(torch.randn_like(p) * 0.3)
-    inputs = {k: torch.randint(3, 90, s) if "ids" in k else torch.randn(s) for k, s in shapes.items()}
+    return model, {k: torch.randint(3, 90, s) if "ids" in k else torch.randn(s) for k, s in shapes.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_transformer_is_shrunk_exactly(name: str, transformers: Any) -> None:
+    model, inputs = transformer(name, transformers)
     plan = check(prepare(model), inputs)
     assert plan.parameters[1] < plan.parameters[0]
