@@ -33,7 +33,7 @@ def peer(model: nn.Module, x: torch.Tensor, ratio: float, round_to: int | None) 
     """Torch-Pruning's model; transformers lose heads and hidden units, not the width of the stream."""
     model = copy.deepcopy(model)
     options: dict[str, Any] = {}
-    ignored = [m for m in model.modules() if getattr(m, "out_features", 0) == 1000]
+    ignored = [m for m in model.modules() if getattr(m, "out_features", getattr(m, "out_channels", 0)) == 1000]
     projections = [m for n, m in model.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj"))]
     if projections:
         options = {"num_heads": dict.fromkeys(projections, 12), "prune_num_heads": True, "prune_head_dims": False}
@@ -67,13 +67,14 @@ def race(name: str, ratio: str, rounds: int, folder: Path) -> None:
     left = {"dense": 1.0}
     files = {"dense": folder / "dense.onnx"}
     traced = fxprune.trace(model, (sample(2),), modes=("eval",))
+    kinds = ("attention head", "MLP unit") if name == "vit_b" else None
     fxprune.export.to_onnx(fxprune.finalize(traced, fold_batch_norm=True), files["dense"], verify=False)
     for label, other in peers.items():
         own = copy.deepcopy(traced)
         if ratio == "half":
-            fxprune.prune.channels(own, 0.5, scope="local", round_to=1)
+            fxprune.prune.channels(own, 0.5, scope="local", kinds=kinds, round_to=1)
         else:
-            fxprune.prune.channels(own, macs=macs(other, x) / dense, scope="local")
+            fxprune.prune.channels(own, macs=macs(other, x) / dense, scope="local", kinds=kinds)
         final = fxprune.finalize(own, fold_batch_norm=True)
         files[label], files[f"fxprune at the MACs of {label}"] = (folder / f"{len(files) + i}.onnx" for i in range(2))
         torch.onnx.export(other.eval(), (x,), files[label], dynamo=True, verbose=False)

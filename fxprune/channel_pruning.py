@@ -24,6 +24,7 @@ from fxprune.traced import TracedModule
 Importance = str | Callable[[ChannelGroup], torch.Tensor]
 NORMS = {"l1": 1.0, "l2": 2.0, "linf": torch.inf}
 MARGIN = 1.02  # another process measures a little more or less
+SPENT = 0.98  # share of a budget that counts as all of it
 KNOWN = (*NORMS, "random", "bn", "fpgm", "taylor")
 
 
@@ -53,6 +54,7 @@ def channels(
     scope: str = "global",
     targets: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] = (),
+    kinds: str | Iterable[str] | None = None,
     round_to: int | str = "auto",
     max_per_group: float = 1.0,
     at_least: int = 1,
@@ -87,9 +89,11 @@ def channels(
         scope: "global" compares units of all groups; "local" takes the same share of every group.
         targets: patterns of parameter or module names; groups that write one of these are pruned, None prunes all.
         ignore: patterns; groups with a member of such a name are left alone.
+        kinds: the kinds of groups to prune, as in `ChannelGroup.kind`: "attention head", "MLP unit", ...; None: all.
         round_to: what stays of a group (of each conv group or head, where it has these) is rounded to the nearest
-            multiple; "auto" takes 16 for convolutions (8 and 4 for those with fewer than 32 and 16 channels), as
-            onnxruntime computes them in blocks, and 1 for matrix products.
+            multiple; "auto" takes 16 for convolutions, as onnxruntime computes them in blocks, and 1 for matrix
+            products. Convolutions with fewer than 32 and 16 channels are cut to multiples of 8 and 4 where a budget
+            cannot be kept else, and where `amount` is given; at last all are cut as they fall.
         max_per_group: largest share of a group that goes. at_least: units that every group keeps.
         macs, parameters: what may be left, as a fraction of the dense model or as a count.
         speedup: how many times faster in onnxruntime than `traced` finalized as it is, measured on this machine.
@@ -115,7 +119,7 @@ def channels(
     grouping = Grouping(driver.plain_view(traced))
     if round_to == "auto" and name in ("macs", "parameters"):
         grouping.repair.align("auto")  # what finalize will keep counts against the budget
-    picked = _targets(grouping, targets, [ignore] if isinstance(ignore, str) else list(ignore))
+    picked = _targets(grouping, targets, [ignore] if isinstance(ignore, str) else list(ignore), kinds)
     labels = _labels(grouping.groups)
     stayed = {labels[id(g)]: g.reason for g in grouping.groups if g.reason}
     if importance == "bn":
@@ -129,16 +133,25 @@ def channels(
     scored = _scores(traced, grouping, picked, importance, seed, evidence)
     if scope == "global":
         scored = [s / s.mean() if s.mean() > 0 else s for s in scored]
-    stairs = Staircase(ladders(picked, scored, round_to, max_per_group, at_least), scope)
     for group, score in zip(picked, scored, strict=True):  # where a choice is left, the highest scores stay
         grouping.repair.cost[group.units] = 1 - np.argsort(np.argsort(score, kind="stable")) / len(score)
-    measured = None
-    if name == "speedup":
-        with driver.stopwatch(traced, threads=threads, batch=batch, provider=provider) as measure:
-            height, measured = _fastest(traced, grouping, stairs, value, measure)
-    else:
-        height = _fit(grouping, stairs, name, value)
-    alive = grouping.alive(stairs.units(height))
+    # whole blocks run fastest; a budget that they cannot keep is cut finer
+    roundings: Sequence[int | str] = (round_to,)
+    if round_to == "auto":
+        roundings = ("fine",) if name == "amount" else ("auto", "fine", 1)
+    for rounding in roundings:
+        stairs, measured = Staircase(ladders(picked, scored, rounding, max_per_group, at_least), scope), None
+        try:
+            if name == "speedup":
+                with driver.stopwatch(traced, threads=threads, batch=batch, provider=provider) as measure:
+                    units, measured = _fastest(traced, grouping, stairs, value, measure)
+            else:
+                units = _fit(grouping, stairs, name, value)
+            break
+        except PruningError:
+            if rounding == roundings[-1]:
+                raise
+    alive = grouping.alive(units)
     driver.insert_masks(traced, _requests(traced, grouping, alive))
     removed = {labels[id(g)]: (int((~alive[g.units]).sum()), g.size) for g in picked}
     (m, p), (left, kept) = grouping.dense, (grouping.macs(alive), grouping.parameters(alive))
@@ -155,22 +168,28 @@ def _labels(groups: Sequence[ChannelGroup]) -> dict[int, str]:
     return found
 
 
-def _fit(grouping: Grouping, stairs: Staircase, name: str, value: float) -> int:
-    """The fewest stairs within the budget."""
+def _fit(grouping: Grouping, stairs: Staircase, name: str, value: float) -> Vector:
+    """The fewest units within the budget."""
     if name == "amount":
         if value > stairs.total:
             raise ArgumentError(f"amount={value}: there are {stairs.total} units that may be pruned.")
-        return stairs.count(value * stairs.total if isinstance(value, float) else value)
+        return stairs.units(stairs.count(value * stairs.total if isinstance(value, float) else value))
     count, dense = (grouping.macs, grouping.dense[0]) if name == "macs" else (grouping.parameters, grouping.dense[1])
     limit = value * dense if isinstance(value, float) else value
-    height = stairs.search(lambda units: count(grouping.alive(units)) <= limit)
+
+    def fits(units: Vector) -> bool:
+        return count(grouping.alive(units)) <= limit
+
+    height = stairs.search(fits)
     if height is None:
         best = count(grouping.alive(stairs.units(len(stairs))))
         raise PruningError(
             f"{name}={value} cannot be reached: at most {limit:,.0f} of {dense:,} were asked for, the best is {best:,} "
-            f"({best / max(dense, 1):.3f}). Raise it, or max_per_group; `fxprune.channel_groups` says what must stay."
+            f"({best / max(dense, 1):.3f}). Raise it, or max_per_group, or cut finer (round_to=1, and align=1 in "
+            "finalize); `fxprune.channel_groups` says what must stay."
         )
-    return height
+    spent = count(grouping.alive(stairs.units(height))) >= SPENT * limit
+    return stairs.units(height) if spent else stairs.give_back(height, fits)
 
 
 def _within(grouping: Grouping, limit: float, units: Vector) -> bool:
@@ -179,19 +198,18 @@ def _within(grouping: Grouping, limit: float, units: Vector) -> bool:
 
 def _fastest(
     traced: TracedModule, grouping: Grouping, stairs: Staircase, wanted: float, measure: Callable[[Any], float]
-) -> tuple[int, float]:
-    """The fewest stairs, to 1/32 of the MACs, that were measured to be fast enough, and how fast they are."""
-
+) -> tuple[Vector, float]:
+    """The fewest units, to 1/32 of the MACs, that were measured to be fast enough, and how fast they are."""
     slow, fast, share, best = 1.0, 0.0, 1 / wanted, 0.0
-    found: tuple[int, float] | None = None
+    found: tuple[Vector, float] | None = None
     for _ in range(10):
         limit = share * grouping.dense[0]
         height = stairs.search(functools.partial(_within, grouping, limit))
-        stair = len(stairs) if height is None else height
-        reached = measure(_requests(traced, grouping, grouping.alive(stairs.units(stair))))
+        units = stairs.units(len(stairs) if height is None else height)
+        reached = measure(_requests(traced, grouping, grouping.alive(units)))
         best = max(best, reached)
         if reached >= wanted * MARGIN:
-            found, fast = (stair, reached), share
+            found, fast = (units, reached), share
         elif height is None:
             break
         else:
@@ -232,7 +250,9 @@ def _check(
     return name, value
 
 
-def _targets(grouping: Grouping, targets: str | Iterable[str] | None, ignore: Sequence[str]) -> list[ChannelGroup]:
+def _targets(
+    grouping: Grouping, targets: str | Iterable[str] | None, ignore: Sequence[str], kinds: str | Iterable[str] | None
+) -> list[ChannelGroup]:
     """The groups to prune; those that lose channels together are picked together."""
     wanted = None if targets is None else [targets] if isinstance(targets, str) else list(targets)
     names = {m.parameter for g in grouping.groups for m in g.members}
@@ -244,7 +264,11 @@ def _targets(grouping: Grouping, targets: str | Iterable[str] | None, ignore: Se
         if not isinstance(pattern, str) or not any(matches(pattern, name) for name in names):
             near = ", ".join(sorted(names)[:6])
             raise NameLookupError(f"{pattern!r} matches no parameter that carries channels. There are {near}, ...")
-    usable = [g for g in grouping.groups if g.reason is None and g.size > 1]
+    there = {g.kind for g in grouping.groups}
+    allowed = there if kinds is None else {kinds} if isinstance(kinds, str) else set(kinds)
+    if unknown := allowed - there:
+        raise NameLookupError(f"kinds={sorted(unknown)}: the groups are of the kinds {', '.join(sorted(there))}.")
+    usable = [g for g in grouping.groups if g.reason is None and g.size > 1 and g.kind in allowed]
 
     def named(g: ChannelGroup, patterns: Sequence[str], roles: Sequence[str]) -> bool:
         return any(matches(p, m.parameter) for p in patterns for m in g.members if m.role in roles)

@@ -82,7 +82,7 @@ def _multiple(group: ChannelGroup, round_to: int | str) -> int:
         return 1
     if isinstance(round_to, int):
         return round_to
-    return fast_multiple(group.size) if group.aligned else 1
+    return fast_multiple(group.size, fine=round_to == "fine") if group.aligned else 1
 
 
 class Staircase:
@@ -119,9 +119,7 @@ class Staircase:
 
     def units(self, stairs: int) -> Vector:
         """The units that go with the first stairs."""
-        taken = np.zeros(len(self._ladders), np.int64)
-        np.maximum.at(taken, self._which[:stairs], self._taken[:stairs])
-        return np.concatenate([x.units[:n].reshape(-1) for x, n in zip(self._ladders, taken, strict=True)])
+        return self._units(self._level(stairs))
 
     def search(self, fits: Callable[[Vector], bool]) -> int | None:
         """The fewest stairs that fit, None where all of them do not."""
@@ -132,6 +130,25 @@ class Staircase:
             middle = (low + high) // 2
             low, high = (low, middle) if fits(self.units(middle)) else (middle, high)
         return high
+
+    def give_back(self, stairs: int, fits: Callable[[Vector], bool]) -> Vector:
+        """The units that go with the first stairs, without the last stair of every ladder that need not be taken."""
+        level, last = self._level(stairs), dict(zip(self._which[:stairs].tolist(), range(stairs), strict=True))
+        for ladder, stair in sorted(last.items(), key=lambda item: -item[1]):
+            fewer = level.copy()
+            fewer[ladder] = self._level(stair)[ladder]
+            if fits(self._units(fewer)):
+                level = fewer
+        return self._units(level)
+
+    def _level(self, stairs: int) -> Vector:
+        """How many steps of each ladder the first stairs are."""
+        taken = np.zeros(len(self._ladders), np.int64)
+        np.maximum.at(taken, self._which[:stairs], self._taken[:stairs])
+        return taken
+
+    def _units(self, level: Vector) -> Vector:
+        return np.concatenate([x.units[:n].reshape(-1) for x, n in zip(self._ladders, level, strict=True)])
 
 
 def masks(grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:

@@ -491,7 +491,11 @@ def _node_costs(node: fx.Node, env: dict[fx.Node, Any]) -> list[tuple[float, lis
         a, b = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
         size, rank = float(math.prod(_sizes(node)) * _sizes(a)[-1]), len(_sizes(node))
         return [(size, ids(*heads(node, rank), (a, -2), (a, -1), (b, -1)))]
-    if (name in RULES and name not in ("lstm", "gru", "rnn_tanh", "rnn_relu")) or is_pointwise(node.target):
+    if str(node.target) in ("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input"):
+        inputs, weights, both_ways = node.args[0], list[Any](args[2]), args[7]  # type: ignore[arg-type]
+        read = float(math.prod(_sizes(inputs)[:-1]) * math.prod(_sizes(weights[0])) * (2 if both_ways else 1))
+        return [(_measured(node) - read, None), (read, ids((inputs, -1)))]
+    if name in RULES or is_pointwise(node.target):
         return []
     return [(cost, None)] if (cost := _measured(node)) else []
 

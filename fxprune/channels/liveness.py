@@ -14,9 +14,14 @@ from fxprune.channels.ids import Mask, Vector
 TINY = 0.05
 
 
-def fast_multiple(channels: int) -> int:
-    """The multiple to cut a convolution to: onnxruntime computes in blocks of 16 channels; few leave a finer choice."""
-    return next((m for m in (16, 8, 4) if channels >= 2 * m), 1)
+def fast_multiple(channels: int, fine: bool = False) -> int:
+    """The multiple to cut a convolution to: onnxruntime computes in blocks of 16 channels.
+
+    Fewer than 16 save nothing, and their readers leave the blocked layout: they are cut only where `fine` asks for it.
+    """
+    if fine:
+        return next((m for m in (16, 8, 4) if channels >= 2 * m), 1)
+    return min(16, channels)
 
 
 class Consistency:
@@ -124,7 +129,7 @@ class Consistency:
             np.add.at(holders, list(classes), 1)
         holders[np.concatenate([self.classes.whole, self.classes.left, self.classes.right])] = 2
         wide = [v.tobytes() in near and (holders[v] == 1).all() for v in vectors]
-        return [(v, max(4, fast_multiple(len(v))) if w else 4) for v, w in zip(vectors, wide, strict=True)]
+        return [(v, max(4, fast_multiple(len(v), True)) if w else 4) for v, w in zip(vectors, wide, strict=True)]
 
     def _cheapest(self, columns: Vector, lacking: NDArray[np.int64]) -> Vector:
         """For each row of classes, as many dead ones as it lacks, the cheapest first."""

@@ -11,6 +11,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, NameLookupError, PruningError
+from tests.random_networks import network
 
 
 class Net(nn.Module):
@@ -94,6 +95,87 @@ def test_what_stays_is_rounded_to_multiples(traced: fxprune.TracedModule) -> Non
         assert final.get_submodule(name).weight.shape[0] % 8 == 0
 
 
+@pytest.mark.parametrize(
+    ("budget", "kept"),
+    [
+        ({"macs": 0.6}, (16, 48)),
+        ({"macs": 0.25}, (16, 16)),
+        ({"amount": 0.5}, (16, 32)),
+    ],
+)
+def test_convolutions_keep_whole_blocks_as_long_as_a_budget_allows(
+    traced: fxprune.TracedModule, budget: dict[str, Any], kept: tuple[int, int]
+) -> None:
+    report = fxprune.prune.channels(traced, **budget)
+    final = fxprune.finalize(traced)
+    assert (final.stem.weight.shape[0], final.inner.weight.shape[0]) == kept
+    if "macs" in budget:
+        assert final.plan.macs == report.macs
+        assert report.macs[1] <= budget["macs"] * report.macs[0]
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.6, (16, 16)), (0.5, (8, 16)), (0.2, (4, 16))])
+def test_a_budget_that_whole_blocks_cannot_keep_is_cut_finer(share: float, kept: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1)
+    traced = fxprune.trace(nn.Sequential(*layers), (torch.randn(2, 3, 9, 9),), modes=("eval",))
+    report = fxprune.prune.channels(traced, macs=share)
+    final = fxprune.finalize(traced)
+    assert final.plan.macs == report.macs
+    assert (final.get_submodule("0").weight.shape[0], final.get_submodule("2").weight.shape[0]) == kept
+
+
+class Encoder(nn.Module):
+    """Attention of four heads and an MLP around a normalized stream, which must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.qkv = nn.Linear(16, 96)
+        self.out = nn.Linear(32, 16)
+        self.up = nn.Linear(16, 40)
+        self.down = nn.Linear(40, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.out(y)
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+@pytest.mark.parametrize("kinds", ["attention head", ("attention head", "MLP unit"), "head channel", None])
+def test_kinds_choose_groups(kinds: Any) -> None:
+    torch.manual_seed(0)
+    traced = fxprune.trace(Encoder().double(), (torch.randn(2, 5, 16).double(),), modes=("eval",))
+    report = fxprune.prune.channels(traced, amount=0.5, scope="local", kinds=kinds)
+    chosen = {name.split("(")[1].split(")")[0] for name, (gone, _) in report.removed.items() if gone}
+    every = {"attention head", "head channel", "MLP unit"}
+    assert chosen == (every if kinds is None else {kinds} if isinstance(kinds, str) else set(kinds))
+    final, x = fxprune.finalize(traced), torch.randn(3, 5, 16).double()
+    assert final.plan.macs == report.macs
+    assert (traced(x) - final(x)).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_chosen_in_a_random_network_goes_as_predicted(seed: int, words: bool) -> None:
+    model, sample = network(seed, words)
+    with torch.no_grad():
+        for p in model.parameters():  # it comes with rows of zeros
+            p += 0.1 * torch.randn_like(p)
+    traced = fxprune.trace(model.eval(), (sample(2),), modes=("eval",))
+    dense = fxprune.finalize(traced, align=1).plan.macs
+    report = fxprune.prune.channels(traced, amount=0.5, round_to=1, scope="global" if seed % 2 else "local")
+    final = fxprune.finalize(traced, align=1)
+    if dense[0] == dense[1]:  # else finalize finds more, such as channels that are padded with zeros
+        assert (final.plan.macs, final.plan.parameters) == (report.macs, report.parameters)
+    assert final.plan.macs[1] <= report.macs[1] < report.macs[0]
+    for batch in (1, 3):
+        x = sample(batch)
+        want = traced(x)
+        assert (want - final(x)).abs().max() <= 1e-9 * want.abs().max()
+
+
 def test_targets_and_ignore_choose_groups(traced: fxprune.TracedModule) -> None:
     fxprune.prune.channels(traced, amount=0.5, targets="inner", round_to=1)
     assert fxprune.prune.is_pruned(traced, "inner.weight")
@@ -116,6 +198,8 @@ def test_targets_and_ignore_choose_groups(traced: fxprune.TracedModule) -> None:
         ({"targets": "nothing.*"}, NameLookupError, "nothing"),
         ({"ignore": ["stem", "inner"]}, PruningError, "group"),
         ({"macs": 0.0001}, PruningError, "best"),
+        ({"kinds": ("channel", "head")}, NameLookupError, "head.*channel"),
+        ({"macs": 0.1}, PruningError, "round_to=1"),  # next to a depthwise layer, finalize keeps multiples of 16
         ({"round_to": 64}, ArgumentError, "64"),
         ({"scope": "some"}, ArgumentError, "scope"),
     ],
