@@ -156,6 +156,38 @@ def test_kinds_choose_groups(kinds: Any) -> None:
     assert (traced(x) - final(x)).abs().max() <= 1e-9
 
 
+class GroupedQueries(nn.Module):
+    """Eight query heads that share two key-value heads, in the ways models write it."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.q, self.k, self.v, self.out = nn.Linear(16, 32), nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(2, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.form == "repeat":
+            k, v = k.repeat_interleave(4, 1), v.repeat_interleave(4, 1)
+        elif self.form == "expand":
+            k, v = (t[:, :, None].expand(-1, -1, 4, -1, -1).flatten(1, 2) for t in (k, v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=self.form == "gqa")
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("form", ["repeat", "expand", "gqa"])
+@pytest.mark.parametrize(
+    ("kind", "q", "kv"), [("key-value group", 16, 4), ("attention head", 16, 8), ("head channel", 16, 4)]
+)
+def test_heads_that_share_keys_and_values_go_in_every_way(form: str, kind: str, q: int, kv: int) -> None:
+    torch.manual_seed(0)
+    traced = fxprune.trace(GroupedQueries(form).double(), (torch.randn(2, 5, 16).double(),), modes=("eval",))
+    report = fxprune.prune.channels(traced, amount=0.5, kinds=kind, scope="local")
+    final, x = fxprune.finalize(traced), torch.randn(3, 5, 16).double()
+    assert final.plan.macs == report.macs
+    assert (final.q.weight.shape[0], final.k.weight.shape[0], final.v.weight.shape[0]) == (q, kv, kv)
+    assert (traced(x) - final(x)).abs().max() <= 1e-9
+
+
 @pytest.mark.parametrize("words", [False, True])
 @pytest.mark.parametrize("seed", range(8))
 def test_what_is_chosen_in_a_random_network_goes_as_predicted(seed: int, words: bool) -> None:
