@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
 from fxprune.channels.plan import ChannelPlan
-from fxprune.channels.rewrite import _close, _error, run
 from fxprune.errors import ArgumentTypeError, FxpruneError
 from fxprune.graph import hold_names, locate, names_of, tensor_at
 from fxprune.reparametrize import hook_tensor, original_order, reparametrized
 from fxprune.traced import TracedModule, fixed_size
+from fxprune.verification import close, error, run
 
 _REMOVE: dict[str, Callable[..., Any]] = {
     "prune": prune.remove,
@@ -60,8 +60,9 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
 
     A bias that finalize created for folded constants becomes a parameter: a key that `model` has not. Where the class
     has one size for several (the heads of queries, keys and values), the channels that it cannot go without come back
-    as zeros, so a layer can be larger than in `final`. A layer that left the graph is still called by the class: it
-    keeps what its neighbours' sizes leave of it. A folded batch norm becomes the identity.
+    as zeros, so a layer can be larger than in `final`; whole heads (`kinds` of `fxprune.prune.channels`) always fit.
+    A layer that left the graph is still called by the class: it keeps what its neighbours' sizes leave of it. A
+    folded batch norm becomes the identity.
 
     Args:
         final: what `fxprune.finalize` returned, shrunk or not.
@@ -514,7 +515,7 @@ class _Writing:
         if [t.shape for t in want] != [t.shape for t in got]:
             return float("inf")
         pairs = list(zip(want, got, strict=True))
-        return max((_error(a, b) for a, b in pairs if not _close(a, b, self._tolerance())), default=0.0)
+        return max((error(a, b) for a, b in pairs if not close(a, b, self._tolerance())), default=0.0)
 
     def _tolerance(self) -> float | None:
         return None if self.dtype is None else 1e-5  # some code rounds to float32 in any case
@@ -566,12 +567,12 @@ def _among(values: list[Tensor], outputs: Any, tolerance: float | None) -> bool:
     leaves = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
     return all(
         any(
-            (t.shape == v.shape and _close(v, t, tolerance))
+            (t.shape == v.shape and close(v, t, tolerance))
             or (
                 t.dim() == v.dim() > 1
                 and t.shape[-1] > v.shape[-1]
                 and (a := narrow(v)).shape == (b := narrow(t)).shape
-                and _close(a, b, tolerance)
+                and close(a, b, tolerance)
             )
             for v in values
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,10 @@ from fxprune.channels.plan import ChannelPlan
 from fxprune.errors import FinalizeError
 from fxprune.graph import describe, erase_dead, evaluate, flop_counter, is_mutating, locate, tensor_at
 from fxprune.traced import TracedModule
+from fxprune.verification import close, error, run
 
 Tensors = dict[str, Tensor]
 _DOUBLE_MACS = 2e9  # above, the check in float64 would cost more than the capture
-_EXACT, _SINGLE, _HALF = 1e-9, 2e-4, 5e-2
 
 
 class Kept:
@@ -330,56 +330,6 @@ def resized(meta: FakeTensor, sizes: Sequence[Any], cache: dict[Any, Tensor] | N
 # ---- checking
 
 
-def run(
-    graph: fx.Graph,
-    tensors: Callable[[str], Any],
-    inputs: list[Any],
-    dtype: torch.dtype | None,
-    watch: Callable[[fx.Node, Any], None] | None = None,
-) -> list[Any]:
-    """Interpret a graph, floating point as `dtype`; returns its flat outputs."""
-    feed = iter(inputs)
-    last = {use: node for node in graph.nodes for use in node.all_input_nodes}
-    values: dict[fx.Node, Any] = {}
-
-    def cast(value: Any) -> Any:
-        if dtype is None:
-            return value
-        if isinstance(value, Tensor):
-            return value.to(dtype) if value.dtype in (torch.float32, torch.float64) else value
-        return dtype if value is torch.float32 else value
-
-    outputs: list[Any] = []
-    with torch.no_grad():
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                values[node] = cast(next(feed))
-            elif node.op == "get_attr":
-                value = cast(tensors(str(node.target)))
-                values[node] = (
-                    value.clone()
-                    if isinstance(value, Tensor) and value is tensors(str(node.target)) and _touched(node)
-                    else value
-                )
-            elif node.op == "call_function":
-                args, kwargs = pytree.tree_map(
-                    cast, fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-                )
-                values[node] = node.target(*args, **kwargs)
-            else:
-                outputs = pytree.tree_leaves(fx.node.map_arg(node.args, values.__getitem__))
-            if watch is not None:
-                watch(node, values.get(node))
-            for use in node.all_input_nodes:
-                if last[use] is node:
-                    values.pop(use, None)
-    return outputs
-
-
-def _touched(node: fx.Node) -> bool:
-    return any(getattr(u.target, "_schema", None) is not None and u.target._schema.is_mutable for u in node.users)  # type: ignore[union-attr]
-
-
 def verify(
     before: fx.Graph,
     origin: dict[fx.Node, fx.Node],
@@ -419,7 +369,7 @@ def verify(
         macs.append(counter.get_total_flops() // 2)
     plan.macs = (macs[0], macs[1])
     tolerance = 1e-5 if single else None
-    if all(_close(a, b, tolerance) for a, b in zip(*results, strict=True)):
+    if all(close(a, b, tolerance) for a, b in zip(*results, strict=True)):
         return
     seen: dict[str, Any] = {}
     run(before, old.__getitem__, inputs, dtype, lambda node, value: seen.update({origin.get(node, node).name: value}))
@@ -429,11 +379,11 @@ def verify(
     def compare(node: fx.Node, value: Any) -> None:
         if isinstance(value, Tensor) and node.name in names and not differing:
             reference = _cut(seen[node.name], coupling, alive, names[node.name])
-            if reference.shape != value.shape or not _close(reference, value, tolerance):
+            if reference.shape != value.shape or not close(reference, value, tolerance):
                 differing.append(describe(node))
 
     run(after, new, inputs, dtype, compare)
-    worst = max(_error(a, b) for a, b in zip(*results, strict=True))
+    worst = max(error(a, b) for a, b in zip(*results, strict=True))
     raise FinalizeError(
         f"removing channels was to leave the outputs as they are, but they differ by {worst:.1e} relative; the first "
         f"node that differs is {differing[0] if differing else 'the output'}. Nothing was changed; please report this "
@@ -458,20 +408,6 @@ def _cut(value: Tensor, coupling: Coupling, alive: Mask, node: fx.Node) -> Tenso
         if len(whole) == value.shape[d] and not whole.all():
             value = value.index_select(d, torch.from_numpy(whole).nonzero().squeeze(1))
     return value
-
-
-def _error(a: Any, b: Any) -> float:
-    if not isinstance(a, Tensor) or not a.numel() or not (a.is_floating_point() or a.is_complex()):
-        return 0.0 if not isinstance(a, Tensor) or torch.equal(a, b) else 1.0
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0, a - b).abs()
-    scale = torch.where(a.isfinite(), a, 0).abs().max()
-    return float((difference / scale.clamp_min(1e-30)).nan_to_num(nan=1.0, posinf=1.0).max())
-
-
-def _close(a: Any, b: Any, tolerance: float | None) -> bool:
-    own = {torch.float64: _EXACT, torch.float32: _SINGLE}.get(getattr(a, "dtype", torch.float32), _HALF)
-    return _error(a, b) <= (tolerance or own)
 
 
 def _estimate(graph: fx.Graph) -> float:
