@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,8 @@ def channels(
         round_to: what stays of a group (of each conv group or head, where it has these) is rounded to the nearest
             multiple; "auto" takes 16 for convolutions, as onnxruntime computes them in blocks, and 1 for matrix
             products. Convolutions with fewer than 32 and 16 channels are cut to multiples of 8 and 4 where a budget
-            cannot be kept else, and where `amount` is given; at last all are cut as they fall.
+            cannot be kept else, and where `amount` is given; at last all are cut as they fall. Under a budget of MACs
+            or speed, "auto" takes a multiple less where memory traffic makes MACs slow, and one more elsewhere.
         max_per_group: largest share of a group that goes. at_least: units that every group keeps.
         macs, parameters: what may be left, as a fraction of the dense model or as a count.
         speedup: how many times faster in onnxruntime than `traced` finalized as it is, measured on this machine.
@@ -139,14 +140,19 @@ def channels(
     roundings: Sequence[int | str] = (round_to,)
     if round_to == "auto":
         roundings = ("fine",) if name == "amount" else ("auto", "fine", 1)
+    timings = {"macs": (True, False), "speedup": (True,)}.get(name, (False,))
     for rounding in roundings:
-        stairs, measured = Staircase(ladders(picked, scored, rounding, max_per_group, at_least), scope), None
+        choices = (
+            Staircase(ladders(picked, scored, rounding, max_per_group, at_least, timed), scope)
+            for timed in (timings if isinstance(rounding, str) else (False,))
+        )
+        measured = None
         try:
             if name == "speedup":
                 with driver.stopwatch(traced, threads=threads, batch=batch, provider=provider) as measure:
-                    units, measured = _fastest(traced, grouping, stairs, value, measure)
+                    units, measured = _fastest(traced, grouping, next(choices), value, measure)
             else:
-                units = _fit(grouping, stairs, name, value)
+                units = _fit(grouping, choices, name, value)
             break
         except PruningError:
             if rounding == roundings[-1]:
@@ -154,7 +160,7 @@ def channels(
     alive = grouping.alive(units)
     driver.insert_masks(traced, _requests(traced, grouping, alive))
     removed = {labels[id(g)]: (int((~alive[g.units]).sum()), g.size) for g in picked}
-    (m, p), (left, kept) = grouping.dense, (grouping.macs(alive), grouping.parameters(alive))
+    (m, p), (left, kept) = grouping.dense[:2], (grouping.macs(alive), grouping.parameters(alive))
     return ChannelReport(removed, stayed, (m, left), (p, kept), measured)
 
 
@@ -168,28 +174,40 @@ def _labels(groups: Sequence[ChannelGroup]) -> dict[int, str]:
     return found
 
 
-def _fit(grouping: Grouping, stairs: Staircase, name: str, value: float) -> Vector:
-    """The fewest units within the budget."""
+def _fit(grouping: Grouping, choices: Iterator[Staircase], name: str, value: float) -> Vector:
+    """The fewest units within the budget, of the first choice that uses it up, else of the one that uses most."""
     if name == "amount":
+        stairs = next(choices)
         if value > stairs.total:
             raise ArgumentError(f"amount={value}: there are {stairs.total} units that may be pruned.")
         return stairs.units(stairs.count(value * stairs.total if isinstance(value, float) else value))
     count, dense = (grouping.macs, grouping.dense[0]) if name == "macs" else (grouping.parameters, grouping.dense[1])
     limit = value * dense if isinstance(value, float) else value
 
-    def fits(units: Vector) -> bool:
-        return count(grouping.alive(units)) <= limit
+    def left(units: Vector) -> int:
+        return count(grouping.alive(units))
 
-    height = stairs.search(fits)
-    if height is None:
-        best = count(grouping.alive(stairs.units(len(stairs))))
-        raise PruningError(
-            f"{name}={value} cannot be reached: at most {limit:,.0f} of {dense:,} were asked for, the best is {best:,} "
-            f"({best / max(dense, 1):.3f}). Raise it, or max_per_group, or cut finer (round_to=1, and align=1 in "
-            "finalize); `fxprune.channel_groups` says what must stay."
-        )
-    spent = count(grouping.alive(stairs.units(height))) >= SPENT * limit
-    return stairs.units(height) if spent else stairs.give_back(height, fits)
+    def fits(units: Vector) -> bool:
+        return left(units) <= limit
+
+    best, found = -1, np.zeros(0, np.int64)
+    for stairs in choices:
+        height = stairs.search(fits)
+        if height is None:
+            least = left(stairs.units(len(stairs)))
+            raise PruningError(
+                f"{name}={value} cannot be reached: at most {limit:,.0f} of {dense:,} were asked for, the best is "
+                f"{least:,} ({least / max(dense, 1):.3f}). Raise it, or max_per_group, or cut finer (round_to=1, and "
+                "align=1 in finalize); `fxprune.channel_groups` says what must stay."
+            )
+        units = stairs.units(height)
+        if left(units) < SPENT * limit:
+            units = stairs.give_back(height, fits)
+        if (spent := left(units)) > best:
+            best, found = spent, units
+        if best >= SPENT * limit:
+            break
+    return found
 
 
 def _within(grouping: Grouping, limit: float, units: Vector) -> bool:

@@ -22,6 +22,7 @@ from fxprune.traced import TracedModule
 
 Scores = NDArray[np.float64]
 Balanced = tuple[Vector, Vector]
+Term = tuple[float, Sequence[Vector], Balanced | None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class ChannelGroup:
         size: number of units.
         members: the parameter axes involved, writers first.
         macs, parameters: multiply-accumulates (at the sample inputs) and parameters that one unit saves.
+        traffic: elements that convolutions and linear layers then neither read nor write (at the sample inputs).
         reason: why it may not be pruned, None where it may.
         aligned: whether a convolution has these channels.
     """
@@ -58,6 +60,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     macs: int
     parameters: int
+    traffic: int
     reason: str | None
     aligned: bool
     units: Vector = field(repr=False, compare=False)
@@ -69,7 +72,7 @@ class ChannelGroup:
 class _Products:
     """A sum of terms, each in proportion to the alive shares of class vectors, for some within groups of channels."""
 
-    def __init__(self, terms: Sequence[tuple[float, Sequence[Vector], Balanced | None]]) -> None:
+    def __init__(self, terms: Sequence[Term]) -> None:
         index: dict[bytes, int] = {}
         vectors: list[Vector] = []
         self._values = np.array([value for value, _, _ in terms])
@@ -108,7 +111,7 @@ class Grouping:
         readers: the axes that a contraction sums over.
         grouped: for the weights of grouped convolutions the classes of axis 1, [groups, channels within each].
         repair: keeps what is left consistent.
-        macs, parameters: what is left of them, by the classes that are alive; `dense` has both of the whole model.
+        macs, parameters, traffic: what is left, by the classes that are alive; `dense` has all of the whole model.
     """
 
     def __init__(self, plain: TracedModule) -> None:
@@ -152,13 +155,14 @@ class Grouping:
         order = np.argsort(self._dies, kind="stable")
         self._class, self._killer = self._dies[order], self._unit[order]
         everything = np.ones(classes.count, bool)
-        self.macs = _Products(self._contractions())
+        contractions, moved = self._contractions()
+        self.macs, self.traffic = _Products(contractions), _Products(moved)
         own: dict[str, list[Vector]] = {name: [] for name, _ in plain.named_parameters()}
         for name, _, v in self.axes:
             own.get(name, []).append(self.vectors[v])
         within = {name: (self.found.of(b.inputs), self.found.of(b.outputs)) for name, b in balances.items()}
         self.parameters = _Products([(float(self._parameters[n].numel()), v, within.get(n)) for n, v in own.items()])
-        self.dense = self.macs(everything), self.parameters(everything)
+        self.dense = self.macs(everything), self.parameters(everything), self.traffic(everything)
         self.groups = self._group()
 
     def killed(self, units: Vector) -> Mask:
@@ -233,25 +237,28 @@ class Grouping:
         tied = first[of]
         return tied, tied[np.concatenate(grouped)] if grouped else np.zeros(0, np.int64)
 
-    def _contractions(self) -> list[tuple[float, list[Vector], Balanced | None]]:
-        """What every node of the eval graph costs, and which channels that is proportional to."""
+    def _contractions(self) -> tuple[list[Term], list[Term]]:
+        """MACs of the eval graph's nodes and elements that its layers move, and which channels these go with."""
         walk, of = self._eval, self.found.of
         readers = {r.node: r for r in walk.readers if r.rows is not None}
-        costs: dict[Any, tuple[float, list[Vector], Balanced | None]] = {}
+        costs: dict[Any, Term] = {}
+        moved: list[Term] = []
         for node in walk.graph.nodes:
             for macs, ids in _node_costs(node, walk.env) if node.op == "call_function" else ():
                 reader, within = readers.get(node), None
                 if reader is not None and reader.rows is not None and ids is not None:
                     rows, columns = of(reader.rows), of(reader.columns)
-                    vectors, within = (
-                        [rows.reshape(-1), columns.reshape(-1)],
-                        (columns, rows) if len(rows) > 1 else None,
-                    )
+                    vectors = [rows.reshape(-1), columns.reshape(-1)]
+                    within = (columns, rows) if len(rows) > 1 else None
+                    layer = operator_name(node.target).startswith(("conv", "linear"))
+                    for tensor, own in ((node, [0]), (node.args[0], [1]), (node.args[1], [0, 1])) if layer else ():
+                        size = float(math.prod(_sizes(tensor)))
+                        moved.append((size, [vectors[i] for i in own], within if len(own) > 1 else None))
                 else:
                     vectors = list({v.tobytes(): v for v in map(of, ids or ())}.values())
                 key = (0 if within is None else len(within[0]), *(v.tobytes() for v in vectors))
                 costs[key] = (macs + (costs[key][0] if key in costs else 0.0), vectors, within)
-        return list(costs.values())
+        return list(costs.values()), moved
 
     def _group(self) -> list[ChannelGroup]:
         classes = self.found.classes
@@ -305,10 +312,12 @@ class Grouping:
             ]
             members.sort(key=lambda m: (m.role == "reader", self._parameters[m.parameter].dim() < 2))
             one = ~self.killed(units[:1])
+            left = self.macs(one), self.parameters(one), self.traffic(one)
+            macs, parameters, traffic = (dense - rest for dense, rest in zip(self.dense, left, strict=True))
             found.append(
                 ChannelGroup(
                     members[0].parameter, self._kind(int(kind[units[0]]), members), len(units), tuple(members),
-                    self.dense[0] - self.macs(one), self.dense[1] - self.parameters(one),
+                    macs, parameters, traffic,
                     self._reason(units, fixed, empties), self._spatial(members), units, cell[units], share[units],
                     int(block[units[0]]),
                 )

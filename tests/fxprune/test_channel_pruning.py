@@ -125,6 +125,19 @@ def test_a_budget_that_whole_blocks_cannot_keep_is_cut_finer(share: float, kept:
     assert (final.get_submodule("0").weight.shape[0], final.get_submodule("2").weight.shape[0]) == kept
 
 
+@pytest.mark.parametrize(("rounding", "kept"), [("auto", (160, 64)), (16, (128, 96))])
+def test_slow_macs_go_first_where_the_rounding_is_free(rounding: Any, kept: tuple[int, int]) -> None:
+    """A depthwise layer moves much memory for few MACs, a pointwise one the other way round."""
+    torch.manual_seed(0)
+    light = nn.Conv2d(3, 192, 1), nn.Conv2d(192, 192, 3, groups=192), nn.ReLU()
+    heavy = nn.Conv2d(192, 256, 1), nn.ReLU(), nn.Conv2d(256, 64, 1)
+    traced = fxprune.trace(nn.Sequential(*light, *heavy), (torch.randn(2, 3, 9, 9),), modes=("eval",))
+    report = fxprune.prune.channels(traced, macs=0.4, scope="local", round_to=rounding)
+    final = fxprune.finalize(traced)
+    assert 0.37 < final.plan.macs[1] / final.plan.macs[0] == report.macs[1] / report.macs[0] <= 0.4
+    assert (final.get_submodule("3").weight.shape[0], final.get_submodule("0").weight.shape[0]) == kept
+
+
 class Encoder(nn.Module):
     """Attention of four heads and an MLP around a normalized stream, which must stay."""
 
