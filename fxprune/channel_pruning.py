@@ -195,10 +195,12 @@ def _fit(grouping: Grouping, choices: Iterator[Staircase], name: str, value: flo
         height = stairs.search(fits)
         if height is None:
             least = left(stairs.units(len(stairs)))
+            stays = sorted((g for g in grouping.groups if g.reason), key=lambda g: -getattr(g, name) * g.size)
+            why = "; ".join({f"{g.name!r}: {g.reason}": None for g in stays[:3]})
             raise PruningError(
                 f"{name}={value} cannot be reached: at most {limit:,.0f} of {dense:,} were asked for, the best is "
                 f"{least:,} ({least / max(dense, 1):.3f}). Raise it, or max_per_group, or cut finer (round_to=1, and "
-                "align=1 in finalize); `fxprune.channel_groups` says what must stay."
+                f"align=1 in finalize). What must stay (`fxprune.channel_groups` has all): {why or 'a unit of each'}."
             )
         units = stairs.units(height)
         if left(units) < SPENT * limit:
