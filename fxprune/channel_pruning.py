@@ -81,11 +81,12 @@ def channels(
     Args:
         traced: the module, changed in place.
         amount: share of the units (float) or their number (int); one of the budgets below takes its place.
-        importance: "l1", "l2", "linf" (norms of a slice), "random", "bn" (gains of batch norm: Liu et al., "Network
-            Slimming", 2017, https://arxiv.org/abs/1708.06519), "fpgm" (distance to the other filters: He et al., 2019,
-            https://arxiv.org/abs/1811.00250), "taylor" (Molchanov et al., 2019, https://arxiv.org/abs/1906.10771; needs
-            `loader` and `loss`), or a function from a `ChannelGroup` to a tensor [units]. "bn" leaves groups without
-            a batch norm alone, and "fpgm" looks at the weights that write a group.
+        importance: "l1", "l2", "linf" (norms of a slice, for l2 its square, as DepGraph takes it), "random", "bn"
+            (gains of batch norm: Liu et al., "Network Slimming", 2017, https://arxiv.org/abs/1708.06519), "fpgm"
+            (distance to the other filters: He et al., 2019, https://arxiv.org/abs/1811.00250), "taylor" (Molchanov et
+            al., 2019, https://arxiv.org/abs/1906.10771; needs `loader` and `loss`), or a function from a
+            `ChannelGroup` to a tensor [units]. "bn" leaves groups without a batch norm alone, and "fpgm" looks at the
+            weights that write a group.
         scope: "global" compares units of all groups; "local" takes the same share of every group.
         targets: patterns of parameter or module names; groups that write one of these are pruned, None prunes all.
         ignore: patterns; groups with a member of such a name are left alone.
@@ -346,7 +347,7 @@ def _scores(
         if importance == "taylor":
             return rows.sum(across).flatten()
         norms: torch.Tensor = torch.linalg.vector_norm(rows, NORMS.get(importance, 1.0), dim=across)
-        return norms.flatten()
+        return (norms.square() if importance == "l2" else norms).flatten()
 
     values = slice_scores(grouping, score)
     return [values[group.units] for group in picked]
