@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,9 +138,8 @@ def channels(
     for group, score in zip(picked, scored, strict=True):  # where a choice is left, the highest scores stay
         grouping.repair.cost[group.units] = 1 - np.argsort(np.argsort(score, kind="stable")) / len(score)
     # whole blocks run fastest; a budget that they cannot keep is cut finer
-    roundings: Sequence[int | str] = (round_to,)
-    if round_to == "auto":
-        roundings = ("fine",) if name == "amount" else ("auto", "fine", 1)
+    auto: tuple[int | str, ...] = ("fine",) if name == "amount" else ("auto", "fine", 1)
+    roundings = auto if round_to == "auto" else (round_to,)
     timings = {"macs": (True, False), "speedup": (True,)}.get(name, (False,))
     for rounding in roundings:
         choices = (
@@ -166,12 +165,10 @@ def channels(
 
 
 def _labels(groups: Sequence[ChannelGroup]) -> dict[int, str]:
-    found: dict[int, str] = {}
+    found, seen = dict[int, str](), Counter[str]()
     for g in groups:
-        label, n = f"{g.name} ({g.kind})", 1
-        while (text := label if n == 1 else f"{label} {n}") in found.values():
-            n += 1
-        found[id(g)] = text
+        seen[label := f"{g.name} ({g.kind})"] += 1
+        found[id(g)] = label if seen[label] == 1 else f"{label} {seen[label]}"
     return found
 
 
@@ -213,10 +210,6 @@ def _fit(grouping: Grouping, choices: Iterator[Staircase], name: str, value: flo
     return found
 
 
-def _within(grouping: Grouping, limit: float, units: Vector) -> bool:
-    return grouping.macs(grouping.alive(units)) <= limit
-
-
 def _fastest(
     traced: TracedModule, grouping: Grouping, stairs: Staircase, wanted: float, measure: Callable[[Any], float]
 ) -> tuple[Vector, float]:
@@ -225,7 +218,7 @@ def _fastest(
     found: tuple[Vector, float] | None = None
     for _ in range(10):
         limit = share * grouping.dense[0]
-        height = stairs.search(functools.partial(_within, grouping, limit))
+        height = stairs.search(lambda units, limit=limit: grouping.macs(grouping.alive(units)) <= limit)  # type: ignore[misc]
         units = stairs.units(len(stairs) if height is None else height)
         reached = measure(_requests(traced, grouping, grouping.alive(units)))
         best = max(best, reached)
@@ -295,17 +288,12 @@ def _targets(
         return any(matches(p, m.parameter) for p in patterns for m in g.members if m.role in roles)
 
     into = [g for g in usable if wanted is None or named(g, wanted, ["writer"])]
-    kept = {g.block for g in usable if named(g, ignore, ["writer", "reader"])} - {-1}
+    left = [g for g in usable if named(g, ignore, ["writer", "reader"])]
+    kept = {g.block for g in left} - {-1}
     blocks = {g.block for g in into} - {-1}
-    picked = [
-        g
-        for g in usable
-        if (g in into or g.block in blocks) and g.block not in kept and not named(g, ignore, ["writer", "reader"])
-    ]
+    picked = [g for g in usable if (g in into or g.block in blocks) and g.block not in kept and g not in left]
     if not picked:
-        reasons = (
-            "; ".join(sorted({g.reason for g in grouping.groups if g.reason})[:3]) or "there are no channel groups"
-        )
+        reasons = "; ".join(sorted({g.reason for g in grouping.groups if g.reason})[:3]) or "there are no groups"
         raise PruningError(f"no group is left to prune: {len(usable)} may be pruned at all. {reasons}.")
     return picked
 
@@ -319,9 +307,7 @@ def _scores(
         for group in picked:
             value = torch.as_tensor(importance(group)).detach().double().cpu()
             if value.shape != (group.size,):
-                raise PruningError(
-                    f"importance gave {tuple(value.shape)} for {group.name!r}: ({group.size},) is needed."
-                )
+                raise PruningError(f"importance gave {tuple(value.shape)} for {group.name!r}, not ({group.size},).")
             found.append(value.numpy())
         return found
     if importance == "random":
