@@ -131,22 +131,21 @@ def channels(
         picked = [g for g in picked if g not in without and not any(g.block == w.block >= 0 for w in without)]
         if not picked:
             raise PruningError('importance="bn" needs batch norms with a gain; no group that may be pruned has one.')
-    evidence = {"loader": loader, "loss": loss, "batches": batches}
-    scored = _scores(traced, grouping, picked, importance, seed, evidence)
+    scored = _scores(traced, grouping, picked, importance, seed, {"loader": loader, "loss": loss, "batches": batches})
     if scope == "global":
         scored = [s / s.mean() if s.mean() > 0 else s for s in scored]
     for group, score in zip(picked, scored, strict=True):  # where a choice is left, the highest scores stay
         grouping.repair.cost[group.units] = 1 - np.argsort(np.argsort(score, kind="stable")) / len(score)
     # whole blocks run fastest; a budget that they cannot keep is cut finer
-    auto: tuple[int | str, ...] = ("fine",) if name == "amount" else ("auto", "fine", 1)
-    roundings = auto if round_to == "auto" else (round_to,)
+    roundings: Sequence[int | str] = ("fine",) if name == "amount" else ("auto", "fine", 1)
+    roundings = roundings if round_to == "auto" else (round_to,)
     timings = {"macs": (True, False), "speedup": (True,)}.get(name, (False,))
+    measured = None
     for rounding in roundings:
         choices = (
             Staircase(ladders(picked, scored, rounding, max_per_group, at_least, timed), scope)
             for timed in (timings if isinstance(rounding, str) else (False,))
         )
-        measured = None
         try:
             if name == "speedup":
                 with driver.stopwatch(traced, threads=threads, batch=batch, provider=provider) as measure:
@@ -160,7 +159,7 @@ def channels(
     alive = grouping.alive(units)
     driver.insert_masks(traced, _requests(traced, grouping, alive))
     removed = {labels[id(g)]: (int((~alive[g.units]).sum()), g.size) for g in picked}
-    (m, p), (left, kept) = grouping.dense[:2], (grouping.macs(alive), grouping.parameters(alive))
+    (m, p, _), left, kept = grouping.dense, grouping.macs(alive), grouping.parameters(alive)
     return ChannelReport(removed, stayed, (m, left), (p, kept), measured)
 
 
@@ -188,18 +187,11 @@ def _fit(grouping: Grouping, choices: Iterator[Staircase], name: str, value: flo
     def fits(units: Vector) -> bool:
         return left(units) <= limit
 
-    best, found = -1, np.zeros(0, np.int64)
+    best, found = -1, None
     for stairs in choices:
         height = stairs.search(fits)
         if height is None:
-            least = left(stairs.units(len(stairs)))
-            stays = sorted((g for g in grouping.groups if g.reason), key=lambda g: -getattr(g, name) * g.size)
-            why = "; ".join({f"{g.name!r}: {g.reason}": None for g in stays[:3]})
-            raise PruningError(
-                f"{name}={value} cannot be reached: at most {limit:,.0f} of {dense:,} were asked for, the best is "
-                f"{least:,} ({least / max(dense, 1):.3f}). Raise it, or max_per_group, or cut finer (round_to=1, and "
-                f"align=1 in finalize). What must stay (`fxprune.channel_groups` has all): {why or 'a unit of each'}."
-            )
+            continue
         units = stairs.units(height)
         if left(units) < SPENT * limit:
             units = stairs.give_back(height, fits)
@@ -207,6 +199,15 @@ def _fit(grouping: Grouping, choices: Iterator[Staircase], name: str, value: flo
             best, found = spent, units
         if best >= SPENT * limit:
             break
+    if found is None:
+        least = left(stairs.units(len(stairs)))
+        stays = sorted((g for g in grouping.groups if g.reason), key=lambda g: -getattr(g, name) * g.size)
+        why = "; ".join({f"{g.name!r}: {g.reason}": None for g in stays[:3]})
+        raise PruningError(
+            f"{name}={value} cannot be reached: at most {limit:,.0f} of {dense:,} were asked for, the best is "
+            f"{least:,} ({least / max(dense, 1):.3f}). Raise it, or max_per_group, or cut finer (round_to=1, and "
+            f"align=1 in finalize). What must stay (`fxprune.channel_groups` has all): {why or 'a unit of each'}."
+        )
     return found
 
 

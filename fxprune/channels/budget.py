@@ -13,7 +13,7 @@ from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.liveness import fast_multiple
 from fxprune.errors import ArgumentError, PruningError
 
-# what moving an element takes, in MACs: fitted to the layers of a MobileNetV2 in onnxruntime (one thread, AVX-512)
+# what moving an element takes, in MACs: fitted to the layers of a MobileNetV2 in onnxruntime (one thread, AVX2)
 MOVED = 11.0
 # a multiple is asked of the channels within these, not of their number
 _WHOLE = ("attention head", "key-value group", "conv group")
@@ -88,9 +88,7 @@ def ladders(
         macs = sum(g.macs * g.size for g in own)
         return (macs + MOVED * sum(g.traffic * g.size for g in own)) / max(macs, 1)
 
-    average = slowness(groups)
-
-    def lean(own: Sequence[ChannelGroup]) -> float:
+    def lean(own: Sequence[ChannelGroup], average: float = slowness(groups)) -> float:
         return math.copysign(1, average - slowness(own)) if timed and isinstance(round_to, str) else 0.0
 
     return [

@@ -250,10 +250,10 @@ class Grouping:
                     rows, columns = of(reader.rows), of(reader.columns)
                     vectors = [rows.reshape(-1), columns.reshape(-1)]
                     within = (columns, rows) if len(rows) > 1 else None
-                    layer = operator_name(node.target).startswith(("conv", "linear"))
-                    for tensor, own in ((node, [0]), (node.args[0], [1]), (node.args[1], [0, 1])) if layer else ():
-                        size = float(math.prod(_sizes(tensor)))
-                        moved.append((size, [vectors[i] for i in own], within if len(own) > 1 else None))
+                    tensors = (node, [0]), (node.args[0], [1]), (node.args[1], [0, 1])
+                    for tensor, own in tensors if operator_name(node.target).startswith(("conv", "linear")) else ():
+                        size, parts = float(math.prod(_sizes(tensor))), [vectors[i] for i in own]
+                        moved.append((size, parts, within if len(own) > 1 else None))
                 else:
                     vectors = list({v.tobytes(): v for v in map(of, ids or ())}.values())
                 key = (0 if within is None else len(within[0]), *(v.tobytes() for v in vectors))
