@@ -164,10 +164,13 @@ def assert_follows_eager(
             assert [n for n, _ in final.named_parameters()] == [n for n, _ in untouched.named_parameters()]
         untouched.load_state_dict(final.state_dict())
         again = fxprune.finalize(final, shrink=False)
+        # some kernels round otherwise in another memory format, and torch's weight norm gives a contiguous weight
+        pairs = zip(final.parameters(), untouched.parameters(), strict=True)
+        alike = not tied and all(a.stride() == b.stride() for a, b in pairs)
         for gradients in (True, False):
             with torch.set_grad_enabled(gradients):
                 want = call(traced, "eval", args)
-                candidates = [final, again, *([untouched] if gradients and not tied and contiguous else [])]
+                candidates = [final, again, *([untouched] if gradients and contiguous and alike else [])]
                 for candidate in candidates:
                     for got, value in zip(call(candidate, "eval", args), want, strict=True):
                         assert_same(got, value, f"finalized, gradients {gradients}")
