@@ -109,13 +109,12 @@ def assert_follows_eager(
     insert: Callable[[TracedModule], Any] | None = None,
     *,
     tied: bool = False,
-    contiguous: bool = True,
 ) -> None:
     """The whole contract on one model.
 
     `touch` reparametrizes the eager model; without `insert` that is what is traced, with it the plain model is traced
     and `insert` does to it what `touch` does to the eager one. `tied`: the two sides part, so both parameters are
-    listed. `contiguous`: false where the folded value has another memory format, hence rounding, than a new model's.
+    listed.
     """
 
     def make(seed: int) -> nn.Module:
@@ -170,7 +169,7 @@ def assert_follows_eager(
         for gradients in (True, False):
             with torch.set_grad_enabled(gradients):
                 want = call(traced, "eval", args)
-                candidates = [final, again, *([untouched] if gradients and contiguous and alike else [])]
+                candidates = [final, again, *([untouched] if gradients and alike else [])]
                 for candidate in candidates:
                     for got, value in zip(call(candidate, "eval", args), want, strict=True):
                         assert_same(got, value, f"finalized, gradients {gradients}")
