@@ -39,20 +39,18 @@ def int8(path: Path, feeds: list[dict[str, np.ndarray]] | None) -> ModelProto:
         ExportError: onnxruntime cannot quantize it.
     """
     target, large = path.with_suffix(".int8"), len(list(path.parent.iterdir())) > 1
+    # 7 bits (reduce_range): products of 8 saturate where the CPU has AVX2 alone
+    weights = {"weight_type": QuantType.QInt8, "reduce_range": True, "use_external_data_format": large}
     try:
         with quiet():
             if feeds is None:
-                quantize_dynamic(
-                    path, target, reduce_range=True, weight_type=QuantType.QInt8, use_external_data_format=large
-                )
+                quantize_dynamic(path, target, **weights)
             else:
-                # unsigned activations and signed weights, a step for each channel: onnxruntime's advice for CPUs; of
-                # 7 bits (reduce_range), since products of 8 saturate where the CPU has AVX2 alone
+                # unsigned activations and signed weights, a step for each channel: onnxruntime's advice for CPUs
                 quantize_static(
                     path, target, _Reader(feeds), op_types_to_quantize=list(_STATIC), per_channel=True,
-                    reduce_range=True,
-                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, use_external_data_format=large,
                     nodes_to_exclude=_wide_sums(onnx.load(path, load_external_data=False)),
+                    activation_type=QuantType.QUInt8, **weights,
                 )  # fmt: skip
         return onnx.load(target)
     except Exception as error:  # onnxruntime raises whatever its steps raise

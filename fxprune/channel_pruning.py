@@ -189,8 +189,7 @@ def _fit(grouping: Grouping, choices: Iterator[Staircase], name: str, value: flo
 
     best, found = -1, None
     for stairs in choices:
-        height = stairs.search(fits)
-        if height is None:
+        if (height := stairs.search(fits)) is None:
             continue
         units = stairs.units(height)
         if left(units) < SPENT * limit:
