@@ -15,6 +15,7 @@ import warnings
 
 import torch
 import torch_pruning
+from models import macs
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -59,24 +60,23 @@ def main() -> None:
         train(dense, images[own], labels[own], EPOCHS, 0.05, seed)
         found["dense"].append(accuracy(dense, images[test], labels[test]))
         example = images[:2]
-        total, _ = torch_pruning.utils.count_ops_and_params(dense, example)
         peer = copy.deepcopy(dense)
         torch_pruning.pruner.MagnitudePruner(
             peer, example, importance=torch_pruning.importance.MagnitudeImportance(p=2), pruning_ratio=ratio,
             global_pruning=True, ignored_layers=[peer.head],
         ).step()  # fmt: skip
-        share = torch_pruning.utils.count_ops_and_params(peer, example)[0] / total
+        share = macs(peer, example) / macs(dense, example)
         traced = fxprune.trace(copy.deepcopy(dense), (example,))
         fxprune.prune.channels(traced, macs=share, round_to=1)
         final = fxprune.finalize(traced, align=1)
         left["Torch-Pruning"].append(share)
-        left["fxprune"].append(final.plan.macs[1] / final.plan.macs[0])
+        left["fxprune"].append(macs(final.eval(), example) / macs(dense, example))
         for label, model in (("Torch-Pruning", peer), ("fxprune", final)):
             train(model, images[own], labels[own], FINE_TUNING, 0.02, seed + 100)
             found[label].append(accuracy(model, images[test], labels[test]))
     for label, values in found.items():
-        macs = f", MACs left {statistics.mean(left[label]):.3f}" if label in left else ""
-        print(f"{label}: {statistics.mean(values):.4f} (standard deviation {statistics.stdev(values):.4f}){macs}")
+        rest = f", MACs left {statistics.mean(left[label]):.3f}" if label in left else ""
+        print(f"{label}: {statistics.mean(values):.4f} (standard deviation {statistics.stdev(values):.4f}){rest}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fxprune.graph import flop_counter
+
 # torchvision's import needs operators that its build lacks beside a CPU build of torch
 _operators = torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
@@ -42,3 +44,10 @@ def vision(name: str) -> nn.Module:
 def sample(batch: int) -> torch.Tensor:
     """Random images."""
     return torch.randn(batch, 3, 224, 224)
+
+
+def macs(model: nn.Module, x: torch.Tensor) -> float:
+    """Multiply-accumulates by torch's formulas."""
+    with torch.no_grad(), flop_counter() as counter:
+        model(x)
+    return float(counter.get_total_flops()) / 2

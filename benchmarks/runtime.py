@@ -20,7 +20,7 @@ from typing import Any
 import onnxruntime
 import torch
 import torch_pruning
-from models import sample, vision
+from models import macs, sample, vision
 from pairs import alternate
 from torch import nn
 
@@ -45,11 +45,6 @@ def peer(model: nn.Module, x: torch.Tensor, ratio: float, round_to: int | None) 
         ignored_layers=ignored, round_to=round_to, **options,
     ).step()  # fmt: skip
     return model
-
-
-def macs(model: nn.Module, x: torch.Tensor) -> int:
-    count, _ = torch_pruning.utils.count_ops_and_params(model, x)
-    return int(count)
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import onnx
 import torch
 from onnxscript.optimizer import FOLDED_FROM_KEY
-from torch import fx
 from torch.onnx import ONNXProgram
 
 from fxprune.errors import ArgumentError
@@ -23,6 +22,7 @@ from fxprune.traced import TracedModule
 
 from .compare import Call, ModuleRunner, as_calls
 from .divergence import ORIGIN
+from .lowering import lower
 from .precision import float16, int8
 from .precision import sparse as store_sparse
 from .session import RTOL, Session, as_captured
@@ -116,7 +116,7 @@ def to_onnx(
     with atomic(path) as name:
         stale = _side_files(Path(os.path.realpath(path)))
         module, names, aliases = flat(final)
-        _flatten_linear(module)
+        lower(module, opset)
         with translating("translate the model to ONNX"):
             exported = torch.export.export(module, *sample, dynamic_shapes=shapes, strict=False)
             program = torch.onnx.export(exported, dynamo=True, verbose=False, opset_version=opset)
@@ -159,27 +159,6 @@ def to_onnx(
     return ExportReport(
         Path(path), size, comparison, reached, tuple(taken), tuple(given), precision, dense, tuple(notes)
     )  # fmt: skip
-
-
-def _flatten_linear(module: fx.GraphModule) -> None:
-    """Let linear layers act on matrices: onnxruntime joins a product and its bias for these alone, 2 % of a ViT-B.
-
-    A shape with more than one free size is left alone, since a single one can be inferred.
-    """
-    aten, graph = torch.ops.aten, module.graph
-    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
-        shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
-        if len(node.args) < 3 or node.args[2] is None or len(shape) < 3 or shape.count(-1) > 1:
-            continue
-        data, weight, bias = node.args
-        with graph.inserting_before(node):
-            rows = graph.call_function(aten.reshape.default, (data, [-1, data.meta["val"].shape[-1]]))
-            product = graph.call_function(aten.linear.default, (rows, weight, bias))
-            result = graph.call_function(aten.reshape.default, (product, shape))
-        result.meta = node.meta
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
-    module.recompile()
 
 
 def _batches(final: TracedModule, precision: str, calibration: Any) -> list[Call]:

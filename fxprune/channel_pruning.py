@@ -71,9 +71,9 @@ def channels(
 ) -> ChannelReport:
     """Mask whole channels, by groups of slices that stand or fall together, so that `finalize` removes them exactly.
 
-    The score of a unit is the mean over the slices that belong to it, of writers and readers alike; for the global
-    scope it is divided by its group's mean, so that layers of different scale compare. Both are the defaults of
-    DepGraph (Fang et al., "DepGraph: Towards Any Structural Pruning", 2023, https://arxiv.org/abs/2301.12900).
+    The score of a unit is the mean over the slices that belong to it, of writers and readers alike, biases aside; for
+    the global scope it is divided by its group's mean, so that layers of different scale compare. Both are the
+    defaults of DepGraph (Fang et al., "DepGraph: Towards Any Structural Pruning", 2023, https://arxiv.org/abs/2301.12900).
     Rows of weights, biases, gains and shifts of normalizations are masked, and the columns that read them; training
     can go on, `finalize` makes it smaller. A unit that is masked already counts: called again with a smaller budget,
     the function masks more.
@@ -125,7 +125,7 @@ def channels(
     labels = _labels(grouping.groups)
     stayed = {labels[id(g)]: g.reason for g in grouping.groups if g.reason}
     if importance == "bn":
-        gains = _gains(grouping)
+        gains = _operands(grouping, 1, ("batch_norm",))
         without = [g for g in picked if gains.isdisjoint(m.parameter for m in g.members)]
         stayed |= {labels[id(g)]: "no batch norm has its gain" for g in without}
         picked = [g for g in picked if g not in without and not any(g.block == w.block >= 0 for w in without)]
@@ -179,7 +179,7 @@ def _fit(grouping: Grouping, choices: Iterator[Staircase], name: str, value: flo
             raise ArgumentError(f"amount={value}: there are {stairs.total} units that may be pruned.")
         return stairs.units(stairs.count(value * stairs.total if isinstance(value, float) else value))
     count, dense = (grouping.macs, grouping.dense[0]) if name == "macs" else (grouping.parameters, grouping.dense[1])
-    limit = value * dense if isinstance(value, float) else value
+    limit = value * dense * (1 + 1e-12) if isinstance(value, float) else value  # a count's share gives the count
 
     def left(units: Vector) -> int:
         return count(grouping.alive(units))
@@ -313,9 +313,9 @@ def _scores(
     if importance == "random":
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return [torch.rand(g.size, generator=generator, dtype=torch.float64).numpy() for g in picked]
-    names = {m.parameter for g in picked for m in g.members}
+    names = {m.parameter for g in picked for m in g.members} - _operands(grouping, 2, ("conv", "linear", "norm"))
     if importance == "bn":
-        names = _gains(grouping)
+        names = _operands(grouping, 1, ("batch_norm",))
     given = {name: grouping.plain.get_parameter(name) for name in names}
     if importance == "taylor":
         from fxprune.importance import scores  # it builds on fxprune.prune, which offers what is here
@@ -339,10 +339,11 @@ def _scores(
     return [values[group.units] for group in picked]
 
 
-def _gains(grouping: Grouping) -> set[str]:
-    """The gains of batch norms."""
-    nodes = [n for n in grouping.plain.graphs["eval"].nodes if "batch_norm" in str(n.target)]
-    return {str(n.args[1].target) for n in nodes if isinstance(n.args[1], fx.Node)}
+def _operands(grouping: Grouping, position: int, operators: Sequence[str]) -> set[str]:
+    """Parameters at a position of the operators: weights and gains at 1, biases and shifts at 2."""
+    nodes = [n for n in grouping.plain.graphs["eval"].nodes if any(name in str(n.target) for name in operators)]
+    found = [n.args[position] for n in nodes if len(n.args) > position]
+    return {str(operand.target) for operand in found if isinstance(operand, fx.Node)}
 
 
 def _plain_names(traced: TracedModule) -> set[str]:

@@ -49,6 +49,10 @@ class Val:
             return self.known
         return torch.full([length(a) for a in self.axes], self.known, dtype=torch.bool)
 
+    def inner(self) -> Tensor:
+        """What is known wherever it stands, no border aside."""
+        return self.mask() if self.border is None else self.mask() & ~self.border
+
     def sizes(self) -> list[Size]:
         return [size(a) for a in self.axes]
 
@@ -192,7 +196,9 @@ class Walk:
         return value
 
     def shape(self, node: fx.Node) -> Sequence[Size]:
-        return tuple(node.meta["val"].shape)
+        """Of a node's value, or of the first of several."""
+        value = node.meta["val"]
+        return tuple((value[0] if isinstance(value, list | tuple) else value).shape)
 
     def pin(self, node: fx.Node, what: Any, why: str, dims: Sequence[int] | None = None) -> None:
         """Pin ids: of a vector, of an axis, or of (some axes of) the value of a node."""
@@ -253,6 +259,11 @@ class Walk:
             return val
         ids = self.vector(node, axis)
         return self.relayout(val, dim, ((size(axis), ids),))
+
+    def merged(self, node: fx.Node, val: Val, dim: int) -> tuple[Val, Vector | None]:
+        """`val` with the factors of one axis merged, and the ids of this axis."""
+        val = self.flat(node, val, dim)
+        return val, val.axes[dim][0][1] if val.axes[dim] else None
 
     def relayout(self, val: Val, dim: int, target: Axis) -> Val:
         """`val` with an axis described as `target`: the same factors or one merged one, some of them now opaque."""

@@ -74,6 +74,12 @@ def argument(node: Any, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
 
 
+def viewed(w: Walk, node: Any) -> Val:
+    """The first operand of an operator that may return a view of it."""
+    w.shared_storage(node, node.args[0])
+    return w.val(node.args[0])
+
+
 def moved(val: Val, axes: Sequence[Axis], move: Callable[[Tensor], Tensor], sums: bool = False) -> Val:
     """`val` after a movement of data that is `move` on the reduced form."""
     if val.known is False or val.value is None:
@@ -105,7 +111,7 @@ def pointwise(w: Walk, node: Any) -> Any:
         return Val(axes)
     vals = dict(zip(operands, laid, strict=True))
     name = kind(node)
-    masks = [v.mask() if v.border is None else v.mask() & ~v.border for v in laid]
+    masks = [v.inner() for v in laid]
     known = math.prod(masks[1:], start=masks[0]) if masks else torch.ones((), dtype=torch.bool)
     if name == "mul":
         zeros = [m & (v.value == 0) for m, v in zip(masks, laid, strict=True) if v.value is not None]
@@ -148,9 +154,7 @@ def run(node: Any, values: dict[fx.Node, Tensor]) -> Any:
     "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "to", "_to_copy", "type_as", "lift_fresh", "positive"
 )
 def identity(w: Walk, node: Any) -> Val:
-    source = node.args[0]
-    val = w.val(source)
-    w.shared_storage(node, source)
+    val = viewed(w, node)
     keep = kind(node) in ("detach", "alias", "contiguous")
     dtype = node.meta["val"].dtype
     if val.value is not None and val.value.is_floating_point() != dtype.is_floating_point:
@@ -160,8 +164,7 @@ def identity(w: Walk, node: Any) -> Val:
 
 @rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 def dropout(w: Walk, node: Any) -> Val:
-    val = w.val(node.args[0])
-    w.shared_storage(node, node.args[0])
+    val = viewed(w, node)
     return Val(val.axes) if argument(node, 2, "train") else replace(val, source=None)
 
 
@@ -173,12 +176,10 @@ def prelu(w: Walk, node: Any) -> Val:
         axis = w.join(node, [x.axes[d], slope.axes[0]])
         x = w.relayout(x, d, axis)
         slope = w.relayout(slope, 0, axis)
-    if x.known is False or slope.known is not True:
-        return Val(x.axes)
-    if x.value is None or slope.value is None:
+    if x.known is False or slope.known is not True or x.value is None or slope.value is None:
         return Val(x.axes)
     a = slope.value.double().reshape([-1 if i == d else 1 for i in range(len(x.axes))])
-    known = x.mask() if x.border is None else x.mask() & ~x.border
+    known = x.inner()
     return settled(x.axes, known, torch.where(x.value > 0, x.value, x.value * a))
 
 
@@ -186,8 +187,7 @@ def prelu(w: Walk, node: Any) -> Val:
 def glu(w: Walk, node: Any) -> Val:
     x = w.val(node.args[0])
     d = argument(node, 1, "dim", -1) % len(x.axes)
-    x = w.flat(node, x, d)
-    ids = x.axes[d][0][1] if x.axes[d] else None
+    x, ids = w.merged(node, x, d)
     if ids is None:
         return Val(tuple(opaque(s) for s in w.shape(node)))
     n = len(ids) // 2
@@ -322,11 +322,8 @@ def refactor(w: Walk, node: Any, factors: list[Any], sizes: Sequence[Size]) -> l
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
 def view(w: Walk, node: Any) -> Val:
-    source = node.args[0]
-    x = w.val(source)
-    sizes = w.shape(node)
+    x, sizes = viewed(w, node), w.shape(node)
     axes = refactor(w, node, [f for a in x.axes for f in a], sizes)
-    w.shared_storage(node, source)
     if axes is None:
         w.pin(node, x, f"regroups sizes {list(map(str, x.sizes()))} into {list(map(str, sizes))}")
         return Val(tuple(opaque(s) for s in sizes))
@@ -342,11 +339,8 @@ def view(w: Walk, node: Any) -> Val:
 
 @rule("permute", "transpose", "t", "swapaxes", "swapdims", "numpy_T", "mT", "movedim", "moveaxis", "adjoint")
 def permutation(w: Walk, node: Any) -> Val:
-    source = node.args[0]
-    x = w.val(source)
-    w.shared_storage(node, source)
-    order = list(range(len(x.axes)))
-    name = kind(node)
+    x = viewed(w, node)
+    order, name = list(range(len(x.axes))), kind(node)
     if name == "permute":
         order = [d % len(order) for d in node.args[1]]
     elif name in ("movedim", "moveaxis"):
@@ -369,9 +363,7 @@ def _moved_order(node: Any, rank: int) -> list[int]:
 
 @rule("unsqueeze", "squeeze")
 def squeezed(w: Walk, node: Any) -> Val:
-    source = node.args[0]
-    x = w.val(source)
-    w.shared_storage(node, source)
+    x = viewed(w, node)
     rank = len(x.axes)
     dims = argument(node, 1, "dim", [d for d in range(rank) if not x.axes[d]])
     if kind(node).startswith("unsqueeze"):
@@ -379,19 +371,13 @@ def squeezed(w: Walk, node: Any) -> Val:
         return moved(x, [*x.axes[:d], (), *x.axes[d:]], lambda t: t.unsqueeze(d), x.sums and d < rank)
     gone = {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])} if rank else set()
     gone = {d for d in gone if not x.axes[d]}
-    return moved(
-        x,
-        [a for d, a in enumerate(x.axes) if d not in gone],
-        lambda t: t.squeeze(sorted(gone)),
-        x.sums and rank - 1 not in gone,
-    )
+    axes = [a for d, a in enumerate(x.axes) if d not in gone]
+    return moved(x, axes, lambda t: t.squeeze(sorted(gone)), x.sums and rank - 1 not in gone)
 
 
 @rule("expand", "broadcast_to", "expand_as")
 def expand(w: Walk, node: Any) -> Val:
-    source = node.args[0]
-    x = w.val(source)
-    w.shared_storage(node, source)
+    x = viewed(w, node)
     if kind(node) == "expand_as":
         axes, (x, _) = w.broadcast(node, [x, w.val(node.args[1])])
         return settled(axes, x.mask(), x.value) if x.value is not None else Val(axes)
@@ -448,16 +434,11 @@ def repeat_interleave(w: Walk, node: Any) -> Any:
 
 @rule("slice", "narrow")
 def slice_(w: Walk, node: Any) -> Val:
-    source = node.args[0]
-    x = w.val(source)
-    w.shared_storage(node, source)
+    x = viewed(w, node)
     narrow = kind(node) == "narrow"
     d = argument(node, 1, "dim", 0) % len(x.axes)
-    start, end, step = (
-        argument(node, 2, "start"),
-        argument(node, 3, "length" if narrow else "end"),
-        argument(node, 4, "step", 1),
-    )
+    start, step = argument(node, 2, "start"), argument(node, 4, "step", 1)
+    end = argument(node, 3, "length" if narrow else "end")
     new = w.shape(node)[d]
     if narrow and isinstance(start, int) and isinstance(end, int):
         end += start
@@ -470,8 +451,7 @@ def slice_(w: Walk, node: Any) -> Val:
         return replace(x, source=None)
     if not carries(x.axes[d]):
         return replace(x, axes=(*x.axes[:d], opaque(new), *x.axes[d + 1 :]), source=None)
-    x = w.flat(node, x, d)
-    ids = x.axes[d][0][1] if x.axes[d] else None
+    x, ids = w.merged(node, x, d)
     if ids is None or not all(v is None or isinstance(v, int) for v in (start, end)):
         x = w.blur(node, x, [d], "sliced at a free position")
         return replace(x, axes=(*x.axes[:d], opaque(new), *x.axes[d + 1 :]), source=None)
@@ -498,14 +478,11 @@ def slice_(w: Walk, node: Any) -> Val:
 
 @rule("select")
 def select(w: Walk, node: Any) -> Val:
-    source = node.args[0]
-    x = w.val(source)
-    w.shared_storage(node, source)
+    x = viewed(w, node)
     d = argument(node, 1, "dim") % len(x.axes)
     index = argument(node, 2, "index")
     rest = (*x.axes[:d], *x.axes[d + 1 :])
-    x = w.flat(node, x, d)
-    ids = x.axes[d][0][1] if x.axes[d] else None
+    x, ids = w.merged(node, x, d)
     if ids is None or not isinstance(index, int):
         x = w.blur(node, x, [d], "selected at a free position")
         return moved(x, rest, lambda t: t.squeeze(d))
@@ -517,13 +494,10 @@ def select(w: Walk, node: Any) -> Val:
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split")
 def split(w: Walk, node: Any) -> list[Val]:
-    source = node.args[0]
-    x = w.val(source)
-    w.shared_storage(node, source)
+    x = viewed(w, node)
     d = argument(node, 2, "dim", 0) % len(x.axes)
     sizes = [v.shape[d] for v in node.meta["val"]]
-    x = w.flat(node, x, d)
-    ids = x.axes[d][0][1] if x.axes[d] else None
+    x, ids = w.merged(node, x, d)
     if ids is None:
         return [replace(x, axes=(*x.axes[:d], opaque(s), *x.axes[d + 1 :]), source=None) for s in sizes]
     ends = np.cumsum(sizes)
@@ -543,9 +517,7 @@ def split(w: Walk, node: Any) -> list[Val]:
 
 @rule("unbind")
 def unbind(w: Walk, node: Any) -> list[Val]:
-    source = node.args[0]
-    x = w.val(source)
-    w.shared_storage(node, source)
+    x = viewed(w, node)
     d = argument(node, 1, "dim", 0) % len(x.axes)
     rest = (*x.axes[:d], *x.axes[d + 1 :])
     x = w.flat(node, x, d)
@@ -583,15 +555,13 @@ def _cat(w: Walk, node: Any, stacked: bool) -> Val:
         if any(v.known is False for v in vals) or not vals:
             return Val(tuple(axes))
         first = vals[0].value
-        known = math.prod([v.mask() & (v.value == first) for v in vals[1:]], start=vals[0].mask())
-        for v in vals:
-            known = known if v.border is None else known & ~v.border
+        known = math.prod([v.inner() & (v.value == first) for v in vals[1:]], start=vals[0].inner())
         assert isinstance(first, Tensor)
         return settled(axes, known, first)
     parts: list[Vector] = []
-    vals = [w.flat(node, v, d) for v in vals]
-    for v in vals:
-        ids = v.axes[d][0][1] if v.axes[d] else None
+    flat = [w.merged(node, v, d) for v in vals]
+    vals = [v for v, _ in flat]
+    for v, ids in flat:
         if ids is None:
             ids = w.ids.fresh(size(v.axes[d]))
             w.pin(node, ids, "an operand that carries no channels")
@@ -669,8 +639,7 @@ def pad(w: Walk, node: Any) -> Any:
     axes = list(x.axes)
     spatial = False
     for d in padded:
-        x = w.flat(node, x, d)
-        ids = x.axes[d][0][1] if x.axes[d] else None
+        x, ids = w.merged(node, x, d)
         at = 2 * (len(axes) - 1 - d)
         before, after = amounts[at : at + 2]
         if ids is None or mode != "constant" or not all(isinstance(a, int) and a >= 0 for a in (before, after)):
@@ -705,7 +674,7 @@ def pad(w: Walk, node: Any) -> Any:
     if x.known is False or mode != "constant" or not spatial:
         return x
     assert x.value is not None
-    known = x.mask() if x.border is None else x.mask() & ~x.border
+    known = x.inner()
     border = known & (x.value != fill)
     return replace(x, known=known, border=border) if fill == 0 else replace(x, known=known & ~border, border=None)
 
@@ -831,16 +800,14 @@ def reduction(w: Walk, node: Any) -> Any:
     dims = sorted({d % rank for d in dims}) if rank else []
     if name == "sum" and sum(carries(x.axes[d]) for d in dims) == 1 and isinstance(node.meta["val"], Tensor):
         d = next(d for d in dims if carries(x.axes[d]))
-        x = w.flat(node, x, d)
-        columns = x.axes[d][0][1]
+        x, columns = w.merged(node, x, d)
         if columns is not None:
             if w.facts:
                 zero = _zero(x).transpose(0, d).reshape(len(columns), -1).all(1).numpy()
                 w.readers.append(Reader(node, None, columns[None], ~zero[None, None]))
             x = Val((*x.axes[:d], opaque(len(columns)), *x.axes[d + 1 :]))
     x = w.blur(node, x, dims, "a reduction over it")
-    result = node.meta["val"]
-    shape = (result[0] if isinstance(result, list | tuple) else result).shape
+    result, shape = node.meta["val"], w.shape(node)
     if name in ("sort", "argsort", "topk", "kthvalue") and len(shape) == rank:
         changed = tuple(opaque(shape[d]) if d in dims else a for d, a in enumerate(x.axes))
         return [Val(changed)] * 2
@@ -849,7 +816,7 @@ def reduction(w: Walk, node: Any) -> Any:
         return [Val(axes)] * len(result)
     if x.value is None or name not in ("mean", "sum", "amax", "amin", "max", "min"):
         return Val(axes)
-    known = x.mask() if x.border is None else x.mask() & ~x.border
+    known = x.inner()
     if name == "sum":
         known = known & (x.value == 0)
     lengths = [length(a) for a in axes]
@@ -865,8 +832,7 @@ def reduction(w: Walk, node: Any) -> Any:
 def resample(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
     name = kind(node)
-    result = node.meta["val"]
-    shape = (result[0] if isinstance(result, list | tuple) else result).shape
+    result, shape = node.meta["val"], w.shape(node)
     space = int(re.search(r"(\d)d", name)[1])  # type: ignore[index]
     rank = len(x.axes)
     x = w.blur(node, x, list(range(rank - space, rank)), "space of a pooling")
@@ -893,16 +859,14 @@ def softmax(w: Walk, node: Any) -> Val:
     x = w.val(node.args[0])
     d = argument(node, 1, "dim") % len(x.axes)
     x = w.blur(node, x, [d], "softmax over it")
-    last = d == len(x.axes) - 1 and "log" not in kind(node)
-    return Val(x.axes, sums=last)
+    return Val(x.axes, sums=d == len(x.axes) - 1 and "log" not in kind(node))
 
 
 @rule("cumsum", "cumprod", "logcumsumexp", "diff", "tril", "triu", "gather")
 def scanned(w: Walk, node: Any) -> Any:
     x = w.val(node.args[0])
     name = kind(node)
-    at = {"diff": 2}.get(name, 1)
-    dims = [-2, -1] if name in ("tril", "triu") else [argument(node, at, "dim", -1)]
+    dims = [-2, -1] if name in ("tril", "triu") else [argument(node, 1, "dim", -1)]
     if name in ("diff", "gather"):
         for value in node.all_input_nodes:
             w.pin(node, value, "positions matter")
@@ -934,7 +898,7 @@ def batch_norm(w: Walk, node: Any) -> Any:
         eps = node.args[7 if not legit else 6]
         if all(p is None or p.known is True for p in parameters) and carries(axis):
             column = [1, -1] + [1] * (len(x.axes) - 2)
-            known = x.mask() if x.border is None else x.mask() & ~x.border
+            known = x.inner()
             value = torch.zeros([1] * len(x.axes)).double() if x.value is None else x.value.double()
             if instance and use_input:
                 value = torch.zeros_like(value)
@@ -998,11 +962,10 @@ def contract(
         at: position of the bias argument or its node, -1 where the operator has none.
     """
     m, n = counts
-    name = weight.source
-    key = (
-        None if name is None else (str(node.target), *(None if v is None else v.tobytes() for v in w.parameters[name]))
-    )
-    free = name is not None and w.uses[name] == 1
+    name, key, free = weight.source, None, False
+    if name is not None:
+        key = (str(node.target), *(None if v is None else v.tobytes() for v in w.parameters[name]))
+        free = w.uses[name] == 1
     if columns is None:
         columns = w.ids.fresh(groups * n)
     if rows is None:
@@ -1049,7 +1012,8 @@ def convolution(w: Walk, node: Any) -> Any:
     bias = w.val(node.args[2]) if argument(node, 2, "bias") is not None else None
     generic = name == "convolution"
     transposed = "transpose" in name or (generic and bool(node.args[6]))
-    groups = argument(node, 8, "groups", 1) if generic else argument(node, 6, "groups", 1)
+    at = 8 if generic else 6
+    groups = argument(node, at, "groups", 1)
     padding: Any = argument(node, 4, "padding", 0)
     padded = padding not in (0, "valid") and (not isinstance(padding, list | tuple) or any(padding))
     space = len(weight.axes) - 2
@@ -1059,22 +1023,17 @@ def convolution(w: Walk, node: Any) -> Any:
     n, m = inputs // groups, outputs // groups
     x = w.blur(node, x, [*range(c + 1, len(x.axes))], "space of a convolution")
     w.pin(node, weight, "kernel of a convolution", range(2, len(weight.axes)))
-    x = w.flat(node, x, c)
+    x, columns = w.merged(node, x, c)
     own_in, own_out = (0, 1) if transposed else (1, 0)
-    columns = x.axes[c][0][1] if x.axes[c] else None
-    if groups == 1:
+    if groups == 1 or transposed:
         join = w.join(node, [x.axes[c], weight.axes[own_in]])
         columns = w.vector(node, join)
-        x = w.relayout(x, c, join) if carries(x.axes[c]) else x
-        rows = w.vector(node, weight.axes[own_out])
+        x = w.relayout(x, c, join) if groups == 1 and carries(x.axes[c]) else x
+    if groups > 1 and transposed:
+        rows = w.ids.fresh(outputs) if outputs > 1 else None
     else:
-        full_axis = weight.axes[0]
-        if transposed:
-            join = w.join(node, [x.axes[c], full_axis])
-            columns = w.vector(node, join)
-            rows = w.ids.fresh(outputs) if outputs > 1 else None
-        else:
-            rows = w.vector(node, full_axis)
+        rows = w.vector(node, weight.axes[own_out])
+    if groups > 1:
         if weight.source is None or w.uses.get(weight.source, 0) != 1 or columns is None or rows is None:
             why = "a grouped convolution whose weight is computed or used twice, or that reads an input"
             for what in (x.axes[c], weight, columns, rows):
@@ -1088,7 +1047,6 @@ def convolution(w: Walk, node: Any) -> Any:
 
             def regroup(kept: Any, columns: Vector = columns, rows: Vector = rows) -> None:
                 left = kept.alive(columns).reshape(groups, n).any(1) | kept.alive(rows).reshape(groups, m).any(1)
-                at = 8 if generic else 6
                 if len(node.args) > at:
                     node.update_arg(at, int(left.sum()))
                 else:
@@ -1104,10 +1062,7 @@ def convolution(w: Walk, node: Any) -> Any:
     table = None
     if w.facts and weight.known is True and weight.value is not None:
         v = weight.value
-        if transposed:
-            table = v.reshape(groups, n, m, -1).transpose(1, 2)
-        else:
-            table = v.reshape(groups, m, n, -1)
+        table = v.reshape(groups, n, m, -1).transpose(1, 2) if transposed else v.reshape(groups, m, n, -1)
     known = contract(
         w, node, x, c, weight, table, rows, columns, groups=groups, counts=(m, n),
         folds=not padded and not transposed, bias=bias, at=2,
@@ -1151,8 +1106,7 @@ def matmul(w: Walk, node: Any) -> Any:
     batch: tuple[Axis, ...] = a.axes[:-2]
     weighted = (len(b.axes) == 2 and b.known is True) or (not w.facts and len(b.axes) == 2 and source is not None)
     if weighted:
-        b = w.flat(node, b, 1)
-        rows = b.axes[1][0][1] if b.axes[1] else None
+        b, rows = w.merged(node, b, 1)
         n_out = size(b.axes[1])
         plain = bias is None or len(bias.axes) == 1
         if bias is not None and plain and bias.axes[0]:
@@ -1160,11 +1114,9 @@ def matmul(w: Walk, node: Any) -> Any:
             bias = w.relayout(bias, 0, axis)
             rows = axis[0][1]
         table = None if b.value is None else b.value.t().reshape(1, n_out, -1, 1)
-        at = (
-            -1
-            if not plain or (added and any(v != 1 for v in node.kwargs.values()))
-            else {"linear": 2, "addmm": 0}.get(name, -1)
-        )
+        at = {"linear": 2, "addmm": 0}.get(name, -1)
+        if not plain or (added and any(v != 1 for v in node.kwargs.values())):
+            at = -1
         known = contract(
             w, node, a, len(a.axes) - 1, replace(b, source=source), table, rows, columns, groups=1,
             counts=(n_out, n_in), folds=True, bias=bias if plain else None, at=at,
@@ -1222,9 +1174,8 @@ def pair(w: Walk, node: Any, spare: Tensor, batch: Sequence[Axis], columns: Vect
     need = ~spare.expand(*lengths, len(columns))
     gates = [i for i, s in enumerate(lengths) if s > 1]
     carried = [ids for _, ids in batch[gates[0]] if ids is not None] if len(gates) == 1 else []
-    rows = (
-        functools.reduce(w.ids.product, carried) if carried else None
-    )  # what is opaque beside them, batch, may be free
+    # what is opaque beside them, batch, may be free
+    rows = functools.reduce(w.ids.product, carried) if carried else None
     if rows is not None:
         w.readers.append(Reader(node, rows[None], columns[None], need.reshape(1, len(rows), -1).numpy()))
     else:
@@ -1282,24 +1233,19 @@ def attention(w: Walk, node: Any) -> Any:
     batch: list[Axis] = []
     for d in range(rank - 2):
         if gqa and d == rank - 3:
-            heads = [w.flat(node, t, d) for t in (q, k, v)]
-            ids = [t.axes[d][0][1] if t.axes[d] else None for t in heads]
-            few = w.join(node, [heads[1].axes[d], heads[2].axes[d]])
-            if ids[0] is not None and few and few[0][1] is not None and len(ids[0]) % len(few[0][1]) == 0:
-                group, _ = w.ids.split(ids[0], len(few[0][1]))
-                w.ids.unify(group, few[0][1])
+            (q, many), (one, _), (two, _) = (w.merged(node, t, d) for t in (q, k, v))
+            few = w.join(node, [one.axes[d], two.axes[d]])
+            if many is not None and few and few[0][1] is not None and len(many) % len(few[0][1]) == 0:
+                w.ids.unify(w.ids.split(many, len(few[0][1]))[0], few[0][1])
             else:
-                for t in heads:
+                for t in (q, one, two):
                     w.pin(node, t.axes[d], "grouped-query heads")
-            q = heads[0]
             batch.append(q.axes[d])
             continue
         batch.append(w.join(node, [t.axes[d] for t in (q, k, v)]))
     q, k, v = (w.flat(node, t, rank - 1) for t in (q, k, v))
     w.join(node, [q.axes[-1], k.axes[-1]])
-    q = w.blur(node, q, [rank - 2], "positions of an attention")
-    k = w.blur(node, k, [rank - 2], "positions of an attention")
-    v = w.blur(node, v, [rank - 2], "positions of an attention")
+    q, k, v = (w.blur(node, t, [rank - 2], "positions of an attention") for t in (q, k, v))
     if mask is not None:
         m = w.val(mask)
         w.pin(node, m, "the last axes of an attention mask", [-1, -2])
@@ -1312,7 +1258,8 @@ def attention(w: Walk, node: Any) -> Any:
             w.edits.append(lambda kept: node.update_kwarg("scale", 1.0 / math.sqrt(embed)))
         if w.facts:
             if gqa:
-                w.readers.append(Reader(node, None, columns[None], ~_spare_gqa(q, k, len(columns))[None, None]))
+                spare = [_zero(t).reshape(-1, len(columns)).all(0) for t in (q, k)]
+                w.readers.append(Reader(node, None, columns[None], ~(spare[0] | spare[1]).numpy()[None, None]))
             else:
                 turned = moved(k, (*k.axes[:-2], k.axes[-1], k.axes[-2]), lambda t: t.transpose(-1, -2))
                 product(w, node, q, turned, batch, columns, shift=True)
@@ -1321,11 +1268,6 @@ def attention(w: Walk, node: Any) -> Any:
         return Val(axes)
     known = v.mask() if mask is None else v.mask() & (v.value == 0)
     return settled(axes, known, v.value)
-
-
-def _spare_gqa(q: Val, k: Val, n: int) -> Any:
-    spare = [_zero(t).reshape(-1, n).all(0) for t in (q, k)]
-    return (spare[0] | spare[1]).numpy()
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")

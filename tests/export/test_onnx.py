@@ -189,18 +189,6 @@ class Positions(nn.Module):
         return x + self.table(torch.arange(x.shape[1]))
 
 
-@pytest.mark.parametrize(
-    ("free", "expected"),
-    [("batch", {"Reshape", "Gemm"}), (None, {"Reshape", "Gemm"}), (({0: Dim("b"), 1: Dim("t")},), {"MatMul", "Add"})],
-)
-def test_linear_layers_act_on_matrices_where_the_shape_can_be_inferred(
-    free: Any, expected: set[str], tmp_path: Path
-) -> None:
-    traced = fxprune.trace(nn.Linear(8, 6), (torch.randn(2, 5, 8),), dynamic_shapes=free, modes=("eval",))
-    assert to_onnx(traced, tmp_path / "linear.onnx").comparison.ok
-    assert {node.op_type for node in onnx.load(tmp_path / "linear.onnx").graph.node} == expected
-
-
 def test_sizes_that_the_model_cannot_run_are_not_tried(tmp_path: Path) -> None:
     axes = ({0: Dim.AUTO, 1: Dim.AUTO},)  # torch.export does not see that the table ends at five
     traced = fxprune.trace(Positions(), (torch.ones(2, 5, 2),), dynamic_shapes=axes, modes=("eval",))

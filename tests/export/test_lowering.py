@@ -1,0 +1,111 @@
+"""What is rewritten before torch translates it computes what eager does, in onnxruntime."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional
+
+import fxprune
+
+SOME = torch.ones(5, 5).tril().bool()
+EMPTIED = SOME.index_fill(0, torch.tensor(2), False)  # row 2 sees nothing
+MASKS = {
+    "boolean": SOME,
+    "boolean, a row emptied": EMPTIED,
+    "added": torch.randn(5, 5, generator=torch.Generator().manual_seed(0)),
+    "added, a row emptied": torch.zeros(5, 5).masked_fill(~EMPTIED, -torch.inf),
+}
+
+
+def attention(x: Tensor, rank: int, mask: Tensor | None = None, few: bool = False, **options: Any) -> Tensor:
+    """Attention over 5 positions of x [batch, 5, 24], on operands of `rank` axes."""
+    q, k, v = x.chunk(3, -1)
+    if rank == 2:
+        q, k, v = q[0], k[0], v[0]
+    elif rank > 3:
+        q, k, v = (t.unflatten(-1, (*[2] * (rank - 3), -1)).movedim(1, -2) for t in (q, k, v))
+    if few:
+        k, v = k[:, :1], v[:, :1]
+    return functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=few, **options)
+
+
+class EveryMask(nn.Module):
+    def __init__(self, rank: int, few: bool) -> None:
+        super().__init__()
+        self.rank, self.few = rank, few
+        self.masks = nn.Buffer(torch.stack([mask for mask in MASKS.values() if mask.dtype == torch.bool]))
+        self.added = nn.Buffer(torch.stack([mask for mask in MASKS.values() if mask.dtype != torch.bool]))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        masks = dict(zip(MASKS, [*self.masks, *self.added], strict=True))
+        masks["of data"] = (x[0] if self.rank == 2 else x[:, None] if self.rank == 4 else x[:1, :1]).sum(-1)[
+            ..., None
+        ] > 0
+        found = {name: attention(x, self.rank, mask, self.few) for name, mask in masks.items()}
+        found["none"] = attention(x, self.rank, None, self.few, scale=0.3)
+        return found | {"causal": attention(x, self.rank, None, self.few, is_causal=True)}
+
+
+def exported(model: nn.Module, x: Tensor, path: Path, **options: int) -> onnxruntime.InferenceSession:
+    fxprune.export.to_onnx(fxprune.trace(model.eval(), (x,), modes=("eval",)), path, **options)
+    return onnxruntime.InferenceSession(path)
+
+
+def operators(path: Path) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.mark.parametrize(("rank", "few"), [(2, False), (3, False), (4, False), (4, True), (5, False)])
+def test_attention_of_any_rank_and_mask_equals_eager(rank: int, few: bool, tmp_path: Path) -> None:
+    model = EveryMask(rank, few)
+    session = exported(model, torch.randn(1 if rank == 2 else 3, 5, 24), tmp_path / "model.onnx")
+    x = torch.randn(1 if rank == 2 else 7, 5, 24)
+    names = [value.name for value in session.get_outputs()]
+    for name, found, expected in zip(names, session.run(None, {"x": x.numpy()}), model(x).values(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+class Heads(nn.Module):
+    """Attention without a mask, or with one for any batch that hides nothing, as transformers makes it."""
+
+    def __init__(self, masked: bool = False) -> None:
+        super().__init__()
+        self.masked = masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (torch.arange(5)[None, None, :, None] >= 0).expand(x.shape[0], -1, -1, 5)
+        return attention(x, 4, mask if self.masked else None)
+
+
+def test_a_mask_that_hides_nothing_costs_nothing(tmp_path: Path) -> None:
+    for masked in (False, True):
+        exported(Heads(masked), torch.randn(2, 5, 24), tmp_path / f"{masked}.onnx")
+    assert operators(tmp_path / "True.onnx") == operators(tmp_path / "False.onnx")
+    assert operators(tmp_path / "True.onnx").keys().isdisjoint({"Where", "IsNaN", "Add"})
+
+
+def test_attention_is_one_operator_where_onnx_has_it(tmp_path: Path) -> None:
+    exported(Heads(), torch.randn(2, 5, 24), tmp_path / "model.onnx", opset=23)
+    assert operators(tmp_path / "model.onnx")["Attention"] == 1
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [("batch", {"Reshape", "Gemm"}), (None, {"Reshape", "Gemm"}), (({0: Dim("b"), 1: Dim("t")},), {"MatMul", "Add"})],
+)
+def test_linear_layers_act_on_matrices_where_the_shape_can_be_inferred(
+    free: Any, expected: set[str], tmp_path: Path
+) -> None:
+    traced = fxprune.trace(nn.Linear(8, 6), (torch.randn(2, 5, 8),), dynamic_shapes=free, modes=("eval",))
+    assert fxprune.export.to_onnx(traced, tmp_path / "linear.onnx").comparison.ok
+    assert operators(tmp_path / "linear.onnx").keys() == expected
