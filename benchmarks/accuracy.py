@@ -14,8 +14,7 @@ import sys
 import warnings
 
 import torch
-import torch_pruning
-from models import macs
+from models import macs, magnitude_pruner
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -61,10 +60,7 @@ def main() -> None:
         found["dense"].append(accuracy(dense, images[test], labels[test]))
         example = images[:2]
         peer = copy.deepcopy(dense)
-        torch_pruning.pruner.MagnitudePruner(
-            peer, example, importance=torch_pruning.importance.MagnitudeImportance(p=2), pruning_ratio=ratio,
-            global_pruning=True, ignored_layers=[peer.head],
-        ).step()  # fmt: skip
+        magnitude_pruner(peer, example, ratio, [peer.head], global_pruning=True).step()
         share = macs(peer, example) / macs(dense, example)
         traced = fxprune.trace(copy.deepcopy(dense), (example,))
         fxprune.prune.channels(traced, macs=share, round_to=1)

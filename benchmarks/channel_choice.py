@@ -13,8 +13,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-import torch_pruning
-from models import sample, vision
+from models import magnitude_pruner, sample, vision
 from pairs import report
 from torch import nn
 
@@ -23,14 +22,7 @@ import fxprune
 
 def peer(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
     heads = [m for m in model.modules() if getattr(m, "out_features", 0) == 1000]
-    importance = torch_pruning.importance.MagnitudeImportance(p=2)
-
-    def run() -> None:
-        torch_pruning.pruner.MagnitudePruner(
-            model, x, importance=importance, pruning_ratio=0.5, global_pruning=True, ignored_layers=heads
-        ).step()
-
-    return run
+    return lambda: magnitude_pruner(model, x, 0.5, heads, global_pruning=True).step()
 
 
 def main() -> None:

@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-import torch_pruning
-from models import cnn
+from models import cnn, magnitude_pruner
 from torch import nn
 
 import fxprune
@@ -106,10 +105,7 @@ def peers(model: nn.Module, inputs: dict[str, Any]) -> str:
     size = sum(p.numel() for p in model.parameters())
     try:
         with limited(), contextlib.redirect_stdout(io.StringIO()):
-            pruner = torch_pruning.pruner.MagnitudePruner(
-                model, example, importance=torch_pruning.importance.MagnitudeImportance(p=2), pruning_ratio=0.5,
-                ignored_layers=last, output_transform=lambda out: outputs(out),
-            )  # fmt: skip
+            pruner = magnitude_pruner(model, example, 0.5, last, output_transform=lambda out: outputs(out))
             for group in pruner.step(interactive=True):
                 for dependency, idxs in group:
                     layer = dependency.target.module

@@ -1,8 +1,11 @@
-"""Networks with random weights for the benchmarks."""
+"""Networks with random weights, what they cost, and Torch-Pruning's pruner of them, for the benchmarks."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch_pruning
 from torch import nn
 
 from fxprune.graph import flop_counter
@@ -51,3 +54,13 @@ def macs(model: nn.Module, x: torch.Tensor) -> float:
     with torch.no_grad(), flop_counter() as counter:
         model(x)
     return float(counter.get_total_flops()) / 2
+
+
+def magnitude_pruner(
+    model: nn.Module, x: Any, ratio: float, ignored: list[nn.Module], **options: Any
+) -> torch_pruning.pruner.BasePruner:
+    """Torch-Pruning's pruner by the L2 norm."""
+    importance = torch_pruning.importance.MagnitudeImportance(p=2)
+    return torch_pruning.pruner.MagnitudePruner(
+        model, x, importance=importance, pruning_ratio=ratio, ignored_layers=ignored, **options
+    )

@@ -14,8 +14,7 @@ import time
 import warnings
 
 import torch
-import torch_pruning
-from models import sample, vision
+from models import magnitude_pruner, sample, vision
 from pairs import report
 
 import fxprune
@@ -43,11 +42,7 @@ def main() -> None:
             peer = copy.deepcopy(model)
             heads = [m for m in peer.modules() if getattr(m, "out_features", 0) == 1000]
             start = time.thread_time()
-            pruner = torch_pruning.pruner.MagnitudePruner(
-                peer, x, importance=torch_pruning.importance.MagnitudeImportance(p=2), pruning_ratio=0.5,
-                ignored_layers=heads,
-            )  # fmt: skip
-            pruner.step()
+            magnitude_pruner(peer, x, 0.5, heads).step()
             seconds["Torch-Pruning"].append(time.thread_time() - start)
         macs = final.plan.macs
         print(f"{name}: capture {capture:.2f} s; MACs left {macs[1] / macs[0]:.3f}")

@@ -19,8 +19,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-import torch_pruning
-from models import macs, sample, vision
+from models import macs, magnitude_pruner, sample, vision
 from pairs import alternate
 from torch import nn
 
@@ -40,10 +39,7 @@ def peer(model: nn.Module, x: torch.Tensor, ratio: float, round_to: int | None) 
         options["head_pruning_ratio"] = ratio
         ends = ("o_proj", "fc2")
         ignored += [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) or n.endswith(ends)]
-    torch_pruning.pruner.MagnitudePruner(
-        model, x, importance=torch_pruning.importance.MagnitudeImportance(p=2), pruning_ratio=ratio,
-        ignored_layers=ignored, round_to=round_to, **options,
-    ).step()  # fmt: skip
+    magnitude_pruner(model, x, ratio, ignored, round_to=round_to, **options).step()
     return model
 
 
