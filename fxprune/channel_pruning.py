@@ -132,8 +132,16 @@ def channels(
         if not picked:
             raise PruningError('importance="bn" needs batch norms with a gain; no group that may be pruned has one.')
     scored = _scores(traced, grouping, picked, importance, seed, {"loader": loader, "loss": loss, "batches": batches})
+    gone = [np.zeros(g.size, bool) for g in picked]
+    if masked(traced):
+        largest = slice_scores(grouping, lambda name, axis, _: _largest(grouping, name, axis))
+        gone = [largest[g.units] == 0 for g in picked]
+        grouping.gone = np.concatenate([g.units[dead] for g, dead in zip(picked, gone, strict=True)])
     if scope == "global":
-        scored = [s / s.mean() if s.mean() > 0 else s for s in scored]
+        means = [s.mean(where=~dead) if not dead.all() else 0.0 for s, dead in zip(scored, gone, strict=True)]
+        scored = [s / mean if mean > 0 else s for s, mean in zip(scored, means, strict=True)]
+    lowest = min(float(s.min()) for s in scored) - 1  # what is gone counts first
+    scored = [np.where(dead, lowest, s) for s, dead in zip(scored, gone, strict=True)]
     for group, score in zip(picked, scored, strict=True):  # where a choice is left, the highest scores stay
         grouping.repair.cost[group.units] = 1 - np.argsort(np.argsort(score, kind="stable")) / len(score)
     # whole blocks run fastest; a budget that they cannot keep is cut finer
@@ -177,6 +185,8 @@ def _fit(grouping: Grouping, choices: Iterator[Staircase], name: str, value: flo
         stairs = next(choices)
         if value > stairs.total:
             raise ArgumentError(f"amount={value}: there are {stairs.total} units that may be pruned.")
+        if value and not len(stairs):
+            raise PruningError(f"amount={value} cannot be reached: max_per_group and at_least leave nothing to mask.")
         return stairs.units(stairs.count(value * stairs.total if isinstance(value, float) else value))
     count, dense = (grouping.macs, grouping.dense[0]) if name == "macs" else (grouping.parameters, grouping.dense[1])
     limit = value * dense * (1 + 1e-12) if isinstance(value, float) else value  # a count's share gives the count
@@ -305,10 +315,11 @@ def _scores(
     if callable(importance):
         found = []
         for group in picked:
-            value = torch.as_tensor(importance(group)).detach().double().cpu()
-            if value.shape != (group.size,):
-                raise PruningError(f"importance gave {tuple(value.shape)} for {group.name!r}, not ({group.size},).")
-            found.append(value.numpy())
+            value = importance(group)
+            if (shape := np.shape(value)) != (group.size,):
+                told = f"{type(value).__name__} of shape {tuple(shape)}"
+                raise PruningError(f"importance gave a {told} for {group.name!r}, not a tensor [{group.size}].")
+            found.append(torch.as_tensor(value).detach().double().cpu().numpy())
         return found
     if importance == "random":
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -337,6 +348,11 @@ def _scores(
 
     values = slice_scores(grouping, score)
     return [values[group.units] for group in picked]
+
+
+def _largest(grouping: Grouping, name: str, axis: int) -> torch.Tensor:
+    rows, across = grouping.slices(name, axis, grouping.plain.get_parameter(name).detach())
+    return rows.abs().amax(across).flatten()
 
 
 def _operands(grouping: Grouping, position: int, operators: Sequence[str]) -> set[str]:

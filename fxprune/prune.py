@@ -45,10 +45,7 @@ __all__ = [
 
 
 def apply(
-    traced: TracedModule,
-    name: str,
-    method: BasePruningMethod,
-    importance_scores: torch.Tensor | None = None,
+    traced: TracedModule, name: str, method: BasePruningMethod, importance_scores: torch.Tensor | None = None
 ) -> TracedModule:
     """Prune parameters by a method object; on a pruned parameter the masks compose as in `PruningContainer`.
 

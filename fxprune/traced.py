@@ -52,13 +52,7 @@ def fixed_size(size: int | torch.SymInt) -> int | None:
 
 
 # torch's names of the state of a norm: by its legacy hook, and as a parametrization
-_SPELLINGS = (
-    ("_g", "original0"),
-    ("_v", "original1"),
-    ("_orig", "original"),
-    ("_u", "0._u"),
-    ("_v", "0._v"),
-)
+_SPELLINGS = (("_g", "original0"), ("_v", "original1"), ("_orig", "original"), ("_u", "0._u"), ("_v", "0._v"))
 _GENERATED = ("_graph", "_code", "_in_spec", "_out_spec", "_lineno_map", "_prologue_start")
 
 

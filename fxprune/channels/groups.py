@@ -111,11 +111,12 @@ class Grouping:
         readers: the axes that a contraction sums over.
         grouped: for the weights of grouped convolutions the classes of axis 1, [groups, channels within each].
         repair: keeps what is left consistent.
+        gone: units that are masked whatever is chosen.
         macs, parameters, traffic: what is left, by the classes that are alive; `dense` has all of the whole model.
     """
 
     def __init__(self, plain: TracedModule) -> None:
-        self.plain, self.found = plain, coupling(plain)
+        self.plain, self.found, self.gone = plain, coupling(plain), np.zeros(0, np.int64)
         classes = self.found.classes
         self.repair = Consistency(self.found, {n for g in plain.graphs.values() for n in g.nodes})
         self._fixed: Mask = classes.pinned.copy()
@@ -175,7 +176,7 @@ class Grouping:
 
     def alive(self, units: Vector) -> Mask:
         """The classes that are left when `units` are masked and what cannot go without others is brought back."""
-        return self.repair.settle(~self.killed(units))
+        return self.repair.settle(~self.killed(np.concatenate([units, self.gone])))
 
     def slices(self, name: str, axis: int, tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         """A view of a tensor of a parameter's shape, and its axes that are not those of the class vector."""

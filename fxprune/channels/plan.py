@@ -83,9 +83,7 @@ class ChannelPlan:
     def explain(self) -> str:
         """What went, what stayed and why, as text."""
         (m0, m1), (p0, p1) = self.macs, self.parameters
-        lines = [
-            f"MACs {m0:,} -> {m1:,} ({m1 / max(m0, 1):.3f}), parameters {p0:,} -> {p1:,} ({p1 / max(p0, 1):.3f})",
-        ]
+        lines = [f"MACs {m0:,} -> {m1:,} ({m1 / max(m0, 1):.3f}), parameters {p0:,} -> {p1:,} ({p1 / max(p0, 1):.3f})"]
         removed = self.removed
         for name, axes in removed.items():
             if name.rpartition(".")[2].startswith(("weight", "in_proj")) and name not in self.dropped:

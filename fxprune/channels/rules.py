@@ -195,9 +195,7 @@ def glu(w: Walk, node: Any) -> Val:
     axes = (*x.axes[:d], _axis(w, node, ids[:n]), *x.axes[d + 1 :])
     if x.known is False or x.value is None:
         return Val(axes)
-    known, value = x.mask(), x.value
-    a, b = value.narrow(d, 0, n), value.narrow(d, n, n)
-    ka, kb = known.narrow(d, 0, n), known.narrow(d, n, n)
+    (a, b), (ka, kb) = (t.split(n, d) for t in (x.value, x.mask()))
     known = (ka & kb) | (ka & (a == 0))
     return settled(axes, known, torch.where(known, a * torch.sigmoid(b), 0))
 
@@ -522,9 +520,8 @@ def unbind(w: Walk, node: Any) -> list[Val]:
     rest = (*x.axes[:d], *x.axes[d + 1 :])
     x = w.flat(node, x, d)
     w.pin(node, x.axes[d], "each index is taken")
-    one = not carries(x.axes[d])
-    count = len(node.meta["val"])
-    return [moved(x, rest, functools.partial(torch.select, dim=d, index=0 if one else i)) for i in range(count)]
+    places = [i * carries(x.axes[d]) for i in range(len(node.meta["val"]))]
+    return [moved(x, rest, functools.partial(torch.select, dim=d, index=i)) for i in places]
 
 
 @rule("cat", "concat", "concatenate")
@@ -730,8 +727,7 @@ _COPIES = tuple(getattr(torch.ops.aten, n).default for n in ("lift_fresh_copy", 
 @rule("embedding")
 def embedding(w: Walk, node: Any) -> Val:
     weight = w.blur(node, w.val(node.args[0]), [0], "rows are looked up by data")
-    rows = w.val(node.args[1])
-    w.pin(node, rows, "used as an index")
+    w.pin(node, w.val(node.args[1]), "used as an index")
     axes = (*(opaque(s) for s in w.shape(node)[:-1]), weight.axes[1])
     return moved(replace(weight, axes=axes), axes, lambda t: t.reshape([1] * (len(axes) - 1) + [-1]))
 

@@ -242,6 +242,28 @@ def test_what_is_chosen_in_a_random_network_goes_as_predicted(seed: int, words: 
         assert (want - got).abs().max() <= 1e-9 * want.abs().max()
 
 
+@pytest.mark.parametrize("importance", ["l2", "random", "fpgm", "bn"])
+@pytest.mark.parametrize(("first", "then"), [(0.7, 0.4), (0.4, 0.7)])
+def test_what_is_masked_already_counts(
+    traced: fxprune.TracedModule, importance: str, first: float, then: float
+) -> None:
+    before = fxprune.prune.channels(traced, macs=first, importance=importance, round_to=1, seed=0)
+    report = fxprune.prune.channels(traced, macs=then, importance=importance, round_to=1, seed=1)
+    assert report.macs == before.macs if then > first else report.macs[1] <= then * report.macs[0]
+    assert all(gone >= before.removed[name][0] for name, (gone, _) in report.removed.items())
+    assert _check(traced).plan.macs == report.macs
+
+
+def test_groups_compare_by_what_is_left_of_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(64 if i else 1, 64, 1, bias=False) for i in range(5)))
+    traced = fxprune.trace(model, (torch.randn(2, 1, 2, 2),), modes=("eval",))
+    for amount, targets in ((24, "1"), (0.5, None)):
+        report = fxprune.prune.channels(traced, amount, targets=targets, round_to=1)
+    assert sum(gone for gone, _ in report.removed.values()) == 128
+    assert report.removed["1.weight (channel)"][0] > 32  # 24, did the mean of its scores count what is gone
+
+
 def test_targets_and_ignore_choose_groups(traced: fxprune.TracedModule) -> None:
     fxprune.prune.channels(traced, amount=0.5, targets="inner", round_to=1)
     assert fxprune.prune.is_pruned(traced, "inner.weight")
@@ -260,7 +282,9 @@ def test_targets_and_ignore_choose_groups(traced: fxprune.TracedModule) -> None:
         ({"macs": 1.5}, ArgumentError, "macs"),
         ({"importance": "luck"}, ArgumentError, "luck"),
         ({"importance": lambda group: torch.full((group.size,), torch.nan)}, PruningError, "NaN"),
+        ({"importance": lambda group: None}, PruningError, "NoneType"),
         ({"importance": "taylor"}, FxpruneError, "loader"),
+        ({"amount": 0.5, "at_least": 100}, PruningError, "at_least"),
         ({"targets": "nothing.*"}, NameLookupError, "nothing"),
         ({"ignore": ["stem", "inner"]}, PruningError, "group"),
         ({"macs": 0.0001}, PruningError, "best"),
