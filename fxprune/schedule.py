@@ -79,9 +79,11 @@ class Schedule:
 
     Args:
         traced: the module that is pruned.
-        names: qualified names or patterns of the parameters over which the fraction is taken.
+        names: qualified names or patterns of the parameters over which the fraction is taken; None leaves it to the
+            function what the amounts are fractions of.
         request: a subclass of `BasePruningMethod` whose constructor takes `amount`, or a function `(fraction)`, called
-            with the fraction of the surviving entries that is to go, which prunes by itself.
+            with the fraction of the surviving entries that is to go, which prunes by itself; with names=None, called
+            with what the curve asks for, as in `lambda gone: fxprune.prune.channels(traced, macs=1 - gone)`.
         amount: fraction of entries masked at the end, a float from 0.0 to 1.0.
         curve: a key of `CURVES`.
         start, stop: numbers of the first and the last call that prunes; `stop` defaults to `start`.
@@ -103,7 +105,7 @@ class Schedule:
     def __init__(
         self,
         traced: TracedModule,
-        names: str | Iterable[str],
+        names: str | Iterable[str] | None,
         request: type[BasePruningMethod] | Callable[[float], object],
         amount: float,
         *,
@@ -116,12 +118,14 @@ class Schedule:
         **kwargs: Any,
     ) -> None:
         self.traced, self.request, self.scope, self.kwargs = traced, request, scope, kwargs
-        self.names = prune.find_all(traced, names)
+        self._whole, self.names = names is None, prune.find_all(traced, "*" if names is None else names)
         self._class = request if isinstance(request, type) and issubclass(request, BasePruningMethod) else None
         if scope not in ("local", "global"):
             raise ArgumentError(f'scope={scope!r}: "local" or "global" is needed.')
         if not self._class and (not callable(request) or isinstance(request, type)):
             raise ArgumentTypeError(f"request={request!r}: a subclass of BasePruningMethod or a function is needed.")
+        if self._class and self._whole:
+            raise ArgumentError(f"names=None is for functions; {self._class.__name__} needs names.")
         if self._class and scope == "global" and getattr(request, "PRUNING_TYPE", None) != "unstructured":
             raise ArgumentTypeError(f"{self._class.__name__} is not unstructured; a global selection needs that.")
         if not self._class and (kwargs or scope != "local"):
@@ -173,8 +177,8 @@ class Schedule:
                 driver.insert_masks(self.traced, prune.computed(self.traced, methods))
             elif self._class and fraction:
                 prune.global_unstructured(self.traced, self.names, self._class, amount=fraction, **self.kwargs)
-            elif fraction:
-                self.request(fraction)  # type: ignore[call-arg]
+            elif fraction or self._whole:
+                self.request(total if self._whole else fraction)  # type: ignore[call-arg]
             _refuse_revival(before, {name: prune.state(self.traced, name)[1] for name in self.names})
         except BaseException:
             old = {name: torch.ones_like(p) if mask is None else mask for name, (p, mask) in before.items()}

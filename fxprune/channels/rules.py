@@ -749,9 +749,8 @@ def shuffle(w: Walk, node: Any) -> Any:
     parts = refactor(w, node, list(channel), [total // r**2, r**2] if name == "pixel_shuffle" else [r, total // r])
     if parts is None:
         return w.refuse(node, "regroups the channels")
-    lead = [length(a) for a in x.axes[:d]]
     split_axes = [*x.axes[:d], *parts, *x.axes[d + 1 :]]
-    x = moved(x, split_axes, lambda t: t.reshape(*lead, length(parts[0]), length(parts[1]), *[1] * len(others)))
+    x = moved(x, split_axes, lambda t: t.reshape([length(a) for a in split_axes]))
     if name == "pixel_shuffle":
         x = w.blur(node, x, [d + 1], "positions within a pixel")
         return moved(x, [*x.axes[:d], x.axes[d], *out[d + 1 :]], lambda t: t.squeeze(d + 1))

@@ -253,6 +253,7 @@ def test_a_foreign_or_damaged_state_is_refused(traced: fxprune.TracedModule) -> 
         ({"stop": 2.5}, ArgumentError),
         ({"scope": "layer"}, ArgumentError),
         ({"names": ()}, ArgumentError),
+        ({"names": None}, ArgumentError),
         ({"names": "3.weight"}, LookupError),
         ({"request": 0.5}, ArgumentTypeError),
         ({"request": nn.Linear}, ArgumentTypeError),
@@ -271,3 +272,25 @@ def test_bad_arguments_are_refused_at_once(
     assert isinstance(caught.value, FxpruneError)
     assert not fxprune.prune.is_pruned(traced)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_channels_go_by_a_schedule_of_macs(traced: fxprune.TracedModule) -> None:
+    schedule = fxprune.Schedule(
+        traced, None, lambda gone: fxprune.prune.channels(traced, macs=1 - gone, round_to=1), 0.5, stop=6, every=2
+    )
+    optimizer = torch.optim.SGD(traced.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    left, masks = [], dict[str, torch.Tensor]()
+    for _ in range(9):
+        traced(torch.randn(4, 12)).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+        found = {name: mask.clone() for name, mask in traced.named_buffers()}
+        assert all((found[name] <= mask).all() for name, mask in masks.items())
+        masks = found
+        before, after = fxprune.finalize(traced, align=1).plan.macs
+        left.append(after / before)
+    assert left == sorted(left, reverse=True)
+    assert schedule.done
+    assert 0.44 < left[6] <= 0.5
+    assert left[8] == left[6]
+    assert all(left[call] <= 1 - CURVES["cubic"](call / 6, 0.0, 0.5) for call in (0, 2, 4, 6))
