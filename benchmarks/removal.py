@@ -9,6 +9,7 @@ Run: python benchmarks/removal.py [rounds] [network ...]
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import time
 import warnings
@@ -32,15 +33,18 @@ def main() -> None:
         fxprune.prune.channels(traced, amount=0.5, scope="local", round_to=1)
         seconds: dict[str, list[float]] = {"analysis and rewriting": [], "fxprune.finalize": [], "Torch-Pruning": []}
         for _ in range(rounds + 1):
+            gc.collect()
             start = time.thread_time()
             final = fxprune.finalize(traced)
             seconds["fxprune.finalize"].append(time.thread_time() - start)
             plain = fxprune.finalize(traced, shrink=False, verify=False)
+            gc.collect()
             start = time.thread_time()
             fxprune.passes.RemoveChannels(check=False).apply(plain)
             seconds["analysis and rewriting"].append(time.thread_time() - start)
             peer = copy.deepcopy(model)
             heads = [m for m in peer.modules() if getattr(m, "out_features", 0) == 1000]
+            gc.collect()
             start = time.thread_time()
             magnitude_pruner(peer, x, 0.5, heads).step()
             seconds["Torch-Pruning"].append(time.thread_time() - start)
