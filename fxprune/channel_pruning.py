@@ -203,7 +203,7 @@ def _fit(grouping: Grouping, choices: Iterator[Staircase], name: str, value: flo
             continue
         units = stairs.units(height)
         if left(units) < SPENT * limit:
-            units = stairs.give_back(height, fits)
+            units = stairs.fill(height, left, limit)
         if (spent := left(units)) > best:
             best, found = spent, units
         if best >= SPENT * limit:

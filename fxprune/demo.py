@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
-from torch.nn.utils.prune import L1Unstructured
+from torch.nn.utils.prune import L1Unstructured, LnStructured
 from torch.nn.utils.prune import custom_from_mask as eager_mask
 
 import fxprune
@@ -30,7 +30,7 @@ from fxprune.files import atomic
 EPOCHS, BATCH = 20, 64
 POINT = 0.01  # how far below the dense accuracy a pruned one may be
 FLOOR = 0.95  # below it the dense network has not learned, and a comparison with it says nothing
-PRUNING = (0.1, 0.5)  # masks grow between these fractions of the training
+PRUNING = (0.1, 0.5)  # masks grow between these fractions of the epochs
 ROUNDS = 100  # runs of each file in onnxruntime
 COSTS = {  # the stage and the column that say them
     "MACs": ("finalized", "macs"), "parameters": ("finalized", "parameters"),
@@ -80,15 +80,13 @@ class Variant:
     Attributes:
         name: also of its file.
         prepare: called on the traced module before training.
-        prune: called with the traced module, the sparsity it has and the one it is to have.
-        sparsity: what `prune` is to reach in the end.
+        schedule: from the traced module, `start` and `stop` to the schedule that prunes it after each epoch.
         note: what the reader should know about the result.
     """
 
     name: str
     prepare: Callable[[Any], None] = lambda traced: None
-    prune: Callable[[Any, float, float], None] = lambda traced, has, wanted: None
-    sparsity: float = 0.0
+    schedule: Callable[..., fxprune.Schedule] | None = None
     note: str = ""
 
 
@@ -97,33 +95,25 @@ def _insert_norms(traced: fxprune.TracedModule) -> None:
     fxprune.weight_norm(traced, "head.weight")
 
 
-def _l1(traced: fxprune.TracedModule, has: float, wanted: float) -> None:
+def _l1(traced: fxprune.TracedModule, **span: Any) -> fxprune.Schedule:
     names = ("block?.conv?.weight", "block?.shortcut.weight")
-    # as in torch, an amount is a fraction of what is not masked yet
-    fxprune.prune.global_unstructured(traced, names, L1Unstructured, amount=(wanted - has) / (1 - has))
+    return fxprune.Schedule(traced, names, L1Unstructured, 0.8, scope="global", **span)
 
 
-def _rows(traced: fxprune.TracedModule, has: float, wanted: float) -> None:
-    for name in ("stem.weight", "block1.conv1.weight", "block2.conv1.weight"):
-        fxprune.prune.ln_structured(traced, name, amount=(wanted - has) / (1 - has), n=2, dim=0)
+def _rows(traced: fxprune.TracedModule, **span: Any) -> fxprune.Schedule:
+    names = ("stem.weight", "block1.conv1.weight", "block2.conv1.weight")
+    return fxprune.Schedule(traced, names, LnStructured, 0.5, n=2, dim=0, **span)
 
 
-def _budget(traced: fxprune.TracedModule, has: float, wanted: float) -> None:
-    fxprune.prune.channels(traced, macs=1 - wanted, round_to=4)
+def _budget(traced: fxprune.TracedModule, **span: Any) -> fxprune.Schedule:
+    return fxprune.Schedule(traced, None, lambda gone: fxprune.prune.channels(traced, macs=1 - gone), 0.5, **span)
 
 
 VARIANTS = (
     Variant("dense"),
-    Variant(
-        "unstructured",
-        _insert_norms,
-        _l1,
-        0.8,
-        "Unstructured zeros do not give speed: file and latency stay those of the dense network. That takes removing "
-        "whole channels.",
-    ),
-    Variant("rows", prune=_rows, sparsity=0.5, note="rows: half of the filters of three layers, by ln_structured."),
-    Variant("budget", prune=_budget, sparsity=0.5, note="budget: coupled channels, to half of the MACs."),
+    Variant("unstructured", _insert_norms, _l1, "Unstructured zeros do not give speed; removing channels does."),
+    Variant("rows", schedule=_rows, note="rows: half of the filters of three layers, by ln_structured."),
+    Variant("budget", schedule=_budget, note="budget: coupled channels, to half of the MACs, in blocks that run fast."),
 )
 
 
@@ -295,12 +285,15 @@ def _run(
     step(f"{name}: deploy", 1, 1)
 
 
-def _train(module: nn.Module, data: tuple[Tensor, ...], variant: Variant, result: Result, step: Step) -> None:
+def _train(
+    module: fxprune.TracedModule, data: tuple[Tensor, ...], variant: Variant, result: Result, step: Step
+) -> None:
     images, labels = data
     generator = torch.Generator().manual_seed(result.seed)
-    batches, (first, last), has = len(images) // BATCH, PRUNING, 0.0
+    batches, (start, stop) = len(images) // BATCH, (max(int(share * result.epochs) - 1, 0) for share in PRUNING)
+    pruning = variant.schedule(module, start=start, stop=stop) if variant.schedule else None
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=result.epochs * batches, pct_start=0.2)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=result.epochs * batches, pct_start=0.2)
     module.train()
     with fxprune.clip_gradients(optimizer, max_norm=1.0):
         for epoch in range(1, result.epochs + 1):
@@ -308,13 +301,9 @@ def _train(module: nn.Module, data: tuple[Tensor, ...], variant: Variant, result
                 optimizer.zero_grad()
                 functional.cross_entropy(module(images[batch]), labels[batch]).backward()
                 optimizer.step()
-                schedule.step()
-            # cubic, as Zhu and Gupta, "To prune, or not to prune" (2017), https://arxiv.org/abs/1710.01878
-            left = 1 - min(max((epoch / result.epochs - first) / (last - first), 0.0), 1.0)
-            wanted = variant.sparsity * (1 - left**3)
-            if wanted > has:
-                variant.prune(module, has, wanted)
-                has = wanted
+                rates.step()
+            if pruning:
+                pruning.step()
             step(f"{variant.name}: train", epoch, result.epochs)
     module.eval()
 
@@ -367,10 +356,8 @@ def _judge_accuracy(result: Result) -> None:
     for name in dict.fromkeys(s.variant for s in result.stages if s.variant != "dense"):
         worst = min((s for s in result.stages if s.variant == name), key=lambda s: s.accuracy)
         if worst.accuracy < dense - POINT:
-            result.failures.append(
-                f"accuracy: {name} has {worst.accuracy:.2%} ({worst.stage}), more than a point below the dense "
-                f"{dense:.2%}"
-            )
+            found = f"{worst.accuracy:.2%} ({worst.stage}), more than a point below the dense {dense:.2%}"
+            result.failures.append(f"accuracy: {name} has {found}")
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ class Staircase:
         taken = np.concatenate([ladder.taken for ladder in found])
         self._sizes = np.cumsum(np.array([ladder.width for ladder in found])[which][order])
         self._rank = np.flatnonzero(taken[order] > before[order])
-        self._which, self._taken = which[order][self._rank], taken[order][self._rank]
+        self._which, self._taken, self._score = (values[order][self._rank] for values in (which, taken, level))
 
     def __len__(self) -> int:
         return len(self._rank)
@@ -152,15 +152,30 @@ class Staircase:
             low, high = (low, middle) if fits(self.units(middle)) else (middle, high)
         return high
 
-    def give_back(self, stairs: int, fits: Callable[[Vector], bool]) -> Vector:
-        """The units that go with the first stairs, without the last stair of every ladder that need not be taken."""
-        level, last = self._level(stairs), dict(zip(self._which[:stairs].tolist(), range(stairs), strict=True))
-        for ladder, stair in sorted(last.items(), key=lambda item: -item[1]):
-            fewer = level.copy()
-            fewer[ladder] = self._level(stair)[ladder]
-            if fits(self._units(fewer)):
-                level = fewer
-        return self._units(level)
+    def fill(self, stairs: int, left: Callable[[Vector], int], limit: float) -> Vector:
+        """The units that leave the most within a limit, which the first stairs keep and one fewer do not.
+
+        The last stair, or the best next one of another ladder whose score is at most half as much more, without what
+        need not be taken then.
+        """
+        if not stairs:
+            return self.units(0)
+        next_of = np.unique(self._which[stairs - 1 :], return_index=True)[1] + stairs - 1
+        next_of = next_of[self._score[next_of] <= max(worth := self._score[stairs - 1], 1.5 * worth)]
+        others = [self._level(stairs - 1) for _ in next_of]
+        for level, stair in zip(others, next_of, strict=True):
+            level[self._which[stair]] = self._taken[stair]
+        fitting = [(n, i) for i, level in enumerate(others) if (n := left(self._units(level))) <= limit]
+        last = {ladder: stair for stair, ladder in enumerate(self._which[: stairs - 1].tolist())}
+        found = []
+        for level in (self._level(stairs), others[max(fitting)[1]]):
+            for ladder, stair in sorted(last.items(), key=lambda item: -item[1]):
+                fewer = level.copy()
+                fewer[ladder] = self._level(stair)[ladder]
+                if left(self._units(fewer)) <= limit:
+                    level = fewer
+            found.append(self._units(level))
+        return max(found, key=left)
 
     def _level(self, stairs: int) -> Vector:
         """How many steps of each ladder the first stairs are."""

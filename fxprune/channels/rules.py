@@ -524,14 +524,9 @@ def unbind(w: Walk, node: Any) -> list[Val]:
     return [moved(x, rest, functools.partial(torch.select, dim=d, index=i)) for i in places]
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat", "concat", "concatenate", "stack")
 def cat(w: Walk, node: Any) -> Val:
-    return _cat(w, node, stacked=False)
-
-
-def _cat(w: Walk, node: Any, stacked: bool) -> Val:
-    tensors: Any = node.args[0]
-    vals = [w.val(n) for n in tensors]
+    vals, stacked = [w.val(n) for n in node.args[0]], kind(node) == "stack"
     rank = len(w.shape(node))
     vals = [v for v in vals if len(v.axes) == rank or stacked]  # legacy: one-dimensional empty tensors are skipped
     d = argument(node, 1, "dim", 0) % rank
@@ -578,11 +573,6 @@ def _cat(w: Walk, node: Any, stacked: bool) -> Val:
     if border is not None and sum(v.border is not None for v in vals) > 1:
         known, border = known & ~border, None  # borders of different widths do not merge
     return settled(axes, known, value, border)
-
-
-@rule("stack")
-def stack(w: Walk, node: Any) -> Any:
-    return _cat(w, node, stacked=True)
 
 
 @rule("flip", "roll")

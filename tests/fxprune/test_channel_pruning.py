@@ -254,6 +254,17 @@ def test_what_is_masked_already_counts(
     assert _check(traced).plan.macs == report.macs
 
 
+@pytest.mark.parametrize(("lowest", "cut"), [(0.9, "2.weight"), (0.1, "1.weight")])
+def test_a_budget_is_spent_by_a_smaller_block_of_like_importance(lowest: float, cut: str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 32, 1), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 1, 1))
+    traced = fxprune.trace(model, (torch.randn(2, 1, 9, 9),), modes=("eval",))
+    first = {"0.weight": 1.0, "1.weight": lowest, "2.weight": 0.95}
+    report = fxprune.prune.channels(
+        traced, macs=0.96, round_to=16, importance=lambda g: torch.linspace(first[g.name], 2 - first[g.name], g.size)
+    )
+    assert {name.split()[0]: gone for name, (gone, _) in report.removed.items()} == dict.fromkeys(first, 0) | {cut: 16}
+
+
 def test_groups_compare_by_what_is_left_of_them() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(64 if i else 1, 64, 1, bias=False) for i in range(5)))
