@@ -114,7 +114,9 @@ def flat(final: TracedModule, structured: bool = False) -> tuple[fx.GraphModule,
             if node.users:
                 name = str(node.meta["fxprune"]["parameter"])
                 folded[name] = evaluate(final, node)
-                node.replace_all_uses_with(graph.get_attr(name))
+                read = graph.get_attr(name)
+                read.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(read)
                 erase_dead(graph)
     root, aliases = dict[str, Any](), dict[str, str]()
     for node in graph.find_nodes(op="get_attr"):

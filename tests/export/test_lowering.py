@@ -94,6 +94,26 @@ def test_a_mask_that_hides_nothing_costs_nothing(tmp_path: Path) -> None:
     assert operators(tmp_path / "True.onnx").keys().isdisjoint({"Where", "IsNaN", "Add"})
 
 
+class Prompted(nn.Module):
+    """A parameter is what attention and a linear layer act on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(1, 5, 8))
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            functional.scaled_dot_product_attention(self.prompt, self.prompt, self.prompt) + self.layer(self.prompt) + x
+        )
+
+
+def test_a_masked_parameter_may_be_the_data(tmp_path: Path) -> None:
+    traced = fxprune.trace(Prompted(), (torch.randn(2, 5, 8),), modes=("eval",))
+    fxprune.prune.l1_unstructured(traced, "prompt", 0.5)
+    assert fxprune.export.to_onnx(traced, tmp_path / "model.onnx").comparison.ok
+
+
 def test_attention_is_one_operator_where_onnx_has_it(tmp_path: Path) -> None:
     exported(Heads(), torch.randn(2, 5, 24), tmp_path / "model.onnx", opset=23)
     assert operators(tmp_path / "model.onnx")["Attention"] == 1
