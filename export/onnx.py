@@ -73,7 +73,9 @@ def to_onnx(
     The file is checked by onnx, run in onnxruntime on the sample inputs, again for every free size at another value
     (a free batch also at 1), and compared with `final` in eval mode; only then it is renamed to `path`. Initializers
     have the names of the state dict. Weights beyond 1.5 GiB go to `<stem>-<random>.onnx.data` beside it; that of a
-    file that is replaced is removed. `final` stays as it is, its mode included.
+    file that is replaced is removed. `final` stays as it is, its mode included. Attention is written as products and
+    a softmax, of any rank and without a mask that hides nothing; that of four axes is ONNX's own operator where `opset`
+    is 23 or more.
 
     The file says in its metadata which version wrote it, in which precision, from what (a SHA-256 over graph and
     state), and what `final.plan` removed; each node names the traced node it computes as `fxprune.node`.

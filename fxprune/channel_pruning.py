@@ -97,7 +97,8 @@ def channels(
             cannot be kept else, and where `amount` is given; at last all are cut as they fall. Under a budget of MACs
             or speed, "auto" takes a multiple less where memory traffic makes MACs slow, and one more elsewhere.
         max_per_group: largest share of a group that goes. at_least: units that every group keeps.
-        macs, parameters: what may be left, as a fraction of the dense model or as a count.
+        macs, parameters: what may be left, as a fraction of the dense model or as a count. Where whole blocks would
+            not use 2 % of it, the last one may be of another group whose score is at most half as much more.
         speedup: how many times faster in onnxruntime than `traced` finalized as it is, measured on this machine.
         seed: for "random"; None draws from the global generator.
         loader, loss, batches: for "taylor", as for `fxprune.importance.scores`.
