@@ -25,6 +25,7 @@ Importance = str | Callable[[ChannelGroup], torch.Tensor]
 NORMS = {"l1": 1.0, "l2": 2.0, "linf": torch.inf}
 MARGIN = 1.02  # another process measures a little more or less
 SPENT = 0.98  # share of a budget that counts as all of it
+BIASED = ("conv", "linear", "batch_norm", "instance_norm")  # have a bias or a shift as third argument
 KNOWN = (*NORMS, "random", "bn", "fpgm", "taylor")
 
 
@@ -135,8 +136,7 @@ def channels(
     scored = _scores(traced, grouping, picked, importance, seed, {"loader": loader, "loss": loss, "batches": batches})
     gone = [np.zeros(g.size, bool) for g in picked]
     if masked(traced):
-        largest = slice_scores(grouping, lambda name, axis, _: _largest(grouping, name, axis))
-        gone = [largest[g.units] == 0 for g in picked]
+        gone = [s == 0 for s in _scores(traced, grouping, picked, "linf", None, {})]
         grouping.gone = np.concatenate([g.units[dead] for g, dead in zip(picked, gone, strict=True)])
     if scope == "global":
         means = [s.mean(where=~dead) if not dead.all() else 0.0 for s, dead in zip(scored, gone, strict=True)]
@@ -325,7 +325,7 @@ def _scores(
     if importance == "random":
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         return [torch.rand(g.size, generator=generator, dtype=torch.float64).numpy() for g in picked]
-    names = {m.parameter for g in picked for m in g.members} - _operands(grouping, 2, ("conv", "linear", "norm"))
+    names = {m.parameter for g in picked for m in g.members} - _operands(grouping, 2, BIASED)
     if importance == "bn":
         names = _operands(grouping, 1, ("batch_norm",))
     given = {name: grouping.plain.get_parameter(name) for name in names}
@@ -349,11 +349,6 @@ def _scores(
 
     values = slice_scores(grouping, score)
     return [values[group.units] for group in picked]
-
-
-def _largest(grouping: Grouping, name: str, axis: int) -> torch.Tensor:
-    rows, across = grouping.slices(name, axis, grouping.plain.get_parameter(name).detach())
-    return rows.abs().amax(across).flatten()
 
 
 def _operands(grouping: Grouping, position: int, operators: Sequence[str]) -> set[str]:

@@ -50,7 +50,7 @@ class Val:
         return torch.full([length(a) for a in self.axes], self.known, dtype=torch.bool)
 
     def inner(self) -> Tensor:
-        """What is known wherever it stands, no border aside."""
+        """`known` without borders."""
         return self.mask() if self.border is None else self.mask() & ~self.border
 
     def sizes(self) -> list[Size]:

@@ -48,9 +48,8 @@ class EveryMask(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         masks = dict(zip(MASKS, [*self.masks, *self.added], strict=True))
-        masks["of data"] = (x[0] if self.rank == 2 else x[:, None] if self.rank == 4 else x[:1, :1]).sum(-1)[
-            ..., None
-        ] > 0
+        data = {2: x[0], 4: x[:, None]}.get(self.rank, x[:1, :1])
+        masks["of data"] = data.sum(-1, keepdim=True) > 0
         found = {name: attention(x, self.rank, mask, self.few) for name, mask in masks.items()}
         found["none"] = attention(x, self.rank, None, self.few, scale=0.3)
         return found | {"causal": attention(x, self.rank, None, self.few, is_causal=True)}

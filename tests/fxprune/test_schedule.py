@@ -281,6 +281,7 @@ def test_channels_go_by_a_schedule_of_macs(traced: fxprune.TracedModule) -> None
     optimizer = torch.optim.SGD(traced.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     left, masks = [], dict[str, torch.Tensor]()
     for _ in range(9):
+        optimizer.zero_grad()
         traced(torch.randn(4, 12)).square().mean().backward()
         optimizer.step()
         schedule.step()
