@@ -24,7 +24,7 @@ import fxprune
 ROOT = Path(__file__).parents[1]
 # Folder in the source tree -> the name it is imported by.
 FOLDERS = {"fxprune": "fxprune", "passes": "fxprune.passes", "export": "fxprune.export"}
-MAX_LINES = 8_700  # of code, docstrings and comments aside; the aim is 7,000, so only ever lower it
+MAX_LINES = 8_694  # of code, docstrings and comments aside; the aim is 7,000, so only ever lower it
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
