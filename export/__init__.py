@@ -1,8 +1,8 @@
 """Files for deployment, and the proof that they compute what they came from."""
 
-from .bench import Latency, bench
-from .compare import Call, Report, Row, compare
-from .inspect import Contents, inspect
+from .comparison import Call, Report, Row, compare
+from .inspection import Contents, inspect
+from .latency import Latency, bench
 from .onnx import ExportReport, to_onnx
 from .program import to_program, to_torchscript
 from .session import Session

@@ -18,10 +18,10 @@ from onnx import helper
 from safetensors.torch import save
 from torch import fx, nn
 
-from fxprune.capture import trace
+from fxprune.capture.front_end import trace
 from fxprune.files import atomic
-from fxprune.graph import module_path
-from fxprune.traced import TracedModule
+from fxprune.graph.editing import module_path
+from fxprune.graph.traced import TracedModule
 
 from .session import Session
 

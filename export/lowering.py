@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxprune.errors import FinalizeError
-from fxprune.graph import erase_dead, evaluate
+from fxprune.graph.editing import erase_dead, evaluate
 
 aten = torch.ops.aten
 

@@ -18,9 +18,9 @@ from torch.onnx import ONNXProgram
 
 from fxprune.errors import ArgumentError
 from fxprune.files import atomic
-from fxprune.traced import TracedModule
+from fxprune.graph.traced import TracedModule
 
-from .compare import Call, ModuleRunner, as_calls
+from .comparison import Call, ModuleRunner, as_calls
 from .divergence import ORIGIN
 from .lowering import lower
 from .precision import float16, int8

@@ -14,9 +14,9 @@ from torch.export import ExportedProgram
 
 from fxprune.errors import ExportError
 from fxprune.files import atomic
-from fxprune.traced import TracedModule
+from fxprune.graph.traced import TracedModule
 
-from .compare import Call, ModuleRunner, ProgramRunner
+from .comparison import Call, ModuleRunner, ProgramRunner
 from .source import FileReport, check_source, flat, metadata, resized, size_of, translating, verifying
 
 

@@ -23,11 +23,12 @@ from torch.export import ExportedProgram
 
 from fxprune.errors import ArgumentTypeError, CompareError, ExportError, FinalizeError, FxpruneError
 from fxprune.files import atomic
-from fxprune.graph import erase_dead, evaluate, text
-from fxprune.reparametrize import tagged
-from fxprune.traced import CodeGen, TracedModule
+from fxprune.graph.editing import erase_dead, evaluate, text
+from fxprune.graph.reparametrizations import tagged
+from fxprune.graph.traced import CodeGen, TracedModule
+from fxprune.version import __version__
 
-from .compare import Call, ModuleRunner, Report, judge
+from .comparison import Call, ModuleRunner, Report, judge
 from .divergence import ORIGIN
 from .session import identifier, named_key, named_leaves
 
@@ -234,7 +235,6 @@ def size_of(name: Path) -> int:
 
 def metadata(final: TracedModule, precision: str = "float32") -> dict[str, str]:
     """The entries by key, `fxprune.version` and so on; the same for equal modules."""
-    from fxprune import __version__  # the package imports this module before it has a version
 
     found = {"version": __version__, "precision": precision, "digest": digest(final)}
     if final.plan is not None:

@@ -1,10 +1,15 @@
 """fxprune: a compiler for pruned PyTorch models."""
 
-from fxprune import export, importance, passes, prune
-from fxprune.capture import trace
-from fxprune.checkpoint import load, save
-from fxprune.continuation import optimizer_after
-from fxprune.diagnose import diagnose
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fxprune import passes, prune
+from fxprune.artifacts.checkpoint import load, save
+from fxprune.artifacts.writing_back import write_back
+from fxprune.capture.diagnosis import diagnose
+from fxprune.capture.front_end import trace
 from fxprune.driver import (
     channel_groups,
     finalize,
@@ -14,18 +19,23 @@ from fxprune.driver import (
     weight_norm,
 )
 from fxprune.errors import FxpruneError, FxpruneWarning
-from fxprune.export import compare
-from fxprune.optimizer import clip_gradients
-from fxprune.schedule import Schedule
-from fxprune.traced import TracedModule
-from fxprune.write_back import write_back
+from fxprune.graph.traced import TracedModule
+from fxprune.prune import importance
+from fxprune.prune.schedule import Schedule
+from fxprune.training.clipping import clip_gradients
+from fxprune.training.continuation import optimizer_after
+from fxprune.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from fxprune import export
+    from fxprune.export import compare
+
 __all__ = [
     "FxpruneError",
     "FxpruneWarning",
     "Schedule",
     "TracedModule",
+    "__version__",
     "channel_groups",
     "clip_gradients",
     "compare",
@@ -45,3 +55,16 @@ __all__ = [
     "weight_norm",
     "write_back",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`export` and `compare` on first use: onnxruntime and onnxscript take as long to import as torch."""
+    if name == "export":
+        return importlib.import_module("fxprune.export")
+    if name == "compare":
+        return importlib.import_module("fxprune.export").compare
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,10 @@ import torch
 from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
-from fxprune.graph import canonical, hold_names, locate, one_name
+from fxprune.graph.editing import canonical, hold_names, locate, one_name
+from fxprune.graph.equality import error
+from fxprune.graph.reparametrizations import has_parametrization, masked, reparametrized
+from fxprune.graph.traced import TracedModule
 from fxprune.passes import (
     FINALIZE,
     FoldBatchNorm,
@@ -28,9 +31,6 @@ from fxprune.passes import (
 )
 from fxprune.passes.base import Callback, Pass
 from fxprune.passes.insert_parametrization import InsertParametrization
-from fxprune.reparametrize import has_parametrization, masked, reparametrized
-from fxprune.traced import TracedModule
-from fxprune.verification import error
 
 
 def run(traced: TracedModule, *pipeline: Pass) -> None:

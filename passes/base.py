@@ -13,8 +13,8 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.errors import FxpruneError, PassError
-from fxprune.graph import describe
-from fxprune.traced import TracedModule
+from fxprune.graph.editing import describe
+from fxprune.graph.traced import TracedModule
 
 _current: ContextVar[fx.Node | None] = ContextVar("current node", default=None)
 

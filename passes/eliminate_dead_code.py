@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fxprune.graph import erase_dead
-from fxprune.traced import TracedModule
+from fxprune.graph.editing import erase_dead
+from fxprune.graph.traced import TracedModule
 
 from .base import Pass
 

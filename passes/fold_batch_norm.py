@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import FinalizeError
-from fxprune.graph import erase_dead, locate, reads, tensor_at
-from fxprune.traced import TracedModule
+from fxprune.graph.editing import erase_dead, locate, reads, tensor_at
+from fxprune.graph.traced import TracedModule
 
 from .base import Pass, visit
 

@@ -11,9 +11,9 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import FinalizeError
-from fxprune.graph import closure, erase_dead, evaluate, exists, locate, tensor_at
-from fxprune.reparametrize import masked, remove_state, reparametrized, tagged
-from fxprune.traced import TracedModule
+from fxprune.graph.editing import closure, erase_dead, evaluate, exists, locate, tensor_at
+from fxprune.graph.reparametrizations import masked, remove_state, reparametrized, tagged
+from fxprune.graph.traced import TracedModule
 
 from .base import Pass
 

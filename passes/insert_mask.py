@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from fxprune.errors import PruningError
-from fxprune.graph import locate, read_groups, reads, replace_reads
-from fxprune.traced import TracedModule
+from fxprune.graph.editing import locate, read_groups, reads, replace_reads
+from fxprune.graph.traced import TracedModule
 
 from .base import Pass
 

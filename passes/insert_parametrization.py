@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from fxprune.capture import trace
+from fxprune.capture.front_end import trace
 from fxprune.errors import ArgumentError, PruningError
-from fxprune.graph import erase_dead, is_mutating, locate, read_groups, reads, replace_reads, splice
-from fxprune.traced import Container, TracedModule
+from fxprune.graph.editing import erase_dead, is_mutating, locate, read_groups, reads, replace_reads, splice
+from fxprune.graph.traced import Container, TracedModule
 
 from .base import Pass
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fxprune.traced import Container
+from fxprune.graph.traced import Container
 
 from .insert_parametrization import InsertParametrization
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fxprune.channels import ChannelPlan, analyze, remove
 from fxprune.errors import ArgumentError, FinalizeError
-from fxprune.traced import TracedModule
+from fxprune.graph.traced import TracedModule
 
 from .base import Pass
 

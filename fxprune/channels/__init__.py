@@ -8,17 +8,17 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, fx
 
-from fxprune.channels import constants
+from fxprune.channels import constants, rules
 from fxprune.channels.coupling import Coupling, couple
 from fxprune.channels.ids import Mask
 from fxprune.channels.liveness import Liveness
-from fxprune.channels.plan import ChannelPlan
 from fxprune.channels.rewrite import Kept, added, carry_out, fold, keep, verify
 from fxprune.errors import FinalizeError
-from fxprune.graph import describe
-from fxprune.traced import TracedModule
+from fxprune.graph.editing import describe
+from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.traced import TracedModule
 
-__all__ = ["ChannelPlan", "Coupling", "analyze", "coupling", "remove"]
+__all__ = ["ChannelPlan", "Coupling", "analyze", "coupling", "remove", "rules"]
 
 
 def coupling(traced: TracedModule) -> Coupling:

@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from fxprune.channels.coupling import Coupling, Val, Walk, carries, length, same
 from fxprune.channels.rewrite import Kept, resized
 from fxprune.channels.rules import is_pointwise
-from fxprune.graph import is_mutating, locate, module_path, written
-from fxprune.traced import TracedModule
+from fxprune.graph.editing import is_mutating, locate, module_path, written
+from fxprune.graph.traced import TracedModule
 
 
 class Constant(NamedTuple):

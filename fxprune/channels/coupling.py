@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.channels.ids import Classes, Ids, Mask, Vector
-from fxprune.graph import describe, is_mutating, written
+from fxprune.channels.registry import rule_of
+from fxprune.graph.editing import describe, is_mutating, written
 
 Size: TypeAlias = Any
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -157,8 +158,6 @@ class Walk:
         tensors: dict[str, Tensor],
         facts: bool,
     ) -> None:
-        from fxprune.channels.rules import RULES, by_tag
-
         self.graph, self.ids, self.facts, self._tensors = graph, ids, facts, tensors
         self.env: dict[fx.Node, Any] = {}
         self.readers: list[Reader] = []
@@ -182,7 +181,7 @@ class Walk:
                 for value in node.all_input_nodes:
                     self.pin(node, value, "the model returns it")
             elif node.op == "call_function":
-                rule = RULES.get(operator_name(node.target)) or by_tag(node.target)
+                rule = rule_of(node.target)
                 self.env[node] = rule(self, node) if rule else self.refuse(node)
                 if is_mutating(node):
                     self._mutate(node)
@@ -415,15 +414,6 @@ class Walk:
 def _overwritten(node: fx.Node) -> list[fx.Node]:
     """The arguments whose values a node changes; `detach_` counts as writing and changes none."""
     return [] if node.target is torch.ops.aten.detach_.default else written(node)
-
-
-def operator_name(target: Any) -> str:
-    """The name that rules go by: an in-place variant's is that of its functional twin."""
-    packet = getattr(target, "overloadpacket", None)
-    if packet is None:
-        return getattr(target, "__name__", str(target))
-    name = str(packet.__name__)
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
 @dataclass

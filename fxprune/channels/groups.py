@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import fx
 
 from fxprune.channels import coupling
-from fxprune.channels.coupling import Balance, Val, operator_name
+from fxprune.channels.coupling import Balance, Val
 from fxprune.channels.ids import Ids, Mask, Vector
 from fxprune.channels.liveness import Consistency
-from fxprune.channels.rules import RULES, is_pointwise
-from fxprune.graph import describe, flop_counter
-from fxprune.traced import TracedModule
+from fxprune.channels.registry import operator_name, rule_of
+from fxprune.graph.editing import describe, flop_counter
+from fxprune.graph.traced import TracedModule
 
 Scores = NDArray[np.float64]
 Balanced = tuple[Vector, Vector]
@@ -505,7 +505,7 @@ def _node_costs(node: fx.Node, env: dict[fx.Node, Any]) -> list[tuple[float, lis
         inputs, weights, both_ways = node.args[0], list[Any](args[2]), args[7]  # type: ignore[arg-type]
         read = float(math.prod(_sizes(inputs)[:-1]) * math.prod(_sizes(weights[0])) * (2 if both_ways else 1))
         return [(_measured(node) - read, None), (read, ids((inputs, -1)))]
-    if name in RULES or is_pointwise(node.target):
+    if rule_of(node.target):
         return []
     return [(cost, None)] if (cost := _measured(node)) else []
 

@@ -13,14 +13,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxprune.channels.coupling import Axis, Coupling, Reader, Val, Walk, carries, operator_name
+from fxprune.channels.coupling import Axis, Coupling, Reader, Val, Walk, carries
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.liveness import representative
-from fxprune.channels.plan import ChannelPlan
+from fxprune.channels.registry import operator_name
 from fxprune.errors import FinalizeError
-from fxprune.graph import describe, erase_dead, evaluate, flop_counter, is_mutating, locate, tensor_at
-from fxprune.traced import TracedModule
-from fxprune.verification import close, error, run
+from fxprune.graph.editing import describe, erase_dead, evaluate, flop_counter, is_mutating, locate, tensor_at
+from fxprune.graph.equality import close, error, run
+from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.traced import TracedModule
 
 Tensors = dict[str, Tensor]
 _DOUBLE_MACS = 2e9  # above, the check in float64 would cost more than the capture

@@ -29,40 +29,18 @@ from fxprune.channels.coupling import (
     carries,
     length,
     opaque,
-    operator_name,
     quotient,
     same,
     size,
 )
 from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.registry import TAGGED, operator_name, rule, rule_of
 
-Rule = Callable[[Walk, fx.Node], Any]
-RULES: dict[str, Rule] = {}
 _END = 2**63 - 1
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of the operators with these names (in-place variants included)."""
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-def by_tag(target: Any) -> Rule | None:
-    """The pointwise rule, for operators that torch tags as pointwise (an in-place one by its functional twin)."""
-    tags = set(getattr(target, "tags", ()))
-    packet = getattr(target, "overloadpacket", None)
-    if packet is not None and packet.__name__.endswith("_"):
-        twin = getattr(getattr(torch.ops.aten, packet.__name__[:-1], None), target._overloadname, None)
-        tags |= set(getattr(twin, "tags", ()))
-    return pointwise if torch.Tag.pointwise in tags else None
-
-
 def is_pointwise(target: Any) -> bool:
-    return (RULES.get(operator_name(target)) or by_tag(target)) in (pointwise, symbolic)
+    return rule_of(target) in (pointwise, symbolic)
 
 
 def kind(node: Any) -> str:
@@ -103,7 +81,9 @@ def wide(value: Tensor) -> Tensor:
 # ---- pointwise
 
 
-@rule("hardswish", "log_sigmoid", "__and__", "__or__", "__xor__", "softsign", "copy", "bitwise_not", "nan_to_num")
+@rule(
+    TAGGED, "hardswish", "log_sigmoid", "__and__", "__or__", "__xor__", "softsign", "copy", "bitwise_not", "nan_to_num"
+)
 def pointwise(w: Walk, node: Any) -> Any:
     operands: list[fx.Node] = [n for n in node.all_input_nodes if isinstance(w.env.get(n), Val)]
     axes, laid = w.broadcast(node, [w.val(n) for n in operands])

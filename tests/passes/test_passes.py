@@ -13,7 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import FinalizeError, PassError, PruningError
-from fxprune.graph import text
+from fxprune.graph.editing import text
 from fxprune.passes import (
     EliminateDeadCode,
     FoldReparametrizations,

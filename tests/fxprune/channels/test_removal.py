@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.channels import ChannelPlan, analyze, remove, rules
+from fxprune.channels import ChannelPlan, analyze, registry, remove, rules
 from fxprune.errors import ArtifactError, FinalizeError
 from tests.fxprune.channels.exactness import error, shrink
 
@@ -343,7 +343,7 @@ def test_a_wrong_rule_is_caught_and_the_first_node_that_differs_named(monkeypatc
         w.edits.append(lambda kept: node.update_arg(0, node.args[0].args[0]))
         return rules.pointwise(w, node)
 
-    monkeypatch.setitem(rules.RULES, "tanh", wrong)
+    monkeypatch.setitem(registry.RULES, "tanh", wrong)
     model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Tanh(), nn.Linear(4, 2))
     traced = fxprune.trace(model.eval(), (torch.randn(2, 4),), modes=("eval",))
     with pytest.raises(FinalizeError, match="first node that differs is `tanh`"):

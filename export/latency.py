@@ -1,0 +1,76 @@
+"""Latency of ONNX files in onnxruntime, measured in turns."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fxprune.errors import ArgumentError
+
+from .comparison import as_calls
+from .session import Session
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long a file runs: median and quartiles in milliseconds; `ratio` to the first file, paired by round."""
+
+    name: str
+    median: float
+    quartiles: tuple[float, float]
+    ratio: float
+    rounds: int
+
+
+def bench(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    inputs: Any = None,
+    batch: int = 1,
+    threads: int = 1,
+    provider: str = "CPUExecutionProvider",
+    rounds: int = 50,
+    warmup: int = 5,
+) -> list[Latency]:
+    """Run several ONNX files in turns, so that what else the machine does meets all of them.
+
+    Inputs are copied to the provider's device before the clock starts, and outputs stay there.
+
+    Args:
+        paths: the files. inputs: one call, as for `compare`; None: random values in the shapes that each file states.
+        batch: for free sizes at axis 0 of random inputs; other free sizes are 1. threads: within operators.
+        provider: onnxruntime's execution provider. rounds: runs of each file that count; warmup: before them.
+
+    Raises:
+        CompareError: a file or the provider cannot be run, or not on these inputs. ArgumentError: nothing to measure.
+
+    Example:
+        >>> bench(["dense.onnx", "pruned.onnx"], batch=8)[1].ratio
+        0.52
+    """
+    if not paths or min(batch, threads, rounds) < 1 or warmup < 0:
+        raise ArgumentError(
+            f"{len(paths)} files, batch {batch}, {threads} threads, {rounds} rounds: at least 1 of each."
+        )
+    sessions = [Session(path, [provider], threads) for path in paths]
+    call = None if inputs is None else as_calls(inputs)[0]
+    runs = []
+    for session in sessions:
+        feed = session.random(batch) if call is None else session.feed(*call)
+        if call is not None:
+            session.run(*call)  # names inputs that do not fit
+        runs.append(session.bind(feed))
+    seconds = np.empty((warmup + rounds, len(runs)))
+    for i, j in np.ndindex(seconds.shape):
+        start = time.perf_counter()
+        runs[j]()
+        seconds[i, j] = time.perf_counter() - start
+    seconds = seconds[warmup:]
+    low, middle, high = (np.quantile(seconds, (0.25, 0.5, 0.75), axis=0) * 1e3).tolist()
+    ratios = np.median(seconds / seconds[:, :1], axis=0).tolist()
+    return [Latency(s.name, middle[j], (low[j], high[j]), ratios[j], rounds) for j, s in enumerate(sessions)]

@@ -1,0 +1,1 @@
+"""The front end: a model becomes two graphs."""

@@ -1,0 +1,37 @@
+"""Masks: `torch.nn.utils.prune` on traced modules, methods that torch lacks, channels under a budget, schedules."""
+
+from fxprune.prune.budgeted_channels import ChannelReport, channels
+from fxprune.prune.methods import BlockStructured, NMStructured
+from fxprune.prune.mirror import (
+    apply,
+    block_structured,
+    custom_from_mask,
+    global_unstructured,
+    identity,
+    is_pruned,
+    l1_unstructured,
+    ln_structured,
+    nm_structured,
+    random_structured,
+    random_unstructured,
+    remove,
+)
+
+__all__ = [
+    "BlockStructured",
+    "ChannelReport",
+    "NMStructured",
+    "apply",
+    "block_structured",
+    "channels",
+    "custom_from_mask",
+    "global_unstructured",
+    "identity",
+    "is_pruned",
+    "l1_unstructured",
+    "ln_structured",
+    "nm_structured",
+    "random_structured",
+    "random_unstructured",
+    "remove",
+]

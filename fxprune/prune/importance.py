@@ -1,0 +1,176 @@
+"""Importance scores of single entries, for unstructured masks and as what scores of whole channels sum up.
+
+A score is a tensor of its parameter's shape, larger where more is lost by masking the entry; a masked entry scores 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
+from fxprune.graph.traced import TracedModule
+from fxprune.prune.mirror import find_all, state
+
+__all__ = ["SCORES", "Evidence", "scores"]
+
+
+class Evidence(NamedTuple):
+    """What a score may look at beside the parameters; the arguments of `scores`."""
+
+    loader: Iterable[Any] | None = None
+    loss: Callable[[Any, Any], torch.Tensor] | None = None
+    batches: int | None = None
+    seed: int | None = None
+
+
+Score = Callable[[TracedModule, Sequence[str], Evidence], Mapping[str, torch.Tensor]]
+
+
+def scores(
+    traced: TracedModule,
+    names: str | Iterable[str],
+    importance: str | Score = "l1",
+    *,
+    loader: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    batches: int | None = None,
+    seed: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """Scores of every entry of the named parameters, for `importance_scores` of the functions of `fxprune.prune`.
+
+    - "l1", "l2": |w| and w²; summed over a slice they give its norms (Li et al., "Pruning Filters for Efficient
+      ConvNets", 2017, https://arxiv.org/abs/1608.08710).
+    - "random": uniform draws from [0, 1).
+    - "taylor": |w ∂L/∂w|, the first-order change of the loss when w is set to 0, averaged over batches; Molchanov et
+      al., "Importance Estimation for Neural Network Pruning" (2019), https://arxiv.org/abs/1906.10771. Gradients are
+      those of eval mode (of train mode where only that was captured); buffers, `.grad` and the random generator stay
+      as they are.
+
+    Args:
+        traced: the module; it is not changed.
+        names: qualified names or patterns.
+        importance: a key of `SCORES`, or a function `(traced, names, evidence) -> {name: tensor}`.
+        loader: for "taylor", batches: pairs (inputs, target), or mappings of keyword arguments. Inputs are a tensor, a
+            tuple of arguments or a mapping of keyword arguments.
+        loss: for "taylor", `(outputs, target) -> scalar`; for a mapping the target is the mapping itself.
+        batches: how many batches to take; None takes all of them.
+        seed: of the draws of "random"; None draws from the global generator.
+
+    Returns:
+        By name a tensor of the parameter's shape, on its device.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: unknown importance, loader or loss missing, too few batches.
+        NameLookupError: a name matches nothing.
+        PruningError: a gradient is missing, or scores are NaN or of a wrong shape.
+
+    Example:
+        >>> given = scores(traced, "*.weight", "taylor", loader=[(x, y)], loss=torch.nn.functional.mse_loss)
+        >>> method = torch.nn.utils.prune.L1Unstructured
+        >>> fxprune.prune.global_unstructured(traced, given, method, given, amount=0.5)
+    """
+    found = find_all(traced, names)
+    if not callable(importance) and (not isinstance(importance, str) or importance not in SCORES):
+        raise ArgumentError(f"importance={importance!r}: one of {', '.join(SCORES)} is needed, or a function.")
+    score = importance if callable(importance) else SCORES[importance]
+    given = score(traced, found, Evidence(loader, loss, batches, seed))
+    if not isinstance(given, Mapping) or not given.keys() >= set(found):
+        what = f"keys {', '.join(given)}" if isinstance(given, Mapping) else type(given).__name__
+        raise ArgumentTypeError(f"importance={importance!r} gave {what}; tensors for {', '.join(found)} are needed.")
+    for name in found:
+        shape = state(traced, name)[0].shape
+        score_of = given[name]
+        if not isinstance(score_of, torch.Tensor) or score_of.shape != shape:
+            what = getattr(score_of, "shape", type(score_of).__name__)
+            raise PruningError(f"{importance!r} gave {what} for {name!r}, whose shape is {tuple(shape)}.")
+        if score_of.isnan().any():
+            raise PruningError(f"{importance!r} scores of {name!r} hold NaN. Check its values, and the loss.")
+    return {name: given[name] for name in found}
+
+
+def _magnitude(power: int) -> Score:
+    def score(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> dict[str, torch.Tensor]:
+        return {name: _alive(traced, name, state(traced, name)[0].detach().abs() ** power) for name in names}
+
+    return score
+
+
+def _random(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> dict[str, torch.Tensor]:
+    # drawn on the CPU, so that a seed means the same on every device
+    generator = None if evidence.seed is None else torch.Generator().manual_seed(evidence.seed)
+    parameters = {name: state(traced, name)[0] for name in names}
+    draws = {name: torch.rand(p.shape, generator=generator).to(p.device) for name, p in parameters.items()}
+    return {name: _alive(traced, name, draw) for name, draw in draws.items()}
+
+
+def _taylor(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> dict[str, torch.Tensor]:
+    loader, loss, batches, _ = evidence
+    if loader is None or loss is None or not isinstance(loader, Iterable) or not callable(loss):
+        raise ArgumentError(
+            f'"taylor" needs an iterable loader and a loss function; got loader={loader!r}, loss={loss!r}.'
+        )
+    if batches is not None and (not isinstance(batches, int) or batches < 1):
+        raise ArgumentError(f"batches={batches!r}: a count of 1 or more is needed, or None for the whole loader.")
+    # for a masked parameter w_orig * dL/dw_orig is w * dL/dw, as w = mask * w_orig
+    parameters = [state(traced, name)[0] for name in names]
+    totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+    training, buffers, count = traced.training, {n: b.clone() for n, b in traced.named_buffers()}, 0
+    try:
+        traced.train("eval" not in traced.modes)
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            for batch in itertools.islice(loader, batches):
+                gradients = _gradients(traced, names, parameters, loss, batch)
+                for total, parameter, gradient in zip(totals, parameters, gradients, strict=True):
+                    total += (parameter.detach() * gradient).abs()
+                count += 1
+    finally:
+        traced.train(training)
+        for name, buffer in traced.named_buffers():
+            if not torch.equal(buffer, buffers[name]):
+                buffer.copy_(buffers[name])
+    if count < (batches or 1):
+        raise ArgumentError(f"the loader yielded {count} batches; {batches or 'at least 1'} were asked for.")
+    return {name: _alive(traced, name, total / count) for name, total in zip(names, totals, strict=True)}
+
+
+def _gradients(
+    traced: TracedModule,
+    names: Sequence[str],
+    parameters: Sequence[torch.Tensor],
+    loss: Callable[[Any, Any], torch.Tensor],
+    batch: Any,
+) -> tuple[torch.Tensor, ...]:
+    if isinstance(batch, Mapping):
+        inputs, target = batch, batch
+    elif isinstance(batch, list | tuple) and len(batch) == 2:
+        inputs, target = batch
+    else:
+        raise ArgumentError(
+            f"the loader yielded a {type(batch).__name__}; a pair (inputs, target) or a mapping is needed."
+        )
+    args = () if isinstance(inputs, Mapping) else inputs if isinstance(inputs, list | tuple) else (inputs,)
+    value = loss(traced(*args, **(inputs if isinstance(inputs, Mapping) else {})), target)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        raise ArgumentError(f"the loss is no scalar tensor: {getattr(value, 'shape', type(value).__name__)}.")
+    asked = [p for p in parameters if p.requires_grad]
+    given = torch.autograd.grad(value, asked, allow_unused=True) if value.requires_grad and asked else ()
+    gradients = dict(zip(map(id, asked), given, strict=bool(given)))
+    missing = [name for name, p in zip(names, parameters, strict=True) if gradients.get(id(p)) is None]
+    if missing:
+        raise PruningError(
+            f"the loss gives no gradient to {', '.join(missing)}. Unfreeze them (requires_grad), leave them out, or "
+            "take a loss that depends on them."
+        )
+    return tuple(gradients[id(p)] for p in parameters)
+
+
+def _alive(traced: TracedModule, name: str, score: torch.Tensor) -> torch.Tensor:
+    mask = state(traced, name)[1]
+    return score if mask is None else score.where(mask != 0, 0)
+
+
+SCORES: dict[str, Score] = {"l1": _magnitude(1), "l2": _magnitude(2), "random": _random, "taylor": _taylor}

@@ -1,0 +1,383 @@
+"""`torch.nn.utils.prune` on traced modules: the same functions, methods and masks, on qualified parameter names.
+
+The mask methods are torch's own classes, or the user's subclasses of `BasePruningMethod`; what they compute becomes a
+mask-multiply node. Names may hold the wildcards `*`, `?` and `[seq]`: each matching parameter is then pruned by itself.
+An error leaves every earlier mask in place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+from torch.nn.utils.prune import BasePruningMethod, PruningContainer
+
+from fxprune import driver
+from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, PruningError
+from fxprune.graph.editing import canonical, locate, match_names, one_name
+from fxprune.graph.reparametrizations import has_parametrization, masked, reparametrized
+from fxprune.graph.traced import TracedModule
+from fxprune.prune.methods import BlockStructured, NMStructured
+from fxprune.prune.selection import keep_largest
+
+
+def apply(
+    traced: TracedModule, name: str, method: BasePruningMethod, importance_scores: torch.Tensor | None = None
+) -> TracedModule:
+    """Prune parameters by a method object; on a pruned parameter the masks compose as in `PruningContainer`.
+
+    Args:
+        traced: the module, changed in place.
+        name: qualified parameter name, "conv1.weight", or a pattern.
+        method: an instance of `BasePruningMethod`, such as `torch.nn.utils.prune.L1Unstructured(amount=0.3)`. A
+            `PruningContainer` stands for its methods, one after another.
+        importance_scores: tensor of the parameter's shape that replaces its values for the selection.
+
+    Returns:
+        `traced`.
+
+    Raises:
+        NameLookupError: nothing is called so.
+        PruningError: the method fails on this parameter, or the parameter cannot be masked.
+
+    Example:
+        >>> fxprune.prune.apply(traced, "0.weight", torch.nn.utils.prune.L1Unstructured(amount=2))
+    """
+    driver.insert_masks(traced, computed(traced, dict.fromkeys(find(traced, name), method), importance_scores))
+    return traced
+
+
+def computed(
+    traced: TracedModule, methods: Mapping[str, BasePruningMethod], importance_scores: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """The masks that `apply` would insert, one method for each qualified name; changes nothing."""
+    masks = {}
+    for name, method in methods.items():
+        if not isinstance(method, BasePruningMethod):
+            found = f"class {method.__name__}" if isinstance(method, type) else type(method).__name__
+            raise ArgumentTypeError(f"an instance of BasePruningMethod is needed, got {found}.")
+        if type(method).apply_mask is not BasePruningMethod.apply_mask:
+            raise PruningError(
+                f"{type(method).__name__} overrides apply_mask, so its result is more than a mask-multiply. Write it "
+                "as a parametrization and trace the model with it."
+            )
+        original, mask = state(traced, name)
+        for step in method._pruning_methods if isinstance(method, PruningContainer) else (method,):
+            mask = _mask(name, original, mask, step, importance_scores)
+        assert mask is not None, "an empty container"
+        masks[name] = mask
+    return masks
+
+
+def identity(traced: TracedModule, name: str) -> TracedModule:
+    """Install a mask of ones; see `apply`.
+
+    Example:
+        >>> fxprune.prune.identity(traced, "0.weight")
+    """
+    return apply(traced, name, constructed(torch_prune.Identity))
+
+
+def random_unstructured(traced: TracedModule, name: str, amount: float) -> TracedModule:
+    """Mask random entries; `amount` is a fraction (float) or a count (int) of those not masked yet; see `apply`.
+
+    Example:
+        >>> fxprune.prune.random_unstructured(traced, "0.weight", amount=0.5)
+    """
+    return apply(traced, name, constructed(torch_prune.RandomUnstructured, amount))
+
+
+def l1_unstructured(
+    traced: TracedModule, name: str, amount: float, importance_scores: torch.Tensor | None = None
+) -> TracedModule:
+    """Mask the entries of smallest magnitude; `amount` as in `random_unstructured`; see `apply`.
+
+    Example:
+        >>> fxprune.prune.l1_unstructured(traced, "*.weight", amount=0.3)
+    """
+    return apply(traced, name, constructed(torch_prune.L1Unstructured, amount), importance_scores)
+
+
+def random_structured(traced: TracedModule, name: str, amount: float, dim: int) -> TracedModule:
+    """Mask random channels along `dim`; `amount` is a fraction or a count of those alive; see `apply`.
+
+    Example:
+        >>> fxprune.prune.random_structured(traced, "0.weight", amount=1, dim=0)
+    """
+    return apply(traced, name, constructed(torch_prune.RandomStructured, amount, dim))
+
+
+def ln_structured(
+    traced: TracedModule, name: str, amount: float, n: Any, dim: int, importance_scores: torch.Tensor | None = None
+) -> TracedModule:
+    """Mask the channels of smallest `n`-norm along `dim`; `n` as in `torch.norm`; see `apply`.
+
+    Example:
+        >>> fxprune.prune.ln_structured(traced, "0.weight", amount=0.5, n=2, dim=0)
+    """
+    return apply(traced, name, constructed(torch_prune.LnStructured, amount, n, dim), importance_scores)
+
+
+def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> TracedModule:
+    """Multiply the parameter's mask by `mask` (its shape; any dtype; values other than 0 and 1 scale); see `apply`.
+
+    Example:
+        >>> fxprune.prune.custom_from_mask(traced, "0.weight", torch.ones(2, 4).bool())
+    """
+    return apply(traced, name, constructed(torch_prune.CustomFromMask, mask))
+
+
+def nm_structured(
+    traced: TracedModule,
+    name: str,
+    n: int = 2,
+    m: int = 4,
+    dim: int | None = None,
+    importance_scores: torch.Tensor | None = None,
+) -> TracedModule:
+    """Keep `n` of every `m` entries along `dim`, None for the input axis of the layer; see `NMStructured`, `apply`.
+
+    Example:
+        >>> fxprune.prune.nm_structured(traced, "0.weight", 2, 4)
+    """
+    methods = {}
+    for found in find(traced, name):
+        source_class = getattr(locate(traced, found)[0], "source_class", nn.Module)
+        inputs = 0 if issubclass(source_class, nn.modules.conv._ConvTransposeNd) else 1
+        methods[found] = constructed(NMStructured, n, m, inputs if dim is None else dim)
+    driver.insert_masks(traced, computed(traced, methods, importance_scores))
+    return traced
+
+
+def block_structured(
+    traced: TracedModule,
+    name: str,
+    amount: float,
+    block: Sequence[int] = (4, 1),
+    n: float = 2,
+    importance_scores: torch.Tensor | None = None,
+) -> TracedModule:
+    """Mask the blocks of smallest mean magnitude; `amount` counts blocks; see `BlockStructured`, `apply`.
+
+    Example:
+        >>> fxprune.prune.block_structured(traced, "0.weight", amount=0.5, block=(2, 1))
+    """
+    return apply(traced, name, constructed(BlockStructured, amount, block, n), importance_scores)
+
+
+def remove(traced: TracedModule, name: str) -> TracedModule:
+    """Make masks permanent: the product takes the parameter's name and place, outputs stay the same bits.
+
+    The Parameter object stays the same one, as in torch, unless another name holds it too: then only this name gets
+    the masked values, where torch would change both.
+
+    Raises:
+        PruningError: the parameter carries no mask.
+
+    Example:
+        >>> fxprune.prune.remove(traced, "0.weight")
+    """
+    names = [canonical(traced, n) for n in match_names([*_names(traced), *reparametrized(traced)], name)]
+    bare = [n for n in names if n not in masked(traced)]
+    if bare and (len(names) == len(bare) or name in bare):
+        raise PruningError(f"{bare[0]!r} carries no mask to remove. Masked: {', '.join(masked(traced)) or 'none'}.")
+    for found in dict.fromkeys(n for n in names if n not in bare):
+        driver.fold(traced, found)
+    return traced
+
+
+def is_pruned(traced: TracedModule, name: str | None = None) -> bool:
+    """Whether any parameter carries a mask, or with `name` whether this one does.
+
+    Example:
+        >>> fxprune.prune.is_pruned(traced, "0.weight")
+        False
+    """
+    if name is None:
+        return bool(masked(traced))
+    return canonical(traced, one_name([*_names(traced), *reparametrized(traced)], name)) in masked(traced)
+
+
+def global_unstructured(
+    traced: TracedModule,
+    names: str | Iterable[str],
+    pruning_method: type[BasePruningMethod],
+    importance_scores: Mapping[str, torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> TracedModule:
+    """Prune several parameters by one selection over all their entries, as torch's function of this name.
+
+    A parameter that is named twice, or under two tied names, is counted once; its mask goes to every name given.
+
+    Args:
+        traced: the module, changed in place.
+        names: qualified names or patterns; any iterable.
+        pruning_method: a class of unstructured methods, such as `torch.nn.utils.prune.L1Unstructured`.
+        importance_scores: by name, tensors that replace a parameter's values for the selection; may be partial.
+        **kwargs: arguments of the method's constructor, such as `amount`.
+
+    Returns:
+        `traced`.
+
+    Raises:
+        ArgumentTypeError: `pruning_method` is not an unstructured method.
+        ArgumentError: no names, or arguments that the method refuses.
+        PruningError: scores of a wrong shape, or the method fails.
+
+    Example:
+        >>> method = torch.nn.utils.prune.L1Unstructured
+        >>> fxprune.prune.global_unstructured(traced, ["0.weight", "2.weight"], method, amount=0.5)
+    """
+    found = find_all(traced, names)
+    if not (isinstance(pruning_method, type) and issubclass(pruning_method, BasePruningMethod)):
+        raise ArgumentTypeError(f"pruning_method={pruning_method!r}: a subclass of BasePruningMethod is needed.")
+    method = constructed(pruning_method, **kwargs)
+    kind = getattr(method, "PRUNING_TYPE", "of no type")
+    if kind != "unstructured":
+        raise ArgumentTypeError(
+            f"{pruning_method.__name__} is {kind}; a global selection needs an unstructured method. "
+            "Use fxprune.prune.channels for channels."
+        )
+    given = {one_name(found, canonical(traced, n)): s for n, s in (importance_scores or {}).items()}
+    # tied names with the same mask are one tensor
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name in found:
+        original, mask = state(traced, name)
+        groups.setdefault((id(original), 0 if mask is None else id(mask)), []).append(name)
+    values, defaults = [], []
+    for group in groups.values():
+        original, default = state(traced, group[0])
+        score = next((given[n] for n in group if n in given), original.detach())
+        if not isinstance(score, torch.Tensor) or score.shape != original.shape:
+            shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
+            raise PruningError(f"scores of {group[0]!r} have shape {shape}; its shape is {tuple(original.shape)}.")
+        values.append(score)
+        defaults.append(default)
+    if pruning_method is torch_prune.L1Unstructured and all(value.is_floating_point() for value in values):
+        parts = keep_largest(values, defaults, vars(method)["amount"])
+    else:
+        ones = [torch.ones_like(v) if d is None else d for v, d in zip(values, defaults, strict=True)]
+        scores, mask = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (values, ones))
+        mask = _compute(", ".join(found), method, scores, mask, container=True)
+        parts = [p.view(v.shape) for p, v in zip(mask.split([v.numel() for v in values]), values, strict=True)]
+    masks = {}
+    for group, part, default in zip(groups.values(), parts, defaults, strict=True):
+        if default is not None:
+            part = _again(part, default)
+        masks.update(dict.fromkeys(group, part))
+    driver.insert_masks(traced, masks)
+    return traced
+
+
+def _again(part: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
+    # torch's global selection starts from the mask so far and multiplies by it once more, which scales (neither 0 nor
+    # 1) show; where there are none, the boolean result saves memory
+    if part.dtype is not torch.bool:
+        return part * default
+    alive = default != 0
+    return part.logical_and_(alive) if bool((alive == default).all()) else part * default * default
+
+
+def _names(traced: TracedModule) -> list[str]:
+    if not isinstance(traced, TracedModule):
+        raise ArgumentTypeError(f"a traced module is needed, got {type(traced).__name__}. Call fxprune.trace first.")
+    hidden = {f"{name}_orig" for name in masked(traced)}
+    names = [name for name, _ in traced.named_parameters(remove_duplicate=False) if name not in hidden]
+    return names + masked(traced)
+
+
+def find(traced: TracedModule, pattern: str) -> list[str]:
+    """The parameters that a name or a pattern stands for; raises NameLookupError, or PruningError for computed ones."""
+    names = _names(traced)
+    computed = [n for n in reparametrized(traced) if n not in names]
+    pattern = canonical(traced, pattern) if isinstance(pattern, str) else pattern
+    if pattern in computed:
+        owner, tensor = locate(traced, pattern)
+        prefix = pattern[: -len(tensor)]
+        near = [n for n in names if n.startswith((f"{prefix}parametrizations.{tensor}.", f"{prefix}{tensor}_"))]
+        kind = "a parametrization" if has_parametrization(owner, tensor) else "a norm"
+        raise PruningError(f"{pattern!r} is computed by {kind}; prune what it is computed from: {', '.join(near)}.")
+    return list(dict.fromkeys(canonical(traced, n) for n in match_names(names, pattern)))
+
+
+def find_all(traced: TracedModule, names: str | Iterable[str]) -> list[str]:
+    """The parameters that several names or patterns stand for, each once; raises ArgumentError where none is given."""
+    patterns = [names] if isinstance(names, str) else list(names)
+    if not patterns:
+        raise ArgumentError("no names were given. Name at least one parameter.")
+    return list(dict.fromkeys(found for pattern in patterns for found in find(traced, pattern)))
+
+
+def state(traced: TracedModule, name: str) -> tuple[nn.Parameter, torch.Tensor | None]:
+    """The parameter as the optimizer sees it, before its mask, and the mask, None without one."""
+    owner, attribute = locate(traced, name)
+    mask = owner._buffers.get(f"{attribute}_mask")
+    if has_parametrization(owner, f"{attribute}_orig"):
+        raise PruningError(f"{name!r} has a mask on top of a parametrization. Prune it before it is parametrized.")
+    parameter = owner._parameters[attribute if mask is None else f"{attribute}_orig"]
+    assert parameter is not None
+    return parameter, mask
+
+
+def _value(original: nn.Parameter, mask: torch.Tensor | None) -> torch.Tensor:
+    return original.detach() if mask is None else mask.to(original.dtype) * original.detach()
+
+
+def constructed(kind: type[BasePruningMethod], *args: Any, **kwargs: Any) -> BasePruningMethod:
+    """A method object; what its constructor raises becomes ArgumentError or ArgumentTypeError."""
+    try:
+        return kind(*args, **kwargs)
+    except FxpruneError:
+        raise
+    except TypeError as error:
+        raise ArgumentTypeError(f"{kind.__name__}: {error}") from error
+    except Exception as error:
+        raise ArgumentError(f"{kind.__name__}: {error}") from error
+
+
+def _mask(
+    name: str,
+    original: nn.Parameter,
+    mask: torch.Tensor | None,
+    method: BasePruningMethod,
+    importance_scores: torch.Tensor | None,
+) -> torch.Tensor:
+    scores = _value(original, mask) if importance_scores is None else importance_scores
+    if not isinstance(scores, torch.Tensor) or scores.shape != original.shape:
+        found = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise PruningError(f"importance scores of {name!r} have shape {found}; its shape is {tuple(original.shape)}.")
+    # torch's methods view the tensor as one dimension, which a channels_last weight does not allow
+    default = torch.ones_like(original) if mask is None else mask
+    default = default.detach().clone(memory_format=torch.contiguous_format)
+    return _compute(name, method, scores.contiguous(), default, container=mask is not None)
+
+
+def _compute(
+    name: str, method: BasePruningMethod, scores: torch.Tensor, default: torch.Tensor, container: bool
+) -> torch.Tensor:
+    method = copy.copy(method)
+    method._tensor_name = name
+    if container:
+        # only the last method of a container computes: the mask so far carries what came before
+        stacked = PruningContainer()
+        stacked._tensor_name = name
+        stacked.add_pruning_method(method)
+        method = stacked
+    try:
+        with torch.no_grad():
+            mask = method.compute_mask(scores, default_mask=default)
+    except FxpruneError:
+        raise
+    except Exception as error:
+        raise PruningError(
+            f"{name!r} of shape {tuple(scores.shape)} was to be pruned and cannot be: {type(error).__name__}: "
+            f"{error} The masks it had are still in place."
+        ) from error
+    if not isinstance(mask, torch.Tensor) or mask.shape != default.shape:
+        found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise PruningError(f"the method gave a mask of shape {found} for {name!r} of shape {tuple(default.shape)}.")
+    return mask

@@ -1,0 +1,233 @@
+"""Pruning that grows over the steps of a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.prune import BasePruningMethod
+
+from fxprune import driver
+from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, PruningError
+from fxprune.graph.traced import TracedModule
+from fxprune.prune.mirror import computed, constructed, find_all, global_unstructured, is_pruned, state
+
+__all__ = ["CURVES", "Schedule"]
+
+# progress from `start` (0) to `stop` (1), initial and final amount -> amount
+CURVES: dict[str, Callable[[float, float, float], float]] = {
+    "one-shot": lambda x, initial, final: final,
+    "linear": lambda x, initial, final: final + (initial - final) * (1 - x),
+    "cubic": lambda x, initial, final: final + (initial - final) * (1 - x) ** 3,
+    "exponential": lambda x, initial, final: 1 - (1 - initial) * ((1 - final) / (1 - initial)) ** x,
+}
+
+
+class _Plan(NamedTuple):
+    amount: float
+    curve: str
+    start: int
+    stop: int
+    every: int
+    initial: float
+
+    def at(self, call: int) -> float:
+        """The fraction asked for as of a call."""
+        if call < self.start:
+            return 0.0
+        if call >= self.stop:  # the given number, which a formula would round
+            return self.amount
+        progress = (call - self.start) // self.every * self.every / (self.stop - self.start)
+        return CURVES[self.curve](progress, self.initial, self.amount)
+
+
+def _checked(amount: Any, curve: Any, start: Any, stop: Any, every: Any, initial: Any) -> _Plan:
+    for name, value in (("amount", amount), ("initial", initial)):
+        if isinstance(value, Integral) or not isinstance(value, Real):
+            raise ArgumentTypeError(f"{name}={value!r}: a float is needed, the fraction of entries that is masked.")
+    if not 0 <= initial <= amount <= 1:
+        raise ArgumentError(f"amount={amount}, initial={initial}: 0 <= initial <= amount <= 1 is needed.")
+    if curve not in CURVES:
+        raise ArgumentError(f"curve={curve!r}: one of {', '.join(CURVES)} is needed.")
+    if curve == "exponential" and amount == 1:
+        raise ArgumentError("an exponential curve never reaches amount=1.0. Use a lower amount or another curve.")
+    if not all(isinstance(c, Integral) for c in (start, stop, every)) or not 0 <= start <= stop or every < 1:
+        raise ArgumentError(
+            f"start={start!r}, stop={stop!r}, every={every!r}: integers are needed, 0 <= start <= stop, every >= 1."
+        )
+    return _Plan(float(amount), curve, int(start), int(stop), int(every), float(initial))
+
+
+class Schedule:
+    """Prunes parameters step by step until a fraction of their entries is masked; the training loop calls `step()`.
+
+    Call number `start` (the first call is number 0) brings the masked fraction to `initial`, call number `stop` to
+    `amount`, and between them every `every`-th call follows the curve:
+
+    - "one-shot": everything at `start`;
+    - "linear";
+    - "cubic": fast first, slow towards the end; Zhu and Gupta, "To prune, or not to prune" (2017),
+      https://arxiv.org/abs/1710.01878;
+    - "exponential": each time the same fraction of what is left, as in iterative magnitude pruning; Frankle and
+      Carbin, "The Lottery Ticket Hypothesis" (2019), https://arxiv.org/abs/1803.03635.
+
+    Amounts are fractions of all entries, masked or not. torch's methods count survivors; what they are asked for at a
+    call is worked out from how many entries are masked by then, so roundings do not add up, and nothing happens where
+    more is masked already than the curve asks for. A masked entry never comes back: momentum and weight decay move
+    values under the mask, selections go among the others, and a request that unmasks an entry is refused.
+
+    Args:
+        traced: the module that is pruned.
+        names: qualified names or patterns of the parameters over which the fraction is taken; None leaves it to the
+            function what the amounts are fractions of.
+        request: a subclass of `BasePruningMethod` whose constructor takes `amount`, or a function `(fraction)`, called
+            with the fraction of the surviving entries that is to go, which prunes by itself; with names=None, called
+            with what the curve asks for, as in `lambda gone: fxprune.prune.channels(traced, macs=1 - gone)`.
+        amount: fraction of entries masked at the end, a float from 0.0 to 1.0.
+        curve: a key of `CURVES`.
+        start, stop: numbers of the first and the last call that prunes; `stop` defaults to `start`.
+        every: calls from one pruning to the next, at least 1.
+        initial: fraction masked at `start`, at most `amount`.
+        scope: for a class, "local": each parameter by itself; "global": one selection over all of them.
+        **kwargs: further arguments of the class, such as `n` and `dim`.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, NameLookupError: an argument that cannot be used.
+
+    Example:
+        >>> method = torch.nn.utils.prune.L1Unstructured
+        >>> schedule = fxprune.Schedule(traced, "*.weight", method, 0.9, start=100, stop=1000, every=10)
+        >>> schedule.step()
+        0.0
+    """
+
+    def __init__(
+        self,
+        traced: TracedModule,
+        names: str | Iterable[str] | None,
+        request: type[BasePruningMethod] | Callable[[float], object],
+        amount: float,
+        *,
+        curve: str = "cubic",
+        start: int = 0,
+        stop: int | None = None,
+        every: int = 1,
+        initial: float = 0.0,
+        scope: str = "local",
+        **kwargs: Any,
+    ) -> None:
+        self.traced, self.request, self.scope, self.kwargs = traced, request, scope, kwargs
+        self._whole, self.names = names is None, find_all(traced, "*" if names is None else names)
+        self._class = request if isinstance(request, type) and issubclass(request, BasePruningMethod) else None
+        if scope not in ("local", "global"):
+            raise ArgumentError(f'scope={scope!r}: "local" or "global" is needed.')
+        if not self._class and (not callable(request) or isinstance(request, type)):
+            raise ArgumentTypeError(f"request={request!r}: a subclass of BasePruningMethod or a function is needed.")
+        if self._class and self._whole:
+            raise ArgumentError(f"names=None is for functions; {self._class.__name__} needs names.")
+        if self._class and scope == "global" and getattr(request, "PRUNING_TYPE", None) != "unstructured":
+            raise ArgumentTypeError(f"{self._class.__name__} is not unstructured; a global selection needs that.")
+        if not self._class and (kwargs or scope != "local"):
+            raise ArgumentError(f"scope={scope!r} and {kwargs} are for a method class; the function decides by itself.")
+        self._plan = _checked(amount, curve, start, start if stop is None else stop, every, initial)
+        self._calls = 0
+        if self._class:
+            # a parameter that the class cannot prune shows now, and draws no random numbers
+            with torch.random.fork_rng(devices=[]):
+                computed(traced, dict.fromkeys(self.names, self._with(0.0)))
+
+    @property
+    def amount(self) -> float:
+        """The fraction that the curve asks for as of the last call of `step`, 0.0 before the first."""
+        return self._plan.at(self._calls - 1)
+
+    @property
+    def reached(self) -> float:
+        """The fraction of the entries that is masked now; tied parameters with one mask count once."""
+        found = {(id(p), id(mask)): (p.numel(), mask) for p, mask in (state(self.traced, n) for n in self.names)}
+        dense = sum(size for size, _ in found.values())
+        return sum(_zeros(mask) for _, mask in found.values()) / dense if dense else 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether call number `stop` has been made: no later call prunes."""
+        return self._calls > self._plan.stop
+
+    def step(self) -> float:
+        """Prune as far as the curve asks for at this call; returns `reached`.
+
+        Raises:
+            PruningError: the request failed, or would unmask an entry. Masks and the count of calls are as before.
+        """
+        plan, call = self._plan, self._calls
+        if plan.start <= call <= plan.stop and ((call - plan.start) % plan.every == 0 or call == plan.stop):
+            self._prune(plan.at(call))
+        self._calls += 1
+        return self.reached
+
+    def _prune(self, total: float) -> None:
+        before = {name: state(self.traced, name) for name in self.names}
+        sizes = {name: (parameter.numel(), _zeros(mask)) for name, (parameter, mask) in before.items()}
+        fraction = _increment(total, *map(sum, zip(*sizes.values(), strict=True)))
+        try:
+            if self._class and self.scope == "local":
+                fractions = {name: _increment(total, *counts) for name, counts in sizes.items()}
+                methods = {name: self._with(fraction) for name, fraction in fractions.items() if fraction}
+                driver.insert_masks(self.traced, computed(self.traced, methods))
+            elif self._class and fraction:
+                global_unstructured(self.traced, self.names, self._class, amount=fraction, **self.kwargs)
+            elif fraction or self._whole:
+                self.request(total if self._whole else fraction)  # type: ignore[call-arg]
+            _refuse_revival(before, {name: state(self.traced, name)[1] for name in self.names})
+        except BaseException:
+            old = {name: torch.ones_like(p) if mask is None else mask for name, (p, mask) in before.items()}
+            driver.insert_masks(self.traced, {n: mask for n, mask in old.items() if is_pruned(self.traced, n)})
+            raise
+
+    def _with(self, fraction: float) -> BasePruningMethod:
+        assert self._class
+        return constructed(self._class, amount=fraction, **self.kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count of calls and the curve's options, numbers and strings; masks are the module's state."""
+        return {"calls": self._calls, **self._plan._asdict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the count of calls and the curve where `state_dict` left them.
+
+        Raises:
+            ArtifactError: `state` is no state of a schedule; this one is as before.
+        """
+        try:
+            calls, plan = state["calls"], _checked(**{name: value for name, value in state.items() if name != "calls"})
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"no state of a schedule, which holds {', '.join(self.state_dict())}: {error}"
+            ) from error
+        if not isinstance(calls, int) or calls < 0:
+            raise ArtifactError(f"the state of a schedule has calls={calls!r}; a count is needed.")
+        self._calls, self._plan = calls, plan
+
+
+def _refuse_revival(
+    before: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]], after: Mapping[str, torch.Tensor | None]
+) -> None:
+    for name, new in after.items():
+        old = before[name][1]
+        revived = 0 if old is None or new is None else int(((new != 0) & (old == 0)).sum())
+        if revived:
+            raise PruningError(
+                f"the request would unmask {revived} entries of {name!r}. A method multiplies by its default_mask."
+            )
+
+
+def _zeros(mask: torch.Tensor | None) -> int:
+    return 0 if mask is None else mask.numel() - int(mask.count_nonzero())
+
+
+def _increment(total: float, dense: int, masked: int) -> float:
+    """The fraction of the survivors that brings the masked entries to `total` of the dense count."""
+    wanted = round(total * dense)
+    return (wanted - masked) / (dense - masked) if wanted > masked else 0.0

@@ -1,0 +1,1 @@
+"""Training with masks: clipped gradients, and an optimizer that goes on after removal."""
