@@ -28,7 +28,7 @@ from models import cnn, magnitude_pruner
 from torch import nn
 
 import fxprune
-from tests.fxprune.channels.test_zoo import ARCHITECTURES, FAMILIES
+from tests.architectures import ARCHITECTURES, FAMILIES, inputs_of, plain_transformer
 
 LIMIT = 120  # seconds for Torch-Pruning, which does not return on some
 
@@ -39,13 +39,7 @@ def load(name: str) -> tuple[nn.Module, dict[str, Any]]:
         return model, {"x": torch.randn(2, 3, *model.in_size)}  # type: ignore[misc]
     import transformers
 
-    config, shapes = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**config)).eval()
-    for module in model.modules():
-        if name == "Wav2Vec2" and nn.utils.parametrize.is_parametrized(module):
-            nn.utils.parametrize.remove_parametrizations(module, "weight")
-    return model, {k: torch.randint(3, 90, s) if "ids" in k else torch.randn(s) for k, s in shapes.items()}
+    return plain_transformer(name, transformers).eval(), inputs_of(name)
 
 
 def outputs(value: Any) -> list[torch.Tensor]:

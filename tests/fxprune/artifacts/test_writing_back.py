@@ -15,8 +15,9 @@ from torch.nn.utils import parametrizations, prune
 import fxprune
 from fxprune.artifacts.writing_back import WriteBackError, write_back
 from fxprune.errors import ArgumentTypeError, FxpruneError
+from tests.architectures import ARCHITECTURES, FAMILIES, prepare, transformer
 from tests.fxprune.channels.exactness import error
-from tests.fxprune.channels.test_zoo import ARCHITECTURES, FAMILIES, prepare, repeated, transformer
+from tests.fxprune.channels.test_zoo import repeated
 from tests.networks import NETWORKS
 
 
