@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx
 
 from fxprune.channels import coupling
-from fxprune.channels.coupling import Balance, Val
+from fxprune.channels.costs import moved, node_costs
+from fxprune.channels.coupling import Balance
 from fxprune.channels.ids import Ids, Mask, Vector
 from fxprune.channels.liveness import Consistency
-from fxprune.channels.registry import operator_name, rule_of
-from fxprune.graph.editing import describe, flop_counter
+from fxprune.graph.editing import describe
 from fxprune.graph.traced import TracedModule
 
 Scores = NDArray[np.float64]
@@ -156,8 +154,8 @@ class Grouping:
         order = np.argsort(self._dies, kind="stable")
         self._class, self._killer = self._dies[order], self._unit[order]
         everything = np.ones(classes.count, bool)
-        contractions, moved = self._contractions()
-        self.macs, self.traffic = _Products(contractions), _Products(moved)
+        contractions, traffic = self._contractions()
+        self.macs, self.traffic = _Products(contractions), _Products(traffic)
         own: dict[str, list[Vector]] = {name: [] for name, _ in plain.named_parameters()}
         for name, _, v in self.axes:
             own.get(name, []).append(self.vectors[v])
@@ -243,23 +241,21 @@ class Grouping:
         walk, of = self._eval, self.found.of
         readers = {r.node: r for r in walk.readers if r.rows is not None}
         costs: dict[Any, Term] = {}
-        moved: list[Term] = []
+        traffic: list[Term] = []
         for node in walk.graph.nodes:
-            for macs, ids in _node_costs(node, walk.env) if node.op == "call_function" else ():
+            for macs, ids in node_costs(node, walk.env) if node.op == "call_function" else ():
                 reader, within = readers.get(node), None
                 if reader is not None and reader.rows is not None and ids is not None:
                     rows, columns = of(reader.rows), of(reader.columns)
                     vectors = [rows.reshape(-1), columns.reshape(-1)]
                     within = (columns, rows) if len(rows) > 1 else None
-                    tensors = (node, [0]), (node.args[0], [1]), (node.args[1], [0, 1])
-                    for tensor, own in tensors if operator_name(node.target).startswith(("conv", "linear")) else ():
-                        size, parts = float(math.prod(_sizes(tensor))), [vectors[i] for i in own]
-                        moved.append((size, parts, within if len(own) > 1 else None))
+                    for elements, own in zip(moved(node) or (), ([0], [1], [0, 1]), strict=False):
+                        traffic.append((float(elements), [vectors[i] for i in own], within if len(own) > 1 else None))
                 else:
                     vectors = list({v.tobytes(): v for v in map(of, ids or ())}.values())
                 key = (0 if within is None else len(within[0]), *(v.tobytes() for v in vectors))
                 costs[key] = (macs + (costs[key][0] if key in costs else 0.0), vectors, within)
-        return list(costs.values()), moved
+        return list(costs.values()), traffic
 
     def _group(self) -> list[ChannelGroup]:
         classes = self.found.classes
@@ -470,60 +466,6 @@ def _factors(left: Vector, right: Vector, whole: Vector) -> Vector:
         if longer.shape[1] == pairs.shape[1]:
             return pairs
         pairs = longer
-
-
-def _sizes(node: Any) -> list[int]:
-    return [s if isinstance(s, int) else int(s.node.hint) for s in node.meta["val"].shape]
-
-
-def _node_costs(node: fx.Node, env: dict[fx.Node, Any]) -> list[tuple[float, list[Vector] | None]]:
-    """Multiply-accumulates by torch's formulas, in parts, each with the ids it is proportional to (None: constant)."""
-    name, args = operator_name(node.target), node.args
-
-    def ids(*picked: tuple[Any, int]) -> list[Vector]:
-        vals = [(env[n], d) for n, d in picked if isinstance(env.get(n), Val)]
-        return [f[1] for v, d in vals if -len(v.axes) <= d < len(v.axes) for f in v.axes[d] if f[1] is not None]
-
-    def heads(n: Any, rank: int) -> list[tuple[Any, int]]:
-        return [(n, d) for d in range(rank - 2)]
-
-    if name.startswith("conv"):
-        transposed = "transpose" in name or (name == "convolution" and bool(args[6]))
-        weight, data = _sizes(args[1]), _sizes(args[0] if transposed else node)
-        space = data[-(len(weight) - 2) :]
-        batch = math.prod(data) // math.prod(space) // data[-len(weight) + 1]
-        return [(float(math.prod(weight) * math.prod(space) * batch), [])]
-    if name == "scaled_dot_product_attention":
-        q, k, v = (_sizes(n) for n in args[:3])
-        scale, lead = math.prod(q[:-1]) * k[-2], heads(args[0], len(q))
-        return [(float(scale * q[-1]), ids(*lead, (args[0], -1))), (float(scale * v[-1]), ids(*lead, (args[2], -1)))]
-    if name in ("linear", "addmm", "mm", "matmul", "bmm", "mv", "baddbmm"):
-        a, b = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
-        size, rank = float(math.prod(_sizes(node)) * _sizes(a)[-1]), len(_sizes(node))
-        return [(size, ids(*heads(node, rank), (a, -2), (a, -1), (b, -1)))]
-    if str(node.target) in ("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input"):
-        inputs, weights, both_ways = node.args[0], list[Any](args[2]), args[7]  # type: ignore[arg-type]
-        read = float(math.prod(_sizes(inputs)[:-1]) * math.prod(_sizes(weights[0])) * (2 if both_ways else 1))
-        return [(_measured(node) - read, None), (read, ids((inputs, -1)))]
-    if rule_of(node.target):
-        return []
-    return [(cost, None)] if (cost := _measured(node)) else []
-
-
-def _measured(node: fx.Node) -> float:
-    """What torch's counter finds for an operator without a formula here, run on tensors without storage."""
-
-    def empty(n: fx.Node) -> Any:
-        value = n.meta.get("val")
-        return torch.empty(_sizes(n), dtype=value.dtype, device="meta") if isinstance(value, torch.Tensor) else value
-
-    target: Callable[..., Any] = node.target  # type: ignore[assignment]
-    with flop_counter() as counter, torch.no_grad():
-        try:
-            target(*fx.node.map_arg(node.args, empty), **fx.node.map_arg(dict(node.kwargs), empty))
-        except (RuntimeError, TypeError, NotImplementedError):  # an operator whose sizes depend on data
-            return 0.0
-    return float(counter.get_total_flops()) / 2
 
 
 def table(groups: Sequence[ChannelGroup]) -> str:
