@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fxprune
-from fxprune import selection
 from fxprune.errors import PruningError
+from fxprune.prune import selection
 from fxprune.prune.selection import keep_largest
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
