@@ -51,6 +51,10 @@ class ArtifactError(FxpruneError):
     """A stored artifact is truncated, altered, of a later version, or does not belong to the given model."""
 
 
+class WriteBackError(FxpruneError):
+    """The model's own class cannot hold the shrunk model. Fix: make the size that the message names an attribute."""
+
+
 class FxpruneWarning(UserWarning):
     """Base of fxprune's warnings."""
 

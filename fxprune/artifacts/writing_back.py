@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
-from fxprune.errors import ArgumentTypeError, FxpruneError
+from fxprune.errors import ArgumentTypeError, WriteBackError
 from fxprune.graph.editing import hold_names, locate, names_of, tensor_at
 from fxprune.graph.equality import close, error, run
 from fxprune.graph.plan import ChannelPlan
@@ -41,10 +41,6 @@ _NAMES: dict[Any, tuple[str, ...]] = {
 # names of attributes that hold a size, for those that forward does not read
 _SIZE = re.compile(r"channels|features|planes|filters|hidden|embed|inner|width|units|heads?$|head_|dim|size|^n[fx]$")
 _NO_SIZE = re.compile(r"kernel|patch|image|window|vocab|chunk|pad|max_|layer|step|dim$(?<!_dim)")
-
-
-class WriteBackError(FxpruneError):
-    """The model's own class cannot hold the shrunk model. Fix: make the size that the message names an attribute."""
 
 
 def write_back(final: TracedModule, model: nn.Module) -> nn.Module:

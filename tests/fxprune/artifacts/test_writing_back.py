@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import fxprune
-from fxprune.artifacts.writing_back import WriteBackError, write_back
-from fxprune.errors import ArgumentTypeError, FxpruneError
+from fxprune.artifacts.writing_back import write_back
+from fxprune.errors import ArgumentTypeError, FxpruneError, WriteBackError
 from tests.architectures import ARCHITECTURES, FAMILIES, prepare, transformer
 from tests.fxprune.channels.exactness import error
 from tests.fxprune.channels.test_zoo import repeated
