@@ -7,7 +7,7 @@ import copy
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
-from fxprune.graph.editing import canonical, hold_names, locate, one_name
+from fxprune.graph.editing import canonical, locate, one_name
 from fxprune.graph.equality import error
 from fxprune.graph.reparametrizations import has_parametrization, masked, reparametrized
 from fxprune.graph.traced import TracedModule
@@ -23,7 +23,7 @@ from fxprune.passes import (
     FINALIZE,
     FoldBatchNorm,
     FoldReparametrizations,
-    InsertMask,
+    InsertMasks,
     InsertSpectralNorm,
     InsertWeightNorm,
     RemoveChannels,
@@ -40,15 +40,14 @@ def run(traced: TracedModule, *pipeline: Pass) -> None:
     run_passes(traced, pipeline)
 
 
-def insert_masks(traced: TracedModule, masks: dict[str, torch.Tensor]) -> None:
+def insert_masks(traced: TracedModule, masks: Mapping[str, torch.Tensor]) -> None:
     """Insert or replace the masks of several parameters."""
-    with hold_names(traced):
-        run(traced, *(InsertMask(name, mask) for name, mask in masks.items()))
+    run(traced, InsertMasks(masks))
 
 
-def fold(traced: TracedModule, name: str) -> None:
-    """Make one reparametrized parameter plain, in place."""
-    run(traced, FoldReparametrizations((name,)))
+def fold(traced: TracedModule, *names: str) -> None:
+    """Make reparametrized parameters plain, in place."""
+    run(traced, FoldReparametrizations(names))
 
 
 def _parameter_names(traced: TracedModule) -> list[str]:
@@ -74,7 +73,7 @@ def weight_norm(traced: TracedModule, name: str, dim: int | None = 0) -> TracedM
     Example:
         >>> fxprune.weight_norm(traced, "0.weight")
     """
-    return _insert(traced, name, lambda found: InsertWeightNorm(found, dim))
+    return _parametrize(traced, name, lambda found: InsertWeightNorm(found, dim))
 
 
 def spectral_norm(
@@ -98,10 +97,10 @@ def spectral_norm(
     Example:
         >>> fxprune.spectral_norm(traced, "0.weight", n_power_iterations=2)
     """
-    return _insert(traced, name, lambda found: InsertSpectralNorm(found, n_power_iterations, eps, dim))
+    return _parametrize(traced, name, lambda found: InsertSpectralNorm(found, n_power_iterations, eps, dim))
 
 
-def _insert(traced: TracedModule, name: str, build: Callable[[str], InsertParametrization]) -> TracedModule:
+def _parametrize(traced: TracedModule, name: str, build: Callable[[str], InsertParametrization]) -> TracedModule:
     name = canonical(traced, name) if isinstance(traced, TracedModule) and isinstance(name, str) else name
     if isinstance(traced, TracedModule) and name in reparametrized(traced):
         _, tensor = locate(traced, name)
@@ -134,7 +133,7 @@ def remove_weight_norm(traced: TracedModule, name: str) -> TracedModule:
     Example:
         >>> fxprune.remove_weight_norm(traced, "0.weight")
     """
-    return _remove(traced, name, "weight norm", ("original0",), ("_g", "_v"))
+    return _remove_norm(traced, name, "weight norm", ("original0",), ("_g", "_v"))
 
 
 def remove_spectral_norm(traced: TracedModule, name: str) -> TracedModule:
@@ -155,10 +154,12 @@ def remove_spectral_norm(traced: TracedModule, name: str) -> TracedModule:
     Example:
         >>> fxprune.remove_spectral_norm(traced, "0.weight")
     """
-    return _remove(traced, name, "spectral norm", ("original", "0"), ("_orig", "_u"))
+    return _remove_norm(traced, name, "spectral norm", ("original", "0"), ("_orig", "_u"))
 
 
-def _remove(traced: TracedModule, name: str, what: str, new: tuple[str, ...], old: tuple[str, ...]) -> TracedModule:
+def _remove_norm(
+    traced: TracedModule, name: str, what: str, new: tuple[str, ...], old: tuple[str, ...]
+) -> TracedModule:
     found = one_name(reparametrized(traced) or ["(none)"], canonical(traced, name), "reparametrized parameter")
     owner, tensor = locate(traced, found)
     holds = False

@@ -1,10 +1,12 @@
 """Graph passes: one file a pass, and the default pipelines."""
 
-from .base import Callback, Pass, run_passes, visit
+from fxprune.graph.error_sites import working_on
+
+from .base import Callback, Pass, run_passes
 from .eliminate_dead_code import EliminateDeadCode
 from .fold_batch_norm import FoldBatchNorm
 from .fold_reparametrizations import FoldReparametrizations
-from .insert_mask import InsertMask
+from .insert_mask import InsertMask, InsertMasks
 from .insert_spectral_norm import InsertSpectralNorm
 from .insert_weight_norm import InsertWeightNorm
 from .remove_channels import RemoveChannels
@@ -18,10 +20,11 @@ __all__ = [
     "FoldBatchNorm",
     "FoldReparametrizations",
     "InsertMask",
+    "InsertMasks",
     "InsertSpectralNorm",
     "InsertWeightNorm",
     "Pass",
     "RemoveChannels",
     "run_passes",
-    "visit",
+    "working_on",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import Counter
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import fx, nn
 
 from fxprune.errors import FinalizeError
 from fxprune.graph.editing import closure, erase_dead, evaluate, exists, locate, tensor_at
+from fxprune.graph.error_sites import working_on
 from fxprune.graph.reparametrizations import masked, remove_state, reparametrized, tagged
 from fxprune.graph.traced import TracedModule
 
@@ -41,22 +43,29 @@ class FoldReparametrizations(Pass):
     name: ClassVar[str] = "fold-reparametrizations"
 
     def run(self, traced: TracedModule) -> bool:
-        order = [graph for mode, graph in sorted(traced.graphs.items())]  # eval before train
-        names = list(dict.fromkeys(n.meta["fxprune"]["parameter"] for graph in order for n in tagged(graph)))
-        names += [n for n in masked(traced) if n not in names]  # (3)
-        if self.parameters is not None:
-            wanted = [n for graph in order for name in self.parameters for n in tagged(graph, name)]
-            inner = {n.meta["fxprune"]["parameter"] for node in wanted for n in closure(node) if "fxprune" in n.meta}
-            names = [n for n in names if n in self.parameters or n in inner]
-        places: dict[str, list[fx.Node]] = {name: [] for name in names}
-        for node in (node for graph in order for node in tagged(graph)):
-            places.get(node.meta["fxprune"]["parameter"], []).append(node)
+        order = [graph for _, graph in sorted(traced.graphs.items())]  # eval before train
+        places = self._places(traced, order)
         holders = Counter(id(p) for module in traced.modules() for p in module._parameters.values())
         for name, nodes in places.items():
-            self._fold(traced, name, nodes, holders)
+            with working_on(nodes[0]) if nodes else contextlib.nullcontext():
+                _fold(traced, name, nodes, holders)
         for graph in order:
             erase_dead(graph, lambda target: not exists(traced, target))
-        return bool(names)
+        return bool(places)
+
+    def _places(self, traced: TracedModule, graphs: list[fx.Graph]) -> dict[str, list[fx.Node]]:
+        """By parameter to fold, the nodes that compute it."""
+        places: dict[str, list[fx.Node]] = {}
+        for node in (node for graph in graphs for node in tagged(graph)):
+            places.setdefault(_parameter(node), []).append(node)
+        for name in masked(traced):  # (3)
+            places.setdefault(name, [])
+        if self.parameters is None:
+            return places
+        wanted = set(self.parameters)
+        for name in self.parameters:
+            wanted |= {_parameter(n) for node in places.get(name, ()) for n in closure(node) if "fxprune" in n.meta}
+        return {name: nodes for name, nodes in places.items() if name in wanted}
 
     def ensures(self, traced: TracedModule) -> None:
         left = [n for n in reparametrized(traced) if self.parameters is None or n in self.parameters]
@@ -66,41 +75,58 @@ class FoldReparametrizations(Pass):
                 "folded. Trace the eager model itself, or remove the parametrization before tracing."
             )
 
-    def _fold(self, traced: TracedModule, name: str, nodes: list[fx.Node], holders: Counter[int]) -> None:
+
+def _parameter(node: fx.Node) -> str:
+    name: str = node.meta["fxprune"]["parameter"]
+    return name
+
+
+def _fold(traced: TracedModule, name: str, nodes: list[fx.Node], holders: Counter[int]) -> None:
+    owner, attribute = locate(traced, name)
+    value, sources = _value(traced, name, nodes)
+    if any(value.data_ptr() == source.data_ptr() for source in sources):
+        value = value.clone()
+    trained = any(isinstance(s, nn.Parameter) and s.requires_grad for s in sources)
+    original = owner._parameters.get(f"{attribute}_orig")
+    keeps_object = f"{attribute}_mask" in owner._buffers and holders[id(original)] == 1
+    remove_state(traced, name)
+    if original is not None and keeps_object:  # (1)
+        original.data = value
+        owner._parameters[attribute] = original
+    else:  # (2)
+        holders[id(original)] -= 1
+        owner._parameters[attribute] = nn.Parameter(value, requires_grad=trained)
+    owner.restore_order()  # type: ignore[operator]
+    for node in nodes:
+        _read_instead(node, name)
+
+
+def _value(traced: TracedModule, name: str, nodes: list[fx.Node]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What a reparametrized parameter folds to, and the tensors that it is computed from."""
+    if not nodes:
         owner, attribute = locate(traced, name)
-        if nodes:
-            same_graph = [node for node in nodes if node.graph is nodes[0].graph]
-            values = [evaluate(traced, node) for node in same_graph]
-            if not all(_same(values[0], value) for value in values[1:]):
-                raise FinalizeError(
-                    f"{name!r} has {len(values)} values in one forward, so no single parameter can stand for it."
-                )
-            value = values[0]
-            sources = [tensor_at(traced, str(n.target)) for n in closure(nodes[0]) if n.op == "get_attr"]
-        else:
-            sources = [owner._parameters[f"{attribute}_orig"], owner._buffers[f"{attribute}_mask"]]  # type: ignore[list-item]
-            value = (sources[1] * sources[0]).detach()
-        if any(value.data_ptr() == source.data_ptr() for source in sources):
-            value = value.clone()
-        trained = any(isinstance(s, nn.Parameter) and s.requires_grad for s in sources)
-        original = owner._parameters.get(f"{attribute}_orig")
-        keeps_object = f"{attribute}_mask" in owner._buffers and holders[id(original)] == 1
-        remove_state(traced, name)
-        if original is not None and keeps_object:  # (1)
-            original.data = value
-            owner._parameters[attribute] = original
-        else:  # (2)
-            owner._parameters[attribute] = nn.Parameter(value, requires_grad=trained)
-        owner.restore_order()  # type: ignore[operator]
-        for node in nodes:
-            with node.graph.inserting_before(node):
-                read = node.graph.get_attr(name)
-                read.meta = {k: v for k, v in node.meta.items() if k != "fxprune"}
-                if _depends_on_grad_flag(node):
-                    read = node.graph.call_function(torch.ops.aten.clone.default, (read,))
-                    read.meta = dict(read.args[0].meta)  # type: ignore[union-attr]
-            node.replace_all_uses_with(read)
-            del node.meta["fxprune"]
+        original, mask = owner._parameters[f"{attribute}_orig"], owner._buffers[f"{attribute}_mask"]
+        assert original is not None and mask is not None  # noqa: PT018
+        return (mask * original).detach(), [original, mask]
+    values = [evaluate(traced, node) for node in nodes if node.graph is nodes[0].graph]
+    if not all(_same(values[0], value) for value in values[1:]):
+        raise FinalizeError(
+            f"{name!r} has {len(values)} values in one forward, so no single parameter can stand for it."
+        )
+    sources = [tensor_at(traced, str(n.target)) for n in closure(nodes[0]) if n.op == "get_attr"]
+    return values[0], sources
+
+
+def _read_instead(node: fx.Node, name: str) -> None:
+    """Let the users of an expression read the parameter that it folded to."""
+    with node.graph.inserting_before(node):
+        read = node.graph.get_attr(name)
+        read.meta = {k: v for k, v in node.meta.items() if k != "fxprune"}
+        if _depends_on_grad_flag(node):
+            read = node.graph.call_function(torch.ops.aten.clone.default, (read,))
+            read.meta = dict(read.args[0].meta)  # type: ignore[union-attr]
+    node.replace_all_uses_with(read)
+    del node.meta["fxprune"]
 
 
 def _depends_on_grad_flag(weight: fx.Node) -> bool:

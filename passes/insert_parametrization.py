@@ -10,7 +10,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.capture.front_end import trace
 from fxprune.errors import ArgumentError, PruningError
-from fxprune.graph.editing import erase_dead, is_mutating, locate, read_groups, reads, replace_reads, splice
+from fxprune.graph.editing import erase_dead, is_mutating, locate, splice
+from fxprune.graph.parameter_reads import ParameterReads, replace_reads
 from fxprune.graph.traced import Container, TracedModule
 
 from .base import Pass
@@ -27,7 +28,7 @@ class InsertParametrization(Pass, abc.ABC):
     parameter: str
 
     @abc.abstractmethod
-    def register(self, host: nn.Module, name: str, owner: Container) -> None:
+    def register(self, host: nn.Module, name: str, owner: Container | TracedModule) -> None:
         """Let torch parametrize `host`'s parameter `name`; `owner` is the container that it comes from."""
 
     def requires(self, traced: TracedModule) -> None:
@@ -40,50 +41,75 @@ class InsertParametrization(Pass, abc.ABC):
 
     def run(self, traced: TracedModule) -> bool:
         owner, name = locate(traced, self.parameter)
-        parameter = owner._parameters[name]
+        assert isinstance(owner, Container | TracedModule)
+        listed = self._registered(owner, name, traced.training)
+        _refuse_another_draw(self, owner, listed)
+        expression = trace(listed, modes=traced.modes)
+        reads = {mode: ParameterReads(traced, graph) for mode, graph in traced.graphs.items()}
+        path = _hold(owner, name, expression, self.parameter)
+        for mode, graph in traced.graphs.items():
+            # eager evaluates a parametrization at every read; attention and recurrent layers have several a call
+            count = owner._reads.get(name, 1)
+            self._replace(graph, reads[mode], expression.graphs[mode], path, count, needed=mode == "eval")
+            erase_dead(graph)
+        traced.train(traced.training)
+        return True
+
+    def _registered(self, owner: Container | TracedModule, name: str, training: bool) -> ParametrizationList:
+        """The parametrization, registered on a module of its own."""
         host = nn.Module()
-        host.register_parameter(name, parameter)
-        host.train(traced.training)
+        host.register_parameter(name, owner._parameters[name])
+        host.train(training)
         try:
-            self.register(host, name, owner)  # type: ignore[arg-type]
+            self.register(host, name, owner)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise ArgumentError(f"{self.name} of {self.parameter!r}: {error}") from error
         listed = host.parametrizations[name]  # type: ignore[index]
         assert isinstance(listed, ParametrizationList)
-        others, source = owner._modules.get("parametrizations") or Container(), owner.source_class
-        if issubclass(source, nn.RNNBase) and others._modules and [*listed.buffers(), *others.buffers()]:  # type: ignore[arg-type]
-            raise PruningError(
-                f"{self.name} of {self.parameter!r}: {', '.join(others._modules)} of this {source.__name__} "  # type: ignore[union-attr]
-                "is parametrized already, and how often eager then runs a power iteration depends on which name comes "
-                "first. Parametrize the eager model, then trace it."
-            )
-        expression = trace(listed, modes=traced.modes)
-        found = {
-            mode: (read_groups(traced, graph, self.parameter), reads(traced, graph, self.parameter))
-            for mode, graph in traced.graphs.items()
-        }
-        # eager evaluates a parametrization at every read, of which attention and recurrent layers have several a call
-        count = owner._reads.get(name, 1)  # type: ignore[union-attr, operator]
-        del owner._parameters[name]
-        if "parametrizations" not in owner._modules:
-            owner._modules["parametrizations"] = Container()
-        holder = Container()
-        for field in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            getattr(holder, field).update(getattr(expression, field))
-        owner._modules["parametrizations"]._modules[name] = holder  # type: ignore[union-attr]
-        path = self.parameter[: -len(name)] + f"parametrizations.{name}."
-        for mode, graph in traced.graphs.items():
-            part, (groups, nodes) = expression.graphs[mode], found[mode]
-            if count == sum(map(len, groups)):
-                groups = [[user] for group in groups for user in group]
-            repeats = max(1, count // max(1, len(groups))) if any(map(is_mutating, part.nodes)) else 1
+        return listed
 
-            def build(graph: fx.Graph, part: fx.Graph = part, repeats: int = repeats) -> fx.Node:
-                return [splice(graph, part, lambda target: path + target)[0] for _ in range(repeats)][-1]
+    def _replace(
+        self, graph: fx.Graph, reads: ParameterReads, expression: fx.Graph, path: str, count: int, *, needed: bool
+    ) -> None:
+        """Replace the reads in one graph; `count` is how often eager evaluates the expression in a forward.
 
-            if mode == "eval" and not groups:  # finalize needs the value, though this mode does not
-                groups = [[graph.output_node()]]
-            replace_reads(graph, groups, nodes, build, self.origin(self.parameter), path[:-1])
-            erase_dead(graph)
-        traced.train(traced.training)
-        return True
+        `needed`: finalize needs the value, though the graph may not.
+        """
+        calls, nodes = reads.calls(self.parameter), reads.nodes(self.parameter)
+        if count == sum(map(len, calls)):
+            calls = [[user] for users in calls for user in users]
+        repeats = max(1, count // max(1, len(calls))) if any(map(is_mutating, expression.nodes)) else 1
+        if needed and not calls:
+            calls = [[graph.output_node()]]
+
+        def build(graph: fx.Graph) -> fx.Node:
+            return [splice(graph, expression, lambda target: path + target)[0] for _ in range(repeats)][-1]
+
+        replace_reads(graph, calls, nodes, build, self.origin(self.parameter), path[:-1])
+
+
+def _refuse_another_draw(
+    step: InsertParametrization, owner: Container | TracedModule, listed: ParametrizationList
+) -> None:
+    """Refuse a second parametrization of a recurrent layer where either of them has state that a forward moves."""
+    others, source = owner._modules.get("parametrizations"), owner.source_class
+    if others is None or not issubclass(source, nn.RNNBase):
+        return
+    if others._modules and [*listed.buffers(), *others.buffers()]:
+        raise PruningError(
+            f"{step.name} of {step.parameter!r}: {', '.join(others._modules)} of this {source.__name__} "
+            "is parametrized already, and how often eager then runs a power iteration depends on which name comes "
+            "first. Parametrize the eager model, then trace it."
+        )
+
+
+def _hold(owner: nn.Module, name: str, expression: TracedModule, parameter: str) -> str:
+    """Move the state of a captured parametrization to torch's place for it; returns the prefix of its names."""
+    del owner._parameters[name]
+    parametrizations = owner._modules.setdefault("parametrizations", Container())
+    assert parametrizations is not None
+    holder = Container()
+    for field in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        getattr(holder, field).update(getattr(expression, field))
+    parametrizations._modules[name] = holder
+    return parameter.removesuffix(name) + f"parametrizations.{name}."

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fxprune.graph.traced import Container
+from fxprune.graph.traced import Container, TracedModule
 
 from .insert_parametrization import InsertParametrization
 
@@ -34,7 +34,7 @@ class InsertSpectralNorm(InsertParametrization):
     dim: int | None = None
     name: ClassVar[str] = "insert-spectral-norm"
 
-    def register(self, host: nn.Module, name: str, owner: Container) -> None:
+    def register(self, host: nn.Module, name: str, owner: Container | TracedModule) -> None:
         dim = self.dim
         if dim is None:
             dim = 1 if issubclass(owner.source_class, _TRANSPOSED) else 0

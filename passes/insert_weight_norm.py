@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fxprune.graph.traced import Container
+from fxprune.graph.traced import Container, TracedModule
 
 from .insert_parametrization import InsertParametrization
 
@@ -27,5 +27,5 @@ class InsertWeightNorm(InsertParametrization):
     dim: int | None = 0
     name: ClassVar[str] = "insert-weight-norm"
 
-    def register(self, host: nn.Module, name: str, owner: Container) -> None:
+    def register(self, host: nn.Module, name: str, owner: Container | TracedModule) -> None:
         parametrizations.weight_norm(host, name, self.dim)  # type: ignore[arg-type]

@@ -67,13 +67,6 @@ def canonical(root: nn.Module, name: str) -> str:
     return f"{path}.{attribute}" if path else attribute
 
 
-def reads(root: nn.Module, graph: fx.Graph, target: str) -> list[fx.Node]:
-    """The `get_attr` nodes of `graph` that read `target`, under whichever of its names."""
-    owner, attribute = locate(root, target)
-    targets = {f"{name}.{attribute}" if name else attribute for name in names_of(root, owner)}
-    return [node for node in graph.find_nodes(op="get_attr") if node.target in targets]
-
-
 def module_path(node: fx.Node) -> str:
     """The path of the source module that a node was captured in, '' at the root or where it is not known."""
     stack = node.meta.get("nn_module_stack")
@@ -86,24 +79,6 @@ def describe(node: fx.Node) -> str:
     return f"`{node.name}` ({node.target}{f' in {where}' if where else ''})"
 
 
-def read_groups(root: nn.Module, graph: fx.Graph, target: str) -> list[list[fx.Node]]:
-    """The users of a parameter, one list for each call of the module that holds it, in graph order.
-
-    Eager evaluates a reparametrization once per call of its module; users that the capture places outside the
-    module's own calls count as one read.
-    """
-    owner, _ = locate(root, target)
-    paths = set(names_of(root, owner))
-    groups: dict[str, list[fx.Node]] = {}
-    users = {user for read in reads(root, graph, target) for user in read.users}
-    for node in graph.nodes:
-        if node in users:
-            stack = node.meta.get("nn_module_stack") or {}
-            call = next((key for key, (path, _) in reversed(stack.items()) if path in paths), "")
-            groups.setdefault(call, []).append(node)
-    return list(groups.values())
-
-
 def exists(root: nn.Module, target: str) -> bool:
     """Whether a parameter, buffer or module stands under this name."""
     try:
@@ -112,36 +87,6 @@ def exists(root: nn.Module, target: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def replace_reads(
-    graph: fx.Graph,
-    groups: list[list[fx.Node]],
-    found: list[fx.Node],
-    build: Callable[[fx.Graph], fx.Node],
-    origin: dict[str, str],
-    inner: str = "",
-) -> None:
-    """Let each group of users read a newly built expression instead of the `get_attr` nodes in `found`.
-
-    The expression stands before the group's first user, which is where eager computes it. `origin` marks its result;
-    `inner` is the path of the module that the expression is a call of, where it is one.
-    """
-    for group in groups:
-        last = group[0].prev
-        with graph.inserting_before(group[0]):
-            result = build(graph)
-        stack = dict(group[0].meta.get("nn_module_stack") or {})
-        if inner:
-            stack[f"{next(reversed(stack), '')}.{inner}"] = (inner, "torch.nn.utils.parametrize.ParametrizationList")
-        while (last := last.next) is not group[0]:
-            last.meta["nn_module_stack"] = stack
-        result.meta |= {"fxprune": origin} | ({"val": found[0].meta.get("val")} if found else {})
-        for user in group:
-            for read in found:
-                user.replace_input_with(read, result)
-    for read in found:
-        graph.erase_node(read)
 
 
 def match_names(names: Iterable[str], pattern: str, kind: str = "parameter") -> list[str]:
@@ -196,7 +141,7 @@ def closure(node: fx.Node) -> list[fx.Node]:
         fresh = [n for n in stack.pop().all_input_nodes if n not in seen]
         seen.update(fresh)
         stack += fresh
-    return [n for n in node.graph.nodes if n in seen]
+    return sorted(seen)
 
 
 def evaluate(root: nn.Module, node: fx.Node) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, PruningError
-from fxprune.graph.editing import canonical, locate, match_names, one_name
+from fxprune.graph.editing import canonical, hold_names, locate, match_names, one_name
 from fxprune.graph.reparametrizations import has_parametrization, masked, reparametrized
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.methods import BlockStructured, NMStructured
@@ -181,12 +181,15 @@ def remove(traced: TracedModule, name: str) -> TracedModule:
     Example:
         >>> fxprune.prune.remove(traced, "0.weight")
     """
-    names = [canonical(traced, n) for n in match_names([*_names(traced), *reparametrized(traced)], name)]
-    bare = [n for n in names if n not in masked(traced)]
-    if bare and (len(names) == len(bare) or name in bare):
-        raise PruningError(f"{bare[0]!r} carries no mask to remove. Masked: {', '.join(masked(traced)) or 'none'}.")
-    for found in dict.fromkeys(n for n in names if n not in bare):
-        driver.fold(traced, found)
+    matched = match_names([*_names(traced), *reparametrized(traced)], name)
+    with hold_names(traced):
+        names = dict.fromkeys(canonical(traced, n) for n in matched)
+    there = masked(traced)
+    found = names.keys() & set(there)
+    bare = [n for n in names if n not in found]
+    if bare and (not found or name in bare):
+        raise PruningError(f"{bare[0]!r} carries no mask to remove. Masked: {', '.join(there) or 'none'}.")
+    driver.fold(traced, *(n for n in names if n in found))
     return traced
 
 
@@ -301,7 +304,8 @@ def find(traced: TracedModule, pattern: str) -> list[str]:
         near = [n for n in names if n.startswith((f"{prefix}parametrizations.{tensor}.", f"{prefix}{tensor}_"))]
         kind = "a parametrization" if has_parametrization(owner, tensor) else "a norm"
         raise PruningError(f"{pattern!r} is computed by {kind}; prune what it is computed from: {', '.join(near)}.")
-    return list(dict.fromkeys(canonical(traced, n) for n in match_names(names, pattern)))
+    with hold_names(traced):
+        return list(dict.fromkeys(canonical(traced, n) for n in match_names(names, pattern)))
 
 
 def find_all(traced: TracedModule, names: str | Iterable[str]) -> list[str]:

@@ -12,17 +12,20 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.errors import FinalizeError, PassError, PruningError
+from fxprune.errors import ArgumentError, FinalizeError, PassError, PruningError
 from fxprune.graph.editing import text
 from fxprune.passes import (
     EliminateDeadCode,
+    FoldBatchNorm,
     FoldReparametrizations,
     InsertMask,
+    InsertMasks,
     InsertSpectralNorm,
     InsertWeightNorm,
     Pass,
+    RemoveChannels,
     run_passes,
-    visit,
+    working_on,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -153,14 +156,90 @@ def test_the_callback_sees_every_pass_in_order(traced: fxprune.TracedModule) -> 
     assert result.graph_module is traced
 
 
+class Normed(nn.Module):
+    """A layer with a batch norm, and one whose masked rows are dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.head = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.layer(x)))
+
+
+@pytest.fixture(scope="module")
+def normed_capture() -> fxprune.TracedModule:
+    torch.manual_seed(0)
+    return fxprune.trace(Normed().eval(), (torch.randn(2, 3),))
+
+
+@pytest.fixture
+def normed(normed_capture: fxprune.TracedModule) -> fxprune.TracedModule:
+    return copy.deepcopy(normed_capture)
+
+
+def _dead_node(traced: fxprune.TracedModule) -> None:
+    for graph in traced.graphs.values():
+        with graph.inserting_before(graph.output_node()):
+            graph.call_function(torch.ops.aten.neg.default, (graph.output_node().args[0][0],))
+
+
+def _dead_row(traced: fxprune.TracedModule) -> None:
+    with torch.no_grad():
+        for name in ("layer.weight", "layer.bias"):
+            traced.get_parameter(name)[1] = 0
+
+
+def _masked(traced: fxprune.TracedModule) -> None:
+    InsertMask("layer.weight", torch.ones(4, 3))(traced)
+
+
+def _contents(traced: fxprune.TracedModule) -> tuple[str, dict[str, list[float]]]:
+    graphs = "".join(f"{mode}:\n{text(graph)}" for mode, graph in sorted(traced.graphs.items()))
+    return graphs, {name: value.tolist() for name, value in traced.state_dict().items()}
+
+
+REPEATABLE = {
+    "masks": (lambda traced: None, InsertMasks({"layer.weight": torch.eye(4, 3), "head.bias": torch.ones(2)})),
+    "new values of a mask": (_masked, InsertMask("layer.weight", torch.eye(4, 3))),
+    "fold": (_masked, FoldReparametrizations()),
+    "fold by name": (_masked, FoldReparametrizations(("layer.weight",))),
+    "dead code": (_dead_node, EliminateDeadCode()),
+    "batch norm": (lambda traced: None, FoldBatchNorm()),
+    "channels": (_dead_row, RemoveChannels(align=1)),
+}
+
+
+@pytest.mark.parametrize("case", REPEATABLE)
+def test_a_pass_says_whether_it_changed_anything(normed: fxprune.TracedModule, case: str) -> None:
+    prepare, step = REPEATABLE[case]
+    prepare(normed)
+    before = _contents(normed)
+    assert step(normed).modified
+    after = _contents(normed)
+    assert before != after
+    assert not step(normed).modified
+    assert _contents(normed) == after
+
+
+@pytest.mark.parametrize("step", [InsertWeightNorm("layer.weight"), InsertSpectralNorm("layer.weight")])
+def test_a_norm_is_a_change_and_is_not_inserted_twice(normed: fxprune.TracedModule, step: Pass) -> None:
+    assert step(normed).modified
+    after = _contents(normed)
+    with pytest.raises(PruningError, match="no parameter"):
+        step(normed)
+    assert _contents(normed) == after
+
+
 @dataclass(frozen=True)
 class _Failing(Pass):
     name: ClassVar[str] = "failing"
 
     def run(self, traced: fxprune.TracedModule) -> bool:
-        for node in visit(traced.graph):
-            if node.op == "call_function":
-                raise KeyError("lost")
+        for node in traced.graph.nodes:
+            with working_on(node):
+                if node.op == "call_function":
+                    raise KeyError("lost")
         return False
 
 
@@ -169,7 +248,126 @@ def test_an_error_in_a_pass_names_the_pass_those_before_it_and_the_node(traced: 
         run_passes(traced, (EliminateDeadCode(), _Failing()))
 
 
+def _wrong_statistics(traced: fxprune.TracedModule) -> None:
+    traced.get_submodule("norm").running_var = torch.ones(3)
+
+
+def _wrong_mask(traced: fxprune.TracedModule) -> None:
+    InsertMask("layer.weight", torch.ones(4, 3))(traced)
+    traced.get_submodule("layer").weight_mask = torch.ones(7)
+
+
+def _other_stacks(traced: fxprune.TracedModule) -> None:
+    for graph in traced.graphs.values():
+        for node in graph.nodes:
+            node.meta["nn_module_stack"] = {"call": ("layer",)}  # without the class, which torch.export notes
+
+
+BROKEN = {
+    "insert-mask": (_other_stacks, InsertMask("layer.weight", torch.ones(4, 3)), "linear"),
+    "insert-weight-norm": (_other_stacks, InsertWeightNorm("layer.weight"), "linear"),
+    "insert-spectral-norm": (_other_stacks, InsertSpectralNorm("layer.weight"), "linear"),
+    "fold-reparametrizations": (_wrong_mask, FoldReparametrizations(), "mul_tensor"),
+    "fold-batch-norm": (_wrong_statistics, FoldBatchNorm(), "batch_norm"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_error_in_each_pass_names_the_node_it_worked_on(normed: fxprune.TracedModule, name: str) -> None:
+    break_it, step, node = BROKEN[name]
+    break_it(normed)
+    message = rf"in pass '{name}' \(before it: nothing\), at node `{node}` \(.*\): [A-Z]\w+Error: "
+    with pytest.raises(PassError, match=message):
+        run_passes(normed, (_Nothing(), step))
+
+
+@dataclass(frozen=True)
+class _Nothing(Pass):
+    name: ClassVar[str] = "nothing"
+
+    def run(self, traced: fxprune.TracedModule) -> bool:
+        return False
+
+
 def test_a_refusal_inside_a_pipeline_keeps_its_class_and_gains_a_note(traced: fxprune.TracedModule) -> None:
     with pytest.raises(PruningError) as caught:
         run_passes(traced, (EliminateDeadCode(), InsertMask("head.weight", torch.ones(1))))
     assert "in pass 'insert-mask' (before it: eliminate-dead-code)" in caught.value.__notes__[0]
+
+
+def test_a_refusal_at_a_node_notes_the_node(traced: fxprune.TracedModule) -> None:
+    graph = traced.graphs["eval"]
+    node = next(n for n in graph.nodes if n.target is torch.ops.aten.relu.default)
+    node.meta["fxprune"] = {"pass": "test", "parameter": "layer.weight"}
+    with pytest.raises(FinalizeError) as caught:
+        FoldReparametrizations()(traced)
+    (note,) = caught.value.__notes__
+    assert note.startswith("in pass 'fold-reparametrizations' (before it: none), at node `relu` (aten.relu.default")
+
+
+def test_one_mask_that_does_not_fit_inserts_none(traced: fxprune.TracedModule) -> None:
+    before = _contents(traced)
+    with pytest.raises(PruningError, match="'head.weight'"):
+        InsertMasks({"layer.weight": torch.ones(3, 3), "head.weight": torch.ones(1)})(traced)
+    assert _contents(traced) == before
+
+
+def test_what_passes_before_an_error_did_stays_and_runs(traced: fxprune.TracedModule) -> None:
+    x = torch.randn(2, 3)
+    want = traced(x)
+    with pytest.raises(PassError):
+        run_passes(traced, (InsertMask("head.weight", torch.ones(2, 3)), _Failing()))
+    assert torch.equal(traced(x), want)
+    assert "head_weight_mask" in traced.code
+
+
+@dataclass(frozen=True)
+class _Checked(Pass):
+    """Negates what the head gives; its conditions see the module before and the result."""
+
+    given: fxprune.TracedModule
+    allowed: bool = True
+    name: ClassVar[str] = "negate"
+    in_place: ClassVar[bool] = False
+
+    def requires(self, traced: fxprune.TracedModule) -> None:
+        assert traced is self.given
+        if not self.allowed:
+            raise ArgumentError("not allowed")
+
+    def run(self, traced: fxprune.TracedModule) -> bool:
+        with torch.no_grad():
+            traced.get_parameter("head.weight").neg_()
+        return True
+
+    def ensures(self, traced: fxprune.TracedModule) -> None:
+        assert torch.equal(traced.get_parameter("head.weight"), -self.given.get_parameter("head.weight"))
+
+
+def test_a_pass_that_is_not_in_place_leaves_its_argument_and_gives_a_copy(traced: fxprune.TracedModule) -> None:
+    x, before = torch.randn(2, 3), _contents(traced)
+    result = run_passes(traced, (_Checked(traced), EliminateDeadCode()))
+    assert result.modified
+    assert result.graph_module is not traced
+    assert _contents(traced) == before
+    assert torch.equal(result.graph_module(x), -traced(x))
+
+
+def test_a_pass_does_not_run_where_its_requirement_fails(traced: fxprune.TracedModule) -> None:
+    before = _contents(traced)
+    with pytest.raises(ArgumentError, match="not allowed"):
+        _Checked(traced, allowed=False)(traced)
+    assert _contents(traced) == before
+
+
+@dataclass(frozen=True)
+class _Idle(_Checked):
+    name: ClassVar[str] = "idle"
+
+    def run(self, traced: fxprune.TracedModule) -> bool:
+        return True
+
+
+def test_a_result_that_is_not_what_a_pass_ensures_is_an_error(traced: fxprune.TracedModule) -> None:
+    with pytest.raises(PassError, match=r"in pass 'idle' \(before it: none\): AssertionError"):
+        _Idle(traced)(traced)
