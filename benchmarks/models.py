@@ -8,7 +8,7 @@ import torch
 import torch_pruning
 from torch import nn
 
-from fxprune.graph.editing import flop_counter
+from fxprune.graph.macs import flop_counter
 
 # torchvision's import needs operators that its build lacks beside a CPU build of torch
 _operators = torch.library.Library("torchvision", "DEF")

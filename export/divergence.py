@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from fxprune.capture.front_end import trace
 from fxprune.files import atomic
-from fxprune.graph.editing import module_path
+from fxprune.graph.text import module_path
 from fxprune.graph.traced import TracedModule
 
 from .session import Session

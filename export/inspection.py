@@ -15,7 +15,7 @@ import torch
 
 from fxprune.capture.programs import read_program
 from fxprune.errors import CompareError
-from fxprune.graph.editing import flop_counter
+from fxprune.graph.macs import flop_counter
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from fxprune.errors import FinalizeError
-from fxprune.graph.editing import erase_dead, evaluate
+from fxprune.graph.editing import erase_dead
+from fxprune.graph.expressions import evaluate
 
 aten = torch.ops.aten
 

@@ -174,7 +174,7 @@ def _batches(final: TracedModule, precision: str, calibration: Any) -> list[Call
         raise ArgumentError("calibration holds no batch; at least one is needed, or None for dynamic quantization.")
     found = [Call(*as_captured(final.graphs["eval"], *call)) for call in found]
     for call in found:
-        final._check_inputs(*call)
+        final.check_inputs(*call)
     return found
 
 

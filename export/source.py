@@ -23,8 +23,10 @@ from torch.export import ExportedProgram
 
 from fxprune.errors import ArgumentTypeError, CompareError, ExportError, FinalizeError, FxpruneError
 from fxprune.files import atomic
-from fxprune.graph.editing import erase_dead, evaluate, text
+from fxprune.graph.editing import erase_dead
+from fxprune.graph.expressions import evaluate
 from fxprune.graph.reparametrizations import tagged
+from fxprune.graph.text import text
 from fxprune.graph.traced import CodeGen, TracedModule
 from fxprune.version import __version__
 

@@ -15,9 +15,10 @@ import torch
 from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
-from fxprune.graph.editing import canonical, locate, one_name
 from fxprune.graph.equality import error
-from fxprune.graph.reparametrizations import has_parametrization, masked, reparametrized
+from fxprune.graph.masks import masked
+from fxprune.graph.names import canonical, has_parametrization, locate, one_name
+from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.traced import TracedModule
 from fxprune.passes import (
     FINALIZE,

@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import FinalizeError
-from fxprune.graph.editing import erase_dead, locate, tensor_at
+from fxprune.graph.editing import erase_dead
 from fxprune.graph.error_sites import working_on
+from fxprune.graph.names import locate, tensor_at
 from fxprune.graph.parameter_reads import ParameterReads
 from fxprune.graph.traced import TracedModule
 

@@ -12,9 +12,12 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import FinalizeError
-from fxprune.graph.editing import closure, erase_dead, evaluate, exists, locate, tensor_at
+from fxprune.graph.editing import erase_dead
 from fxprune.graph.error_sites import working_on
-from fxprune.graph.reparametrizations import masked, remove_state, reparametrized, tagged
+from fxprune.graph.expressions import closure, evaluate
+from fxprune.graph.masks import masked
+from fxprune.graph.names import exists, locate, tensor_at
+from fxprune.graph.reparametrizations import remove_state, reparametrized, tagged
 from fxprune.graph.traced import TracedModule
 
 from .base import Pass

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import PruningError
-from fxprune.graph.editing import locate
+from fxprune.graph.names import locate
 from fxprune.graph.parameter_reads import ParameterReads, replace_reads
 from fxprune.graph.traced import TracedModule
 

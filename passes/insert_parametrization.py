@@ -10,7 +10,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.capture.front_end import trace
 from fxprune.errors import ArgumentError, PruningError
-from fxprune.graph.editing import erase_dead, is_mutating, locate, splice
+from fxprune.graph.editing import erase_dead, splice
+from fxprune.graph.mutation import is_mutating
+from fxprune.graph.names import locate
 from fxprune.graph.parameter_reads import ParameterReads, replace_reads
 from fxprune.graph.traced import Container, TracedModule
 

@@ -26,8 +26,10 @@ from fxprune.capture.programs import from_program, read_members, read_program, r
 from fxprune.channels import ChannelPlan
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError
 from fxprune.files import atomic
-from fxprune.graph.editing import erase_dead, exists, tensor_at
-from fxprune.graph.reparametrizations import masked, reparametrized
+from fxprune.graph.editing import erase_dead
+from fxprune.graph.masks import masked
+from fxprune.graph.names import exists, tensor_at
+from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.traced import Container, TracedModule
 from fxprune.version import __version__
 

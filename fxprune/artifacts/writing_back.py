@@ -18,11 +18,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
 from fxprune.errors import ArgumentTypeError, WriteBackError
-from fxprune.graph.editing import hold_names, locate, names_of, tensor_at
-from fxprune.graph.equality import close, error, run
+from fxprune.graph.arguments import fixed_size
+from fxprune.graph.equality import close, error
+from fxprune.graph.interpretation import run
+from fxprune.graph.names import ModulePaths, locate, tensor_at
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.reparametrizations import hook_tensor, original_order, reparametrized
-from fxprune.graph.traced import TracedModule, fixed_size
+from fxprune.graph.traced import TracedModule
 
 _REMOVE: dict[str, Callable[..., Any]] = {
     "prune": prune.remove,
@@ -96,8 +98,7 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
         for module, _ in reversed(modes):  # a mask on the original of a parametrization goes before it
             _make_plain(module)
         flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-        with hold_names(work):
-            _Writing(final, work, flags).run()
+        _Writing(final, work, flags).run()
     for module, training in modes:
         module.training = training
     return work
@@ -156,6 +157,7 @@ class _Writing:
 
     def __init__(self, final: TracedModule, work: nn.Module, flags: dict[str, bool]) -> None:
         self.final, self.work, self.flags = final, work, flags
+        self.paths = ModulePaths(work)
         self.plan, self.graph = final.plan or ChannelPlan(), final.graphs["eval"]
         self.inputs = (final.example_args, final.example_kwargs)
         self.left: list[tuple[Tensor, Tensor]] = []  # tensors of layers that are not in the graph, their values
@@ -297,7 +299,7 @@ class _Writing:
 
     def _sizes(self, module: nn.Module) -> set[tuple[int, int]]:
         """(before, after) of the tensors below a module, or below the next one around it that has any."""
-        path, tensors = names_of(self.work, module)[0], _tensors(module)
+        path, tensors = self.paths.of(module)[0], _tensors(module)
         while path and not tensors:
             path = path.rpartition(".")[0]
             tensors = _tensors(self.work.get_submodule(path))
@@ -330,7 +332,7 @@ class _Writing:
         Returns the first module of which none were, "" where there is none.
         """
         trying = [module for module in self.work.modules() if self._choices(module)]
-        names = {name: module for module in trying for name in names_of(self.work, module)}
+        names = {name: module for module in trying for name in self.paths.of(module)}
         values: dict[nn.Module, list[Tensor]] = {module: [] for module in trying}
         culprits: list[str] = []
 
@@ -416,7 +418,7 @@ class _Writing:
         Only channels that stay within the module, or go from it to its siblings. First those that give all heads the
         same size, for each size that an integer of the module may mean, then heads as they were, then everything.
         """
-        path = names_of(self.work, module)[0]
+        path = self.paths.of(module)[0]
         below, parent = f"{path}.".lstrip("."), f"{path.rpartition('.')[0]}.".lstrip(".")
         places: dict[tuple[int, tuple[int, ...]], list[tuple[str, int]]] = {}
         for name, axes in self.kept.items():

@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxprune.errors import ArgumentTypeError
-from fxprune.graph.reparametrizations import SUFFIXES, construction_order, hook_tensor
+from fxprune.graph.reparametrizations import construction_order, hook_state, hook_tensor
 
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -92,7 +92,7 @@ def _faults(path: str, module: nn.Module, *, skipped: bool, holders: dict[nn.Par
     order = list(hooks)
     for tensor, hook in hooks.items():
         name, kind = prefix + tensor, (hook_tensor(hook) or ("", ""))[1]
-        state = [tensor + suffix for suffix in SUFFIXES[kind]]
+        state = list(hook_state(kind, tensor))
         for other in order[order.index(tensor) + 1 :]:
             if other in state:
                 yield Fault(

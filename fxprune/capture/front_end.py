@@ -23,13 +23,15 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx.graph import _PyTreeInfo
 from torch.nn.utils import parametrize
 
 from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning
+from fxprune.graph.arguments import fixed_size
 from fxprune.graph.editing import erase_dead, inline_no_grad_regions, splice
+from fxprune.graph.names import join
 from fxprune.graph.reparametrizations import carried, hook_tensor, original_order, reparametrized, tag_results, tagged
-from fxprune.graph.traced import CodeGen, Container, TracedModule, fixed_size
+from fxprune.graph.traced import CodeGen, Container, TracedModule
+from fxprune.torch_internals import LOGGERS_OF_FAILED_CAPTURES, PyTreeInfo, flat_weight_names, let_weights_be_reread
 
 MODES = ("train", "eval")
 _Reads = Counter[tuple[int, str]]
@@ -302,7 +304,7 @@ def _counted_reads(model: nn.Module) -> Iterator[_Reads]:
 
 def _reread(module: nn.RNNBase) -> bool:
     """Read the weights as eager's `_weights_have_changed` does, in which the capture sees all of them changed."""
-    for name in module._flat_weights_names:
+    for name in flat_weight_names(module):
         if hasattr(module, name) and getattr(module, name) is not None and parametrize.is_parametrized(module, name):
             break
     return True
@@ -321,15 +323,14 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         saved.append((module, dict(module.__dict__), inner))
     seen: set[int] = set()
     ties: list[tuple[nn.Module, str, nn.Parameter]] = []
-    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
-    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    levels = {logger: logger.level for logger in map(logging.getLogger, LOGGERS_OF_FAILED_CAPTURES)}
     python, numpy = _global_generators()
     try:
         for logger in levels:
             logger.setLevel(logging.CRITICAL)  # the error is raised, it need not be logged besides
         for module in modules:
             if isinstance(module, nn.RNNBase):
-                module.__dict__["_weights_have_changed"] = partial(_reread, module)
+                let_weights_be_reread(module, partial(_reread, module))
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and id(parameter) in seen:
                     ties.append((module, name, parameter))
@@ -420,7 +421,7 @@ def unlift(
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)
     spec = program.call_spec
-    graph.set_codegen(CodeGen(_PyTreeInfo(names, spec.in_spec, spec.out_spec)))
+    graph.set_codegen(CodeGen(PyTreeInfo(names, spec.in_spec, spec.out_spec)))
     return graph
 
 
@@ -439,7 +440,7 @@ def _keep_constant(
     value: torch.Tensor, name: str, model: nn.Module, root: Container, mode: str, assigned: set[str]
 ) -> str:
     """Hold a tensor that is neither parameter nor buffer as a non-persistent buffer; returns its name."""
-    if value.grad_fn is not None or name in assigned or any(name == i.prefix + i.tensor for i in carried(model)):
+    if value.grad_fn is not None or name in assigned or any(name == join(i.path, i.tensor) for i in carried(model)):
         raise CaptureError(
             f"{name!r} is read as a plain tensor that an earlier forward computed: a hook that computes it runs too "
             "late or never, or forward keeps state in an attribute. What it holds now would be frozen into the graph. "

@@ -14,8 +14,8 @@ from fxprune.channels.ids import Mask
 from fxprune.channels.liveness import Liveness
 from fxprune.channels.rewrite import Kept, added, carry_out, fold, keep, verify
 from fxprune.errors import FinalizeError
-from fxprune.graph.editing import describe
 from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 
 __all__ = ["ChannelPlan", "Coupling", "analyze", "coupling", "remove", "rules"]

@@ -10,7 +10,9 @@ from torch import Tensor, fx
 from fxprune.channels.coupling import Coupling, Val, Walk, carries, length, same
 from fxprune.channels.rewrite import Kept, resized
 from fxprune.channels.rules import is_pointwise
-from fxprune.graph.editing import is_mutating, locate, module_path, written
+from fxprune.graph.mutation import is_mutating, written
+from fxprune.graph.names import locate
+from fxprune.graph.text import module_path
 from fxprune.graph.traced import TracedModule
 
 

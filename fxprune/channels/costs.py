@@ -12,7 +12,7 @@ from torch import fx
 from fxprune.channels.coupling import Val
 from fxprune.channels.ids import Vector
 from fxprune.channels.registry import operator_name, rule_of
-from fxprune.graph.editing import flop_counter
+from fxprune.graph.macs import flop_counter
 
 
 def sizes(node: Any) -> list[int]:

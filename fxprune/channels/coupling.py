@@ -19,7 +19,8 @@ from torch import Tensor, fx
 
 from fxprune.channels.ids import Classes, Ids, Mask, Vector
 from fxprune.channels.registry import rule_of
-from fxprune.graph.editing import describe, is_mutating, written
+from fxprune.graph.mutation import is_mutating, written
+from fxprune.graph.text import describe
 
 Size: TypeAlias = Any
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]

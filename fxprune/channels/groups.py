@@ -15,7 +15,7 @@ from fxprune.channels.costs import moved, node_costs
 from fxprune.channels.coupling import Balance
 from fxprune.channels.ids import Ids, Mask, Vector
 from fxprune.channels.liveness import Consistency
-from fxprune.graph.editing import describe
+from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 
 Scores = NDArray[np.float64]

@@ -18,9 +18,15 @@ from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.liveness import representative
 from fxprune.channels.registry import operator_name
 from fxprune.errors import FinalizeError
-from fxprune.graph.editing import describe, erase_dead, evaluate, flop_counter, is_mutating, locate, tensor_at
-from fxprune.graph.equality import close, error, run
+from fxprune.graph.editing import erase_dead
+from fxprune.graph.equality import close, error
+from fxprune.graph.expressions import evaluate
+from fxprune.graph.interpretation import run
+from fxprune.graph.macs import flop_counter
+from fxprune.graph.mutation import is_mutating
+from fxprune.graph.names import locate, tensor_at
 from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 
 Tensors = dict[str, Tensor]

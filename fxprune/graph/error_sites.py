@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from fxprune.graph.editing import describe
+from fxprune.graph.text import describe
 
 _SITE = "__fxprune_site__"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxprune.graph.editing import locate
 from fxprune.graph.error_sites import working_on
+from fxprune.graph.names import locate
 
 
 class ParameterReads:

@@ -17,19 +17,22 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fxprune.graph.editing import is_mutating, locate
+from fxprune.graph.masks import mask_name, masked, named_by_mask, original_name
+from fxprune.graph.mutation import is_mutating
+from fxprune.graph.names import has_parametrization, join, locate
+from fxprune.torch_internals import flat_weight_names, pruned_tensor
 
 _aten = torch.ops.aten
-SUFFIXES = {"prune": ("_orig", "_mask"), "weight_norm": ("_g", "_v"), "spectral_norm": ("_orig", "_u", "_v")}
+_NORM_SUFFIXES = {"weight_norm": ("_g", "_v"), "spectral_norm": ("_orig", "_u", "_v")}
 
 
 class Carried(NamedTuple):
-    """A reparametrization of an eager model: the prefix and name of its tensor, and which of torch's it is.
+    """A reparametrization of an eager model: a path of its module, the name of its tensor, and which of torch's it is.
 
     `parameter` is the tensor's qualified name by the first path of its module, `owner` that module.
     """
 
-    prefix: str
+    path: str
     tensor: str
     kind: str
     parameter: str
@@ -39,7 +42,7 @@ class Carried(NamedTuple):
 def hook_tensor(hook: object) -> tuple[str, str] | None:
     """The tensor name and the kind of a `torch.nn.utils` hook, None for any other hook."""
     if isinstance(hook, BasePruningMethod):
-        return hook._tensor_name, "prune"
+        return pruned_tensor(hook), "prune"
     if isinstance(hook, WeightNorm):
         return hook.name, "weight_norm"
     if isinstance(hook, SpectralNorm):
@@ -51,10 +54,9 @@ def carried(model: nn.Module) -> Iterator[Carried]:
     """The reparametrizations that `model` carries, under every path of its modules."""
     first: dict[nn.Module, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        front = first.setdefault(module, prefix)
+        front = first.setdefault(module, path)
         for tensor, kind in _reparametrizations(module):
-            yield Carried(prefix, tensor, kind, front + tensor, module)
+            yield Carried(path, tensor, kind, join(front, tensor), module)
 
 
 def _reparametrizations(module: nn.Module) -> list[tuple[str, str]]:
@@ -64,16 +66,17 @@ def _reparametrizations(module: nn.Module) -> list[tuple[str, str]]:
     return found
 
 
+def hook_state(kind: str, tensor: str) -> tuple[str, ...]:
+    """The names of what a hook of `torch.nn.utils` stores to compute `tensor`; `kind` as `hook_tensor` gives it."""
+    if kind == "prune":
+        return original_name(tensor), mask_name(tensor)
+    return tuple(tensor + suffix for suffix in _NORM_SUFFIXES[kind])
+
+
 def state_names(owner: nn.Module, tensor: str) -> list[str]:
     """The parameters and buffers of `owner` that reparametrize `tensor` through a mask or a legacy norm."""
-    found = {tensor + suffix for suffixes in SUFFIXES.values() for suffix in suffixes}
+    found = {name for kind in ("prune", *_NORM_SUFFIXES) for name in hook_state(kind, tensor)}
     return [name for name in (*owner._parameters, *owner._buffers) if name in found]
-
-
-def has_parametrization(owner: nn.Module, tensor: str) -> bool:
-    """Whether `owner` holds `parametrizations.<tensor>`."""
-    holder = owner._modules.get("parametrizations")
-    return holder is not None and tensor in holder._modules
 
 
 def original_order(module: nn.Module) -> tuple[str, ...]:
@@ -82,12 +85,11 @@ def original_order(module: nn.Module) -> tuple[str, ...]:
     torch's hooks and parametrizations move a tensor to the end. Recurrent layers keep the order of construction, others
     show it in the names that their constructors use; failing that, weights stand in front and biases at the end.
     """
-    computed = {tensor for tensor, _ in _reparametrizations(module)}
-    state = {tensor + suffix for tensor in computed for suffix in ("_orig", "_g", "_v")}
-    missing = [tensor for tensor, _ in _reparametrizations(module) if tensor not in state]
+    computed = _reparametrizations(module)
+    state = {stored for tensor, kind in computed if kind != "parametrization" for stored in hook_state(kind, tensor)}
+    missing = [tensor for tensor, _ in computed if tensor not in state]
     names = [name for name in module._parameters if name not in state]
-    flat = getattr(module, "_flat_weights_names", None)
-    if flat:
+    if flat := flat_weight_names(module):
         return (*flat, *(n for n in names if n not in flat))
     used = construction_order(module)
     if set(used) >= {*names, *missing} and names == sorted(names, key=used.index):
@@ -108,7 +110,7 @@ def tag_results(graph: fx.Graph, model: nn.Module) -> None:
     items = sorted(carried(model), key=lambda item: item.kind != "parametrization")  # hooks read those too
     for item in items:
         if item.kind == "parametrization":
-            paths = [f"{i.prefix}parametrizations.{i.tensor}" for i in items if i.parameter == item.parameter]
+            paths = [join(i.path, f"parametrizations.{i.tensor}") for i in items if i.parameter == item.parameter]
             results = _parametrization_results(graph, tuple(paths))
         else:
             results = list(_hook_results(graph, item))
@@ -131,27 +133,36 @@ def _parametrization_results(graph: fx.Graph, paths: tuple[str, ...]) -> list[fx
 
 
 def _hook_results(graph: fx.Graph, item: Carried) -> Iterator[fx.Node]:
-    def stands_for(node: object, suffix: str) -> bool:
-        while isinstance(node, fx.Node) and node.target in (_aten.reshape.default, _aten.to.dtype):
-            node = node.args[0]
-        if not isinstance(node, fx.Node):
-            return False
-        names = {item.prefix + item.tensor + suffix, item.parameter + suffix}
-        return not names.isdisjoint((node.target, node.meta.get("fxprune", {}).get("parameter")))
+    """The nodes that compute what a hook computes: products, `_weight_norm`, quotients of its stored state."""
+    state = hook_state(item.kind, item.tensor)
+
+    def reads(operand: object, stored: str) -> bool:
+        return _stands_for(operand, item, stored)
 
     for node in list(graph.nodes):
         if item.kind == "prune" and node.target is _aten.mul.Tensor:
             mask, original = node.args
-            if stands_for(mask, "_mask") and stands_for(original, "_orig"):
+            if reads(mask, state[1]) and reads(original, state[0]):
                 if mask.target is _aten.to.dtype and mask.args[1] == mask.args[0].meta["val"].dtype:
                     # no conversion here; without it the mask follows a later change of the parameter's dtype
                     node.args = (mask.args[0], original)
                 yield node
         elif item.kind == "weight_norm" and node.target is _aten._weight_norm.default:
-            if stands_for(node.args[0], "_v") and stands_for(node.args[1], "_g"):
+            if reads(node.args[0], state[1]) and reads(node.args[1], state[0]):
                 yield node
-        elif item.kind == "spectral_norm" and node.target is _aten.div.Tensor and stands_for(node.args[0], "_orig"):
+        elif item.kind == "spectral_norm" and node.target is _aten.div.Tensor and reads(node.args[0], state[0]):
             yield node
+
+
+def _stands_for(node: object, item: Carried, stored: str) -> bool:
+    """Whether a node is the value of the item's state `stored`, as it is or in another shape or dtype."""
+    while isinstance(node, fx.Node) and node.target in (_aten.reshape.default, _aten.to.dtype):
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return False
+    front = item.parameter.rpartition(".")[0]
+    names = {join(item.path, stored), join(front, stored)}
+    return not names.isdisjoint((node.target, node.meta.get("fxprune", {}).get("parameter")))
 
 
 def tagged(graph: fx.Graph, name: str | None = None) -> list[fx.Node]:
@@ -160,47 +171,37 @@ def tagged(graph: fx.Graph, name: str | None = None) -> list[fx.Node]:
     return [n for n in found if name is None or n.meta["fxprune"]["parameter"] == name]
 
 
-def remove_state(root: nn.Module, name: str) -> list[str]:
-    """Take away what reparametrizes the parameter `name`; returns the dotted names that are gone."""
+def remove_state(root: nn.Module, name: str) -> None:
+    """Take away what reparametrizes the parameter `name`."""
     owner, tensor = locate(root, name)
-    prefix = name[: -len(tensor)]
-    gone = []
     for state in state_names(owner, tensor):
         owner._parameters.pop(state, None)
         owner._buffers.pop(state, None)
         owner._non_persistent_buffers_set.discard(state)
-        gone.append(prefix + state)
     if has_parametrization(owner, tensor):
         holder = owner._modules["parametrizations"]
         assert holder is not None
-        removed = holder._modules.pop(tensor)
-        assert removed is not None
-        gone += [f"{prefix}parametrizations.{tensor}.{n}" for n in removed.state_dict(keep_vars=True)]
-        gone += [f"{prefix}parametrizations.{tensor}.{n}" for n, _ in removed.named_buffers()]
+        del holder._modules[tensor]
         if not holder._modules:
             del owner._modules["parametrizations"]
-    return gone
-
-
-def masked(root: nn.Module) -> list[str]:
-    """The qualified names of the parameters that carry a mask."""
-    return [
-        f"{path}.{name[:-5]}" if path else name[:-5]
-        for path, module in root.named_modules()
-        for name in module._buffers
-        if name.endswith("_mask")
-        and (name[:-5] + "_orig" in module._parameters or has_parametrization(module, name[:-5] + "_orig"))
-    ]
 
 
 def reparametrized(root: nn.Module) -> list[str]:
     """The qualified names of the parameters that carry a mask, a norm or a parametrization."""
     found = masked(root)
     for path, module in root.named_modules():
-        prefix = f"{path}." if path else ""
-        held = {*module._parameters, *(n[:-5] for n in module._buffers if n.endswith("_mask"))}
-        legacy = [n[:-2] for n in held if n.endswith("_g") and n[:-2] + "_v" in held]
-        legacy += [n[:-2] for n in module._buffers if n.endswith("_u") and n[:-2] + "_orig" in held]
-        holder = module._modules.get("parametrizations")
-        found += [prefix + n for n in (*legacy, *(holder._modules if holder is not None else ()))]
+        found += [join(path, tensor) for tensor in (*_legacy_norms(module), *_parametrizations(module))]
     return found
+
+
+def _legacy_norms(module: nn.Module) -> list[str]:
+    """The tensors that a legacy norm's state stands for; any part of the state may be masked."""
+    held = {*module._parameters, *(name for stored in module._buffers if (name := named_by_mask(stored)) is not None)}
+    weight = [name[:-2] for name in held if name.endswith("_g") and f"{name[:-2]}_v" in held]
+    spectral = [name[:-2] for name in module._buffers if name.endswith("_u") and f"{name[:-2]}_orig" in held]
+    return weight + spectral
+
+
+def _parametrizations(module: nn.Module) -> list[str]:
+    holder = module._modules.get("parametrizations")
+    return [] if holder is None else list(holder._modules)

@@ -8,20 +8,23 @@ import re
 import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch.fx.graph import PythonCode, _PyTreeCodeGen
+from torch.fx.graph import PythonCode
 
-from fxprune.errors import ArtifactError, CaptureError, InputError
+from fxprune.errors import ArtifactError, CaptureError
+from fxprune.graph.arguments import InputCheck
 from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.snapshot import preserved
+from fxprune.torch_internals import PyTreeCodeGen, state_of_generated_code
 
 _KEYWORD_ATTRIBUTE = re.compile(r"\.(" + "|".join(k for k in keyword.kwlist if k.isidentifier()) + r")\b")
 
 
-class CodeGen(_PyTreeCodeGen):
+class CodeGen(PyTreeCodeGen):
     """torch's pytree code generator, with attribute paths that contain Python keywords made legal."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CodeGen:
@@ -43,24 +46,8 @@ class CodeGen(_PyTreeCodeGen):
         return code
 
 
-def fixed_size(size: int | torch.SymInt) -> int | None:
-    """The size as an integer, None where it is free; a capture can fix a free size by a constraint."""
-    found = size if isinstance(size, int) else size.node.maybe_as_int()
-    return None if found is None else int(found)
-
-
 # torch's names of the state of a norm: by its legacy hook, and as a parametrization
 _SPELLINGS = (("_g", "original0"), ("_v", "original1"), ("_orig", "original"), ("_u", "0._u"), ("_v", "0._v"))
-_GENERATED = ("_graph", "_code", "_in_spec", "_out_spec", "_lineno_map", "_prologue_start")
-
-
-class _Input(NamedTuple):
-    """What a flattened input must be: `sizes` is None for what is no tensor, `alias` the first input it is one with."""
-
-    name: str
-    sample: Any
-    sizes: tuple[int | str, ...] | None
-    alias: int
 
 
 class Container(nn.Module):
@@ -106,7 +93,7 @@ class TracedModule(fx.GraphModule):
     plan: ChannelPlan | None
     origin: tuple[ChannelPlan | None, dict[str, weakref.ref[nn.Parameter]]] | None
     _python_code: PythonCode
-    _expected: list[_Input]
+    input_check: InputCheck
 
     def __init__(
         self,
@@ -164,8 +151,8 @@ class TracedModule(fx.GraphModule):
             self._compiled[mode] = {
                 "python_code": code,
                 "forward": type(self).forward,
-                "_expected": self._input_checks(),
-                **{k: v for k, v in self.__dict__.items() if k in _GENERATED},
+                "input_check": InputCheck.of(self._graph, self.example_args, self.example_kwargs),
+                **state_of_generated_code(self),
             }
         state = dict(self._compiled[mode])
         self._python_code = state.pop("python_code")
@@ -180,76 +167,16 @@ class TracedModule(fx.GraphModule):
         self._select("train" if self.training else "eval")
         return self._python_code
 
-    # ---- inputs
+    # ---- running
 
-    def _input_checks(self) -> list[_Input]:
-        leaves = pytree.tree_leaves((self.example_args, self.example_kwargs))
-        placeholders = [node for node in self._graph.nodes if node.op == "placeholder"]
-        first: dict[int, int] = {}
-        expected = []
-        for i, (node, leaf) in enumerate(zip(placeholders, leaves, strict=True)):
-            value = node.meta.get("val")
-            sizes = None
-            if isinstance(leaf, torch.Tensor):
-                shape = value.shape if isinstance(value, torch.Tensor) else leaf.shape
-                sizes = tuple(known if (known := fixed_size(size)) is not None else str(size) for size in shape)
-                i = first.setdefault(id(leaf), i)
-            elif isinstance(value, torch.SymInt | torch.SymFloat):
-                leaf = value
-            expected.append(_Input(node.name, leaf, sizes, i))
-        return expected
-
-    def _check_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        info = self._graph._codegen.pytree_info  # type: ignore[attr-defined]
-        names, in_spec = info.orig_args, info.in_spec
-        bound = dict(zip(names, args, strict=False)) | kwargs
-        if len(args) + len(kwargs) != len(names) or bound.keys() != set(names):
-            given = [f"{len(args)} positional", *(f"{k}=" for k in kwargs)]
-            raise InputError(
-                f"called with {', '.join(given)}; captured with ({', '.join(names)}). Arguments left at their default "
-                "at the capture are part of the graph: pass the captured ones, or trace again with the others."
-            )
-        count = in_spec.child(0).num_children
-        keywords = dict(zip(in_spec.child(1).context, (bound[n] for n in names[count:]), strict=True))
-        leaves, spec = pytree.tree_flatten((tuple(bound[n] for n in names[:count]), keywords))
-        if spec != in_spec:
-            raise InputError(f"inputs have the structure {spec}; captured was {in_spec}. Pass the captured structure.")
-        free: dict[str, int] = {}
-
-        def fits(size: int, known: int | str) -> bool:
-            if isinstance(known, int):
-                return size == known
-            return not known.isidentifier() or free.setdefault(known, size) == size
-
-        for i, (leaf, want) in enumerate(zip(leaves, self._expected, strict=True)):
-            if want.sizes is None:
-                if not isinstance(want.sample, torch.SymInt | torch.SymFloat) and leaf != want.sample:
-                    raise InputError(
-                        f"input `{want.name}` is {leaf!r}; the capture holds for {want.sample!r} only. Trace again."
-                    )
-                continue
-            if not isinstance(leaf, torch.Tensor):
-                raise InputError(f"input `{want.name}` is a {type(leaf).__name__}; captured was a tensor {want.sizes}.")
-            if leaf.dtype != want.sample.dtype or leaf.device.type != want.sample.device.type:
-                raise InputError(
-                    f"input `{want.name}` is {leaf.dtype} on {leaf.device}; captured was {want.sample.dtype} on "
-                    f"{want.sample.device}. Convert the input, or convert the model and trace again."
-                )
-            if leaf.dim() != len(want.sizes) or not all(map(fits, leaf.shape, want.sizes)):
-                raise InputError(
-                    f"input `{want.name}` has shape {tuple(leaf.shape)}; captured was {list(want.sizes)} (a name is a "
-                    "free size, the same name the same size). Trace again with these inputs, or with `dynamic_shapes`."
-                )
-            if want.alias != i and leaf is not leaves[want.alias]:
-                raise InputError(
-                    f"inputs `{want.name}` and `{self._expected[want.alias].name}` were one tensor at the capture and "
-                    "are two now. Trace again with two tensors."
-                )
+    def check_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise InputError unless the current mode's graph holds for this call."""
+        self.input_check(args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph of the current mode on inputs of the captured structure, shapes and dtypes."""
         if not torch.compiler.is_compiling():
-            self._check_inputs(args, kwargs)
+            self.check_inputs(args, kwargs)
         # torch.compile learns of the mode by this read: train and eval are two functions under one name
         assert self.training in (True, False)
         return super().__call__(*args, **kwargs)
@@ -259,15 +186,9 @@ class TracedModule(fx.GraphModule):
 
         Mode, buffers and the random generator are as before afterwards.
         """
-        training, buffers = self.training, {name: b.clone() for name, b in self.named_buffers()}
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                return pytree.tree_leaves(self.train(mode == "train")(*self.example_args, **self.example_kwargs))
-        finally:
-            self.train(training)
-            for name, buffer in self.named_buffers():
-                buffer.copy_(buffers[name])
+        with preserved(self), torch.no_grad():
+            torch.manual_seed(0)
+            return pytree.tree_leaves(self.train(mode == "train")(*self.example_args, **self.example_kwargs))
 
     # ---- copies, conversions, checkpoints
 

@@ -17,8 +17,8 @@ from fxprune.channels.budget import Staircase, ladders, masks, slice_scores
 from fxprune.channels.groups import ChannelGroup, Grouping, Scores
 from fxprune.channels.ids import Mask, Vector
 from fxprune.errors import ArgumentError, ArgumentTypeError, NameLookupError, PruningError
-from fxprune.graph.editing import locate
-from fxprune.graph.reparametrizations import masked
+from fxprune.graph.masks import masked
+from fxprune.graph.names import locate
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.importance import scores
 

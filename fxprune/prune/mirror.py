@@ -18,8 +18,9 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, PruningError
-from fxprune.graph.editing import canonical, hold_names, locate, match_names, one_name
-from fxprune.graph.reparametrizations import has_parametrization, masked, reparametrized
+from fxprune.graph.masks import masked
+from fxprune.graph.names import ModulePaths, canonical, has_parametrization, locate, match_names, one_name
+from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.methods import BlockStructured, NMStructured
 from fxprune.prune.selection import keep_largest
@@ -182,8 +183,7 @@ def remove(traced: TracedModule, name: str) -> TracedModule:
         >>> fxprune.prune.remove(traced, "0.weight")
     """
     matched = match_names([*_names(traced), *reparametrized(traced)], name)
-    with hold_names(traced):
-        names = dict.fromkeys(canonical(traced, n) for n in matched)
+    names = dict.fromkeys(map(ModulePaths(traced).canonical, matched))
     there = masked(traced)
     found = names.keys() & set(there)
     bare = [n for n in names if n not in found]
@@ -304,8 +304,7 @@ def find(traced: TracedModule, pattern: str) -> list[str]:
         near = [n for n in names if n.startswith((f"{prefix}parametrizations.{tensor}.", f"{prefix}{tensor}_"))]
         kind = "a parametrization" if has_parametrization(owner, tensor) else "a norm"
         raise PruningError(f"{pattern!r} is computed by {kind}; prune what it is computed from: {', '.join(near)}.")
-    with hold_names(traced):
-        return list(dict.fromkeys(canonical(traced, n) for n in match_names(names, pattern)))
+    return list(dict.fromkeys(map(ModulePaths(traced).canonical, match_names(names, pattern))))
 
 
 def find_all(traced: TracedModule, names: str | Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import ArgumentError, FinalizeError, PassError, PruningError
-from fxprune.graph.editing import text
+from fxprune.graph.text import text
 from fxprune.passes import (
     EliminateDeadCode,
     FoldBatchNorm,

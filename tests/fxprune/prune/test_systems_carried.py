@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import spectral_norm, weight_norm
 
-from fxprune.graph.editing import locate
+from fxprune.graph.names import locate
 from tests.systems import CARRIED_ONLY, LAYERS, MASKS, NORMS, X, assert_follows_eager, mlp
 
 SYSTEMS = {**{k: v[0] for k, v in {**MASKS, **NORMS}.items()}, **CARRIED_ONLY}

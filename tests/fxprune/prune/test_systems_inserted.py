@@ -9,7 +9,7 @@ from torch.nn.utils import prune as torch_prune
 import fxprune
 from fxprune import prune
 from fxprune.errors import PruningError
-from fxprune.graph.editing import locate
+from fxprune.graph.names import locate
 from tests.systems import LAYERS, MASKS, NORMS, X, assert_follows_eager, call, mlp
 
 SYSTEMS = {**MASKS, **NORMS}

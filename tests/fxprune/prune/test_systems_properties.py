@@ -10,7 +10,7 @@ from torch.nn.utils import prune as torch_prune
 
 import fxprune
 from fxprune import prune
-from fxprune.graph.editing import locate
+from fxprune.graph.names import locate
 from tests.systems import LAYERS, NORMS, assert_same, assert_same_calls, assert_same_state, generators
 
 LAYER = st.sampled_from([name for name in LAYERS if name not in ("encoder layer", "rnn")])

@@ -1,0 +1,92 @@
+"""Running graphs node by node: in a chosen precision, with tensors from anywhere, every value watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from fxprune.graph.mutation import is_mutating
+
+Watch = Callable[[fx.Node, Any], None]
+
+
+def converted(value: Any, dtype: torch.dtype | None) -> Any:
+    """A float32 or float64 tensor as `dtype`, the constant `torch.float32` as well; everything else as it is."""
+    if dtype is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype in (torch.float32, torch.float64) else value
+    return dtype if value is torch.float32 else value
+
+
+class Interpreter(fx.Interpreter):
+    """torch's interpreter, which computes what is float32 or float64 as `dtype`.
+
+    What a node writes into is a copy: the tensors that it reads stay as they are.
+
+    Args:
+        graph: what to run.
+        tensors: gives the value of a `get_attr` node by its target.
+        dtype: the precision; None leaves every value as it is.
+        watch: called with each node and its value.
+        keep: whether values stay in `env` when no node needs them any more.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        tensors: Callable[[str], Any],
+        dtype: torch.dtype | None = None,
+        watch: Watch | None = None,
+        *,
+        keep: bool = False,
+    ) -> None:
+        super().__init__(nn.Module(), garbage_collect_values=not keep, graph=graph)
+        self.extra_traceback = False  # errors are the operators' own
+        self.tensors, self.dtype, self.watch = tensors, dtype, watch
+
+    def fetch_attr(self, target: str) -> Any:
+        """The value of a `get_attr` node."""
+        return self.tensors(target)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An operator on converted arguments."""
+        args, kwargs = pytree.tree_map(lambda value: converted(value, self.dtype), (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node; what came from outside is converted."""
+        value = super().run_node(n)
+        if n.op in ("placeholder", "get_attr"):
+            value = converted(value, self.dtype)
+        if n.op == "get_attr" and isinstance(value, Tensor) and any(map(is_mutating, n.users)):
+            value = value.clone()
+        if self.watch is not None:
+            self.watch(n, value)
+        return value
+
+
+def run(
+    graph: fx.Graph,
+    tensors: Callable[[str], Any],
+    inputs: Sequence[Any],
+    dtype: torch.dtype | None = None,
+    watch: Watch | None = None,
+) -> list[Any]:
+    """Run a graph without gradients on its flat inputs; returns its flat outputs. The arguments are `Interpreter`'s."""
+    interpreter = Interpreter(graph, tensors, dtype, watch)
+    with torch.no_grad():
+        return pytree.tree_leaves(interpreter.run(*inputs, enable_io_processing=False))
+
+
+def run_nodes(nodes: Sequence[fx.Node], tensors: Callable[[str], Any]) -> dict[fx.Node, Any]:
+    """The values of nodes that read nothing but each other and `tensors`, given in graph order; without gradients."""
+    interpreter = Interpreter(nodes[0].graph, tensors, keep=True)
+    with torch.no_grad():
+        for node in nodes:
+            interpreter.env[node] = interpreter.run_node(node)
+    return interpreter.env

@@ -1,0 +1,133 @@
+"""Masked parameters: one view of a parameter and its mask, and the names that torch gives to both.
+
+A masked `conv.weight` is stored as the parameter `conv.weight_orig` and the buffer `conv.weight_mask`, as
+`torch.nn.utils.prune` stores it. No other file knows these suffixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fxprune.graph.names import has_parametrization, join, locate
+
+_ORIGINAL, _MASK = "_orig", "_mask"
+
+
+def original_name(name: str) -> str:
+    """The name under which the unmasked values of a masked parameter are stored; qualified or not, as `name` is."""
+    return name + _ORIGINAL
+
+
+def mask_name(name: str) -> str:
+    """The name under which the mask of a parameter is stored; qualified or not, as `name` is."""
+    return name + _MASK
+
+
+def named_by_original(stored: str) -> str | None:
+    """The parameter of which `stored` names the unmasked values, None where it ends otherwise."""
+    return stored.removesuffix(_ORIGINAL) if stored.endswith(_ORIGINAL) else None
+
+
+def named_by_mask(stored: str) -> str | None:
+    """The parameter of which `stored` names the mask, None where it ends otherwise.
+
+    Example:
+        >>> named_by_mask("conv.weight_mask")
+        'conv.weight'
+    """
+    return stored.removesuffix(_MASK) if stored.endswith(_MASK) else None
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterView:
+    """A parameter as it is stored, with its mask or without.
+
+    Attributes:
+        name: the qualified name of the parameter, "conv.weight", masked or not.
+        owner: the module that holds it. attribute: its name there, "weight".
+        original: what the optimizer sees, before the mask; None where the module has no such parameter, or a
+            parametrization computes it.
+        mask: the buffer, of the parameter's shape and dtype; None without one.
+        original_is_computed: whether the mask acts on what a parametrization computes.
+    """
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    original: nn.Parameter | None
+    mask: torch.Tensor | None
+    original_is_computed: bool
+
+    @property
+    def original_name(self) -> str:
+        """The qualified name under which the optimizer's parameter is stored."""
+        return self.name if self.mask is None else original_name(self.name)
+
+    @property
+    def mask_name(self) -> str:
+        """The qualified name under which the mask is stored, or would be."""
+        return mask_name(self.name)
+
+    def value(self) -> torch.Tensor:
+        """The masked values, detached: the product that a masked graph computes; the parameter itself without mask."""
+        assert self.original is not None, self.name
+        if self.mask is None:
+            return self.original.detach()
+        return self.mask.to(self.original.dtype) * self.original.detach()
+
+    def insert_mask(self, values: torch.Tensor) -> None:
+        """Store the parameter, which carries no mask, as a masked one, the same object; graphs are the caller's."""
+        assert self.original is not None, self.name
+        assert self.mask is None, self.name
+        del self.owner._parameters[self.attribute]
+        self.owner.register_parameter(original_name(self.attribute), self.original)
+        self.owner.register_buffer(mask_name(self.attribute), _like(self.original, values))
+
+    def replace_mask(self, values: torch.Tensor) -> bool:
+        """Give the masked parameter another mask, a new tensor; returns whether any value changed."""
+        assert self.mask is not None, self.name
+        replacement = _like(self.mask, values)
+        self.owner._buffers[mask_name(self.attribute)] = replacement
+        return not torch.equal(self.mask, replacement)
+
+
+def _like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    # in the memory format of the parameter, which decides that of the product
+    return torch.empty_like(tensor, requires_grad=False).copy_(values.detach())
+
+
+def view(root: nn.Module, name: str) -> ParameterView:
+    """The parameter of this qualified name, masked or not; raises AttributeError where its module does not exist."""
+    owner, attribute = locate(root, name)
+    return _view(name, owner, attribute)
+
+
+def _view(name: str, owner: nn.Module, attribute: str) -> ParameterView:
+    stored = original_name(attribute)
+    computed = has_parametrization(owner, stored)
+    mask = owner._buffers.get(mask_name(attribute))
+    if mask is None or not (computed or stored in owner._parameters):  # a buffer that happens to be called so
+        return ParameterView(name, owner, attribute, owner._parameters.get(attribute), None, computed)
+    return ParameterView(name, owner, attribute, owner._parameters.get(stored), mask, computed)
+
+
+def masked_attributes(owner: nn.Module) -> list[str]:
+    """The names, within `owner`, of its own parameters that carry a mask."""
+    names = [name for stored in owner._buffers if (name := named_by_mask(stored)) is not None]
+    return [name for name in names if _view(name, owner, name).mask is not None]
+
+
+def masked_views(root: nn.Module) -> Iterator[ParameterView]:
+    """The parameters that carry a mask, each by the first of its names."""
+    for path, module in root.named_modules():
+        for attribute in masked_attributes(module):
+            yield _view(join(path, attribute), module, attribute)
+
+
+def masked(root: nn.Module) -> list[str]:
+    """The qualified names of the parameters that carry a mask, each by the first of its names."""
+    return [found.name for found in masked_views(root)]

@@ -1,0 +1,24 @@
+"""Which operators write into what they are given."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxprune.torch_internals import schema_of
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """Whether the operator writes into one of its arguments."""
+    schema = schema_of(node.target)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The argument nodes that a mutating operator writes into."""
+    schema = schema_of(node.target)
+    found: list[fx.Node] = []
+    for i, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            found += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node)]
+    return found

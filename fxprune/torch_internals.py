@@ -1,0 +1,127 @@
+"""Everything private of torch that the library relies on: one function or name each, one test each.
+
+What belongs here: names with a leading underscore, in modules or on objects, and undocumented attributes. A release of
+torch that changes one of them fails the test of that name in `tests/fxprune/test_torch_internals.py`, which checks the
+behaviour that is relied on. `_parameters`, `_buffers`, `_modules` and `_forward_pre_hooks` of modules, and
+`torch.utils._pytree`, stay where they are used: torch's own extensions build on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.pt2_archive._package import load_pt2
+from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
+from torch.fx.graph import _PyTreeInfo as PyTreeInfo
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
+from torch.nn.utils.parametrizations import _Orthogonal as Orthogonal
+from torch.nn.utils.prune import BasePruningMethod, PruningContainer
+from torch.nn.utils.prune import _validate_pruning_amount_init as validate_pruning_amount
+
+__all__ = [
+    "LOGGERS_OF_FAILED_CAPTURES",
+    "ConvNd",
+    "ConvTransposeNd",
+    "FakeTensor",
+    "FakeTensorMode",
+    "NormBase",
+    "OpOverload",
+    "Orthogonal",
+    "PyTreeCodeGen",
+    "PyTreeInfo",
+    "fake_tensor",
+    "flat_weight_names",
+    "fuses_in_eval",
+    "has_forward",
+    "is_erased",
+    "let_weights_be_reread",
+    "load_pt2",
+    "name_pruning_method",
+    "pruned_tensor",
+    "pruning_methods",
+    "pytree_info",
+    "schema_of",
+    "state_of_generated_code",
+    "validate_pruning_amount",
+]
+
+# They print the stack of a capture that fails, which raises its error besides.
+LOGGERS_OF_FAILED_CAPTURES = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+
+
+# ---- graphs
+
+
+def schema_of(target: object) -> torch.FunctionSchema | None:
+    """The schema of an operator overload, which tells names, aliases and writes; None of anything else."""
+    return target._schema if isinstance(target, OpOverload) else None
+
+
+def pytree_info(graph: fx.Graph) -> PyTreeInfo:
+    """What a captured graph's signature was: `orig_args` (names), `in_spec` and `out_spec` (structures)."""
+    info: PyTreeInfo = graph._codegen.pytree_info  # type: ignore[attr-defined]
+    return info
+
+
+def is_erased(node: fx.Node) -> bool:
+    """Whether the node has been taken out of its graph."""
+    return bool(node._erased)
+
+
+def state_of_generated_code(module: fx.GraphModule) -> dict[str, Any]:
+    """What `recompile` has set on a module beside its class's `forward`: the graph, its code and structures."""
+    names = ("_graph", "_code", "_in_spec", "_out_spec", "_lineno_map", "_prologue_start")
+    return {name: module.__dict__[name] for name in names if name in module.__dict__}
+
+
+def fake_tensor(like: FakeTensor, empty: torch.Tensor) -> FakeTensor:
+    """A fake tensor of the mode and device of `like`, with the sizes and strides of `empty`, which is on "meta"."""
+    return FakeTensor(like.fake_mode, empty, like.fake_device)
+
+
+# ---- pruning methods
+
+
+def pruned_tensor(method: BasePruningMethod) -> str:
+    """The name of the tensor that a pruning method acts on."""
+    return method._tensor_name
+
+
+def name_pruning_method(method: BasePruningMethod, tensor: str) -> None:
+    """Say which tensor a method acts on, as `apply` does, so that it may join a container."""
+    method._tensor_name = tensor
+
+
+def pruning_methods(method: BasePruningMethod) -> tuple[BasePruningMethod, ...]:
+    """The methods of a container in order, and the method itself where it is none."""
+    return tuple(method._pruning_methods) if isinstance(method, PruningContainer) else (method,)
+
+
+# ---- modules
+
+
+def flat_weight_names(module: nn.Module) -> list[str]:
+    """The names of a recurrent layer's weights in the order of its kernels; none for other modules."""
+    return list(getattr(module, "_flat_weights_names", None) or ())
+
+
+def let_weights_be_reread(module: nn.RNNBase, reread: Callable[[], bool]) -> None:
+    """Let `reread` decide, at each forward, whether a recurrent layer gathers its weights anew."""
+    module.__dict__["_weights_have_changed"] = reread
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether the module's class defines a forward."""
+    return "_forward_unimplemented" not in getattr(module.forward, "__qualname__", "")
+
+
+def fuses_in_eval(module: nn.MultiheadAttention) -> bool:
+    """Whether the shapes of an attention let eager take its fused kernel in eval mode without gradients."""
+    return bool(module.batch_first and module._qkv_same_embed_dim and module.num_heads % 2 == 0)
