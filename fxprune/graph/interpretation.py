@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from fxprune.graph.mutation import is_mutating
+from fxprune.graph.mutation import may_write
 
 Watch = Callable[[fx.Node, Any], None]
 
@@ -63,7 +63,7 @@ class Interpreter(fx.Interpreter):
         value = super().run_node(n)
         if n.op in ("placeholder", "get_attr"):
             value = converted(value, self.dtype)
-        if n.op == "get_attr" and isinstance(value, Tensor) and any(map(is_mutating, n.users)):
+        if n.op == "get_attr" and isinstance(value, Tensor) and any(map(may_write, n.users)):
             value = value.clone()
         if self.watch is not None:
             self.watch(n, value)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from fxprune.torch_internals import schema_of
 
+# In train mode they update the running statistics, which their schemas do not say.
+_UNDECLARED = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
+
 
 def is_mutating(node: fx.Node) -> bool:
-    """Whether the operator writes into one of its arguments."""
+    """Whether the operator declares that it writes into one of its arguments."""
     schema = schema_of(node.target)
     return schema is not None and bool(schema.is_mutable)
+
+
+def may_write(node: fx.Node) -> bool:
+    """Whether running the operator can change one of its arguments, declared or not."""
+    return is_mutating(node) or node.target in _UNDECLARED
 
 
 def written(node: fx.Node) -> list[fx.Node]:

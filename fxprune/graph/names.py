@@ -107,9 +107,9 @@ def match_names(names: Iterable[str], pattern: str, kind: str = "parameter") -> 
         raise NameLookupError(f"a {kind} is named by a string such as 'conv1.weight', got {type(pattern).__name__}.")
     found = [name for name in names if name == pattern] or fnmatch.filter(names, pattern)
     if not found:
-        near = [n for n in names if n.endswith("." + pattern) or n.startswith(pattern + ".")]
-        near = near or difflib.get_close_matches(pattern, names, 5, 0.5) or names[:5]
-        why = f"{len(near)} names end or begin with it" if len(near) > 1 else "no such name"
+        parts = [n for n in names if n.endswith("." + pattern) or n.startswith(pattern + ".")]
+        why = f"{len(parts)} names end or begin with it" if len(parts) > 1 else "no such name"
+        near = parts or difflib.get_close_matches(pattern, names, 5, 0.5) or names[:5]
         raise NameLookupError(f"{kind} {pattern!r}: {why}. Did you mean {', '.join(map(repr, near[:8]))}?")
     return found
 

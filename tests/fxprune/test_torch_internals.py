@@ -1,0 +1,280 @@
+"""Each private part of torch still behaves as the library relies on: one test a name."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.nn.utils import parametrizations, prune
+
+from fxprune import torch_internals as internals
+
+aten = torch.ops.aten
+
+
+class Named(nn.Module):
+    """Two arguments, one of them in a dictionary."""
+
+    def forward(self, x: torch.Tensor, rest: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + rest["y"], x * rest["y"]
+
+
+@pytest.fixture(scope="module")
+def program() -> torch.export.ExportedProgram:
+    return torch.export.export(Named(), (torch.ones(2), {"y": torch.ones(2)}), strict=False)
+
+
+def test_every_name_has_a_test_here() -> None:
+    tested = {name for name in globals() if name.startswith("test_")}
+    missing = [name for name in internals.__all__ if not any(test.startswith(f"test_{name}") for test in tested)]
+    assert missing == []
+
+
+# ---- graphs
+
+
+def test_OpOverload_is_the_class_of_operators() -> None:
+    assert isinstance(aten.add.Tensor, internals.OpOverload)
+    assert not isinstance(aten.add, internals.OpOverload)
+    assert not isinstance(torch.add, internals.OpOverload)
+
+
+def test_schema_of_tells_names_writes_and_views() -> None:
+    schema = internals.schema_of(aten.copy_.default)
+    assert schema is not None
+    assert schema.is_mutable
+    assert [a.name for a in schema.arguments][:2] == ["self", "src"]
+    writes = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    assert writes[:2] == [True, False]
+    view = internals.schema_of(aten.view.default)
+    assert view is not None
+    assert not view.is_mutable
+    assert view.returns[0].alias_info is not None
+    plain = internals.schema_of(aten.add.Tensor)
+    assert plain is not None
+    assert plain.returns[0].alias_info is None
+    assert internals.schema_of(torch.add) is internals.schema_of("x") is None
+
+
+def test_PyTreeInfo_and_PyTreeCodeGen_give_a_graph_a_signature(program: torch.export.ExportedProgram) -> None:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    graph.output((graph.call_function(torch.add, (x, y)), graph.call_function(torch.mul, (x, y))))
+    spec = program.call_spec
+    graph.set_codegen(internals.PyTreeCodeGen(internals.PyTreeInfo(["x", "rest"], spec.in_spec, spec.out_spec)))
+    module = fx.GraphModule(nn.Module(), graph)
+    found = module(torch.full((2,), 3.0), rest={"y": torch.full((2,), 2.0)})
+    assert [value[0].item() for value in found] == [5.0, 6.0]
+
+
+def test_PyTreeCodeGen_writes_a_read_as_one_path() -> None:
+    """Targets are split at dots by the generator; parts that are no identifiers go through getattr."""
+    graph = fx.Graph()
+    graph.output(graph.get_attr("0.weight"))
+    graph.set_codegen(
+        internals.PyTreeCodeGen(internals.PyTreeInfo([], pytree.tree_structure(((), {})), pytree.tree_structure(0)))
+    )
+    layer = nn.Sequential(nn.Linear(2, 2))
+    assert 'getattr(self, "0").weight' in fx.GraphModule(layer, graph).code
+
+
+def test_pytree_info_is_what_the_graph_was_given(program: torch.export.ExportedProgram) -> None:
+    graph = fx.Graph()
+    info = internals.PyTreeInfo(["x", "rest"], program.call_spec.in_spec, program.call_spec.out_spec)
+    graph.set_codegen(internals.PyTreeCodeGen(info))
+    found = internals.pytree_info(graph)
+    assert found.orig_args == ["x", "rest"]
+    assert found.in_spec.child(0).num_children == 2
+    assert found.in_spec.child(1).context == []
+    assert found.out_spec == program.call_spec.out_spec
+
+
+def test_is_erased_follows_erase_node() -> None:
+    graph = fx.Graph()
+    node = graph.call_function(torch.add, (1, 2))
+    assert not internals.is_erased(node)
+    graph.erase_node(node)
+    assert internals.is_erased(node)
+
+
+def test_state_of_generated_code_brings_a_module_back_to_another_graph() -> None:
+    def returning(value: int) -> fx.Graph:
+        graph = fx.Graph()
+        graph.output(value)
+        return graph
+
+    module = fx.GraphModule(nn.Module(), returning(1))
+    state, forward = internals.state_of_generated_code(module), type(module).forward
+    code = module.code
+    module.graph = returning(2)
+    assert module() == 2
+    assert module.code != code
+    module.__dict__.update(state)
+    type(module).forward = forward  # type: ignore[method-assign]
+    assert module() == 1
+    assert module.code == code
+    assert module.graph is state["_graph"]
+
+
+def test_FakeTensorMode_gives_tensors_without_values() -> None:
+    with internals.FakeTensorMode():
+        value = torch.empty(2, 3) @ torch.empty(3, 4)
+    assert isinstance(value, internals.FakeTensor)
+    assert value.shape == (2, 4)
+
+
+def test_FakeTensor_is_what_captures_record(program: torch.export.ExportedProgram) -> None:
+    values = [node.meta["val"] for node in program.graph.nodes if "val" in node.meta]
+    assert values
+    assert all(isinstance(value, internals.FakeTensor) for value in values)
+    assert values[0].fake_device == torch.device("cpu")
+
+
+def test_fake_tensor_has_the_sizes_given_and_the_device_of_the_other() -> None:
+    mode = internals.FakeTensorMode()
+    like = mode.from_tensor(torch.ones(4))
+    found = internals.fake_tensor(like, torch.empty_strided((2, 3), (1, 2), device="meta"))
+    assert (found.shape, found.stride(), found.device) == ((2, 3), (1, 2), torch.device("cpu"))
+    assert found.fake_mode is mode
+    assert isinstance(found + found, internals.FakeTensor)
+
+
+def test_load_pt2_reads_what_export_saves(program: torch.export.ExportedProgram) -> None:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    again = internals.load_pt2(file).exported_programs["model"]
+    assert torch.equal(again.module()(torch.ones(2), {"y": torch.ones(2)})[0], torch.full((2,), 2.0))
+
+
+# ---- captures
+
+
+def test_LOGGERS_OF_FAILED_CAPTURES_are_those_that_speak(caplog: pytest.LogCaptureFixture) -> None:
+    class Branches(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    def said() -> list[str]:
+        caplog.clear()
+        with pytest.raises(Exception, match="data-dependent"):
+            torch.export.export(Branches(), (torch.ones(2),), strict=False)
+        return [record.name for record in caplog.records if record.levelno >= logging.WARNING]
+
+    assert set(said()) & set(internals.LOGGERS_OF_FAILED_CAPTURES)
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in internals.LOGGERS_OF_FAILED_CAPTURES}
+    try:
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL)
+        assert said() == []
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+# ---- pruning methods
+
+
+def test_pruned_tensor_is_set_by_apply() -> None:
+    layer = nn.Linear(2, 2)
+    prune.l1_unstructured(layer, "weight", amount=1)
+    (hook,) = layer._forward_pre_hooks.values()
+    assert internals.pruned_tensor(hook) == "weight"  # type: ignore[arg-type]
+
+
+def test_name_pruning_method_lets_it_join_a_container() -> None:
+    method, container = prune.L1Unstructured(1), prune.PruningContainer()
+    for each in (method, container):
+        internals.name_pruning_method(each, "weight")
+    container.add_pruning_method(method)
+    mask = container.compute_mask(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, 1.0]))
+    assert mask.tolist() == [0, 0, 1]
+
+
+def test_pruning_methods_are_those_of_a_container_in_order() -> None:
+    layer = nn.Linear(2, 2)
+    prune.l1_unstructured(layer, "weight", amount=1)
+    prune.random_unstructured(layer, "weight", amount=1)
+    (container,) = layer._forward_pre_hooks.values()
+    kinds = [type(method) for method in internals.pruning_methods(container)]  # type: ignore[arg-type]
+    assert kinds == [prune.L1Unstructured, prune.RandomUnstructured]
+    single = prune.Identity()
+    assert internals.pruning_methods(single) == (single,)
+
+
+@pytest.mark.parametrize(("amount", "error"), [("half", TypeError), (1.5, ValueError), (-1, ValueError)])
+def test_validate_pruning_amount_refuses_what_is_no_amount(amount: object, error: type[Exception]) -> None:
+    internals.validate_pruning_amount(0.5)
+    internals.validate_pruning_amount(3)
+    with pytest.raises(error):
+        internals.validate_pruning_amount(amount)
+
+
+# ---- modules
+
+
+def test_ConvNd_and_ConvTransposeNd_are_the_bases_of_convolutions() -> None:
+    for dimensions in (1, 2, 3):
+        plain = getattr(nn, f"Conv{dimensions}d")(2, 4, 1)
+        transposed = getattr(nn, f"ConvTranspose{dimensions}d")(2, 4, 1)
+        assert isinstance(plain, internals.ConvNd)
+        assert not isinstance(plain, internals.ConvTransposeNd)
+        assert isinstance(transposed, internals.ConvNd)
+        assert isinstance(transposed, internals.ConvTransposeNd)
+        assert (plain.transposed, transposed.transposed) == (False, True)
+
+
+def test_ConvTransposeNd_has_its_inputs_first() -> None:
+    assert nn.ConvTranspose2d(2, 4, 1).weight.shape[:2] == (2, 4)
+
+
+def test_NormBase_is_the_base_of_norms_with_running_statistics() -> None:
+    for norm in (nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.SyncBatchNorm(2), nn.InstanceNorm2d(2)):
+        assert isinstance(norm, internals.NormBase)
+        assert norm.num_features == 2
+    assert not isinstance(nn.LayerNorm(2), internals.NormBase)
+
+
+def test_Orthogonal_is_what_torchs_parametrization_registers() -> None:
+    layer = parametrizations.orthogonal(nn.Linear(3, 3))
+    assert isinstance(layer.parametrizations.weight[0], internals.Orthogonal)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_flat_weight_names_are_all_weights_in_the_kernels_order(kind: type[nn.RNNBase]) -> None:
+    layer = kind(2, 3, num_layers=2)
+    assert internals.flat_weight_names(layer) == [name for name, _ in layer.named_parameters()]
+    assert internals.flat_weight_names(nn.Linear(2, 2)) == []
+
+
+def test_let_weights_be_reread_is_asked_at_each_forward() -> None:
+    layer, asked = nn.LSTM(2, 3), []
+    internals.let_weights_be_reread(layer, lambda: not asked.append(1))
+    layer(torch.ones(1, 1, 2))
+    layer(torch.ones(1, 1, 2))
+    assert len(asked) == 2
+
+
+def test_has_forward_is_false_for_containers_without_one() -> None:
+    class Own(nn.Module):
+        def forward(self) -> None: ...
+
+    assert internals.has_forward(nn.Linear(2, 2))
+    assert internals.has_forward(Own())
+    assert not internals.has_forward(nn.ModuleList())
+    assert not internals.has_forward(nn.Module())
+
+
+@pytest.mark.parametrize(("heads", "kdim", "fused"), [(2, None, True), (1, None, False), (2, 6, False)])
+def test_fuses_in_eval_says_when_eager_takes_the_fused_kernel(heads: int, kdim: int | None, fused: bool) -> None:
+    attention = nn.MultiheadAttention(4, heads, kdim=kdim, batch_first=True).eval()
+    query, key = torch.randn(1, 3, 4), torch.randn(1, 3, kdim or 4)
+    value = query if kdim is None else torch.randn(1, 3, 4)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        attention(query, query if kdim is None else key, value)
+    kernels = {event.key for event in profile.key_averages()}
+    assert ("aten::_native_multi_head_attention" in kernels) is internals.fuses_in_eval(attention) is fused
