@@ -7,7 +7,7 @@ import copy
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,6 +44,16 @@ def run(traced: TracedModule, *pipeline: Pass) -> None:
 def insert_masks(traced: TracedModule, masks: Mapping[str, torch.Tensor]) -> None:
     """Insert or replace the masks of several parameters."""
     run(traced, InsertMasks(masks))
+
+
+def insert_norms(traced: TracedModule, steps: Sequence[InsertParametrization]) -> None:
+    """Insert several norms. Each leaves its options, by which a checkpoint inserts it again."""
+    run(traced, *steps)
+    for step in steps:
+        owner, tensor = locate(traced, step.parameter)
+        holder = owner.get_submodule(f"parametrizations.{tensor}")
+        options = {name: value for name, value in vars(step).items() if name != "parameter"}
+        holder.options = {"kind": step.name} | options  # type: ignore[assignment]
 
 
 def fold(traced: TracedModule, *names: str) -> None:
@@ -111,10 +121,7 @@ def _parametrize(traced: TracedModule, name: str, build: Callable[[str], InsertP
             "Name one of these, or remove the present one first."
         )
     step = build(one_name(_parameter_names(traced), name) if isinstance(traced, TracedModule) else name)
-    run(traced, step)
-    owner, tensor = locate(traced, step.parameter)
-    holder = owner.get_submodule(f"parametrizations.{tensor}")
-    holder.options = {"kind": step.name} | {k: v for k, v in vars(step).items() if k != "parameter"}  # type: ignore[assignment]
+    insert_norms(traced, [step])
     return traced
 
 

@@ -8,13 +8,17 @@ behaviour that is relied on. `_parameters`, `_buffers`, `_modules` and `_forward
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._export.verifier import TrainingIRVerifier
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import Dim
+from torch.export.dynamic_shapes import _DerivedDim as DerivedDim
+from torch.export.dynamic_shapes import _DimHint as DimHint
 from torch.export.pt2_archive._package import load_pt2
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.graph import _PyTreeInfo as PyTreeInfo
@@ -36,6 +40,10 @@ __all__ = [
     "Orthogonal",
     "PyTreeCodeGen",
     "PyTreeInfo",
+    "TrainingIRVerifier",
+    "derived_dimension",
+    "dimension_hint",
+    "fake_cpu_tensor",
     "fake_tensor",
     "flat_weight_names",
     "fuses_in_eval",
@@ -49,6 +57,7 @@ __all__ = [
     "pytree_info",
     "schema_of",
     "state_of_generated_code",
+    "symbol_ranges",
     "validate_pruning_amount",
 ]
 
@@ -84,6 +93,35 @@ def state_of_generated_code(module: fx.GraphModule) -> dict[str, Any]:
 def fake_tensor(like: FakeTensor, empty: torch.Tensor) -> FakeTensor:
     """A fake tensor of the mode and device of `like`, with the sizes and strides of `empty`, which is on "meta"."""
     return FakeTensor(like.fake_mode, empty, like.fake_device)
+
+
+# ---- exported programs
+
+
+def fake_cpu_tensor(mode: FakeTensorMode, like: torch.Tensor) -> FakeTensor:
+    """A fake tensor of this mode on the CPU, with the sizes, strides, dtype and `requires_grad` of `like`."""
+    empty = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+    return FakeTensor(mode, empty.requires_grad_(like.requires_grad), torch.device("cpu"))
+
+
+def symbol_ranges(mode: FakeTensorMode, sizes: Iterable[int | torch.SymInt]) -> dict[Any, Any]:
+    """The symbols in these sizes and the range of each, which an `ExportedProgram` states."""
+    symbols = [symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols]
+    known = mode.shape_env.var_to_range if mode.shape_env is not None else {}
+    return {symbol: known[symbol] for symbol in symbols}
+
+
+def derived_dimension(dimension: Any) -> tuple[Dim, int, int] | None:
+    """The root, factor and offset of a `torch.export.Dim` that is computed from another one; None of any other."""
+    if not isinstance(dimension, DerivedDim):
+        return None
+    offset = dimension.fn(0)
+    return dimension.root, dimension.fn(1) - offset, offset
+
+
+def dimension_hint(dimension: Any) -> str | None:
+    """Which of `torch.export.Dim`'s hints this is, such as "AUTO" or "DYNAMIC"; None of a named dimension."""
+    return str(dimension.type.name) if isinstance(dimension, DimHint) else None
 
 
 # ---- pruning methods

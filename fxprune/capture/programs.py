@@ -7,6 +7,7 @@ import json
 import os
 import re
 import zipfile
+from collections.abc import Iterable
 from typing import IO, Any
 
 import sympy
@@ -112,6 +113,11 @@ def from_program(program: ExportedProgram) -> TracedModule:
     erase_dead(graph)
     dynamic = dict(zip(names, [*shapes, *named.values()], strict=True)) if any(free) else None
     return TracedModule(root, {"eval": graph}, args, {name: kwargs[name] for name in named}, dynamic, training=False)
+
+
+def is_program(members: Iterable[str]) -> bool:
+    """Whether an archive with these members is one of `torch.export.save`."""
+    return any(name.endswith("/archive_format") for name in members)
 
 
 def read_members(source: str | os.PathLike[str] | IO[bytes]) -> dict[str, bytes]:

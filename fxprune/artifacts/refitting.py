@@ -1,0 +1,132 @@
+"""A checkpoint brought into its model: the plan carried out, masks and norms inserted, then the tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune import driver
+from fxprune.artifacts.header import Header
+from fxprune.artifacts.reading import Checkpoint
+from fxprune.capture.front_end import trace
+from fxprune.errors import ArtifactError, FxpruneError
+from fxprune.graph.masks import mask_name
+from fxprune.graph.names import exists, join, tensor_at, tensors_of
+from fxprune.graph.reparametrizations import reparametrized
+from fxprune.graph.traced import TracedModule
+from fxprune.passes import InsertSpectralNorm, InsertWeightNorm
+from fxprune.passes.insert_parametrization import InsertParametrization
+
+_NORMS: dict[str, type[InsertParametrization]] = {kind.name: kind for kind in (InsertWeightNorm, InsertSpectralNorm)}
+
+
+def refitted(checkpoint: Checkpoint, model: nn.Module) -> TracedModule:
+    """The model, traced where it is not, with everything that the file has; `model` stays as it is.
+
+    Raises:
+        ArtifactError: the file belongs to another model. CaptureError: the model cannot be traced.
+    """
+    _check_dtypes(checkpoint, model)
+    with torch.random.fork_rng(devices=[]):  # norms draw their first vectors, which are then overwritten
+        traced = _traced(checkpoint, model)
+        try:
+            traced = _rebuilt(checkpoint, traced)
+        except ArtifactError:
+            raise
+        except FxpruneError as error:
+            raise ArtifactError(
+                f"the file's plan, masks or norms do not fit the model: {error} A module that was finalized more than "
+                "once is restored without a model only."
+            ) from error
+    _check_same_tensors(checkpoint, traced)
+    for stored in checkpoint.header.modules:
+        if stored.is_first:
+            checkpoint.fill(traced.get_submodule(stored.path), stored)
+    traced.origin = None
+    return traced.train(checkpoint.header.training)
+
+
+def _traced(checkpoint: Checkpoint, model: nn.Module) -> TracedModule:
+    """A traced copy of the model, which shares nothing with it."""
+    if not isinstance(model, TracedModule):
+        args, kwargs = checkpoint.inputs
+        model = trace(
+            model, args, kwargs, dynamic_shapes=checkpoint.dynamic_shapes, modes=checkpoint.header.modes
+        )  # fmt: skip
+    return copy.deepcopy(model)
+
+
+def _rebuilt(checkpoint: Checkpoint, traced: TracedModule) -> TracedModule:
+    """The architecture of the file: its plan carried out, its masks and norms in place of those that there are."""
+    header = checkpoint.header
+    if checkpoint.plan is not None:
+        traced = driver.finalize(traced, plan=checkpoint.plan, verify=False)
+    if alien := [name for name in reparametrized(traced) if name not in header.reparametrized]:
+        driver.fold(traced, *alien)
+    _insert(checkpoint, traced)
+    return traced
+
+
+def _insert(checkpoint: Checkpoint, traced: TracedModule) -> None:
+    """Insert the masks and norms that the module lacks, in rounds: one may stand on what another one made."""
+    header = checkpoint.header
+    options = {stored.path: stored.options for stored in header.modules}
+    left = set(header.reparametrized) - set(reparametrized(traced))
+    while left:
+        ready = {name for name in left if exists(traced, name) and isinstance(tensor_at(traced, name), nn.Parameter)}
+        if not ready:
+            raise ArtifactError(f"the model has no parameter {', '.join(sorted(left))}, which the file changes.")
+        masks = sorted(ready.intersection(header.masked))
+        driver.insert_masks(traced, {name: checkpoint.state[mask_name(name)] for name in masks})
+        driver.insert_norms(traced, [_norm(name, options) for name in sorted(ready.difference(masks))])
+        left -= ready
+
+
+def _norm(name: str, options: dict[str, dict[str, Any]]) -> InsertParametrization:
+    path, _, tensor = name.rpartition(".")
+    chosen = dict(options.get(join(path, f"parametrizations.{tensor}"), {}))
+    if not chosen:
+        raise ArtifactError(
+            f"{name!r} carries a parametrization of the model's own, which cannot be inserted. Build the model "
+            "with it, as it was when it was traced, or load without a model."
+        )
+    return _NORMS[chosen.pop("kind")](name, **chosen)
+
+
+# ---- checks
+
+
+def _check_dtypes(checkpoint: Checkpoint, model: nn.Module) -> None:
+    for name, value in tensors_of(model).items():
+        stored = checkpoint.state.get(name)
+        if stored is not None and stored.dtype != value.dtype:
+            raise ArtifactError(f"{name!r} is {stored.dtype} in the file and {value.dtype} in the model.")
+
+
+def _check_same_tensors(checkpoint: Checkpoint, traced: TracedModule) -> None:
+    differences = [*_differences(checkpoint, traced), *_other_modes(checkpoint.header, traced)]
+    if differences:
+        more = "; and so on" if len(differences) > 12 else ""
+        raise ArtifactError(
+            f"the file belongs to another model: {'; '.join(differences[:12])}{more}. Build "
+            "the model as it was when it was traced, or load without one."
+        )
+
+
+def _differences(checkpoint: Checkpoint, traced: TracedModule) -> Iterable[str]:
+    found = {name: tuple(value.shape) for name, value in tensors_of(traced).items()}
+    wanted = {name: tuple(value.shape) for name, value in checkpoint.state.items()}
+    yield from (f"missing in the file: {name}" for name in found if name not in wanted)
+    yield from (f"missing in the model: {name}" for name in wanted if name not in found)
+    for name, shape in found.items():
+        if name in wanted and wanted[name] != shape:
+            yield f"{name} is {wanted[name]} in the file, {shape} in the model"
+
+
+def _other_modes(header: Header, traced: TracedModule) -> Iterable[str]:
+    if set(header.modes) != set(traced.modes):
+        yield f"captured in {list(header.modes)} and {list(traced.modes)}"

@@ -1,0 +1,192 @@
+"""One mode's graph as a `torch.export` program without weights, and back."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram, exported_program, graph_signature
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec
+
+from fxprune.artifacts.header import StoredGraph
+from fxprune.capture.front_end import unlift
+from fxprune.capture.programs import read_program
+from fxprune.graph.editing import erase_dead
+from fxprune.graph.names import tensor_at
+from fxprune.graph.traced import Container, TracedModule
+from fxprune.torch_internals import (
+    FakeTensor,
+    FakeTensorMode,
+    TrainingIRVerifier,
+    fake_cpu_tensor,
+    pytree_info,
+    symbol_ranges,
+)
+
+_CPU = torch.device("cpu")
+# the rest of a node's meta is of no use to a reader, and names source files of the machine
+_KEPT_META = ("val", "nn_module_stack", "unbacked_bindings")
+
+
+# ---- what programs do not keep
+
+
+def stored_graph(graph: fx.Graph) -> StoredGraph:
+    """The names of the inputs, and which nodes stand for parameters."""
+    return StoredGraph(
+        arguments=pytree_info(graph).orig_args,
+        inputs=[node.name for node in graph.find_nodes(op="placeholder")],
+        origins={_key(node): node.meta["fxprune"] for node in graph.nodes if "fxprune" in node.meta},
+    )
+
+
+def _key(node: fx.Node) -> str:
+    """What finds a node again: its name, which a program keeps, and the target of what reads a parameter."""
+    return str(node.target) if node.op == "get_attr" else f"%{node.name}"
+
+
+# ---- reading
+
+
+def read_graph(content: bytes, root: Container, mode: str, stored: StoredGraph) -> fx.Graph:
+    """The graph in a member of a checkpoint, reading its parameters from `root`, which gets the branches.
+
+    Raises:
+        ArtifactError: the program could run code.
+    """
+    graph = unlift(read_program(io.BytesIO(content)), root, mode, stored.arguments, lambda value, name: name)
+    for node, name in zip(graph.find_nodes(op="placeholder"), stored.inputs, strict=True):
+        node.name = node.target = name
+    nodes = {_key(node): node for node in graph.nodes}
+    for key, origin in stored.origins.items():
+        nodes[key].meta["fxprune"] = origin
+    erase_dead(graph)
+    return graph
+
+
+# ---- writing
+
+
+def written_graph(traced: TracedModule, mode: str) -> bytes:
+    """One mode's graph as the content of a `.pt2` file: on the CPU, with single zeros for weights."""
+    torch.export.save(_program(traced, mode), file := io.BytesIO())
+    return file.getvalue()
+
+
+def _program(traced: TracedModule, mode: str) -> ExportedProgram:
+    """The steps that `torch.export.export` takes after capture, the other way round from `unlift`."""
+    graph = copy.deepcopy(traced.graphs[mode])
+    fakes = _Fakes.of(graph)
+    fakes.move_to_cpu(graph)
+    branches = _with_branches(traced, mode, graph, fakes)
+    weights = _lift_weights(traced, branches, graph, fakes)
+    info = pytree_info(graph)
+    call = exported_program.ModuleCallSignature([], [], info.in_spec, info.out_spec)  # type: ignore[arg-type]
+    return ExportedProgram(
+        root=branches,
+        graph=graph,
+        graph_signature=graph_signature.ExportGraphSignature(_input_specs(graph, weights), _output_specs(graph)),
+        state_dict={target: _zeros(tensor_at(traced, target)) for target in weights.values()},
+        range_constraints=fakes.ranges(graph),
+        module_call_graph=[exported_program.ModuleCallEntry("", call)],
+        verifiers=[TrainingIRVerifier],
+    )
+
+
+@dataclass(frozen=True)
+class _Fakes:
+    """The mode that a graph's example values live in; torch refuses a program with values of two modes."""
+
+    mode: FakeTensorMode
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> _Fakes:
+        values = (node.meta.get("val") for node in graph.nodes)
+        return cls(next((value.fake_mode for value in values if isinstance(value, FakeTensor)), FakeTensorMode()))
+
+    def on_cpu(self, value: Tensor) -> FakeTensor:
+        """A tensor without values, of the same sizes, strides and type."""
+        return fake_cpu_tensor(self.mode, value)
+
+    def move_to_cpu(self, graph: fx.Graph) -> None:
+        """Let a graph run on the CPU, and take away the meta that no reader needs."""
+        for node in graph.nodes:
+            meta = {key: value for key, value in node.meta.items() if key in _KEPT_META}
+            node.meta = pytree.tree_map_only(FakeTensor, self.on_cpu, meta)
+            node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda _: _CPU, (node.args, node.kwargs))
+
+    def ranges(self, graph: fx.Graph) -> dict[Any, Any]:
+        """The symbols in the sizes of the inputs, and the range of each."""
+        values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+        return symbol_ranges(self.mode, [size for value in values if isinstance(value, Tensor) for size in value.shape])
+
+
+def _with_branches(traced: TracedModule, mode: str, graph: fx.Graph, fakes: _Fakes) -> nn.Module:
+    """A root with the branches of control flow, under the names that they had before `unlift`."""
+    root = nn.Module()
+    for node in _last_first(graph.find_nodes(op="get_attr")):
+        body = getattr(traced, str(node.target), None)
+        if isinstance(body, fx.GraphModule):
+            node.target = str(node.target).removeprefix(f"_{mode}_")
+            copied = copy.deepcopy(body)
+            root.add_module(node.target, copied)
+            for part in copied.modules():
+                fakes.move_to_cpu(part.graph)  # type: ignore[arg-type]
+    return root
+
+
+def _lift_weights(traced: TracedModule, branches: nn.Module, graph: fx.Graph, fakes: _Fakes) -> dict[fx.Node, str]:
+    """Let inputs in front of the others stand for parameters and buffers; returns which is for which."""
+    inputs: dict[str, fx.Node] = {}
+    for node in _last_first(graph.find_nodes(op="get_attr")):
+        target = str(node.target)
+        if target in branches._modules:
+            continue
+        if target not in inputs:
+            with graph.inserting_before():
+                inputs[target] = graph.placeholder(f"p{len(inputs)}")
+            inputs[target].meta["val"] = fakes.on_cpu(tensor_at(traced, target).detach())
+        node.replace_all_uses_with(inputs[target])
+        graph.erase_node(node)
+    return {node: target for target, node in inputs.items()}
+
+
+def _last_first(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    return list(reversed(list(nodes)))
+
+
+def _zeros(value: Tensor) -> Tensor:
+    """A stand-in that takes no room in the file."""
+    if not value.numel():
+        return value.detach().cpu()
+    return torch.zeros((1,) * value.dim(), dtype=value.dtype).expand(value.shape)
+
+
+def _input_specs(graph: fx.Graph, weights: dict[fx.Node, str]) -> list[InputSpec]:
+    specs = []
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        argument = _argument(node) if isinstance(value, Tensor) else graph_signature.ConstantArgument(node.name, value)
+        if node in weights:
+            specs.append(InputSpec(InputKind.BUFFER, argument, weights[node], persistent=True))
+        else:
+            specs.append(InputSpec(InputKind.USER_INPUT, argument, None))
+    return specs
+
+
+def _output_specs(graph: fx.Graph) -> list[OutputSpec]:
+    leaves: Any = graph.output_node().args[0]
+    arguments = [
+        _argument(leaf) if isinstance(leaf, fx.Node) else graph_signature.ConstantArgument("", leaf) for leaf in leaves
+    ]
+    return [OutputSpec(OutputKind.USER_OUTPUT, argument, None) for argument in arguments]
+
+
+def _argument(node: fx.Node) -> graph_signature.TensorArgument:
+    return graph_signature.TensorArgument(node.name)
