@@ -1,12 +1,14 @@
 """Files for deployment, and the proof that they compute what they came from."""
 
-from .comparison import Call, Report, Row, compare
+from .comparison import compare
 from .inspection import Contents, inspect
 from .latency import Latency, bench
 from .onnx import ExportReport, to_onnx
 from .program import to_program, to_torchscript
+from .report import Report, Row
 from .session import Session
-from .source import FileReport
+from .values import Call
+from .verification import FileReport
 
 __all__ = [
     "Call",

@@ -12,8 +12,8 @@ import numpy as np
 
 from fxprune.errors import ArgumentError
 
-from .comparison import as_calls
 from .session import Session
+from .values import as_calls
 
 
 @dataclass(frozen=True)

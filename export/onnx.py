@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import ast
 import os
-import re
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import torch
-from onnxscript.optimizer import FOLDED_FROM_KEY
+from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
 from fxprune.errors import ArgumentError
 from fxprune.files import atomic
 from fxprune.graph.traced import TracedModule
 
-from .comparison import Call, ModuleRunner, as_calls
-from .divergence import ORIGIN
+from .flattening import check_source, flatten
+from .judging import Tolerance
 from .lowering import lower
-from .precision import float16, int8
-from .precision import sparse as store_sparse
-from .session import RTOL, Session, as_captured
-from .source import FileReport, check_source, flat, metadata, resized, size_of, translating, verifying
-
-SINGLE_FILE_BYTES = 1536 * 2**20  # weights beyond it go to a file beside: protobuf ends at 2 GiB
+from .metadata import metadata
+from .onnx_files import rewrite, save, side_files
+from .onnx_names import drop_stack_traces, name_ends, name_free_sizes, name_origins, name_weights
+from .precision import float16, int8, sparse_initializers
+from .report import Report
+from .session import RTOL, Session
+from .translation import translating
+from .values import Call, as_calls, as_captured
+from .verification import Draft, FileReport, other_sizes, verify
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,9 @@ class ExportReport(FileReport):
     """What `to_onnx` wrote.
 
     Attributes:
-        path, size, comparison: as in `FileReport`. opset: of ONNX's own operators.
+        path, size, comparison, notes: as in `FileReport`. opset: of ONNX's own operators.
         inputs, outputs: names in the file, in order.
         precision: of its weights. dense_size: bytes without sparse initializers, `size` where there are none.
-        notes: what the caller should know of the file.
     """
 
     opset: int
@@ -47,7 +47,6 @@ class ExportReport(FileReport):
     outputs: tuple[str, ...]
     precision: str
     dense_size: int
-    notes: tuple[str, ...]
 
 
 def to_onnx(
@@ -112,160 +111,184 @@ def to_onnx(
         True
     """
     check_source(final, "to_onnx")
-    batches = _batches(final, precision, calibration)
-    sample, extra = Call(final.example_args, final.example_kwargs), as_calls(inputs) if inputs != () else []
-    shapes = final.dynamic_shapes if dynamic_shapes == "captured" else dynamic_shapes
-    with atomic(path) as name:
-        stale = _side_files(Path(os.path.realpath(path)))
-        module, names, aliases = flat(final)
-        lower(module, opset)
-        with translating("translate the model to ONNX"):
-            exported = torch.export.export(module, *sample, dynamic_shapes=shapes, strict=False)
-            program = torch.onnx.export(exported, dynamo=True, verbose=False, opset_version=opset)
-        assert isinstance(program, ONNXProgram)
-        reached = program.model.opset_imports[""]
-        if opset not in (None, reached):
-            raise ArgumentError(f"opset {opset} was asked for; torch and onnx can write this model in opset {reached}.")
-        _name_weights(program, aliases)
-        _name_origins(program)
-        _name_ends(program, names, input_names, output_names)
-        program.model.metadata_props.update(metadata(final, precision))
-        _save(program, name)
-        comparison, notes = None, []
-        with verifying(name, path) as check:
-            if precision == "float16":
-                _rewrite(name, lambda model: float16(model, keep_io))
-            elif precision == "int8":
-                feeds = [Session(name).feed(*batch) for batch in batches] or None
-                _rewrite(name, lambda model: int8(name, feeds))
-            dense = size_of(name)
-            if sparse:
-                _rewrite(name, store_sparse)
-                count = len(onnx.load(name, load_external_data=False).graph.sparse_initializer)
-                notes.append(
-                    f"{count} initializers are stored sparse: {size_of(name)} bytes instead of {dense}. onnxruntime "
-                    "makes them dense when it loads the file: latency is that of the dense file."
-                )
-            onnx.checker.check_model(os.fspath(name))
-            if verify:
-                first = batches[0] if batches else sample
-                calls = [*(batches or [sample]), *resized(exported, first, final), *extra]
-                session = Session(name, providers)
-                comparison = check([ModuleRunner(final, "eval"), session], calls, rtol, atol)
-                if set(session.placement) - {providers[0]}:
-                    notes.append(f"operators by provider: {session.placement}")
-        size = size_of(name)
+    request = _Request(
+        final,
+        opset=opset,
+        precision=precision,
+        calibration=tuple(_calibration_batches(final, precision, calibration)),
+        sparse=sparse,
+        verify=verify,
+        keep_io=keep_io,
+        providers=tuple(providers),
+        dynamic_shapes=final.dynamic_shapes if dynamic_shapes == "captured" else dynamic_shapes,
+        input_names=input_names,
+        output_names=output_names,
+        inputs=tuple(as_calls(inputs)) if inputs != () else (),
+        tolerance=Tolerance(rtol, atol),
+    )
+    with atomic(path) as file:
+        draft = Draft(file, path)
+        stale = side_files(path)
+        translation = _translate(request)
+        save(translation.program, file)
+        with draft.usable():
+            written = _convert(request, draft)
+            onnx.checker.check_model(os.fspath(file))
+            verification = _verify(request, draft, translation.exported) if request.verify else _Verification(None, ())
+        size = draft.size
     for part in stale:
         part.unlink(missing_ok=True)
-    taken, given = ([str(v.name) for v in ends] for ends in (program.model.graph.inputs, program.model.graph.outputs))
     return ExportReport(
-        Path(path), size, comparison, reached, tuple(taken), tuple(given), precision, dense, tuple(notes)
-    )  # fmt: skip
+        Path(path),
+        size,
+        verification.comparison,
+        (*written.notes, *verification.notes),
+        opset=translation.opset,
+        inputs=translation.inputs,
+        outputs=translation.outputs,
+        precision=precision,
+        dense_size=written.dense_size,
+    )
 
 
-def _batches(final: TracedModule, precision: str, calibration: Any) -> list[Call]:
+@dataclass(frozen=True)
+class _Request:
+    """What `to_onnx` was asked for, checked: its arguments, as it says there."""
+
+    final: TracedModule
+    opset: int | None
+    precision: str
+    calibration: tuple[Call, ...]
+    sparse: bool
+    verify: bool
+    keep_io: bool
+    providers: tuple[str, ...]
+    dynamic_shapes: Any
+    input_names: Sequence[str] | None
+    output_names: Sequence[str] | None
+    inputs: tuple[Call, ...]
+    tolerance: Tolerance
+
+    @property
+    def sample(self) -> Call:
+        """The sample inputs of the capture."""
+        return Call(self.final.example_args, self.final.example_kwargs)
+
+
+@dataclass(frozen=True)
+class _Translation:
+    """What torch made: its exported program, and the ONNX program under the names of the file."""
+
+    exported: ExportedProgram
+    program: ONNXProgram
+
+    @property
+    def opset(self) -> int:
+        """Of ONNX's own operators."""
+        return int(self.program.model.opset_imports[""])
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names in order."""
+        return tuple(str(value.name) for value in self.program.model.graph.inputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names in order."""
+        return tuple(str(value.name) for value in self.program.model.graph.outputs)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The file in its final precision: bytes before weights were stored sparse, and what that came to."""
+
+    dense_size: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Verification:
+    """What the run of the file gave, None where none was asked for."""
+
+    comparison: Report | None
+    notes: tuple[str, ...]
+
+
+def _calibration_batches(final: TracedModule, precision: str, calibration: Any) -> list[Call]:
     given = calibration is not None
     if precision not in RTOL or (given and precision != "int8"):
-        asked = f"precision {precision!r} was asked for{' with calibration' * given}"
+        asked = f"precision {precision!r} was asked for{' with calibration' if given else ''}"
         raise ArgumentError(f"{asked}; there are {', '.join(RTOL)}, and calibration is for int8.")
-    single = isinstance(calibration, tuple | dict | torch.Tensor)
-    found = as_calls(calibration if single else list(calibration)) if given else []
-    if given and not found:
+    if not given:
+        return []
+    is_single = isinstance(calibration, tuple | dict | torch.Tensor)
+    batches = as_calls(calibration if is_single else list(calibration))
+    if not batches:
         raise ArgumentError("calibration holds no batch; at least one is needed, or None for dynamic quantization.")
-    found = [Call(*as_captured(final.graphs["eval"], *call)) for call in found]
-    for call in found:
-        final.check_inputs(*call)
-    return found
+    batches = [Call(*as_captured(final.graphs["eval"], *batch)) for batch in batches]
+    for batch in batches:
+        final._check_inputs(*batch)
+    return batches
 
 
-def _rewrite(name: Path, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:
-    """Replace the file by what `change` makes of it; its metadata stay."""
-    model = onnx.load(name)
-    kept = {entry.key: entry.value for entry in model.metadata_props}
-    origins = {
-        value: e for node in model.graph.node for e in node.metadata_props for value in node.output if e.key == ORIGIN
-    }
-    model = change(model)
-    for node in model.graph.node:
-        if not node.metadata_props:  # what the quantizer puts in its place has none
-            node.metadata_props.extend(origins[value] for value in node.output if value in origins)
-    onnx.helper.set_model_props(model, kept)
-    for part in list(name.parent.iterdir()):
-        part.unlink()
-    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > SINGLE_FILE_BYTES
-    side = f"{name.stem}-{secrets.token_hex(4)}.onnx.data"
-    onnx.save(model, name, save_as_external_data=external, location=side)
-
-
-def _name_weights(program: ONNXProgram, aliases: dict[str, str]) -> None:
-    """Give the initializers the names of the state dict, also what the optimizer made of a single parameter."""
-    graph = program.model.graph
-    for name, value in list(graph.initializers.items()):
-        origin = {name, *ast.literal_eval(value.metadata_props.get(FOLDED_FROM_KEY, "[]"))} & aliases.keys()
-        if len(origin) == 1 and (source := aliases[origin.pop()]) not in graph.initializers:
-            value.name = source
-    for node in graph.all_nodes():
-        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # absolute paths of this machine's sources
-
-
-def _name_origins(program: ONNXProgram) -> None:
-    """Let each node say which traced node's value it computes; of a decomposed one that is the last."""
-    assert program.exported_program is not None
-    origins = {n.name: n.meta.get("custom", {}).get(ORIGIN) for n in program.exported_program.graph.nodes}
-    last = {origins.get(str(value.name)): node for node in program.model.graph for value in node.outputs}
-    for origin, node in last.items():
-        if origin:
-            node.metadata_props[ORIGIN] = origin
-
-
-def _name_ends(
-    program: ONNXProgram, defaults: list[str], inputs: Sequence[str] | None, outputs: Sequence[str] | None
-) -> None:
-    graph = program.model.graph
-    weights = set(graph.initializers) - {value.name for value in graph.outputs}
-    inputs = inputs or [str(value.name) for value in graph.inputs]
-    if outputs is None:
-        clash = weights.union(inputs)
-        outputs = [name + "_out" * (name in clash or name in defaults[:i]) for i, name in enumerate(defaults)]
-    names, ends = [*inputs, *outputs], [*graph.inputs, *graph.outputs]
-    fits = len(inputs) == len(graph.inputs) and len(names) == len(ends) == len(set(names))
-    if not fits or weights.intersection(names):
-        raise ArgumentError(
-            f"input_names {list(inputs)} and output_names {list(outputs)} cannot be used: the model has "
-            f"{len(graph.inputs)} inputs and {len(graph.outputs)} outputs, and names must differ from each other and "
-            f"from the parameters' ({', '.join(sorted(weights.intersection(names))) or 'as they do'})."
+def _translate(request: _Request) -> _Translation:
+    """The eval graph as an ONNX program, every name in it as it will be in the file."""
+    flat = flatten(request.final)
+    lower(flat.module, request.opset)
+    with translating("translate the model to ONNX"):
+        exported = torch.export.export(
+            flat.module, *request.sample, dynamic_shapes=request.dynamic_shapes, strict=False
         )
-    inner = [value for node in graph.all_nodes() for value in node.outputs if value.name in names]
-    for i, value in enumerate([*inner, *ends]):
-        value.name = f"fxprune_{i}"  # first out of each other's way
-    for value, name in zip(ends, names, strict=True):
-        value.name = name
-    free: dict[Any, str] = {}
-    for value in graph.inputs:
-        for axis, size in enumerate(value.shape or ()):
-            if re.fullmatch(r"[su]\d+", str(size)) and str(size) not in free:
-                free[str(size)] = "batch" if axis == 0 and "batch" not in free.values() else f"{value.name}_{axis}"
-    program.rename_axes(free)
+        program = torch.onnx.export(exported, dynamo=True, verbose=False, opset_version=request.opset)
+    assert isinstance(program, ONNXProgram)
+    translation = _Translation(exported, program)
+    if request.opset not in (None, translation.opset):
+        raise ArgumentError(
+            f"opset {request.opset} was asked for; torch and onnx can write this model in opset {translation.opset}."
+        )
+    name_weights(program, flat.parameters)
+    name_origins(program)
+    name_ends(program, flat.output_names, request.input_names, request.output_names)
+    name_free_sizes(program)
+    drop_stack_traces(program)
+    program.model.metadata_props.update(metadata(request.final, request.precision))
+    return translation
 
 
-def _save(program: ONNXProgram, name: Path) -> None:
-    weights = sum(v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value is not None)
-    external = weights > SINGLE_FILE_BYTES
-    # the exporter calls the side file like the main one; a fresh name keeps an older pair whole until it is replaced
-    draft = name.with_name(f"{name.stem}-{secrets.token_hex(4)}.onnx") if external else name
-    program.save(draft, external_data=external)
-    draft.rename(name)
+def _convert(request: _Request, draft: Draft) -> _Written:
+    """Bring the file to the precision that was asked for, and store it sparse if that was."""
+    if request.precision == "float16":
+        rewrite(draft, lambda model: float16(model, request.keep_io))
+    elif request.precision == "int8":
+        rewrite(draft, lambda model: int8(draft.file, _feeds(request, draft)))
+    dense_size = draft.size
+    if not request.sparse:
+        return _Written(dense_size, ())
+    rewrite(draft, sparse_initializers)
+    count = len(onnx.load(draft.file, load_external_data=False).graph.sparse_initializer)
+    note = (
+        f"{count} initializers are stored sparse: {draft.size} bytes instead of {dense_size}. onnxruntime "
+        "makes them dense when it loads the file: latency is that of the dense file."
+    )
+    return _Written(dense_size, (note,))
 
 
-def _side_files(path: Path) -> list[Path]:
-    """External data of a file that stands at `path`, as far as `_save` has named it."""
-    own = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}\.onnx\.data")
-    found = [item for item in path.parent.iterdir() if own.fullmatch(item.name)]
-    if not found or not path.is_file():
-        return []
-    try:
-        tensors = onnx.load(os.fspath(path), load_external_data=False).graph.initializer
-    except Exception:  # what stands there is not ONNX: nothing of it is known to be ours
-        return []
-    used = {entry.value for tensor in tensors for entry in tensor.external_data}
-    return [item for item in found if item.name in used]
+def _feeds(request: _Request, draft: Draft) -> list[dict[str, np.ndarray]] | None:
+    """The calibration batches as the file takes them, None without."""
+    if not request.calibration:
+        return None
+    session = Session(draft.file)
+    return [session.feed(*batch) for batch in request.calibration]
+
+
+def _verify(request: _Request, draft: Draft, exported: ExportedProgram) -> _Verification:
+    """Run the file on the calibration batches or the sample, on other sizes, and on the caller's inputs."""
+    given = request.calibration or (request.sample,)
+    others = other_sizes(exported, given[0], request.final)
+    session = Session(draft.file, request.providers)
+    calls = [*given, *others.calls, *request.inputs]
+    comparison = verify(draft, request.final, session, calls, request.tolerance)
+    notes = list(others.notes)
+    if set(session.placement) - {request.providers[0]}:
+        notes.append(f"operators by provider: {session.placement}")
+    return _Verification(comparison, tuple(notes))

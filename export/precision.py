@@ -13,7 +13,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from fxprune.errors import ExportError
 
-from .source import quiet
+from .quiet import quiet
 
 # Operators that compute in int8, and those that only move what is int8 already. Normalizations, softmax and products
 # of activations keep float32: their ranges are too wide for one step size.
@@ -74,7 +74,7 @@ def _wide_sums(model: ModelProto) -> list[str]:
     return [n.name for n in model.graph.node if n.op_type == "Add" and not convolved.intersection(n.input)]
 
 
-def sparse(model: ModelProto) -> ModelProto:
+def sparse_initializers(model: ModelProto) -> ModelProto:
     """The model, with the initializers that get smaller by it stored as sparse ones in place.
 
     Indices are linear, 8 bytes a value; the layouts that onnxruntime reads are listed in

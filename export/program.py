@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -16,8 +16,13 @@ from fxprune.errors import ExportError
 from fxprune.files import atomic
 from fxprune.graph.traced import TracedModule
 
-from .comparison import Call, ModuleRunner, ProgramRunner
-from .source import FileReport, check_source, flat, metadata, resized, size_of, translating, verifying
+from .flattening import check_source, flatten
+from .judging import Tolerance
+from .metadata import metadata
+from .runners import ProgramRunner
+from .translation import translating
+from .values import Call
+from .verification import Draft, FileReport, other_sizes, verify
 
 
 def to_program(final: TracedModule, path: str | os.PathLike[str]) -> FileReport:
@@ -40,12 +45,17 @@ def to_program(final: TracedModule, path: str | os.PathLike[str]) -> FileReport:
         True
     """
 
-    def save(name: Path, module: fx.GraphModule, program: ExportedProgram) -> None:
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # absolute paths of this machine's sources
-        torch.export.save(program, name, extra_files={"fxprune.json": json.dumps(metadata(final))})
-
-    return _write(final, path, ".pt2", save, structured=True)
+    check_source(final, "to_program")
+    _check_suffix(path, ".pt2")
+    module = flatten(final, structured=True).module
+    with atomic(path) as file:
+        draft = Draft(file, path)
+        with translating("write the model as .pt2"):
+            program = _exported(module, final)
+            for node in program.graph.nodes:
+                node.meta.pop("stack_trace", None)  # absolute paths of this machine's sources
+            torch.export.save(program, file, extra_files={"fxprune.json": json.dumps(metadata(final))})
+        return _verified(draft, final, program)
 
 
 def to_torchscript(final: TracedModule, path: str | os.PathLike[str]) -> FileReport:
@@ -68,52 +78,59 @@ def to_torchscript(final: TracedModule, path: str | os.PathLike[str]) -> FileRep
         True
     """
 
-    def save(name: Path, module: fx.GraphModule, program: ExportedProgram) -> None:
-        graph = module.graph
-        leaves = torch.utils._pytree.tree_leaves((final.example_args, final.example_kwargs))
-        inputs = dict(zip(graph.find_nodes(op="placeholder"), leaves, strict=True))
-        for node, leaf in inputs.items():
-            if not isinstance(leaf, torch.Tensor):
-                graph.erase_node(node)
-        (result,) = graph.output_node().args
-        assert isinstance(result, tuple)
-        graph.output_node().args = (result[0] if len(result) == 1 else result,)
-        graph.set_codegen(fx.graph.CodeGen())
-        for node in graph.nodes:
-            if node.target is torch.ops.aten.sym_size.int:
-                node.target = torch.ops.aten.size
-            elif isinstance(node.target, torch._ops.OpOverload):
-                node.target = node.target.overloadpacket  # TorchScript chooses the overload by the arguments
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", message="The TorchScript type system doesn't support instance-level")
-            scripted = torch.jit.script(fx.GraphModule(module, graph).eval())
-            torch.jit.freeze(scripted).save(os.fspath(name))
-
-    return _write(final, path, ".pt", save, structured=False)
+    check_source(final, "to_torchscript")
+    _check_suffix(path, ".pt")
+    module = flatten(final).module
+    with atomic(path) as file:
+        draft = Draft(file, path)
+        with translating("write the model as .pt"):
+            program = _exported(module, final)
+            _frozen_script(_scriptable(module, final)).save(os.fspath(file))
+        return _verified(draft, final, program)
 
 
-def _write(
-    final: TracedModule,
-    path: str | os.PathLike[str],
-    suffix: str,
-    save: Callable[[Path, fx.GraphModule, ExportedProgram], None],
-    *,
-    structured: bool,
-) -> FileReport:
-    """Let `save` write a file of the flat module or its program, and verify the file."""
-    check_source(final, "to_program" if structured else "to_torchscript")
+def _check_suffix(path: str | os.PathLike[str], suffix: str) -> None:
     if Path(path).suffix != suffix:
         raise ExportError(
             f"'{path}' was to be written; the name must end in {suffix}, by which readers know the format."
         )
-    module, *_ = flat(final, structured)
+
+
+def _exported(module: fx.GraphModule, final: TracedModule) -> ExportedProgram:
+    sample = final.example_args, final.example_kwargs
+    return torch.export.export(module, *sample, dynamic_shapes=final.dynamic_shapes, strict=False)
+
+
+def _scriptable(module: fx.GraphModule, final: TracedModule) -> fx.GraphModule:
+    """The module over its tensor inputs alone, in operators that TorchScript has."""
+    graph = module.graph
+    leaves = pytree.tree_leaves((final.example_args, final.example_kwargs))
+    for node, leaf in zip(graph.find_nodes(op="placeholder"), leaves, strict=True):
+        if not isinstance(leaf, torch.Tensor):
+            graph.erase_node(node)
+    (outputs,) = graph.output_node().args
+    assert isinstance(outputs, tuple)
+    graph.output_node().args = (outputs[0] if len(outputs) == 1 else outputs,)
+    graph.set_codegen(fx.graph.CodeGen())
+    for node in graph.find_nodes(op="call_function"):
+        if node.target is torch.ops.aten.sym_size.int:
+            node.target = torch.ops.aten.size
+        elif isinstance(node.target, torch._ops.OpOverload):
+            node.target = node.target.overloadpacket  # TorchScript chooses the overload by the arguments
+    return fx.GraphModule(module, graph).eval()
+
+
+def _frozen_script(module: fx.GraphModule) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="The TorchScript type system doesn't support instance-level")
+        script: torch.jit.ScriptModule = torch.jit.freeze(torch.jit.script(module))
+    return script
+
+
+def _verified(draft: Draft, final: TracedModule, program: ExportedProgram) -> FileReport:
     sample = Call(final.example_args, final.example_kwargs)
-    with atomic(path) as name:
-        with translating(f"write the model as {suffix}"):
-            program = torch.export.export(module, *sample, dynamic_shapes=final.dynamic_shapes, strict=False)
-            save(name, module, program)
-        with verifying(name, path) as check:
-            calls = [sample, *resized(program, sample, final)]
-            comparison = check([ModuleRunner(final, "eval"), ProgramRunner(name)], calls, None, None)
-        return FileReport(Path(path), size_of(name), comparison)
+    with draft.usable():
+        others = other_sizes(program, sample, final)
+        comparison = verify(draft, final, ProgramRunner(draft.file), [sample, *others.calls], Tolerance())
+    return FileReport(Path(draft.target), draft.size, comparison, tuple(others.notes))

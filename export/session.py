@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,94 +12,41 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-import torch.utils._pytree as pytree
-from torch import fx
 
 from fxprune.errors import CompareError, ProviderWarning
+
+from .values import input_tensors, match_inputs
 
 # Relative to the largest value of an output; None: by the output's dtype. float16 rounds at 5e-4; an int8 step is 1/255
 # of a tensor's range, and some ten to a hundred layers add theirs up.
 RTOL: dict[str, float | None] = {"float32": None, "float16": 1e-2, "int8": 0.1}
 
+_NUMPY_NAMES = {"float": "float32", "double": "float64"}  # of onnxruntime's element types that numpy calls otherwise
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a pytree with their paths, as in `logits`, `[0]`, `state.h[1]`; a bare leaf has the path ''."""
+
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options that let onnxruntime say errors only; its warnings tell of choices inside it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def _load(path: str | os.PathLike[str], providers: Sequence[str], threads: int | None) -> onnxruntime.InferenceSession:
+    offered = onnxruntime.get_available_providers()
+    if lacking := [provider for provider in providers if provider not in offered]:
+        raise CompareError(f"onnxruntime was to run '{path}' with {lacking}; this build offers {offered}.")
+    options = session_options(threads)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        leaves, _ = pytree.tree_flatten_with_path(tree)
-    except ValueError:  # a registered node type without key paths
-        return [(f"[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(tree))]
-    return [(named_key(path), leaf) for path, leaf in leaves]
-
-
-def named_key(path: Any) -> str:
-    """A path of torch's pytree as text."""
-    return "".join(map(_step, path)).removeprefix(".")
-
-
-def _step(key: Any) -> str:
-    if isinstance(key, pytree.SequenceKey):
-        return f"[{key.idx}]"
-    return f".{key.name if isinstance(key, pytree.GetAttrKey) else key.key}"
-
-
-def identifier(path: str, prefix: str) -> str:
-    """A path of `named_leaves` as a name for an ONNX value: `[0]` with the prefix `output` gives `output_0`."""
-    name = re.sub(r"\W+", "_", path).strip("_")
-    return name if name and not name[0].isdigit() else f"{prefix}_{name}".rstrip("_")
-
-
-def tensors_of(value: Any, owner: str) -> dict[str, torch.Tensor]:
-    """The tensors in an output by path, numbers as 0-dimensional tensors; None is skipped.
-
-    Raises:
-        CompareError: the output holds something else, for instance an object that is no registered pytree.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for path, leaf in named_leaves(value):
-        if dataclasses.is_dataclass(leaf):
-            inner = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
-            found |= {f"{path}.{k}".removeprefix("."): v for k, v in tensors_of(inner, owner).items()}
-            continue
-        if isinstance(leaf, int | float | complex):
-            leaf = torch.tensor(leaf)
-        if isinstance(leaf, torch.Tensor):
-            found[path or "output"] = leaf
-        elif leaf is not None:
-            raise CompareError(
-                f"{owner} returns a {type(leaf).__name__} at '{path or 'output'}', which cannot be compared. Return "
-                "tensors in tuples, lists, dicts, or classes registered with torch.export.register_dataclass."
-            )
-    return found
-
-
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], list[tuple[str, torch.Tensor]]]:
-    """The tensors by order, and those by name."""
-    by_name = [(identifier(p, "input"), v) for p, v in named_leaves(kwargs) if isinstance(v, torch.Tensor)]
-    return [v for v in pytree.tree_leaves(args) if isinstance(v, torch.Tensor)], by_name
-
-
-def match(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a call by the names of a file's inputs, in their order; ValueError when the number differs.
-
-    Keyword arguments are matched by name where the names agree, all others by order; what is no tensor is left out.
-    """
-    by_order, given = _given(args, kwargs)
-    by_name = {name: value for name, value in given if name in names}
-    by_order += [value for name, value in given if name not in by_name]
-    found = by_name | dict(zip([name for name in names if name not in by_name], by_order, strict=True))
-    return {name: found[name] for name in names}
-
-
-def as_captured(
-    graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call with its arguments by position and by name as a graph was captured with them, where the names fit."""
-    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
-    names, count = info.orig_args, info.in_spec.child(0).num_children
-    bound = dict(zip(names, args, strict=False)) | kwargs
-    if len(args) + len(kwargs) != len(names) or bound.keys() != set(names):
-        return args, kwargs
-    return tuple(bound[n] for n in names[:count]), {n: bound[n] for n in names[count:]}
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
+    except Exception as error:  # onnxruntime's classes share no base of their own
+        raise CompareError(
+            f"'{path}' ({Path(path).stat().st_size} bytes) cannot be loaded by onnxruntime "
+            f"{onnxruntime.__version__}: {error}. A file that is damaged or not ONNX must be written again; an "
+            "operator that is not implemented for its type needs the model in float32."
+        ) from error
 
 
 class Session:
@@ -139,50 +84,40 @@ class Session:
         if not Path(path).is_file():
             found = "a folder" if Path(path).is_dir() else "nothing"
             raise CompareError(f"'{path}' was to be run; there is {found} of that name. Give an .onnx file's path.")
-        offered = onnxruntime.get_available_providers()
-        if lacking := [p for p in providers if p not in offered]:
-            raise CompareError(f"onnxruntime was to run '{path}' with {lacking}; this build offers {offered}.")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: warnings tell of choices inside onnxruntime
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        if threads:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
-        except Exception as error:  # onnxruntime's classes share no base of their own
-            raise CompareError(
-                f"'{path}' ({Path(path).stat().st_size} bytes) cannot be loaded by onnxruntime "
-                f"{onnxruntime.__version__}: {error}. A file that is damaged or not ONNX must be written again; an "
-                "operator that is not implemented for its type needs the model in float32."
-            ) from error
+        self._session = _load(path, providers, threads)
         self.inputs = {value.name: f"{value.type} {value.shape}" for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         precision = self.metadata.get("fxprune.precision", "")
         self.rtol, self._half = RTOL.get(precision), precision == "float16"
         self.providers: list[str] = self._session.get_providers()
-        parts = self._session.get_provider_graph_assignment_info()
-        self.placement = dict(sum((Counter({part.ep_name: len(part.get_nodes())}) for part in parts), Counter[str]()))
-        dropped = [p for p in providers if p not in self.providers]
-        if dropped or (self.placement and providers[0] not in self.placement):
+        placement = Counter[str]()
+        for part in self._session.get_provider_graph_assignment_info():
+            placement[part.ep_name] += len(part.get_nodes())
+        self.placement = dict(placement)
+        self._warn_if_placed_elsewhere(providers)
+        self._device = "cuda" if self.placement.get("CUDAExecutionProvider") else "cpu"
+
+    def _warn_if_placed_elsewhere(self, asked: Sequence[str]) -> None:
+        dropped = [provider for provider in asked if provider not in self.providers]
+        if dropped or (self.placement and asked[0] not in self.placement):
             warnings.warn(
-                f"'{path}' was to run with {list(providers)}; onnxruntime runs it with {self.placement}. A provider "
+                f"'{self.path}' was to run with {list(asked)}; onnxruntime runs it with {self.placement}. A provider "
                 "whose libraries do not load is dropped: install what it needs, or ask for the one it runs with.",
                 ProviderWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._device = "cuda" if self.placement.get("CUDAExecutionProvider") else "cpu"
 
     def feed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
         """The arrays by input name; float32 is rounded where a file of precision float16 takes it.
 
-        They are matched as `match` says; what is not a tensor was fixed when the file was written.
+        They are matched as `match_inputs` says; what is not a tensor was fixed when the file was written.
 
         Raises:
             CompareError: the number or a type of the inputs differs from the file's.
         """
         try:
-            found = match(list(self.inputs), args, kwargs)
+            found = match_inputs(list(self.inputs), args, kwargs)
             for name, value in found.items():
                 if self._half and value.dtype == torch.float32 and self.inputs[name].startswith("tensor(float16)"):
                     found[name] = value.half()
@@ -198,24 +133,32 @@ class Session:
         """
         feed = self.feed(args, kwargs)
         try:
-            bound = self._device != "cpu"
-            values = [v.numpy() for v in self.bind(feed)()] if bound else self._session.run(None, feed)
-        except Exception as error:
+            if self._device == "cpu":
+                values = self._session.run(None, feed)
+            else:
+                values = [value.numpy() for value in self.bind(feed)()]
+        except Exception as error:  # onnxruntime's classes share no base of their own
             raise self._refusal(error, args, kwargs) from error
+        outputs: dict[str, torch.Tensor] = {}
         for name, value in zip(self.outputs, values, strict=True):
             if not isinstance(value, np.ndarray | np.generic):
                 raise CompareError(f"output '{name}' of '{self.name}' is a {type(value).__name__}, not a tensor.")
-        outputs = {name: torch.from_numpy(np.array(value)) for name, value in zip(self.outputs, values, strict=True)}
-        return {name: v.float() if self._half and v.dtype == torch.float16 else v for name, v in outputs.items()}
+            output = torch.from_numpy(np.array(value))
+            outputs[name] = output.float() if self._half and output.dtype == torch.float16 else output
+        return outputs
 
     def random(self, batch: int) -> dict[str, np.ndarray]:
         """Normal numbers, and ones for integers, in the file's shapes; free sizes are `batch` on axis 0, else 1."""
-        generator, found = np.random.default_rng(0), {}
+        generator = np.random.default_rng(0)
+        found: dict[str, np.ndarray] = {}
         for value in self._session.get_inputs():
-            shape = [d if isinstance(d, int) else batch if a == 0 else 1 for a, d in enumerate(value.shape)]
-            kind = np.dtype({"float": "f4", "double": "f8"}.get(value.type[7:-1], value.type[7:-1]))
-            array = generator.standard_normal(shape) if kind.kind == "f" else np.ones(shape)
-            found[value.name] = array.astype(kind)
+            shape = [size if isinstance(size, int) else 1 for size in value.shape]
+            if value.shape and not isinstance(value.shape[0], int):
+                shape[0] = batch
+            element = value.type.removeprefix("tensor(").removesuffix(")")
+            dtype = np.dtype(_NUMPY_NAMES.get(element, element))
+            array = generator.standard_normal(shape) if dtype.kind == "f" else np.ones(shape)
+            found[value.name] = array.astype(dtype)
         return found
 
     def bind(self, feed: dict[str, np.ndarray]) -> Callable[[], list[Any]]:
@@ -233,8 +176,8 @@ class Session:
         return call
 
     def _refusal(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompareError:
-        by_order, by_name = _given(args, kwargs)
-        got = [f"{v.dtype} {list(v.shape)}" for v in (*by_order, *dict(by_name).values())]
+        by_order, by_name = input_tensors(args, kwargs)
+        got = [f"{value.dtype} {list(value.shape)}" for value in (*by_order, *dict(by_name).values())]
         return CompareError(
             f"'{self.name}' cannot run these inputs: {error}. It takes {self.inputs}; given were "
             f"{len(by_order)} by order and {[*dict(by_name)]} by name: {got}."

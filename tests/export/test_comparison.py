@@ -179,7 +179,9 @@ def test_report_names_outputs_by_path_and_calls_by_number() -> None:
     assert report.first_divergence is None
     text = report.table().splitlines()
     assert text[0] == "against a, eval mode"
-    assert len(text) == 2 + 4
+    assert len(text) == 2 + 4 + 1
+    assert text[6].startswith("the nodes could not be compared: ")  # what it returns is no computation
+    assert report.no_search in text[6]
     assert text[4].split() == ["c", "0", "logits", "2x3", "float32", "1.0e+00", "1.0e+00", "NO", "limit", "1.0e-04"]
     again = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert again["ok"] is False

@@ -20,8 +20,7 @@ from torch.onnx import ONNXProgram
 
 import fxprune
 from fxprune.errors import ArgumentError, ArgumentTypeError, ExportError
-from fxprune.export import Call, Session, compare, to_onnx
-from fxprune.export import onnx as module_under_test
+from fxprune.export import Call, Session, compare, onnx_files, to_onnx
 
 
 class Network(nn.Module):
@@ -198,7 +197,7 @@ def test_sizes_that_the_model_cannot_run_are_not_tried(tmp_path: Path) -> None:
 
 
 def test_weights_beside_the_file(small: fxprune.TracedModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module_under_test, "SINGLE_FILE_BYTES", 0)
+    monkeypatch.setattr(onnx_files, "SINGLE_FILE_BYTES", 0)
     bystander = tmp_path / "model-00000000.onnx.data"
     bystander.write_text("not of this file")
     first = to_onnx(small, tmp_path / "model.onnx")
@@ -253,7 +252,7 @@ def test_a_file_with_a_wrong_weight_is_kept_aside(
     small: fxprune.TracedModule, old: Path, monkeypatch: pytest.MonkeyPatch, external: bool
 ) -> None:
     if external:
-        monkeypatch.setattr(module_under_test, "SINGLE_FILE_BYTES", 0)
+        monkeypatch.setattr(onnx_files, "SINGLE_FILE_BYTES", 0)
     save = ONNXProgram.save
 
     def corrupt(self: ONNXProgram, path: Path, **options: Any) -> None:

@@ -25,10 +25,9 @@ from torch.nn import functional
 import fxprune
 from fxprune.demo import DigitNet
 from fxprune.errors import ArgumentError, CompareError, ExportError, FxpruneError, InputError, ProviderWarning
-from fxprune.export import ExportReport, Session, compare, to_onnx
-from fxprune.export import onnx as module_under_test
+from fxprune.export import ExportReport, Session, compare, onnx_files, to_onnx
+from fxprune.export.metadata import digest
 from fxprune.export.session import RTOL
-from fxprune.export.source import digest
 
 
 class Wide(nn.Module):
@@ -137,7 +136,7 @@ def test_what_is_not_sparse_enough_stays_dense(tmp_path: Path) -> None:
 def test_weights_beside_the_file_in_every_precision(
     final: fxprune.TracedModule, tmp_path: Path, precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module_under_test, "SINGLE_FILE_BYTES", 0)
+    monkeypatch.setattr(onnx_files, "SINGLE_FILE_BYTES", 0)
     report = to_onnx(final, tmp_path / "a.onnx", precision=precision)
     assert len(list(tmp_path.iterdir())) == 2
     assert report.size == sum(part.stat().st_size for part in tmp_path.iterdir())

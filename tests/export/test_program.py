@@ -107,14 +107,14 @@ def test_torchscript_is_frozen(networks: dict[str, fxprune.TracedModule], tmp_pa
 def test_a_file_that_computes_something_else_is_kept_aside(
     networks: dict[str, fxprune.TracedModule], tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flat = fxprune.export.program.flat
+    flatten = fxprune.export.program.flatten
 
-    def wrong(final: Any, structured: bool) -> Any:
-        module, *rest = flat(final, structured)
-        module.head.weight = nn.Parameter(module.head.weight + 0.01)
-        return module, *rest
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        flat = flatten(*arguments, **options)
+        flat.module.head.weight = nn.Parameter(flat.module.head.weight + 0.01)
+        return flat
 
-    monkeypatch.setattr("fxprune.export.program.flat", wrong)
+    monkeypatch.setattr("fxprune.export.program.flatten", wrong)
     old = tmp_path / f"model{suffix}"
     old.write_text("old")
     with pytest.raises(ExportError, match="computes something else"):

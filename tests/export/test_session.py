@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from fxprune.errors import CompareError
 from fxprune.export import Session
-from fxprune.export.session import identifier, named_leaves, tensors_of
+from fxprune.export.values import identifier, named_leaves, output_tensors
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +122,11 @@ def test_names_for_onnx(path: str, name: str) -> None:
 
 def test_tensors_of_an_output() -> None:
     x = torch.ones(2)
-    found = tensors_of({"a": x, "n": None, "k": 3, "d": Plain(x, (x, None))}, "Model")
+    found = output_tensors({"a": x, "n": None, "k": 3, "d": Plain(x, (x, None))}, "Model")
     assert list(found) == ["a", "k", "d.logits", "d.state[0]"]
     assert found["k"].dtype == torch.int64
-    assert list(tensors_of(x, "Model")) == ["output"]
+    assert list(output_tensors(x, "Model")) == ["output"]
     with pytest.raises(CompareError, match="Model returns a str at 'name'"):
-        tensors_of({"name": "text"}, "Model")
+        output_tensors({"name": "text"}, "Model")
     with pytest.raises(CompareError, match="returns a ndarray at 'output'"):
-        tensors_of(np.ones(2), "Model")
+        output_tensors(np.ones(2), "Model")

@@ -1,0 +1,83 @@
+"""A module run in float64: the truth that the rounding of both sides of a comparison is measured by."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune.graph.traced import TracedModule
+
+from .runners import ModuleRunner, Runner
+
+_default_dtype_lock = threading.RLock()
+
+
+class Float64Runner(ModuleRunner):
+    """A float64 copy of a module in eval mode."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(_float64_copy(module), "eval")
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = pytree.tree_map(_widened, (args, kwargs))
+        with _default_float64(), _Widening():  # type: ignore[no-untyped-call]
+            return super()._call(args, kwargs)
+
+
+def float64_runner(runner: Runner) -> tuple[Float64Runner | None, str]:
+    """A float64 copy of what a runner runs, if that is a module with float32 parameters; and why there is none."""
+    if not isinstance(runner, ModuleRunner) or all(p.dtype != torch.float32 for p in runner.module.parameters()):
+        return None, ""
+    try:
+        return Float64Runner(runner.module), ""
+    except Exception as error:  # whatever the model's own copying raises
+        return None, f"{type(error).__name__}: {error}"
+
+
+class _Widening(TorchDispatchMode):
+    """float64 wherever the code says float32."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*pytree.tree_map(_widened, args), **pytree.tree_map(_widened, kwargs or {}))
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    return torch.float64 if value is torch.float32 else value
+
+
+def _float64_copy(module: nn.Module) -> nn.Module:
+    attributes = [value for part in module.modules() for value in part.__dict__.values()]
+    computed = [value for value in attributes if isinstance(value, torch.Tensor) and value.grad_fn]
+    # torch refuses to copy what was computed; hooks compute these again
+    wide = copy.deepcopy(module, {id(value): value.detach() for value in computed})
+    nn.Module._apply(wide, _widened)  # a traced module's own refuses types that its graph names
+    if isinstance(wide, TracedModule):
+        wide.example_args, wide.example_kwargs = pytree.tree_map(_widened, (wide.example_args, wide.example_kwargs))
+        wide.recompile()
+    return wide
+
+
+@contextlib.contextmanager
+def _default_float64() -> Iterator[None]:
+    """Let new tensors be float64.
+
+    torch's default dtype belongs to the whole process: what other threads create meanwhile is float64 too. A lock
+    keeps two of these blocks from restoring each other's.
+    """
+    with _default_dtype_lock:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)

@@ -1,0 +1,168 @@
+"""What can be compared: modules, programs of torch and ONNX files, each run on a call and giving tensors by name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from fxprune.capture.programs import read_program
+from fxprune.errors import CompareError, FxpruneError
+
+from .session import Session
+from .values import as_captured, dtype_name, match_inputs, output_tensors
+
+PROGRAM_SUFFIXES = (".pt2", ".pt")
+
+
+class TorchRunner(ABC):
+    """Something that torch runs: the outputs of a call by name, on the CPU, with gradients recorded.
+
+    Attributes:
+        name: in reports. rtol: a tolerance of its own, None: that of each output's dtype.
+    """
+
+    name: str
+    rtol: float | None = None
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The outputs of one call by path.
+
+        Raises:
+            CompareError: it cannot run these inputs, or returns what cannot be compared.
+        """
+        args, kwargs = _cloned((args, kwargs))
+        with torch.enable_grad():
+            try:
+                outputs = output_tensors(self._call(args, kwargs), self.name)
+            except FxpruneError:
+                raise
+            except Exception as error:  # whatever the model's own code raises
+                given = pytree.tree_map_only(torch.Tensor, lambda t: f"{dtype_name(t)}{list(t.shape)}", (args, kwargs))
+                raise CompareError(
+                    f"{self.name} cannot run these inputs: {type(error).__name__}: {error}. Given were {given}."
+                ) from error
+        return _on_cpu(outputs)
+
+    @abstractmethod
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What it returns for inputs that it may write into."""
+
+
+class ModuleRunner(TorchRunner):
+    """A module in a mode, left as it was found: mode of every submodule, buffers, random state."""
+
+    def __init__(self, module: nn.Module, mode: str) -> None:
+        self.name, self.module, self._mode = type(module).__name__, module, mode
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        outputs, _ = self.run_with_buffers(args, kwargs)
+        return outputs
+
+    def run_with_buffers(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The outputs by path, and the buffers as the call leaves them by name."""
+        with _borrowed(self.module, self._mode):
+            return super().run(args, kwargs), _on_cpu(dict(self.module.named_buffers()))
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class ProgramRunner(TorchRunner):
+    """A .pt2 file of torch.export, or one of TorchScript.
+
+    Raises:
+        CompareError: there is none of that name, or torch cannot load it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = Path(path).name
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+                self.module = _load_script(path) if Path(path).suffix == ".pt" else read_program(path).module()
+        except Exception as error:  # torch raises whatever its reader raises
+            raise CompareError(f"'{path}' cannot be loaded by torch: {type(error).__name__}: {error}") from error
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self.module, torch.jit.ScriptModule):
+            schema = self.module.forward.schema  # type: ignore[attr-defined]
+            names = [argument.name for argument in schema.arguments[1:]]
+            return self.module(*match_inputs(names, args, kwargs).values())
+        args, kwargs = as_captured(self.module.graph, args, kwargs)
+        return self.module(*args, **kwargs)
+
+
+def _load_script(path: str | os.PathLike[str]) -> torch.jit.ScriptModule:
+    script: torch.jit.ScriptModule = torch.jit.load(os.fspath(path))
+    return script
+
+
+Runner = TorchRunner | Session  # a name, a tolerance of its own, and a call that returns tensors by name, on the CPU
+
+
+def runner_of(item: Any, mode: str) -> Runner:
+    """What runs a module or a file.
+
+    Raises:
+        CompareError: it is neither, cannot be loaded, or has no train mode where that is asked for.
+    """
+    if isinstance(item, nn.Module):
+        return ModuleRunner(item, mode)
+    if not isinstance(item, str | os.PathLike):
+        raise CompareError(
+            f"a {type(item).__name__} was given to compare; it takes modules and paths of .onnx, .pt2 and .pt files."
+        )
+    suffix = Path(item).suffix
+    if suffix not in (".onnx", *PROGRAM_SUFFIXES):
+        raise CompareError(f"'{item}' was given to compare; files that it can run end in .onnx, .pt2 or .pt.")
+    if mode == "train":
+        raise CompareError(f"'{item}' has no train mode: compare it with mode='eval'.")
+    return Session(item) if suffix == ".onnx" else ProgramRunner(item)
+
+
+@contextlib.contextmanager
+def _borrowed(module: nn.Module, mode: str) -> Iterator[None]:
+    """Put the module in a mode, and leave it as it was found."""
+    flags = [(m, m.training) for m in module.modules()]
+    slots = [(m._buffers, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    kept = {id(b): b.detach().clone() for _, _, b in slots}
+    devices = {t.device.index for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            module.train(mode == "train")
+            yield
+        finally:
+            for owner, name, buffer in slots:
+                owner[name] = buffer
+                if not torch.equal(buffer, kept[id(buffer)]):
+                    with torch.no_grad():
+                        buffer.copy_(kept[id(buffer)])
+            if module.training != flags[0][1]:
+                module.train(flags[0][1])  # a traced module selects its graph here
+            for owner_module, flag in flags:
+                owner_module.training = flag
+
+
+def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+
+
+def _cloned(tree: Any) -> Any:
+    """Copies of the tensors in a pytree; what was one tensor stays one."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def clone(tensor: torch.Tensor) -> torch.Tensor:
+        return copies.setdefault(id(tensor), tensor.detach().clone())
+
+    return pytree.tree_map_only(torch.Tensor, clone, tree)

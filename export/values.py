@@ -1,0 +1,130 @@
+"""The inputs and outputs of a call: the forms that callers write them in, and tensors by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxprune.errors import CompareError
+
+
+class Call(NamedTuple):
+    """The inputs of one call: `model(*args, **kwargs)`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def as_calls(inputs: Any) -> list[Call]:
+    """What `compare` takes as inputs, as calls.
+
+    Raises:
+        CompareError: one of them is no tuple, dict, `Call` or tensor.
+    """
+    return [_as_call(item) for item in (inputs if isinstance(inputs, list) else [inputs])]
+
+
+def _as_call(item: Any) -> Call:
+    if isinstance(item, Call):
+        return item
+    if isinstance(item, dict):
+        return Call((), item)
+    if isinstance(item, torch.Tensor):
+        return Call((item,), {})
+    if isinstance(item, tuple):
+        return Call(item, {})
+    raise CompareError(
+        f"inputs hold a {type(item).__name__}; a tuple, a dict, a Call, a tensor, or a list of these is needed."
+    )
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a pytree with their paths, as in `logits`, `[0]`, `state.h[1]`; a bare leaf has the path ''."""
+    try:
+        leaves, _ = pytree.tree_flatten_with_path(tree)
+    except ValueError:  # a registered node type without key paths
+        return [(f"[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(tree))]
+    return [(path_text(path), leaf) for path, leaf in leaves]
+
+
+def path_text(path: Any) -> str:
+    """A path of torch's pytree as text."""
+    return "".join(map(_step, path)).removeprefix(".")
+
+
+def _step(key: Any) -> str:
+    if isinstance(key, pytree.SequenceKey):
+        return f"[{key.idx}]"
+    return f".{key.name if isinstance(key, pytree.GetAttrKey) else key.key}"
+
+
+def identifier(path: str, prefix: str) -> str:
+    """A path of `named_leaves` as a name for an ONNX value: `[0]` with the prefix `output` gives `output_0`."""
+    name = re.sub(r"\W+", "_", path).strip("_")
+    return name if name and not name[0].isdigit() else f"{prefix}_{name}".rstrip("_")
+
+
+def output_tensors(value: Any, owner: str) -> dict[str, torch.Tensor]:
+    """The tensors in an output by path, numbers as 0-dimensional tensors; None is skipped.
+
+    Raises:
+        CompareError: the output of `owner` holds something else, for instance an object that is no registered pytree.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for path, leaf in named_leaves(value):
+        if dataclasses.is_dataclass(leaf):
+            fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+            inner = output_tensors(fields, owner)
+            found |= {f"{path}.{name}".removeprefix("."): tensor for name, tensor in inner.items()}
+        elif isinstance(leaf, torch.Tensor):
+            found[path or "output"] = leaf
+        elif isinstance(leaf, int | float | complex):
+            found[path or "output"] = torch.tensor(leaf)
+        elif leaf is not None:
+            raise CompareError(
+                f"{owner} returns a {type(leaf).__name__} at '{path or 'output'}', which cannot be compared. Return "
+                "tensors in tuples, lists, dicts, or classes registered with torch.export.register_dataclass."
+            )
+    return found
+
+
+def input_tensors(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[torch.Tensor], list[tuple[str, torch.Tensor]]]:
+    """The tensors of a call: those given by order, and those by name as a file's inputs are named."""
+    by_name = [(identifier(p, "input"), v) for p, v in named_leaves(kwargs) if isinstance(v, torch.Tensor)]
+    return [v for v in pytree.tree_leaves(args) if isinstance(v, torch.Tensor)], by_name
+
+
+def match_inputs(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a call by the names of a file's inputs, in their order; ValueError when the number differs.
+
+    Keyword arguments are matched by name where the names agree, all others by order; what is no tensor is left out.
+    """
+    by_order, given = input_tensors(args, kwargs)
+    by_name = {name: value for name, value in given if name in names}
+    by_order += [value for name, value in given if name not in by_name]
+    found = by_name | dict(zip([name for name in names if name not in by_name], by_order, strict=True))
+    return {name: found[name] for name in names}
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """As in `float32`."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def as_captured(
+    graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with its arguments by position and by name as a graph was captured with them, where the names fit."""
+    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
+    names, count = info.orig_args, info.in_spec.child(0).num_children
+    bound = dict(zip(names, args, strict=False)) | kwargs
+    if len(args) + len(kwargs) != len(names) or bound.keys() != set(names):
+        return args, kwargs
+    return tuple(bound[n] for n in names[:count]), {n: bound[n] for n in names[count:]}

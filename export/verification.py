@@ -1,0 +1,156 @@
+"""Files in the making: their names, their sizes, and the proof that they compute what they came from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch.export import ExportedProgram
+
+from fxprune.errors import CompareError, ExportError, InputError
+from fxprune.files import atomic
+from fxprune.graph.samples import stretched
+from fxprune.graph.traced import TracedModule
+
+from .judging import Tolerance, judge
+from .report import Report
+from .runners import ModuleRunner, Runner
+from .values import Call
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What an export wrote.
+
+    Attributes:
+        path: the file. size: its bytes, external data included.
+        comparison: the file against its source, per output; None when it was not asked for.
+        notes: what the caller should know of the file.
+    """
+
+    path: Path
+    size: int
+    comparison: Report | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return asdict(self) | {"path": str(self.path), "comparison": self.comparison and self.comparison.to_dict()}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A file in the making.
+
+    Attributes:
+        file: where it is written, in a private folder. target: the path that it is to have, as the caller gave it.
+    """
+
+    file: Path
+    target: str | os.PathLike[str]
+
+    @property
+    def parts(self) -> list[Path]:
+        """The file and what lies beside it (external data)."""
+        return list(self.file.parent.iterdir())
+
+    @property
+    def size(self) -> int:
+        """Bytes, external data included."""
+        return sum(part.stat().st_size for part in self.parts)
+
+    def keep_aside(self) -> Path:
+        """Move it to where it can be looked at, beside its target."""
+        aside = Path(self.target).with_stem(f"{Path(self.target).stem}.mismatch")
+        with atomic(aside) as kept:
+            for part in self.parts:
+                part.rename(kept if part.name == self.file.name else kept.with_name(part.name))
+        return aside
+
+    @contextlib.contextmanager
+    def usable(self) -> Iterator[None]:
+        """Raise what the file fails at as an ExportError that names the target."""
+        try:
+            yield
+        except (onnx.checker.ValidationError, CompareError) as error:
+            told = str(error).replace(os.fspath(self.file), os.fspath(self.target))
+            raise ExportError(f"the exported file cannot be used: {told}") from error
+
+
+def verify(draft: Draft, final: TracedModule, candidate: Runner, calls: Sequence[Call], tolerance: Tolerance) -> Report:
+    """Compare the file, run by `candidate`, with what it came from.
+
+    Raises:
+        ExportError: it computes something else; it is kept aside.
+    """
+    comparison = judge([ModuleRunner(final, "eval"), candidate], calls, tolerance)
+    if not comparison.ok:
+        aside = draft.keep_aside()
+        raise ExportError(
+            f"the exported file computes something else than its source; kept as '{aside}'.\n{comparison.table()}"
+        )
+    return comparison
+
+
+@dataclass(frozen=True)
+class OtherSizes:
+    """Calls at other sizes than the sample's.
+
+    Attributes:
+        calls: those that the source runs on. notes: what was left out and why.
+    """
+
+    calls: list[Call]
+    notes: list[str]
+
+
+def other_sizes(exported: ExportedProgram, call: Call, final: TracedModule) -> OtherSizes:
+    """The call with every free size one larger, and with free batches of 1, as far as `final` runs on these."""
+    keywords = exported.call_spec.in_spec.child(1).context  # in the order of the signature
+    leaves, spec = pytree.tree_flatten((call.args, {name: call.kwargs[name] for name in keywords}))
+    free = _free_axes(exported, len(leaves))
+    calls, notes = [], []
+    for sizes in _candidates(exported, free, leaves):
+        axes = {place: int(expression.subs(sizes)) for place, expression in free.items()}
+        changed = Call(*pytree.tree_unflatten(stretched(leaves, axes), spec))
+        try:
+            ModuleRunner(final, "eval").run(*changed)
+        except (CompareError, InputError) as error:
+            told = ", ".join(f"{i}[{axis}]: {size}" for (i, axis), size in axes.items())
+            notes.append(f"not verified at the sizes {{{told}}} (input[axis]), which the source cannot run: {error}")
+        else:
+            calls.append(changed)
+    return OtherSizes(calls, notes)
+
+
+def _free_axes(exported: ExportedProgram, inputs: int) -> dict[tuple[int, int], sympy.Expr]:
+    """The sizes that are free, by input and axis; the last placeholders are the inputs."""
+    placeholders = list(exported.graph.find_nodes(op="placeholder"))
+    free: dict[tuple[int, int], sympy.Expr] = {}
+    for i, node in enumerate(placeholders[len(placeholders) - inputs :]):
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            sizes: list[Any] = list(value.shape)
+            free |= {(i, axis): size.node.expr for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)}
+    return free
+
+
+def _candidates(
+    exported: ExportedProgram, free: dict[tuple[int, int], sympy.Expr], leaves: Sequence[Any]
+) -> list[dict[sympy.Symbol, int]]:
+    """Sizes by symbol: all one larger where that is allowed, and batches of 1; only where there are any."""
+    sample = {size: leaves[i].shape[axis] for (i, axis), size in free.items() if size.is_Symbol}
+    batches = {size for (_, axis), size in free.items() if axis == 0}
+    allowed = exported.range_constraints
+    larger = {size: n + 1 if n + 1 <= allowed[size].upper else n for size, n in sample.items()}
+    # torch.export gives 2 as the lowest size that it treats as free; 1 works too in most models
+    single = {size: 1 for size in sample if size in batches and allowed[size].lower <= 2}
+    return [sample | changed for changed in (larger, single) if changed]
