@@ -8,7 +8,7 @@ import torch
 import torch_pruning
 from torch import nn
 
-from fxprune.graph.macs import flop_counter
+from fxprune.graph.macs import counted_macs, flop_counter
 
 # torchvision's import needs operators that its build lacks beside a CPU build of torch
 _operators = torch.library.Library("torchvision", "DEF")
@@ -53,7 +53,7 @@ def macs(model: nn.Module, x: torch.Tensor) -> float:
     """Multiply-accumulates by torch's formulas."""
     with torch.no_grad(), flop_counter() as counter:
         model(x)
-    return float(counter.get_total_flops()) / 2
+    return float(counted_macs(counter))
 
 
 def magnitude_pruner(

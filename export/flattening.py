@@ -13,8 +13,10 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxprune.errors import ArgumentTypeError, ExportError, FinalizeError
-from fxprune.graph.editing import erase_dead, evaluate
+from fxprune.graph.editing import erase_dead
+from fxprune.graph.expressions import evaluate
 from fxprune.graph.traced import CodeGen, TracedModule
+from fxprune.torch_internals import pytree_info
 
 from .node_values import ORIGIN
 from .values import identifier, named_leaves, path_text
@@ -70,7 +72,8 @@ def flatten(final: TracedModule, structured: bool = False) -> Flat:
     outputs = pytree.tree_leaves(graph.graph_copy(source, copies))
     for original, copied in copies.items():
         copied.meta["custom"] = {ORIGIN: original.name}
-    info = source._codegen.pytree_info  # type: ignore[attr-defined]
+    info = pytree_info(source)
+    assert info.out_spec is not None
     names: list[str] = []
     tree: Any
     if structured:

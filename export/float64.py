@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.graph.traced import TracedModule
+from fxprune.torch_internals import TorchDispatchMode, convert_tensors
 
 from .runners import ModuleRunner, Runner
 
@@ -60,7 +60,7 @@ def _float64_copy(module: nn.Module) -> nn.Module:
     computed = [value for value in attributes if isinstance(value, torch.Tensor) and value.grad_fn]
     # torch refuses to copy what was computed; hooks compute these again
     wide = copy.deepcopy(module, {id(value): value.detach() for value in computed})
-    nn.Module._apply(wide, _widened)  # a traced module's own refuses types that its graph names
+    convert_tensors(wide, _widened)  # a traced module's own refuses types that its graph names
     if isinstance(wide, TracedModule):
         wide.example_args, wide.example_kwargs = pytree.tree_map(_widened, (wide.example_args, wide.example_kwargs))
         wide.recompile()

@@ -15,7 +15,7 @@ import torch
 
 from fxprune.capture.programs import read_program
 from fxprune.errors import CompareError
-from fxprune.graph.macs import flop_counter
+from fxprune.graph.macs import counted_macs, flop_counter
 
 
 @dataclass(frozen=True)
@@ -108,5 +108,5 @@ def _program(path: str) -> Contents:
         args, kwargs = program.example_inputs
         with flop_counter() as counter, torch.no_grad():
             program.module()(*args, **kwargs)
-        macs = counter.get_total_flops() // 2
+        macs = counted_macs(counter)
     return Contents(tensors, dict(operators.most_common()), macs, json.loads(notes[0] if notes else "{}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from fxprune.errors import CompareError
+from fxprune.graph.equality import TOLERANCES, difference
 
 from .divergence import Search, find
 from .float64 import Float64Runner, float64_runner
@@ -16,10 +18,6 @@ from .report import Report, Row
 from .runners import ModuleRunner, Runner
 from .values import Call, dtype_name
 
-RTOL = {
-    torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.complex64: 1e-4,
-    torch.float16: 1e-2, torch.bfloat16: 5e-2,
-}  # fmt: skip
 _ROUNDING = 2.0  # times the reference's own error that a candidate's may be, where no tolerance is asked for
 
 
@@ -45,15 +43,15 @@ class Tolerance:
 
     def limit(self, dtype: torch.dtype, scale: float) -> float:
         """The largest difference allowed for values of a dtype whose largest magnitude is `scale`."""
-        return (self.atol or 0.0) + (RTOL[dtype] if self.rtol is None else self.rtol) * scale
+        return (self.atol or 0.0) + (TOLERANCES[dtype] if self.rtol is None else self.rtol) * scale
 
     def agrees(self, reference: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether `value` is as near to `reference` as this asks."""
-        return difference(reference, value, self).ok
+        return verdict(reference, value, self).ok
 
 
-class Difference(NamedTuple):
-    """How far a value is from the reference's, in the fields of a `Row`."""
+class Verdict(NamedTuple):
+    """Whether a value agrees and how far it is away, in the fields of a `Row`."""
 
     max_abs: float | None
     max_rel: float | None
@@ -61,26 +59,19 @@ class Difference(NamedTuple):
     note: str
 
 
-def difference(reference: torch.Tensor, value: torch.Tensor, tolerance: Tolerance) -> Difference:
-    """How far `value` is from `reference`, both of any shape and dtype."""
+def verdict(reference: torch.Tensor, value: torch.Tensor, tolerance: Tolerance) -> Verdict:
+    """How far `value` is from `reference`, both of any shape and dtype, and whether the tolerance allows it."""
     if reference.shape != value.shape or reference.dtype != value.dtype:
-        return Difference(None, None, False, f"is {dtype_name(value)} of shape {list(value.shape)}")
-    wide = torch.complex128 if reference.is_complex() else torch.float64
-    expected, found = reference.to(wide), value.to(wide)
-    finite = torch.isfinite(expected)
-    same = torch.isclose(expected, found, equal_nan=True)
-    odd = int((torch.where(finite, ~torch.isfinite(found), ~same)).sum())
-    if odd:
-        return Difference(None, None, False, f"NaN or inf differ at {odd} of {expected.numel()} places")
-    expected, found = expected[finite], found[finite]
-    largest = float((expected - found).abs().max()) if expected.numel() else 0.0
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    relative = largest / scale if scale else (0.0 if largest == 0 else None)
-    if not (reference.is_floating_point() or reference.is_complex()):  # float64 does not hold every int64
-        return Difference(largest, relative, torch.equal(reference, value), "")
-    limit = tolerance.limit(reference.dtype, scale)
-    agrees = largest <= limit
-    return Difference(largest, relative, agrees, "" if agrees else f"limit {limit:.1e}")
+        return Verdict(None, None, False, f"is {dtype_name(value)} of shape {list(value.shape)}")
+    found = difference(reference, value)
+    if found.misplaced:
+        return Verdict(None, None, False, f"NaN or inf differ at {found.misplaced} of {reference.numel()} places")
+    relative = found.relative if math.isfinite(found.relative) else None
+    if not (reference.is_floating_point() or reference.is_complex()):
+        return Verdict(found.largest, relative, found.equal, "")
+    limit = tolerance.limit(reference.dtype, found.scale)
+    agrees = found.largest <= limit
+    return Verdict(found.largest, relative, agrees, "" if agrees else f"limit {limit:.1e}")
 
 
 class Outcome(NamedTuple):
@@ -178,7 +169,7 @@ def _rows(
 def _row(
     candidate: str, index: int, output: str, reference: torch.Tensor, value: torch.Tensor, tolerance: Tolerance
 ) -> Row:
-    found = difference(reference, value, tolerance)
+    found = verdict(reference, value, tolerance)
     return Row(candidate, index, output, tuple(reference.shape), dtype_name(reference), *found)
 
 
@@ -186,7 +177,7 @@ def _against_float64(
     row: Row, reference: torch.Tensor, value: torch.Tensor, exact: torch.Tensor, tolerance: Tolerance
 ) -> Row:
     """The row with the errors of both sides; what is no worse than the reference's own rounding agrees."""
-    error, own = (difference(exact, side.double(), Tolerance()).max_rel for side in (value, reference))
+    error, own = (verdict(exact, side.double(), Tolerance()).max_rel for side in (value, reference))
     row = replace(row, error=error, reference_error=own)
     if not row.ok and tolerance.is_default and error is not None and error <= _ROUNDING * (own or 0.0):
         return replace(row, ok=True, note="by the rounding of the reference")

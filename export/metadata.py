@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from fxprune.graph.editing import text
+from fxprune.graph.text import text
 from fxprune.graph.traced import TracedModule
 from fxprune.version import __version__
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Set
+import operator
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +17,10 @@ from onnx import helper
 from torch import fx, nn
 
 from fxprune.capture.front_end import trace
-from fxprune.graph.editing import module_path
+from fxprune.errors import CompareError
+from fxprune.graph.arguments import Signature
+from fxprune.graph.interpretation import run
+from fxprune.graph.text import module_path
 from fxprune.graph.traced import TracedModule
 
 from .runners import ModuleRunner, ProgramRunner, Runner
@@ -72,17 +76,6 @@ def node_values(runner: Runner, call: Call) -> NodeValues | None:
     return GraphValues(trace(runner.module, *call, dynamic_shapes=None, modes=("eval",)), call)
 
 
-class _Watcher(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, graph: fx.Graph, watch: Callable[[fx.Node, object], None]) -> None:
-        super().__init__(module, graph=graph)
-        self._watch = watch
-
-    def run_node(self, n: fx.Node) -> object:
-        value = super().run_node(n)
-        self._watch(n, value)
-        return value
-
-
 class GraphValues:
     """The values of a graph module's nodes by the nodes' names, in eval mode."""
 
@@ -90,14 +83,17 @@ class GraphValues:
         graph = module.graphs["eval"] if isinstance(module, TracedModule) else module.graph
         self.nodes = {node.name: node for node in graph.nodes}
         self.computed = {
-            node.name: Computed(str(node.target), module_path(node)) for node in graph.find_nodes(op="call_function")
+            node.name: Computed(str(node.target), module_path(node))
+            for node in graph.nodes
+            if node.op == "call_function"
         }
         self.values: dict[str, torch.Tensor] = {}
-        names = graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
-        bound = dict(zip(names, call.args, strict=False)) | call.kwargs
-        leaves = pytree.tree_map_only(torch.Tensor, torch.clone, pytree.tree_leaves([bound[name] for name in names]))
+        bound = Signature.of(graph).bind(*call)
+        if bound is None:
+            raise CompareError(f"the call has other arguments than the captured {Signature.of(graph).names}")
+        leaves = pytree.tree_map_only(torch.Tensor, torch.clone, pytree.tree_leaves(list(bound.values())))
         self.inputs = dict(zip(graph.find_nodes(op="placeholder"), leaves, strict=True))
-        _Watcher(module, graph, self._keep).run(*leaves, enable_io_processing=False)
+        run(graph, lambda target: operator.attrgetter(target)(module), leaves, watch=self._keep)
 
     def _keep(self, node: fx.Node, value: object) -> None:
         if isinstance(value, torch.Tensor):

@@ -225,9 +225,9 @@ def _calibration_batches(final: TracedModule, precision: str, calibration: Any) 
     batches = as_calls(calibration if is_single else list(calibration))
     if not batches:
         raise ArgumentError("calibration holds no batch; at least one is needed, or None for dynamic quantization.")
-    batches = [Call(*as_captured(final.graphs["eval"], *batch)) for batch in batches]
+    batches = [as_captured(final.graphs["eval"], batch) for batch in batches]
     for batch in batches:
-        final._check_inputs(*batch)
+        final.check_inputs(*batch)
     return batches
 
 

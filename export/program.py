@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from fxprune.errors import ExportError
 from fxprune.files import atomic
 from fxprune.graph.traced import TracedModule
+from fxprune.torch_internals import OpOverload
 
 from .flattening import check_source, flatten
 from .judging import Tolerance
@@ -112,10 +113,10 @@ def _scriptable(module: fx.GraphModule, final: TracedModule) -> fx.GraphModule:
     assert isinstance(outputs, tuple)
     graph.output_node().args = (outputs[0] if len(outputs) == 1 else outputs,)
     graph.set_codegen(fx.graph.CodeGen())
-    for node in graph.find_nodes(op="call_function"):
+    for node in graph.nodes:
         if node.target is torch.ops.aten.sym_size.int:
             node.target = torch.ops.aten.size
-        elif isinstance(node.target, torch._ops.OpOverload):
+        elif isinstance(node.target, OpOverload):
             node.target = node.target.overloadpacket  # TorchScript chooses the overload by the arguments
     return fx.GraphModule(module, graph).eval()
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ from torch import nn
 
 from fxprune.capture.programs import read_program
 from fxprune.errors import CompareError, FxpruneError
+from fxprune.graph.snapshot import preserved
 
 from .session import Session
-from .values import as_captured, dtype_name, match_inputs, output_tensors
+from .values import Call, as_captured, dtype_name, match_inputs, output_tensors
 
 PROGRAM_SUFFIXES = (".pt2", ".pt")
 
@@ -71,7 +70,8 @@ class ModuleRunner(TorchRunner):
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """The outputs by path, and the buffers as the call leaves them by name."""
-        with _borrowed(self.module, self._mode):
+        with preserved(self.module):
+            self.module.train(self._mode == "train")
             return super().run(args, kwargs), _on_cpu(dict(self.module.named_buffers()))
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -99,8 +99,8 @@ class ProgramRunner(TorchRunner):
             schema = self.module.forward.schema  # type: ignore[attr-defined]
             names = [argument.name for argument in schema.arguments[1:]]
             return self.module(*match_inputs(names, args, kwargs).values())
-        args, kwargs = as_captured(self.module.graph, args, kwargs)
-        return self.module(*args, **kwargs)
+        call = as_captured(self.module.graph, Call(args, kwargs))
+        return self.module(*call.args, **call.kwargs)
 
 
 def _load_script(path: str | os.PathLike[str]) -> torch.jit.ScriptModule:
@@ -129,29 +129,6 @@ def runner_of(item: Any, mode: str) -> Runner:
     if mode == "train":
         raise CompareError(f"'{item}' has no train mode: compare it with mode='eval'.")
     return Session(item) if suffix == ".onnx" else ProgramRunner(item)
-
-
-@contextlib.contextmanager
-def _borrowed(module: nn.Module, mode: str) -> Iterator[None]:
-    """Put the module in a mode, and leave it as it was found."""
-    flags = [(m, m.training) for m in module.modules()]
-    slots = [(m._buffers, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
-    kept = {id(b): b.detach().clone() for _, _, b in slots}
-    devices = {t.device.index for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        try:
-            module.train(mode == "train")
-            yield
-        finally:
-            for owner, name, buffer in slots:
-                owner[name] = buffer
-                if not torch.equal(buffer, kept[id(buffer)]):
-                    with torch.no_grad():
-                        buffer.copy_(kept[id(buffer)])
-            if module.training != flags[0][1]:
-                module.train(flags[0][1])  # a traced module selects its graph here
-            for owner_module, flag in flags:
-                owner_module.training = flag
 
 
 def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxprune.errors import CompareError
+from fxprune.graph.arguments import Signature
 
 
 class Call(NamedTuple):
@@ -118,13 +119,6 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def as_captured(
-    graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call with its arguments by position and by name as a graph was captured with them, where the names fit."""
-    info = graph._codegen.pytree_info  # type: ignore[attr-defined]
-    names, count = info.orig_args, info.in_spec.child(0).num_children
-    bound = dict(zip(names, args, strict=False)) | kwargs
-    if len(args) + len(kwargs) != len(names) or bound.keys() != set(names):
-        return args, kwargs
-    return tuple(bound[n] for n in names[:count]), {n: bound[n] for n in names[count:]}
+def as_captured(graph: fx.Graph, call: Call) -> Call:
+    """The call with each argument by position or by name as the graph was captured with it; else unchanged."""
+    return Call(*(Signature.of(graph).arrange(*call) or call))

@@ -19,6 +19,7 @@ from fxprune.errors import CompareError, ExportError, InputError
 from fxprune.files import atomic
 from fxprune.graph.samples import stretched
 from fxprune.graph.traced import TracedModule
+from fxprune.torch_internals import size_expression
 
 from .judging import Tolerance, judge
 from .report import Report
@@ -138,8 +139,9 @@ def _free_axes(exported: ExportedProgram, inputs: int) -> dict[tuple[int, int], 
     for i, node in enumerate(placeholders[len(placeholders) - inputs :]):
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
-            sizes: list[Any] = list(value.shape)
-            free |= {(i, axis): size.node.expr for axis, size in enumerate(sizes) if isinstance(size, torch.SymInt)}
+            for axis, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt):
+                    free[i, axis] = size_expression(size)
     return free
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._export.verifier import TrainingIRVerifier
@@ -28,6 +29,7 @@ from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
 from torch.nn.utils.parametrizations import _Orthogonal as Orthogonal
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from torch.nn.utils.prune import _validate_pruning_amount_init as validate_pruning_amount
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "LOGGERS_OF_FAILED_CAPTURES",
@@ -40,7 +42,9 @@ __all__ = [
     "Orthogonal",
     "PyTreeCodeGen",
     "PyTreeInfo",
+    "TorchDispatchMode",
     "TrainingIRVerifier",
+    "convert_tensors",
     "derived_dimension",
     "dimension_hint",
     "fake_cpu_tensor",
@@ -56,6 +60,7 @@ __all__ = [
     "pruning_methods",
     "pytree_info",
     "schema_of",
+    "size_expression",
     "state_of_generated_code",
     "symbol_ranges",
     "validate_pruning_amount",
@@ -124,6 +129,11 @@ def dimension_hint(dimension: Any) -> str | None:
     return str(dimension.type.name) if isinstance(dimension, DimHint) else None
 
 
+def size_expression(size: torch.SymInt) -> sympy.Expr:
+    """The expression of a free size over the symbols of its capture."""
+    return size.node.expr
+
+
 # ---- pruning methods
 
 
@@ -143,6 +153,11 @@ def pruning_methods(method: BasePruningMethod) -> tuple[BasePruningMethod, ...]:
 
 
 # ---- modules
+
+
+def convert_tensors(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Replace every parameter and buffer in place by what `convert` makes of it, whatever the class does besides."""
+    nn.Module._apply(module, convert)
 
 
 def flat_weight_names(module: nn.Module) -> list[str]:

@@ -176,6 +176,20 @@ def test_LOGGERS_OF_FAILED_CAPTURES_are_those_that_speak(caplog: pytest.LogCaptu
             logger.setLevel(level)
 
 
+def test_size_expression_is_over_the_symbols_of_the_capture() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, x])
+
+    program = torch.export.export(Doubled(), (torch.ones(3, 2),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    (given,) = program.graph.find_nodes(op="placeholder")
+    (result,) = program.graph.output_node().args[0]
+    symbol = internals.size_expression(given.meta["val"].shape[0])
+    assert symbol.is_Symbol
+    assert symbol in program.range_constraints
+    assert internals.size_expression(result.meta["val"].shape[0]).subs({symbol: 5}) == 10
+
+
 # ---- pruning methods
 
 
@@ -278,3 +292,32 @@ def test_fuses_in_eval_says_when_eager_takes_the_fused_kernel(heads: int, kdim: 
         attention(query, query if kdim is None else key, value)
     kernels = {event.key for event in profile.key_averages()}
     assert ("aten::_native_multi_head_attention" in kernels) is internals.fuses_in_eval(attention) is fused
+
+
+def test_convert_tensors_passes_by_what_the_class_does_besides() -> None:
+    class Refuses(nn.Linear):
+        def _apply(self, *_: object, **__: object) -> nn.Module:
+            raise AssertionError
+
+    layer = nn.Sequential(Refuses(2, 2))
+    weight = layer[0].weight
+    internals.convert_tensors(layer[0], torch.Tensor.double)
+    assert layer[0].weight is weight
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+
+
+# ---- dispatch
+
+
+def test_TorchDispatchMode_sees_every_operator_of_its_thread() -> None:
+    seen: list[object] = []
+
+    class Watch(internals.TorchDispatchMode):
+        def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.ones(2).sum()
+    torch.ones(2)
+    assert seen == [aten.ones.default, aten.sum.default]
