@@ -313,7 +313,9 @@ def test_TorchDispatchMode_sees_every_operator_of_its_thread() -> None:
     seen: list[object] = []
 
     class Watch(internals.TorchDispatchMode):
-        def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        def __torch_dispatch__(
+            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
