@@ -199,7 +199,7 @@ def plain_view(traced: TracedModule) -> TracedModule:
 @contextlib.contextmanager
 def stopwatch(
     traced: TracedModule, *, threads: int, batch: int, provider: str
-) -> Iterator[Callable[[dict[str, torch.Tensor]], float]]:
+) -> Iterator[Callable[[Mapping[str, torch.Tensor]], float]]:
     """Yields a function from masks to how many times faster `traced`, finalized with them, runs in onnxruntime.
 
     Each candidate is exported and timed in turns with `traced` as it is; what is slower than that is no plan.
@@ -212,7 +212,7 @@ def stopwatch(
         def write(module: TracedModule, path: Path) -> None:
             export.to_onnx(finalize(module, verify=False), path, verify=False)
 
-        def measure(masks: dict[str, torch.Tensor]) -> float:
+        def measure(masks: Mapping[str, torch.Tensor]) -> float:
             candidate = copy.deepcopy(traced)
             insert_masks(candidate, masks)
             write(candidate, files[1])

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
+from fxprune.graph.snapshot import preserved
 from fxprune.graph.traced import TracedModule
-from fxprune.prune.mirror import find_all, state
+from fxprune.prune.importance_registry import (
+    IMPORTANCES,
+    SCORES,
+    Evidence,
+    Importance,
+    Score,
+    SliceScore,
+    UnitScore,
+    register,
+)
+from fxprune.prune.mirror import find_all, original, state
 
-__all__ = ["SCORES", "Evidence", "scores"]
-
-
-class Evidence(NamedTuple):
-    """What a score may look at beside the parameters; the arguments of `scores`."""
-
-    loader: Iterable[Any] | None = None
-    loss: Callable[[Any, Any], torch.Tensor] | None = None
-    batches: int | None = None
-    seed: int | None = None
-
-
-Score = Callable[[TracedModule, Sequence[str], Evidence], Mapping[str, torch.Tensor]]
+__all__ = ["IMPORTANCES", "SCORES", "Evidence", "Importance", "alive", "register", "scores", "value"]
 
 
 def scores(
@@ -53,7 +52,8 @@ def scores(
     Args:
         traced: the module; it is not changed.
         names: qualified names or patterns.
-        importance: a key of `SCORES`, or a function `(traced, names, evidence) -> {name: tensor}`.
+        importance: a key of `SCORES` (`register` adds one), or a function
+            `(traced, names, evidence) -> {name: tensor}`.
         loader: for "taylor", batches: pairs (inputs, target), or mappings of keyword arguments. Inputs are a tensor, a
             tuple of arguments or a mapping of keyword arguments.
         loss: for "taylor", `(outputs, target) -> scalar`; for a mapping the target is the mapping itself.
@@ -82,7 +82,7 @@ def scores(
         what = f"keys {', '.join(given)}" if isinstance(given, Mapping) else type(given).__name__
         raise ArgumentTypeError(f"importance={importance!r} gave {what}; tensors for {', '.join(found)} are needed.")
     for name in found:
-        shape = state(traced, name)[0].shape
+        shape = original(traced, name).shape
         score_of = given[name]
         if not isinstance(score_of, torch.Tensor) or score_of.shape != shape:
             what = getattr(score_of, "shape", type(score_of).__name__)
@@ -92,19 +92,34 @@ def scores(
     return {name: given[name] for name in found}
 
 
+def value(traced: TracedModule, name: str) -> torch.Tensor:
+    """The values of a parameter as the graph computes with them, times its mask; detached."""
+    return state(traced, name).value()
+
+
+def alive(traced: TracedModule, name: str, score: torch.Tensor) -> torch.Tensor:
+    """A score of a parameter's entries, 0 where they are masked."""
+    mask = state(traced, name).mask
+    return score if mask is None else score.where(mask != 0, 0)
+
+
 def _magnitude(power: int) -> Score:
     def score(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> dict[str, torch.Tensor]:
-        return {name: _alive(traced, name, state(traced, name)[0].detach().abs() ** power) for name in names}
+        return {name: alive(traced, name, original(traced, name).detach().abs() ** power) for name in names}
 
     return score
 
 
 def _random(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> dict[str, torch.Tensor]:
-    # drawn on the CPU, so that a seed means the same on every device
-    generator = None if evidence.seed is None else torch.Generator().manual_seed(evidence.seed)
-    parameters = {name: state(traced, name)[0] for name in names}
+    generator = _generator(evidence)
+    parameters = {name: original(traced, name) for name in names}
     draws = {name: torch.rand(p.shape, generator=generator).to(p.device) for name, p in parameters.items()}
-    return {name: _alive(traced, name, draw) for name, draw in draws.items()}
+    return {name: alive(traced, name, draw) for name, draw in draws.items()}
+
+
+def _generator(evidence: Evidence) -> torch.Generator | None:
+    # on the CPU, so that a seed means the same on every device
+    return None if evidence.seed is None else torch.Generator().manual_seed(evidence.seed)
 
 
 def _taylor(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> dict[str, torch.Tensor]:
@@ -116,25 +131,19 @@ def _taylor(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> d
     if batches is not None and (not isinstance(batches, int) or batches < 1):
         raise ArgumentError(f"batches={batches!r}: a count of 1 or more is needed, or None for the whole loader.")
     # for a masked parameter w_orig * dL/dw_orig is w * dL/dw, as w = mask * w_orig
-    parameters = [state(traced, name)[0] for name in names]
+    parameters = [original(traced, name) for name in names]
     totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-    training, buffers, count = traced.training, {n: b.clone() for n, b in traced.named_buffers()}, 0
-    try:
+    count = 0
+    with preserved(traced), torch.enable_grad():
         traced.train("eval" not in traced.modes)
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            for batch in itertools.islice(loader, batches):
-                gradients = _gradients(traced, names, parameters, loss, batch)
-                for total, parameter, gradient in zip(totals, parameters, gradients, strict=True):
-                    total += (parameter.detach() * gradient).abs()
-                count += 1
-    finally:
-        traced.train(training)
-        for name, buffer in traced.named_buffers():
-            if not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])
+        for batch in itertools.islice(loader, batches):
+            gradients = _gradients(traced, names, parameters, loss, batch)
+            for total, parameter, gradient in zip(totals, parameters, gradients, strict=True):
+                total += (parameter.detach() * gradient).abs()
+            count += 1
     if count < (batches or 1):
         raise ArgumentError(f"the loader yielded {count} batches; {batches or 'at least 1'} were asked for.")
-    return {name: _alive(traced, name, total / count) for name, total in zip(names, totals, strict=True)}
+    return {name: alive(traced, name, total / count) for name, total in zip(names, totals, strict=True)}
 
 
 def _gradients(
@@ -144,16 +153,8 @@ def _gradients(
     loss: Callable[[Any, Any], torch.Tensor],
     batch: Any,
 ) -> tuple[torch.Tensor, ...]:
-    if isinstance(batch, Mapping):
-        inputs, target = batch, batch
-    elif isinstance(batch, list | tuple) and len(batch) == 2:
-        inputs, target = batch
-    else:
-        raise ArgumentError(
-            f"the loader yielded a {type(batch).__name__}; a pair (inputs, target) or a mapping is needed."
-        )
-    args = () if isinstance(inputs, Mapping) else inputs if isinstance(inputs, list | tuple) else (inputs,)
-    value = loss(traced(*args, **(inputs if isinstance(inputs, Mapping) else {})), target)
+    outputs, target = _outputs(traced, batch)
+    value = loss(outputs, target)
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         raise ArgumentError(f"the loss is no scalar tensor: {getattr(value, 'shape', type(value).__name__)}.")
     asked = [p for p in parameters if p.requires_grad]
@@ -168,9 +169,47 @@ def _gradients(
     return tuple(gradients[id(p)] for p in parameters)
 
 
-def _alive(traced: TracedModule, name: str, score: torch.Tensor) -> torch.Tensor:
-    mask = state(traced, name)[1]
-    return score if mask is None else score.where(mask != 0, 0)
+def _outputs(traced: TracedModule, batch: Any) -> tuple[Any, Any]:
+    """What the module gives for a batch, and the batch's target."""
+    if isinstance(batch, Mapping):
+        return traced(**batch), batch
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise ArgumentError(
+            f"the loader yielded a {type(batch).__name__}; a pair (inputs, target) or a mapping is needed."
+        )
+    inputs, target = batch
+    if isinstance(inputs, Mapping):
+        return traced(**inputs), target
+    return traced(*(inputs if isinstance(inputs, list | tuple) else (inputs,))), target
 
 
-SCORES: dict[str, Score] = {"l1": _magnitude(1), "l2": _magnitude(2), "random": _random, "taylor": _taylor}
+def _norm(order: float) -> SliceScore:
+    def score(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+        norms: torch.Tensor = torch.linalg.vector_norm(values, order, dim=axes)
+        return norms
+
+    return score
+
+
+def _squares(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    return _norm(2.0)(values, axes).square()
+
+
+def _distances(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    """How far each slice is from the others, in sum."""
+    filters = values.flatten(axes[0]).flatten(0, -2)
+    return torch.cdist(filters, filters).sum(1)
+
+
+def _draws(evidence: Evidence) -> UnitScore:
+    generator = _generator(evidence)
+    return lambda group: torch.rand(group.size, generator=generator, dtype=torch.float64)
+
+
+IMPORTANCES.add("l1", Importance(entries=_magnitude(1), slices=_norm(1.0)))
+IMPORTANCES.add("l2", Importance(entries=_magnitude(2), slices=_squares))
+IMPORTANCES.add("linf", Importance(slices=_norm(torch.inf)))
+IMPORTANCES.add("random", Importance(entries=_random, units=_draws))
+IMPORTANCES.add("bn", Importance(slices=_norm(1.0), reads="gains"))
+IMPORTANCES.add("fpgm", Importance(slices=_distances, reads="filters"))
+IMPORTANCES.add("taylor", Importance(entries=_taylor))

@@ -8,6 +8,7 @@ An error leaves every earlier mask in place.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, PruningError
-from fxprune.graph.masks import masked
+from fxprune.graph.masks import ParameterView, masked, original_name, view
 from fxprune.graph.names import ModulePaths, canonical, has_parametrization, locate, match_names, one_name
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.traced import TracedModule
@@ -66,9 +67,10 @@ def computed(
                 f"{type(method).__name__} overrides apply_mask, so its result is more than a mask-multiply. Write it "
                 "as a parametrization and trace the model with it."
             )
-        original, mask = state(traced, name)
+        found = state(traced, name)
         for step in method._pruning_methods if isinstance(method, PruningContainer) else (method,):
-            mask = _mask(name, original, mask, step, importance_scores)
+            found = dataclasses.replace(found, mask=_mask(found, step, importance_scores))
+        mask = found.mask
         assert mask is not None, "an empty container"
         masks[name] = mask
     return masks
@@ -245,35 +247,49 @@ def global_unstructured(
             f"{pruning_method.__name__} is {kind}; a global selection needs an unstructured method. "
             "Use fxprune.prune.channels for channels."
         )
-    given = {one_name(found, canonical(traced, n)): s for n, s in (importance_scores or {}).items()}
-    # tied names with the same mask are one tensor
-    groups: dict[tuple[int, int], list[str]] = {}
-    for name in found:
-        original, mask = state(traced, name)
-        groups.setdefault((id(original), 0 if mask is None else id(mask)), []).append(name)
-    values, defaults = [], []
-    for group in groups.values():
-        original, default = state(traced, group[0])
-        score = next((given[n] for n in group if n in given), original.detach())
-        if not isinstance(score, torch.Tensor) or score.shape != original.shape:
-            shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
-            raise PruningError(f"scores of {group[0]!r} have shape {shape}; its shape is {tuple(original.shape)}.")
-        values.append(score)
-        defaults.append(default)
+    paths = ModulePaths(traced)
+    given = {one_name(found, paths.canonical(n)): s for n, s in (importance_scores or {}).items()}
+    tensors = _tensors(traced, found)
+    values = [_scores_of(original(traced, names[0]), names, given) for names in tensors]
+    masks = [state(traced, names[0]).mask for names in tensors]
     if pruning_method is torch_prune.L1Unstructured and all(value.is_floating_point() for value in values):
-        parts = keep_largest(values, defaults, vars(method)["amount"])
+        parts = keep_largest(values, masks, vars(method)["amount"])
     else:
-        ones = [torch.ones_like(v) if d is None else d for v, d in zip(values, defaults, strict=True)]
-        scores, mask = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (values, ones))
-        mask = _compute(", ".join(found), method, scores, mask, container=True)
-        parts = [p.view(v.shape) for p, v in zip(mask.split([v.numel() for v in values]), values, strict=True)]
-    masks = {}
-    for group, part, default in zip(groups.values(), parts, defaults, strict=True):
-        if default is not None:
-            part = _again(part, default)
-        masks.update(dict.fromkeys(group, part))
-    driver.insert_masks(traced, masks)
+        parts = _selected(", ".join(found), method, values, masks)
+    new = {}
+    for names, part, mask in zip(tensors, parts, masks, strict=True):
+        new.update(dict.fromkeys(names, part if mask is None else _again(part, mask)))
+    driver.insert_masks(traced, new)
     return traced
+
+
+def _tensors(traced: TracedModule, names: Iterable[str]) -> list[list[str]]:
+    """The names by the tensor that they stand for: tied names with the same mask are one."""
+    groups: dict[tuple[int, int | None], list[str]] = {}
+    for name in names:
+        mask = state(traced, name).mask
+        key = id(original(traced, name)), None if mask is None else id(mask)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _scores_of(parameter: nn.Parameter, names: Sequence[str], given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    score = next((given[name] for name in names if name in given), parameter.detach())
+    if not isinstance(score, torch.Tensor) or score.shape != parameter.shape:
+        shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
+        raise PruningError(f"scores of {names[0]!r} have shape {shape}; its shape is {tuple(parameter.shape)}.")
+    return score
+
+
+def _selected(
+    name: str, method: BasePruningMethod, values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """The masks that a method computes on all values in one tensor, as torch's own function does."""
+    present = [torch.ones_like(v) if mask is None else mask for v, mask in zip(values, masks, strict=True)]
+    scores, default = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (values, present))
+    computed = _compute(name, method, scores, default, container=True)
+    parts = computed.split([value.numel() for value in values])
+    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
 
 def _again(part: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
@@ -286,11 +302,12 @@ def _again(part: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
 
 
 def _names(traced: TracedModule) -> list[str]:
+    """The names of the parameters that the optimizer sees, masked ones under the names that they had before."""
     if not isinstance(traced, TracedModule):
         raise ArgumentTypeError(f"a traced module is needed, got {type(traced).__name__}. Call fxprune.trace first.")
-    hidden = {f"{name}_orig" for name in masked(traced)}
-    names = [name for name, _ in traced.named_parameters(remove_duplicate=False) if name not in hidden]
-    return names + masked(traced)
+    there = masked(traced)
+    hidden = set(map(original_name, there))
+    return [n for n, _ in traced.named_parameters(remove_duplicate=False) if n not in hidden] + there
 
 
 def find(traced: TracedModule, pattern: str) -> list[str]:
@@ -315,19 +332,19 @@ def find_all(traced: TracedModule, names: str | Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found for pattern in patterns for found in find(traced, pattern)))
 
 
-def state(traced: TracedModule, name: str) -> tuple[nn.Parameter, torch.Tensor | None]:
-    """The parameter as the optimizer sees it, before its mask, and the mask, None without one."""
-    owner, attribute = locate(traced, name)
-    mask = owner._buffers.get(f"{attribute}_mask")
-    if has_parametrization(owner, f"{attribute}_orig"):
+def state(traced: TracedModule, name: str) -> ParameterView:
+    """The parameter with its mask; raises PruningError where the mask acts on what a parametrization computes."""
+    found = view(traced, name)
+    if found.original_is_computed:
         raise PruningError(f"{name!r} has a mask on top of a parametrization. Prune it before it is parametrized.")
-    parameter = owner._parameters[attribute if mask is None else f"{attribute}_orig"]
-    assert parameter is not None
-    return parameter, mask
+    return found
 
 
-def _value(original: nn.Parameter, mask: torch.Tensor | None) -> torch.Tensor:
-    return original.detach() if mask is None else mask.to(original.dtype) * original.detach()
+def original(traced: TracedModule, name: str) -> nn.Parameter:
+    """The parameter as the optimizer sees it, before its mask."""
+    parameter = state(traced, name).original
+    assert parameter is not None, name
+    return parameter
 
 
 def constructed(kind: type[BasePruningMethod], *args: Any, **kwargs: Any) -> BasePruningMethod:
@@ -342,21 +359,19 @@ def constructed(kind: type[BasePruningMethod], *args: Any, **kwargs: Any) -> Bas
         raise ArgumentError(f"{kind.__name__}: {error}") from error
 
 
-def _mask(
-    name: str,
-    original: nn.Parameter,
-    mask: torch.Tensor | None,
-    method: BasePruningMethod,
-    importance_scores: torch.Tensor | None,
-) -> torch.Tensor:
-    scores = _value(original, mask) if importance_scores is None else importance_scores
-    if not isinstance(scores, torch.Tensor) or scores.shape != original.shape:
-        found = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise PruningError(f"importance scores of {name!r} have shape {found}; its shape is {tuple(original.shape)}.")
+def _mask(found: ParameterView, method: BasePruningMethod, importance_scores: torch.Tensor | None) -> torch.Tensor:
+    parameter = found.original
+    assert parameter is not None, found.name
+    scores = found.value() if importance_scores is None else importance_scores
+    if not isinstance(scores, torch.Tensor) or scores.shape != parameter.shape:
+        shape = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise PruningError(
+            f"importance scores of {found.name!r} have shape {shape}; its shape is {tuple(parameter.shape)}."
+        )
     # torch's methods view the tensor as one dimension, which a channels_last weight does not allow
-    default = torch.ones_like(original) if mask is None else mask
+    default = torch.ones_like(parameter) if found.mask is None else found.mask
     default = default.detach().clone(memory_format=torch.contiguous_format)
-    return _compute(name, method, scores.contiguous(), default, container=mask is not None)
+    return _compute(found.name, method, scores.contiguous(), default, container=found.mask is not None)
 
 
 def _compute(

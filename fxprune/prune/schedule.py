@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,18 +12,21 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, PruningError
+from fxprune.graph.masks import ParameterView
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.mirror import computed, constructed, find_all, global_unstructured, is_pruned, state
 
 __all__ = ["CURVES", "Schedule"]
 
 # progress from `start` (0) to `stop` (1), initial and final amount -> amount
-CURVES: dict[str, Callable[[float, float, float], float]] = {
-    "one-shot": lambda x, initial, final: final,
-    "linear": lambda x, initial, final: final + (initial - final) * (1 - x),
-    "cubic": lambda x, initial, final: final + (initial - final) * (1 - x) ** 3,
-    "exponential": lambda x, initial, final: 1 - (1 - initial) * ((1 - final) / (1 - initial)) ** x,
-}
+CURVES: Mapping[str, Callable[[float, float, float], float]] = MappingProxyType(
+    {
+        "one-shot": lambda progress, initial, final: final,
+        "linear": lambda progress, initial, final: final + (initial - final) * (1 - progress),
+        "cubic": lambda progress, initial, final: final + (initial - final) * (1 - progress) ** 3,
+        "exponential": lambda progress, initial, final: 1 - (1 - initial) * ((1 - final) / (1 - initial)) ** progress,
+    }
+)
 
 
 class _Plan(NamedTuple):
@@ -146,9 +150,10 @@ class Schedule:
     @property
     def reached(self) -> float:
         """The fraction of the entries that is masked now; tied parameters with one mask count once."""
-        found = {(id(p), id(mask)): (p.numel(), mask) for p, mask in (state(self.traced, n) for n in self.names)}
-        dense = sum(size for size, _ in found.values())
-        return sum(_zeros(mask) for _, mask in found.values()) / dense if dense else 0.0
+        views = (state(self.traced, name) for name in self.names)
+        counts = {(id(found.original), id(found.mask)): _counts(found) for found in views}
+        dense, zeros = map(sum, zip(*counts.values(), strict=True))
+        return zeros / dense if dense else 0.0
 
     @property
     def done(self) -> bool:
@@ -169,22 +174,30 @@ class Schedule:
 
     def _prune(self, total: float) -> None:
         before = {name: state(self.traced, name) for name in self.names}
-        sizes = {name: (parameter.numel(), _zeros(mask)) for name, (parameter, mask) in before.items()}
-        fraction = _increment(total, *map(sum, zip(*sizes.values(), strict=True)))
         try:
-            if self._class and self.scope == "local":
-                fractions = {name: _increment(total, *counts) for name, counts in sizes.items()}
-                methods = {name: self._with(fraction) for name, fraction in fractions.items() if fraction}
-                driver.insert_masks(self.traced, computed(self.traced, methods))
-            elif self._class and fraction:
-                global_unstructured(self.traced, self.names, self._class, amount=fraction, **self.kwargs)
-            elif fraction or self._whole:
-                self.request(total if self._whole else fraction)  # type: ignore[call-arg]
-            _refuse_revival(before, {name: state(self.traced, name)[1] for name in self.names})
+            self._request(total, {name: _counts(found) for name, found in before.items()})
+            for name, found in before.items():
+                _refuse_revival(name, found.mask, state(self.traced, name).mask)
         except BaseException:
-            old = {name: torch.ones_like(p) if mask is None else mask for name, (p, mask) in before.items()}
-            driver.insert_masks(self.traced, {n: mask for n, mask in old.items() if is_pruned(self.traced, n)})
+            pruned = [found for name, found in before.items() if is_pruned(self.traced, name)]
+            driver.insert_masks(self.traced, {found.name: _mask_or_ones(found) for found in pruned})
             raise
+
+    def _request(self, total: float, counts: Mapping[str, tuple[int, int]]) -> None:
+        """Ask for so many masked entries, given by name how many entries there are and how many are masked."""
+        if self._class and self.scope == "local":
+            fractions = {name: _increment(total, *found) for name, found in counts.items()}
+            methods = {name: self._with(fraction) for name, fraction in fractions.items() if fraction}
+            driver.insert_masks(self.traced, computed(self.traced, methods))
+            return
+        dense, zeros = map(sum, zip(*counts.values(), strict=True))
+        fraction = _increment(total, dense, zeros)
+        if self._class and fraction:
+            global_unstructured(self.traced, self.names, self._class, amount=fraction, **self.kwargs)
+        elif self._whole:
+            self.request(total)  # type: ignore[call-arg]
+        elif fraction:
+            self.request(fraction)  # type: ignore[call-arg]
 
     def _with(self, fraction: float) -> BasePruningMethod:
         assert self._class
@@ -211,20 +224,25 @@ class Schedule:
         self._calls, self._plan = calls, plan
 
 
-def _refuse_revival(
-    before: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]], after: Mapping[str, torch.Tensor | None]
-) -> None:
-    for name, new in after.items():
-        old = before[name][1]
-        revived = 0 if old is None or new is None else int(((new != 0) & (old == 0)).sum())
-        if revived:
-            raise PruningError(
-                f"the request would unmask {revived} entries of {name!r}. A method multiplies by its default_mask."
-            )
+def _refuse_revival(name: str, before: torch.Tensor | None, after: torch.Tensor | None) -> None:
+    if before is None or after is None:
+        return
+    if revived := int(((after != 0) & (before == 0)).sum()):
+        raise PruningError(
+            f"the request would unmask {revived} entries of {name!r}. A method multiplies by its default_mask."
+        )
 
 
-def _zeros(mask: torch.Tensor | None) -> int:
-    return 0 if mask is None else mask.numel() - int(mask.count_nonzero())
+def _counts(found: ParameterView) -> tuple[int, int]:
+    """How many entries a parameter has, and how many of them are masked."""
+    assert found.original is not None, found.name
+    size = found.original.numel()
+    return size, 0 if found.mask is None else size - int(found.mask.count_nonzero())
+
+
+def _mask_or_ones(found: ParameterView) -> torch.Tensor:
+    assert found.original is not None, found.name
+    return torch.ones_like(found.original) if found.mask is None else found.mask
 
 
 def _increment(total: float, dense: int, masked: int) -> float:

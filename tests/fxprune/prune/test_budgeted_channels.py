@@ -51,6 +51,12 @@ def _check(traced: fxprune.TracedModule) -> fxprune.TracedModule:
     return final
 
 
+def _close_to_finalized(traced: fxprune.TracedModule, x: torch.Tensor) -> None:
+    want, final = traced(x), fxprune.finalize(traced, align=1)
+    assert final.plan.removed
+    assert (want - final(x)).abs().max() <= 1e-9 * want.abs().max()
+
+
 def test_groups_name_what_is_masked_together_and_why_some_may_not(traced: fxprune.TracedModule) -> None:
     groups = fxprune.channel_groups(traced)
     found = {g.name: {(m.parameter, m.axis, m.role) for m in g.members} for g in groups if g.reason is None}
@@ -104,6 +110,44 @@ def test_units_with_the_least_mean_over_their_slices_of_weights_go(importance: s
     fxprune.prune.channels(traced, 10, importance=importance, round_to=1)
     gone = (traced.state_dict()["0.bias_mask"] == 0).nonzero().flatten()
     assert gone.tolist() == sorted(score.argsort()[:10].tolist())
+
+
+class Dense(nn.Module):
+    """Two layers, written as a linear layer, as a product added to a bias, or as such products in batches."""
+
+    def __init__(self, form: str, layers: list[nn.Linear]) -> None:
+        super().__init__()
+        self.form = form
+        self.weights = nn.ParameterList([layer.weight.detach().clone() for layer in layers])
+        self.biases = nn.ParameterList([layer.bias.detach().clone() for layer in layers])
+
+    def layer(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weights[i], self.biases[i]
+        if self.form == "linear":
+            return nn.functional.linear(x, weight, bias)
+        if self.form == "addmm":
+            return torch.addmm(bias, x, weight.t())
+        return torch.baddbmm(bias, x[None], weight.t()[None])[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(1, self.layer(0, x).relu())
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "linf", "fpgm"])
+@pytest.mark.parametrize("form", ["addmm", "baddbmm"])
+def test_biases_do_not_score_in_whatever_form_a_layer_is_written(form: str, importance: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 8).double(), nn.Linear(8, 3).double()]
+    with torch.no_grad():
+        layers[0].bias.copy_(torch.tensor([9.0, 0, 0, 0, 0, 9, 9, 9]))  # would keep 0, 5, 6 and 7, did they score
+    found = {}
+    for written in ("linear", form):
+        traced = fxprune.trace(Dense(written, layers), (torch.randn(2, 4).double(),), modes=("eval",))
+        fxprune.prune.channels(traced, 4, importance=importance, round_to=1)
+        found[written] = (traced.state_dict()["biases.0_mask"] == 0).nonzero().flatten().tolist()
+        _close_to_finalized(traced, torch.randn(3, 4).double())
+    assert found["linear"] == found[form]
+    assert set(found["linear"]) != {1, 2, 3, 4}
 
 
 def test_what_stays_is_rounded_to_multiples(traced: fxprune.TracedModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch.nn.utils import prune
 
 import fxprune
 from fxprune.errors import ArgumentError, FxpruneError, PruningError
-from fxprune.prune.importance import SCORES, Evidence, scores
+from fxprune.prune.importance import IMPORTANCES, SCORES, Evidence, register, scores
+from fxprune.prune.importance import value as value_of
+from fxprune.prune.importance_registry import Score
 from tests.networks import Residual
 
 NAMES = ["stem.weight", "inner.weight", "head.weight"]
@@ -139,6 +142,51 @@ def test_a_function_is_a_score_and_the_registry_is_open(traced: fxprune.TracedMo
         assert scores(traced, "head.weight", "depth")["head.weight"].unique().tolist() == [0]
     finally:
         del SCORES["depth"]
+    with pytest.raises(ArgumentError, match="depth"):
+        scores(traced, "head.weight", "depth")
+
+
+@pytest.fixture
+def closeness() -> Iterator[Score]:
+    """A registered importance: entries far from 1 matter most."""
+
+    @register("closeness")
+    def closeness(traced: fxprune.TracedModule, names: Any, evidence: Evidence) -> dict[str, torch.Tensor]:
+        return {name: (value_of(traced, name) - 1).abs() for name in names}
+
+    yield closeness
+    del SCORES["closeness"]
+
+
+def test_a_registered_importance_scores_entries_and_channels(closeness: Score) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    traced = fxprune.trace(model, (torch.randn(2, 3),), modes=("eval",))
+    found = scores(traced, "*.weight", "closeness")
+    assert torch.equal(found["0.weight"], (model[0].weight - 1).abs())
+    units = found["0.weight"].double().sum(1) + found["2.weight"].double().sum(0)
+    fxprune.prune.channels(traced, 3, importance="closeness")
+    gone = (traced.get_buffer("0.bias_mask") == 0).nonzero().flatten()
+    assert sorted(gone.tolist()) == sorted(units.argsort()[:3].tolist())
+
+
+@pytest.mark.parametrize("name", ["l1", "linf", "closeness"])
+def test_a_taken_name_is_refused_and_keeps_its_meaning(
+    traced: fxprune.TracedModule, closeness: Score, name: str
+) -> None:
+    before = IMPORTANCES[name]
+    with pytest.raises(ArgumentError, match=f"{name!r} is registered already"):
+        register(name)(lambda traced, names, evidence: {})
+    with pytest.raises(ArgumentError, match=f"{name!r} is registered already"):
+        SCORES[name] = lambda traced, names, evidence: {}
+    assert IMPORTANCES[name] is before
+
+
+def test_what_scores_channels_alone_scores_no_entries(traced: fxprune.TracedModule) -> None:
+    assert "fpgm" in IMPORTANCES
+    assert "fpgm" not in SCORES
+    with pytest.raises(ArgumentError, match="one of l1, l2, random, taylor is needed"):
+        scores(traced, NAMES, "fpgm")
 
 
 @pytest.mark.parametrize(

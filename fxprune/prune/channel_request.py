@@ -1,0 +1,148 @@
+"""What `fxprune.prune.channels` was asked for, checked, and the groups that the request is about."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fxprune.channels.groups import ChannelGroup
+from fxprune.errors import ArgumentError, ArgumentTypeError, NameLookupError, PruningError
+from fxprune.prune.importance_registry import IMPORTANCES
+
+Importance = str | Callable[[ChannelGroup], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ChannelRequest:
+    """Options that can be used together; as the arguments of `channels`.
+
+    Attributes:
+        budget: "amount", "macs", "parameters" or "speedup".
+        value: of the budget: a fraction (float), a count (int), or a factor for "speedup".
+    """
+
+    budget: str
+    value: float
+    importance: Importance
+    scope: str
+    round_to: int | str
+    max_per_group: float
+    at_least: int
+
+    def __post_init__(self) -> None:
+        _check_budget(self.budget, self.value)
+        if not callable(self.importance) and (
+            not isinstance(self.importance, str) or self.importance not in IMPORTANCES
+        ):
+            raise ArgumentError(
+                f"importance={self.importance!r}: one of {', '.join(IMPORTANCES)} or a function is needed."
+            )
+        if self.scope not in ("global", "local"):
+            raise ArgumentError(f'scope={self.scope!r}: "global" or "local" is needed.')
+        if self.round_to != "auto" and not _is_count(self.round_to):
+            raise ArgumentError(f'round_to={self.round_to!r}: "auto" or a positive integer is needed.')
+        if not 0 <= self.max_per_group <= 1 or not _is_count(self.at_least):
+            raise ArgumentError(
+                f"max_per_group={self.max_per_group}, at_least={self.at_least}: 0 to 1, and 1 or more, are needed."
+            )
+
+
+def one_budget(
+    amount: float | None, *, macs: float | None, parameters: float | None, speedup: float | None
+) -> tuple[str, float]:
+    """The budget's name and value: the only one of the three that is given, else `amount`."""
+    budgets = {"macs": macs, "parameters": parameters, "speedup": speedup}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) > 1:
+        raise ArgumentError(f"one budget at a time: {' and '.join(f'{k}={v}' for k, v in given.items())} were given.")
+    if given:
+        return next(iter(given.items()))
+    if amount is None:
+        raise ArgumentError("no budget: give amount, macs, parameters or speedup.")
+    return "amount", amount
+
+
+def _check_budget(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentTypeError(f"{name}={value!r}: a number is needed.")
+    if name == "speedup":
+        allowed = value > 1
+    elif isinstance(value, int):
+        allowed = value >= 0
+    else:
+        allowed = 0 <= value <= 1
+    if not allowed or value == float("inf"):
+        raise ArgumentError(f"{name}={value}: a fraction from 0 to 1 or a count is needed; a speedup is above 1.")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def chosen_groups(
+    groups: Sequence[ChannelGroup],
+    targets: str | Iterable[str] | None,
+    ignore: str | Iterable[str],
+    kinds: str | Iterable[str] | None,
+) -> list[ChannelGroup]:
+    """The groups to prune; those that lose channels together are picked together.
+
+    Raises:
+        NameLookupError: a pattern matches nothing, or there is no such kind.
+        PruningError: nothing is left to prune.
+    """
+    wanted = None if targets is None else _listed(targets)
+    unwanted = _listed(ignore)
+    _check_patterns(groups, [*(wanted or ()), *unwanted])
+    allowed = _kinds(groups, kinds)
+    usable = [g for g in groups if g.reason is None and g.size > 1 and g.kind in allowed]
+    asked = [g for g in usable if wanted is None or _matches(g, wanted, ("writer",))]
+    ignored = [g for g in usable if _matches(g, unwanted, ("writer", "reader"))]
+    asked_blocks, ignored_blocks = _blocks(asked), _blocks(ignored)
+    taken, left = set(map(id, asked)), set(map(id, ignored))
+    picked = [
+        g
+        for g in usable
+        if (id(g) in taken or g.block in asked_blocks) and id(g) not in left and g.block not in ignored_blocks
+    ]
+    if not picked:
+        reasons = "; ".join(sorted({g.reason for g in groups if g.reason})[:3]) or "there are no groups"
+        raise PruningError(f"no group is left to prune: {len(usable)} may be pruned at all. {reasons}.")
+    return picked
+
+
+def _listed(patterns: str | Iterable[str]) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _check_patterns(groups: Sequence[ChannelGroup], patterns: Sequence[object]) -> None:
+    names = {member.parameter for group in groups for member in group.members}
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not any(_names(pattern, name) for name in names):
+            near = ", ".join(sorted(names)[:6])
+            raise NameLookupError(f"{pattern!r} matches no parameter that carries channels. There are {near}, ...")
+
+
+def _kinds(groups: Sequence[ChannelGroup], kinds: str | Iterable[str] | None) -> set[str]:
+    there = {group.kind for group in groups}
+    allowed = there if kinds is None else set(_listed(kinds))
+    if unknown := allowed - there:
+        raise NameLookupError(f"kinds={sorted(unknown)}: the groups are of the kinds {', '.join(sorted(there))}.")
+    return allowed
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether a pattern names a parameter, or the module it is in."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+
+
+def _matches(group: ChannelGroup, patterns: Sequence[str], roles: Sequence[str]) -> bool:
+    return any(_names(pattern, m.parameter) for pattern in patterns for m in group.members if m.role in roles)
+
+
+def _blocks(groups: Iterable[ChannelGroup]) -> set[int]:
+    """The blocks of groups that must lose channels together; a group of its own is in none."""
+    return {group.block for group in groups if group.block >= 0}
