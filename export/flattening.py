@@ -13,9 +13,10 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxprune.errors import ArgumentTypeError, ExportError, FinalizeError
+from fxprune.graph.codegen import CodeGen
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.expressions import evaluate
-from fxprune.graph.traced import CodeGen, TracedModule
+from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import pytree_info
 
 from .node_values import ORIGIN

@@ -62,8 +62,7 @@ def _float64_copy(module: nn.Module) -> nn.Module:
     wide = copy.deepcopy(module, {id(value): value.detach() for value in computed})
     convert_tensors(wide, _widened)  # a traced module's own refuses types that its graph names
     if isinstance(wide, TracedModule):
-        wide.example_args, wide.example_kwargs = pytree.tree_map(_widened, (wide.example_args, wide.example_kwargs))
-        wide.recompile()
+        wide.set_examples(*pytree.tree_map(_widened, (wide.example_args, wide.example_kwargs)))
     return wide
 
 

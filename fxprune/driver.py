@@ -8,6 +8,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,11 +16,12 @@ import torch
 from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
+from fxprune.graph.containers import provenance_of, set_provenance
 from fxprune.graph.equality import error
 from fxprune.graph.masks import masked
 from fxprune.graph.names import canonical, has_parametrization, locate, one_name
 from fxprune.graph.reparametrizations import reparametrized
-from fxprune.graph.traced import TracedModule
+from fxprune.graph.traced import Origin, TracedModule
 from fxprune.passes import (
     FINALIZE,
     FoldBatchNorm,
@@ -53,7 +55,7 @@ def insert_norms(traced: TracedModule, steps: Sequence[InsertParametrization]) -
         owner, tensor = locate(traced, step.parameter)
         holder = owner.get_submodule(f"parametrizations.{tensor}")
         options = {name: value for name, value in vars(step).items() if name != "parameter"}
-        holder.options = {"kind": step.name} | options  # type: ignore[assignment]
+        set_provenance(holder, replace(provenance_of(holder), options={"kind": step.name} | options))
 
 
 def fold(traced: TracedModule, *names: str) -> None:
@@ -302,7 +304,7 @@ def finalize(
     assert isinstance(final, TracedModule)
     plain = {f"{name}_orig": name for name in masked(traced)}
     sources = {plain.get(n, n): weakref.ref(p) for n, p in traced.named_parameters(remove_duplicate=False)}
-    final.origin = (None if final.plan is traced.plan else final.plan, sources)
+    final.record(final.plan, Origin(None if final.plan is traced.plan else final.plan, sources))
     broken = [name for name, p in final.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
     if broken:
         warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=2)

@@ -110,7 +110,7 @@ class FoldBatchNorm(Pass):
         pairs = _foldable_pairs(traced, graph)
         if not pairs:
             return False
-        traced.graphs = {"eval": graph}
+        traced.keep_modes("eval")
         traced.eval()
         for norm, layer in pairs:
             with working_on(norm.node):

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import FinalizeError
+from fxprune.graph.containers import restore_order
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure, evaluate
@@ -46,7 +47,7 @@ class FoldReparametrizations(Pass):
     name: ClassVar[str] = "fold-reparametrizations"
 
     def run(self, traced: TracedModule) -> bool:
-        order = [graph for _, graph in sorted(traced.graphs.items())]  # eval before train
+        order = list(traced.graphs.values())  # eval before train
         places = self._places(traced, order)
         holders = Counter(id(p) for module in traced.modules() for p in module._parameters.values())
         for name, nodes in places.items():
@@ -99,7 +100,7 @@ def _fold(traced: TracedModule, name: str, nodes: list[fx.Node], holders: Counte
     else:  # (2)
         holders[id(original)] -= 1
         owner._parameters[attribute] = nn.Parameter(value, requires_grad=trained)
-    owner.restore_order()  # type: ignore[operator]
+    restore_order(owner)
     for node in nodes:
         _read_instead(node, name)
 

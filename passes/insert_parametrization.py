@@ -10,11 +10,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.capture.front_end import trace
 from fxprune.errors import ArgumentError, PruningError
+from fxprune.graph.containers import Container, provenance_of, share_contents
 from fxprune.graph.editing import erase_dead, splice
 from fxprune.graph.mutation import is_mutating
 from fxprune.graph.names import locate
 from fxprune.graph.parameter_reads import ParameterReads, replace_reads
-from fxprune.graph.traced import Container, TracedModule
+from fxprune.graph.traced import TracedModule
 
 from .base import Pass
 
@@ -51,7 +52,7 @@ class InsertParametrization(Pass, abc.ABC):
         path = _hold(owner, name, expression, self.parameter)
         for mode, graph in traced.graphs.items():
             # eager evaluates a parametrization at every read; attention and recurrent layers have several a call
-            count = owner._reads.get(name, 1)
+            count = provenance_of(owner).reads.get(name, 1)
             self._replace(graph, reads[mode], expression.graphs[mode], path, count, needed=mode == "eval")
             erase_dead(graph)
         traced.train(traced.training)
@@ -94,7 +95,7 @@ def _refuse_another_draw(
     step: InsertParametrization, owner: Container | TracedModule, listed: ParametrizationList
 ) -> None:
     """Refuse a second parametrization of a recurrent layer where either of them has state that a forward moves."""
-    others, source = owner._modules.get("parametrizations"), owner.source_class
+    others, source = owner._modules.get("parametrizations"), provenance_of(owner).source_class
     if others is None or not issubclass(source, nn.RNNBase):
         return
     if others._modules and [*listed.buffers(), *others.buffers()]:
@@ -111,7 +112,6 @@ def _hold(owner: nn.Module, name: str, expression: TracedModule, parameter: str)
     parametrizations = owner._modules.setdefault("parametrizations", Container())
     assert parametrizations is not None
     holder = Container()
-    for field in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-        getattr(holder, field).update(getattr(expression, field))
+    share_contents(holder, expression)
     parametrizations._modules[name] = holder
     return parameter.removesuffix(name) + f"parametrizations.{name}."

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fxprune.graph.traced import Container, TracedModule
+from fxprune.graph.containers import Container, provenance_of
+from fxprune.graph.traced import TracedModule
 
 from .insert_parametrization import InsertParametrization
 
@@ -37,5 +38,5 @@ class InsertSpectralNorm(InsertParametrization):
     def register(self, host: nn.Module, name: str, owner: Container | TracedModule) -> None:
         dim = self.dim
         if dim is None:
-            dim = 1 if issubclass(owner.source_class, _TRANSPOSED) else 0
+            dim = 1 if issubclass(provenance_of(owner).source_class, _TRANSPOSED) else 0
         parametrizations.spectral_norm(host, name, self.n_power_iterations, self.eps, dim)

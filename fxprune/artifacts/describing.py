@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from fxprune.artifacts.dimensions import dimension_to_data
 from fxprune.artifacts.header import Header, StoredModule, StoredTensor, StoredTree
 from fxprune.artifacts.stored_graphs import stored_graph
+from fxprune.graph.containers import provenance_of
 from fxprune.graph.masks import masked
 from fxprune.graph.names import tensors_of
 from fxprune.graph.reparametrizations import reparametrized
@@ -69,14 +70,15 @@ def _stored_modules(traced: TracedModule) -> list[StoredModule]:
     for path, module in traced.named_modules(remove_duplicate=False):
         if path and isinstance(module, fx.GraphModule):  # the branches of control flow belong to the programs
             continue
+        known = provenance_of(module)
         stored.append(
             StoredModule(
                 path=path,
                 same=first_paths.setdefault(module, path),
-                kind=_kind(module),
-                order=module.parameter_order,
-                reads=dict(module._reads),
-                options=dict(getattr(module, "options", {})),
+                kind=_kind(known.source_class),
+                order=known.parameter_order,
+                reads=dict(known.reads),
+                options=dict(known.options),
                 loose=sorted(module._non_persistent_buffers_set),
                 parameters={name: value is not None for name, value in module._parameters.items()},
                 buffers={name: value is not None for name, value in module._buffers.items()},
@@ -85,9 +87,9 @@ def _stored_modules(traced: TracedModule) -> list[StoredModule]:
     return stored
 
 
-def _kind(module: nn.Module) -> str:
+def _kind(source_class: type[nn.Module]) -> str:
     """The nearest class of `torch.nn` that the eager module's class derives from."""
-    names = (kind.__name__ for kind in module.source_class.__mro__ if kind is getattr(nn, kind.__name__, None))  # type: ignore[union-attr]
+    names = (kind.__name__ for kind in source_class.__mro__ if kind is getattr(nn, kind.__name__, None))
     return next(names, "Module")
 
 

@@ -46,7 +46,7 @@ def refitted(checkpoint: Checkpoint, model: nn.Module) -> TracedModule:
     for stored in checkpoint.header.modules:
         if stored.is_first:
             checkpoint.fill(traced.get_submodule(stored.path), stored)
-    traced.origin = None
+    traced.record(traced.plan)
     return traced.train(checkpoint.header.training)
 
 

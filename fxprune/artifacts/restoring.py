@@ -7,7 +7,8 @@ from torch import nn
 from fxprune.artifacts.header import StoredModule
 from fxprune.artifacts.reading import Checkpoint
 from fxprune.artifacts.stored_graphs import read_graph
-from fxprune.graph.traced import Container, TracedModule
+from fxprune.graph.containers import Container, Provenance
+from fxprune.graph.traced import TracedModule
 
 
 def restored(checkpoint: Checkpoint) -> TracedModule:
@@ -20,7 +21,7 @@ def restored(checkpoint: Checkpoint) -> TracedModule:
     graphs = {mode: read_graph(checkpoint.programs[mode], root, mode, header.graphs[mode]) for mode in header.modes}
     args, kwargs = checkpoint.inputs
     traced = TracedModule(root, graphs, args, kwargs, checkpoint.dynamic_shapes, training=header.training)
-    traced.plan = checkpoint.plan
+    traced.record(checkpoint.plan)
     return traced
 
 
@@ -38,10 +39,6 @@ def _containers(checkpoint: Checkpoint) -> Container:
 
 
 def _container(stored: StoredModule) -> Container:
-    container = Container()
-    container.parameter_order = stored.order
-    container._reads = stored.reads
-    container.options = stored.options
-    container.source_class = getattr(nn, stored.kind)
+    container = Container(Provenance(getattr(nn, stored.kind), stored.order, stored.reads, stored.options))
     container._non_persistent_buffers_set.update(stored.loose)
     return container

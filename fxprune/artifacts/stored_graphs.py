@@ -17,9 +17,10 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind, Outpu
 from fxprune.artifacts.header import StoredGraph
 from fxprune.capture.front_end import unlift
 from fxprune.capture.programs import read_program
+from fxprune.graph.containers import Container
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.names import tensor_at
-from fxprune.graph.traced import Container, TracedModule
+from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import (
     FakeTensor,
     FakeTensorMode,

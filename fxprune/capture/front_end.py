@@ -27,10 +27,12 @@ from torch.nn.utils import parametrize
 
 from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning
 from fxprune.graph.arguments import fixed_size
+from fxprune.graph.codegen import CodeGen
+from fxprune.graph.containers import Container, Provenance, provenance_of, share_contents
 from fxprune.graph.editing import erase_dead, inline_no_grad_regions, splice
 from fxprune.graph.names import join
 from fxprune.graph.reparametrizations import carried, hook_tensor, original_order, reparametrized, tag_results, tagged
-from fxprune.graph.traced import CodeGen, Container, TracedModule
+from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import LOGGERS_OF_FAILED_CAPTURES, PyTreeInfo, flat_weight_names, let_weights_be_reread
 
 MODES = ("train", "eval")
@@ -364,20 +366,22 @@ def _register_dataclasses(value: Any) -> None:
             _register_dataclasses(leaf)
 
 
+def _provenance(module: nn.Module, reads: _Reads) -> Provenance:
+    is_traced = isinstance(module, Container | TracedModule)
+    source_class = provenance_of(module).source_class if is_traced else type(module)
+    counts = {name: reads[id(vars(module)), name] for name in module._parameters}
+    return Provenance(source_class, original_order(module), counts)
+
+
 def _containers(model: nn.Module, reads: _Reads) -> Container:
     memo: dict[int, Container] = {}
 
     def build(module: nn.Module) -> Container:
         if id(module) not in memo:
-            memo[id(module)] = container = Container()
-            container._parameters.update(module._parameters)
-            container._buffers.update(module._buffers)
-            container._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+            memo[id(module)] = container = Container(_provenance(module, reads))
+            share_contents(container, module)
             for name, child in module._modules.items():
                 container._modules[name] = None if child is None else build(child)
-            container.parameter_order = original_order(module)
-            container.source_class = getattr(module, "source_class", type(module))
-            container._reads = {name: reads[id(module.__dict__), name] for name in module._parameters}
         return memo[id(module)]
 
     return build(model)

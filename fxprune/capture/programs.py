@@ -20,8 +20,9 @@ from torch.utils._sympy import functions
 
 from fxprune.capture.front_end import unlift
 from fxprune.errors import ArtifactError
+from fxprune.graph.containers import Container
 from fxprune.graph.editing import erase_dead
-from fxprune.graph.traced import Container, TracedModule
+from fxprune.graph.traced import TracedModule
 
 _SAFE = re.compile(
     r"archive_format|archive_version|byteorder|\.\w+(/\w+)?|models/model\.json|data/sample_inputs/model\.pt|"

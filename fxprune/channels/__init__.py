@@ -93,7 +93,7 @@ def remove(traced: TracedModule, plan: ChannelPlan, *, check: bool = True) -> No
     plan.parameters = (plan.parameters[0], _parameters(traced))
     if check:
         verify(before, {copied: node for node, copied in copies.items()}, old, traced, found, alive, plan)
-    traced.plan = plan
+    traced.record(plan)
 
 
 def _require_eval(traced: TracedModule) -> None:

@@ -3,73 +3,49 @@
 from __future__ import annotations
 
 import copy
-import keyword
-import re
 import weakref
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
 from fxprune.errors import ArtifactError, CaptureError
 from fxprune.graph.arguments import InputCheck
+from fxprune.graph.containers import Container, provenance_of, set_provenance, share_contents
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.snapshot import preserved
-from fxprune.torch_internals import PyTreeCodeGen, state_of_generated_code
+from fxprune.graph.spellings import respelled
+from fxprune.torch_internals import state_of_generated_code
 
-_KEYWORD_ATTRIBUTE = re.compile(r"\.(" + "|".join(k for k in keyword.kwlist if k.isidentifier()) + r")\b")
-
-
-class CodeGen(PyTreeCodeGen):
-    """torch's pytree code generator, with attribute paths that contain Python keywords made legal."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CodeGen:
-        # it is never changed in place, and copying torch's tree specifications warns
-        return CodeGen(self.pytree_info)
-
-    def _gen_python_code(self, *args: Any, **kwargs: Any) -> PythonCode:
-        code: PythonCode = super()._gen_python_code(*args, **kwargs)
-        lines = code.src.split("\n")
-        for i, line in enumerate(lines):
-            # only a read of an attribute path can hold a keyword after a dot; its codegen is `name = self.a.b.c`
-            target, equals, value = line.partition(" = ")
-            if equals and (value.startswith(("self.", "getattr("))):
-                path, semicolon, rest = value.partition(";")
-                while match := _KEYWORD_ATTRIBUTE.search(path):
-                    path = f'getattr({path[: match.start()]}, "{match.group(1)}"){path[match.end() :]}'
-                lines[i] = f"{target}{equals}{path}{semicolon}{rest}"
-        code.src = "\n".join(lines)
-        return code
+# The order in which graphs are kept and worked on: what is decided by the eval graph, the train graph follows.
+MODES = ("eval", "train")
 
 
-# torch's names of the state of a norm: by its legacy hook, and as a parametrization
-_SPELLINGS = (("_g", "original0"), ("_v", "original1"), ("_orig", "original"), ("_u", "0._u"), ("_v", "0._v"))
+@dataclass(frozen=True)
+class Origin:
+    """What one call of `finalize` did, for whoever carries something over to its result.
 
-
-class Container(nn.Module):
-    """Holds the parameters, buffers and children that stand under one name of the captured model.
-
-    `parameter_order` lists the parameters as the model without reparametrizations has them, so that removing a
-    mask or a norm restores the order that optimizers and `parameters_to_vector` go by. `source_class` is eager's class,
-    and `_reads` how often one forward in train mode read each parameter. `options` say how the parametrization that it
-    belongs to was inserted.
+    Attributes:
+        plan: the channel plan that it carried out, None where nothing was removed.
+        sources: by the name that it has in the result, each parameter of the module that was finalized.
     """
 
-    parameter_order: tuple[str, ...] = ()
-    source_class: type[nn.Module] = nn.Module
-    _reads: Mapping[str, int] = MappingProxyType({})
-    options: Mapping[str, Any] = MappingProxyType({})
+    plan: ChannelPlan | None
+    sources: Mapping[str, weakref.ref[nn.Parameter]]
 
-    def restore_order(self) -> None:
-        """Sort the parameters by `parameter_order`; those it does not list keep their place at the end."""
-        rank = {name: i for i, name in enumerate(self.parameter_order)}
-        items = sorted(self._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
-        self._parameters.clear()
-        self._parameters.update(items)
+
+@dataclass(frozen=True)
+class _Generated:
+    """What was generated for one mode: code, the class's forward, the check of inputs, and torch's own attributes."""
+
+    code: PythonCode
+    forward: Callable[..., Any]
+    input_check: InputCheck
+    attributes: Mapping[str, Any]
 
 
 class TracedModule(fx.GraphModule):
@@ -79,25 +55,18 @@ class TracedModule(fx.GraphModule):
     `eval()` select the graph; `graph` and `code` show the selected one.
 
     Attributes:
-        graphs: the graphs by mode, "train" and "eval" (those that were captured).
-        example_args, example_kwargs: the sample inputs of the capture.
+        graphs: the graphs by mode, "eval" and "train" in this order (those that were captured).
         dynamic_shapes: `torch.export`'s structure of the dynamic axes, None when every size is fixed.
-        plan: the channel plan that `finalize` carried out, else None.
-        origin: what `finalize` carried out just now, and the parameters of the module that it was given.
     """
 
     graphs: dict[str, fx.Graph]
-    example_args: tuple[Any, ...]
-    example_kwargs: dict[str, Any]
     dynamic_shapes: Any
-    plan: ChannelPlan | None
-    origin: tuple[ChannelPlan | None, dict[str, weakref.ref[nn.Parameter]]] | None
     _python_code: PythonCode
-    input_check: InputCheck
+    _selected: _Generated
 
     def __init__(
         self,
-        root: Container,
+        root: nn.Module,
         graphs: Mapping[str, fx.Graph],
         example_args: tuple[Any, ...],
         example_kwargs: Mapping[str, Any],
@@ -106,22 +75,47 @@ class TracedModule(fx.GraphModule):
         training: bool,
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), "TracedModule")
-        self._parameters.update(root._parameters)
-        self._buffers.update(root._buffers)
-        self._non_persistent_buffers_set.update(root._non_persistent_buffers_set)
-        self._modules.update(root._modules)
-        self.parameter_order, self.source_class, self._reads = root.parameter_order, root.source_class, root._reads
-        self._compiled: dict[str, dict[str, Any]] = {}
-        self.graphs = dict(graphs)
+        share_contents(self, root)
+        set_provenance(self, provenance_of(root))
+        self._generated: dict[str, _Generated] = {}
+        self.graphs = {mode: graphs[mode] for mode in MODES if mode in graphs}
         for graph in self.graphs.values():
             graph.owning_module = self
-        self.example_args, self.example_kwargs = example_args, dict(example_kwargs)
+        self._examples = (example_args, dict(example_kwargs))
         self.dynamic_shapes = dynamic_shapes
-        self.plan = self.origin = None
-        mode = "train" if training else "eval"
-        self.train((mode if mode in self.graphs else next(iter(self.graphs))) == "train")
+        self._plan: ChannelPlan | None = None
+        self._origin: Origin | None = None
+        self.training = training
+        self._select_any()
 
-    restore_order = Container.restore_order
+    @property
+    def example_args(self) -> tuple[Any, ...]:
+        """The sample inputs of the capture by position; `set_examples` replaces them."""
+        return self._examples[0]
+
+    @property
+    def example_kwargs(self) -> dict[str, Any]:
+        """The sample inputs of the capture by name, in the order of the captured signature."""
+        return self._examples[1]
+
+    def set_examples(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Replace the sample inputs by others of the captured structure, such as those of another dtype or device."""
+        self._examples = (args, dict(kwargs))
+        self.recompile()
+
+    @property
+    def plan(self) -> ChannelPlan | None:
+        """What was removed by `finalize`, now or before this module was copied or loaded; None where nothing was."""
+        return self._plan
+
+    @property
+    def origin(self) -> Origin | None:
+        """What the call of `finalize` did that gave this very module; None for every other module."""
+        return self._origin
+
+    def record(self, plan: ChannelPlan | None, origin: Origin | None = None) -> None:
+        """Say what was removed, and what the module comes from; for those who finalize and restore modules."""
+        self._plan, self._origin = plan, origin
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -144,26 +138,33 @@ class TracedModule(fx.GraphModule):
         self._select(name)
         return self
 
+    def keep_modes(self, *modes: str) -> None:
+        """Drop the graphs of all other modes, and select one of those that are left."""
+        self.graphs = {mode: graph for mode, graph in self.graphs.items() if mode in modes}
+        self._generated = {mode: kept for mode, kept in self._generated.items() if mode in modes}
+        self._select_any()
+
+    def _select_any(self) -> None:
+        """Select the mode that the module is in, another one where that has no graph."""
+        mode = "train" if self.training else "eval"
+        self.train((mode if mode in self.graphs else next(iter(self.graphs))) == "train")
+
     def _select(self, mode: str) -> None:
-        if mode not in self._compiled:
+        if mode not in self._generated:
             self._graph = self.graphs[mode]
             code = super().recompile()
-            self._compiled[mode] = {
-                "python_code": code,
-                "forward": type(self).forward,
-                "input_check": InputCheck.of(self._graph, self.example_args, self.example_kwargs),
-                **state_of_generated_code(self),
-            }
-        state = dict(self._compiled[mode])
-        self._python_code = state.pop("python_code")
-        type(self).forward = state.pop("forward")
-        self.__dict__.update(state)
+            check = InputCheck.of(self._graph, *self._examples)
+            self._generated[mode] = _Generated(code, type(self).forward, check, state_of_generated_code(self))
+        self._selected = selected = self._generated[mode]
+        self._python_code = selected.code
+        type(self).forward = selected.forward  # torch makes a class for each object
+        vars(self).update(selected.attributes)
 
     def recompile(self) -> PythonCode:
         """Regenerate the code of every mode; call it after editing a graph."""
         if "graphs" not in self.__dict__:
             return super().recompile()
-        self._compiled.clear()
+        self._generated.clear()
         self._select("train" if self.training else "eval")
         return self._python_code
 
@@ -172,6 +173,11 @@ class TracedModule(fx.GraphModule):
     def check_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raise InputError unless the current mode's graph holds for this call."""
         self.input_check(args, kwargs)
+
+    @property
+    def input_check(self) -> InputCheck:
+        """What the inputs of the current mode's graph must be."""
+        return self._selected.input_check
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph of the current mode on inputs of the captured structure, shapes and dtypes."""
@@ -194,29 +200,15 @@ class TracedModule(fx.GraphModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch; the keys of legacy norms (`weight_g`, `weight_v`) and parametrizations stand for each other."""
-        own, renamed = self.state_dict(), dict(state_dict)
-        for name in own.keys() - renamed.keys():
-            for hook, parametrization in _SPELLINGS:
-                legacy = re.sub(rf"parametrizations\.([^.]+)\.{re.escape(parametrization)}$", rf"\1{hook}", name)
-                current = re.sub(rf"([^.]+){hook}$", rf"parametrizations.\1.{parametrization}", name)
-                for other in {legacy, current} & renamed.keys() - own.keys():
-                    renamed[name] = renamed.pop(other)
-        return super().load_state_dict(renamed, strict, assign)
+        return super().load_state_dict(respelled(state_dict, self.state_dict().keys()), strict, assign)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
-        root = Container()
-        root.parameter_order, root.source_class, root._reads = self.parameter_order, self.source_class, self._reads
+        root = Container(provenance_of(self))
         for field in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             getattr(root, field).update(copy.deepcopy(getattr(self, field), memo))
-        clone = TracedModule(
-            root,
-            {mode: copy.deepcopy(graph) for mode, graph in self.graphs.items()},
-            self.example_args,
-            self.example_kwargs,
-            self.dynamic_shapes,
-            training=self.training,
-        )
-        clone.plan, clone.origin = self.plan, self.origin
+        graphs = {mode: copy.deepcopy(graph) for mode, graph in self.graphs.items()}
+        clone = TracedModule(root, graphs, *self._examples, self.dynamic_shapes, training=self.training)
+        clone.record(self.plan, self.origin)
         memo[id(self)] = clone
         return clone
 
@@ -230,33 +222,41 @@ class TracedModule(fx.GraphModule):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> TracedModule:
-        def kinds() -> tuple[set[torch.dtype], set[torch.device]]:
-            tensors = [*self.parameters(), *self.buffers()]
-            return {t.dtype for t in tensors if t.is_floating_point()}, {t.device for t in tensors}
-
-        dtypes, devices = kinds()
-        converts = {dtype: fn(torch.empty(0, dtype=dtype)).dtype for dtype in dtypes}
-        for old, new in converts.items():
-            for graph in self.graphs.values() if new != old else ():
-                for node in graph.nodes:
-                    if old in pytree.tree_leaves((node.args, node.kwargs)):
-                        raise CaptureError(
-                            f"the traced module was to be converted from {old} to {new}, but node {node.format_node()} "
-                            f"has {old} written into the graph. Convert the model first, then trace it."
-                        )
+        dtypes, devices = self._dtypes(), self._devices()
+        for dtype in dtypes:
+            self._refuse_written(dtype, fn(torch.empty(0, dtype=dtype)).dtype)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        _, moved = kinds()
-        if len(devices) == len(moved) == 1 and devices != moved:
-            (old_device,), (new_device,) = devices, moved
-            for graph in self.graphs.values():
-                for node in graph.nodes:
-                    node.args, node.kwargs = pytree.tree_map(
-                        lambda a: new_device if isinstance(a, torch.device) and a == old_device else a,
-                        (node.args, node.kwargs),
-                    )
-        self.example_args, self.example_kwargs = pytree.tree_map_only(
-            torch.Tensor, lambda t: fn(t) if t.is_floating_point() or devices != moved else t,
-            (self.example_args, self.example_kwargs),
-        )  # fmt: skip
-        self.recompile()
+        has_moved = self._devices() != devices
+        if has_moved and len(devices) == len(self._devices()) == 1:
+            self._move_constants(devices.pop(), self._devices().pop())
+
+        def converted(tensor: Tensor) -> Tensor:
+            converted_tensor: Tensor = fn(tensor) if tensor.is_floating_point() or has_moved else tensor
+            return converted_tensor
+
+        self.set_examples(*pytree.tree_map_only(Tensor, converted, self._examples))
         return self
+
+    def _dtypes(self) -> set[torch.dtype]:
+        return {t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()}
+
+    def _devices(self) -> set[torch.device]:
+        return {t.device for t in (*self.parameters(), *self.buffers())}
+
+    def _refuse_written(self, old: torch.dtype, new: torch.dtype) -> None:
+        """Raise where a conversion from one dtype to another would leave the old one written in a graph."""
+        for node in (node for graph in self.graphs.values() for node in graph.nodes if new != old):
+            if old in pytree.tree_leaves((node.args, node.kwargs)):
+                raise CaptureError(
+                    f"the traced module was to be converted from {old} to {new}, but node {node.format_node()} "
+                    f"has {old} written into the graph. Convert the model first, then trace it."
+                )
+
+    def _move_constants(self, old: torch.device, new: torch.device) -> None:
+        """Write another device into the graphs."""
+
+        def moved(argument: Any) -> Any:
+            return new if isinstance(argument, torch.device) and argument == old else argument
+
+        for node in (node for graph in self.graphs.values() for node in graph.nodes):
+            node.args, node.kwargs = pytree.tree_map(moved, (node.args, node.kwargs))

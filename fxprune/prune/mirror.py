@@ -19,6 +19,7 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, PruningError
+from fxprune.graph.containers import provenance_of
 from fxprune.graph.masks import ParameterView, masked, original_name, view
 from fxprune.graph.names import ModulePaths, canonical, has_parametrization, locate, match_names, one_name
 from fxprune.graph.reparametrizations import reparametrized
@@ -149,7 +150,7 @@ def nm_structured(
     """
     methods = {}
     for found in find(traced, name):
-        source_class = getattr(locate(traced, found)[0], "source_class", nn.Module)
+        source_class = provenance_of(locate(traced, found)[0]).source_class
         inputs = 0 if issubclass(source_class, nn.modules.conv._ConvTransposeNd) else 1
         methods[found] = constructed(NMStructured, n, m, inputs if dim is None else dim)
     driver.insert_masks(traced, computed(traced, methods, importance_scores))

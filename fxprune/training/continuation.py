@@ -57,7 +57,7 @@ def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> to
             "the module does not know the parameters it was made from: it does not come from fxprune.finalize in this "
             "process. Call optimizer_after on finalize's result, then save both."
         )
-    plan, references = final.origin
+    plan, references = final.origin.plan, final.origin.sources
     sources = {name: p for name, reference in references.items() if (p := reference()) is not None}
     group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     known = {id(p) for p in sources.values()}

@@ -29,6 +29,7 @@ from torch.nn.utils import parametrizations
 
 import fxprune
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, ExportError
+from fxprune.graph.containers import provenance_of
 from fxprune.graph.names import locate
 from fxprune.graph.reparametrizations import reparametrized
 from tests.networks import NETWORKS, Residual, mlp
@@ -51,7 +52,7 @@ def _assert_twin(loaded: fxprune.TracedModule, traced: fxprune.TracedModule, arg
     assert (loaded.plan is None) == (traced.plan is None)
     assert str(loaded.dynamic_shapes) == str(traced.dynamic_shapes)
     for left, right in zip(loaded.modules(), traced.modules(), strict=True):
-        assert left.parameter_order == right.parameter_order
+        assert provenance_of(left).parameter_order == provenance_of(right).parameter_order
         assert left._non_persistent_buffers_set == right._non_persistent_buffers_set
     traced = copy.deepcopy(traced)
     assert_same_state(loaded, traced, "loaded")
