@@ -1,0 +1,244 @@
+"""Finding the integers of the user's modules by trying: each module's results are compared with those in the graph."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from fxprune.artifacts.attribute_reads import Reads
+from fxprune.artifacts.layer_attributes import layer_attributes
+from fxprune.artifacts.rehearsal import Rehearsal
+from fxprune.artifacts.slots import Slot, candidates, combinations, derived, slots_by_module
+from fxprune.artifacts.working_copy import WorkingCopy
+from fxprune.artifacts.zero_channels import Channels, ZeroChannels, ways_to_fill_up
+from fxprune.graph.equality import close
+from fxprune.graph.names import tensors_of
+
+_TRIES = 100  # of values for the integers of one module
+_CALLS = 10_000  # of modules altogether: those that contain each other try for each other
+Shapes = tuple[torch.Size, ...]
+Setting = list[tuple[Slot, int]]
+
+
+class Search:
+    """The integers of a copy's modules, and the search for the values with which it computes what the graph does."""
+
+    def __init__(self, copy: WorkingCopy, rehearsal: Rehearsal, reads: Reads) -> None:
+        self.copy, self.rehearsal, self.zeros = copy, rehearsal, ZeroChannels(copy)
+        self.slots = slots_by_module(copy.root)
+        self.calls_left = _CALLS
+        self.disagreeing: nn.Module | None = None
+        self._reads = reads
+        self._values: Mapping[nn.Module, list[Tensor]] = {}
+
+    def run(self) -> None:
+        """Run the copy; each module settles its integers when it is called.
+
+        `disagreeing` is afterwards the first module that runs, but with no result that is in the graph.
+
+        Raises:
+            WriteBackError: the copy runs with no values.
+        """
+        self.disagreeing = None
+        modules = [module for module in self.copy.root.modules() if self.choices(module)]
+        self._values = self._graph_values(modules)
+        with _stand_ins({module: Trial(self, module) for module in modules}):
+            self.rehearsal.run_copy(self.rehearsal.inputs)
+
+    def choices(self, module: nn.Module) -> list[tuple[Slot, list[int]]]:
+        """The integers that forward reads and that could follow from a size, with the values to try."""
+        changes, read = self.copy.changes(module), self._read(module)
+        found = [(slot, candidates(slot.before, changes)) for slot in self._free(module) if slot in read]
+        return [(slot, values) for slot, values in found if len(values) > 1]
+
+    def settings(self, module: nn.Module) -> Iterator[Setting]:
+        """What the integers of a module could be with the sizes that its tensors have, the likeliest first."""
+        choices = self.choices(module)
+        for values in itertools.islice(combinations([values for _, values in choices]), _TRIES):
+            chosen = {slot: value for (slot, _), value in zip(choices, values, strict=True)}
+            yield [(slot, chosen.get(slot, slot.before)) for slot in self._free(module)]
+
+    def ways_to_fill_up(self, module: nn.Module) -> Iterator[Channels]:
+        """Nothing, then the channels that a module could take back as zeros."""
+        yield {}
+        head_sizes = [slot.before for slot in self.slots[module] if slot.before > 1]
+        path = self.copy.paths(module)[0]
+        yield from ways_to_fill_up(path, self.zeros.kept, self.copy.shapes, head_sizes)
+
+    def is_in_graph(self, module: nn.Module, outputs: Any, given: Sequence[Tensor]) -> bool:
+        """Whether each of a module's results is a value that it has in the graph, or one that it was given."""
+        return all_among(outputs, [*self._values[module], *given], self.rehearsal.tolerance)
+
+    def derive(self) -> None:
+        """Set the integers that forward does not read, where the others leave one value."""
+        for module in self.copy.root.modules():
+            changes, read = self.copy.changes(module), self._read(module)
+            for slot in self._free(module):
+                if slot not in read and slot.names_a_size():
+                    slot.write(derived(slot, changes, read))
+
+    def _free(self, module: nn.Module) -> list[Slot]:
+        """The integers of a module that do not follow from its own parameters, as those of torch's layers do."""
+        known = layer_attributes(module)
+        return [slot for slot in self.slots[module] if slot.name not in known]
+
+    def _read(self, module: nn.Module) -> list[Slot]:
+        """The integers that forward reads; of objects that the module holds it may read any."""
+        return [slot for slot in self.slots[module] if slot.holder is not module or (module, slot.name) in self._reads]
+
+    def _graph_values(self, modules: list[nn.Module]) -> Mapping[nn.Module, list[Tensor]]:
+        """By module, what the graph computes inside of it and uses outside."""
+        by_path = {path: module for module in modules for path in self.copy.paths(module)}
+        values: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
+
+        def watch(node: fx.Node, value: Any) -> None:
+            if not isinstance(value, Tensor):
+                return
+            for path in _paths(node) & by_path.keys():
+                if any(path not in _paths(user) for user in node.users):
+                    values[by_path[path]].append(value.clone())  # what runs later may write into it
+
+        self.rehearsal.run_graph(self.rehearsal.inputs, watch)
+        return values
+
+
+class Trial:
+    """Stands in for the forward of one module and settles its integers at the first call.
+
+    Values are tried, and channels taken back as zeros, until the results are among those in the graph; where they never
+    are, the first values stay with which forward ran. What contains the module may try again: with the sizes that were
+    settled, forward is called as it is, and sizes that failed before fail at once.
+    """
+
+    def __init__(self, search: Search, module: nn.Module) -> None:
+        self._search, self._module, self._forward = search, module, module.forward
+        self._settled: Shapes | None = None
+        self._failures: dict[Shapes, Exception] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call forward, with the integers settled for the present sizes."""
+        if self._settled == self._shapes():
+            return self._forward(*args, **kwargs)
+        call = _Call(self._forward, args, kwargs)
+        situation = (*call.shapes, *self._shapes())
+        if situation in self._failures:
+            raise self._failures[situation]
+        return self._settle(call, situation)
+
+    def _settle(self, call: _Call, situation: Shapes) -> Any:
+        """The outputs with the first setting that agrees with the graph, else with the first that runs."""
+        search, zeros, module = self._search, self._search.zeros, self._module
+        first_failure: Exception | None = None
+        first_running: tuple[Channels, Setting] | None = None
+        for channels in search.ways_to_fill_up(module):
+            with zeros.taken_back(channels) as filled:
+                for setting in search.settings(module):
+                    if search.calls_left < 0 and first_failure is not None:
+                        break
+                    search.calls_left -= 1
+                    _write(setting)
+                    with zeros.taken_back({}) as filled_inside:
+                        try:
+                            outputs = call()
+                        except Exception as failure:  # a size that does not fit makes the user's code raise anything
+                            if isinstance(failure, MemoryError | torch.OutOfMemoryError):
+                                raise
+                            first_failure = first_failure or failure
+                            continue
+                        if search.is_in_graph(module, outputs, call.given):
+                            filled.keep()
+                            filled_inside.keep()
+                            self._settled = self._shapes()
+                            return outputs
+                        first_running = first_running or (channels, setting)
+        if first_running is None:
+            assert first_failure is not None
+            self._failures[situation] = first_failure
+            raise first_failure
+        return self._settle_for(call, *first_running)
+
+    def _settle_for(self, call: _Call, channels: Channels, setting: Setting) -> Any:
+        """The outputs with a setting that runs, though it does not agree with the graph."""
+        with self._search.zeros.taken_back(channels) as filled:
+            filled.keep()
+            _write(setting)
+            self._settled = self._shapes()
+            self._search.disagreeing = self._search.disagreeing or self._module
+            return call()
+
+    def _shapes(self) -> Shapes:
+        return tuple(tensor.shape for tensor in tensors_of(self._module).values())
+
+
+def _write(setting: Setting) -> None:
+    for slot, value in setting:
+        slot.write(value)
+
+
+class _Call:
+    """A call that can be repeated, though forward may write into what it is given."""
+
+    def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._forward, self._args, self._kwargs = forward, args, kwargs
+        self.given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._saved = [tensor.clone() for tensor in self.given]
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of the tensors that are given."""
+        return tuple(tensor.shape for tensor in self.given)
+
+    def __call__(self) -> Any:
+        """The outputs of forward on what it was given at first."""
+        for tensor, saved in zip(self.given, self._saved, strict=True):
+            tensor.copy_(saved)
+        return self._forward(*self._args, **self._kwargs)
+
+
+@contextlib.contextmanager
+def _stand_ins(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Call these in place of the modules' own forward inside the block."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = own
+
+
+def all_among(outputs: Any, values: Sequence[Tensor], tolerance: float | None) -> bool:
+    """Whether each floating-point tensor of the outputs is among the values, to rounding.
+
+    Channels of zeros in the last axis, which a class may need, are not counted.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return all(any(_agree(value, tensor, tolerance) for value in values) for tensor in tensors)
+
+
+def _agree(value: Tensor, output: Tensor, tolerance: float | None) -> bool:
+    if output.shape == value.shape:
+        return close(value, output, tolerance)
+    if not (output.dim() == value.dim() > 1 and output.shape[-1] > value.shape[-1]):
+        return False
+    narrow_value, narrow_output = _without_zeros(value), _without_zeros(output)
+    return narrow_value.shape == narrow_output.shape and close(narrow_value, narrow_output, tolerance)
+
+
+def _without_zeros(tensor: Tensor) -> Tensor:
+    return tensor[..., tensor.reshape(-1, tensor.shape[-1]).any(0)]
+
+
+def _paths(node: fx.Node) -> set[str]:
+    """The modules that a node was captured in."""
+    return {str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()}

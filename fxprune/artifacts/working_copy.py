@@ -1,0 +1,47 @@
+"""The copy of the user's model that becomes the shrunk one, beside the finalized module that it follows."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fxprune.artifacts.slots import Change
+from fxprune.graph.names import ModulePaths, join, tensors_of
+from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.traced import TracedModule
+
+
+class WorkingCopy:
+    """A plain copy of the model, in eval mode, on its way to the sizes and values of `final`.
+
+    Attributes:
+        root: the copy.
+        final: the finalized module. plan: what finalize carried out, empty where there is none.
+        shapes: of the copy's tensors before anything is written, by every name.
+    """
+
+    def __init__(self, root: nn.Module, final: TracedModule) -> None:
+        self.root, self.final = root, final
+        self.plan = final.plan or ChannelPlan()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(root).items()}
+        self._paths = ModulePaths(root)
+
+    def paths(self, module: nn.Module) -> list[str]:
+        """Every path of a module of the copy."""
+        return self._paths.of(module)
+
+    def where(self, module: nn.Module) -> str:
+        """A module as error messages name it."""
+        return f"{self.paths(module)[0] or 'the root module'} ({type(module).__name__})"
+
+    def changes(self, module: nn.Module) -> set[Change]:
+        """The sizes before and now of the tensors below a module, or below the next one around it that has any."""
+        path, tensors = self.paths(module)[0], tensors_of(module)
+        while path and not tensors:
+            path = path.rpartition(".")[0]
+            tensors = tensors_of(self.root.get_submodule(path))
+        changes: set[Change] = set()
+        for name, tensor in tensors.items():
+            qualified = join(path, name)
+            changes.add(self.plan.groups.get(qualified, (0, 0)))
+            changes.update(zip(self.shapes.get(qualified, tensor.shape), tensor.shape, strict=True))
+        return changes

@@ -1,0 +1,174 @@
+"""Removed channels that a class cannot do without: which ones to take back, as zeros, and taking them back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fxprune.artifacts.layer_attributes import follow_parameters
+from fxprune.artifacts.working_copy import WorkingCopy
+from fxprune.graph.names import locate, tensor_at
+
+# name of a tensor -> axis -> the channels that are there, in ascending order
+Channels = dict[str, dict[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The channels that several axes have in common: how many there were, and which are left."""
+
+    full: int
+    left: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    tensor: str
+    axis: int
+
+
+def ways_to_fill_up(
+    path: str, kept: Channels, shapes: Mapping[str, tuple[int, ...]], head_sizes: Iterable[int]
+) -> Iterator[Channels]:
+    """Channels that the module at `path` could take back, in the order in which they are worth trying.
+
+    Only channels that stay within the module, or go from it to its siblings. First those that give all heads the same
+    size, for each size that a head may have had, then heads as they were, then everything.
+
+    Args:
+        path: of the module, "" for the root.
+        kept: the channels that there are.
+        shapes: of the tensors, before any channel went.
+        head_sizes: numbers of channels that may have made a head.
+
+    Returns:
+        For each way, the channels that are there afterwards, of the axes that change.
+    """
+    below, siblings = _prefix(path), _prefix(path.rpartition(".")[0])
+    layers = _layers(kept, shapes)
+    own = {layer: axes for layer, axes in layers.items() if any(axis.tensor.startswith(below) for axis in axes)}
+    inner = {layer: axes for layer, axes in own.items() if all(axis.tensor.startswith(siblings) for axis in axes)}
+    if not inner:
+        return
+    for size in dict.fromkeys(head_sizes):
+        headed = [layer for layer in own if layer.full % size == 0 and layer.full > size]
+        most = max((len({channel % size for channel in layer.left}) for layer in headed), default=size)
+        for count in dict.fromkeys((most, size)):
+            filled = {layer: _even_heads(layer, headed, size, count) for layer in headed if layer in inner}
+            if filled:
+                yield _by_name(filled, inner)
+    yield _by_name({layer: torch.arange(layer.full) for layer in inner}, inner)
+
+
+def _prefix(path: str) -> str:
+    return f"{path}." if path else ""
+
+
+def _layers(kept: Channels, shapes: Mapping[str, tuple[int, ...]]) -> dict[_Layer, list[_Axis]]:
+    """The axes that lost channels, those of the same channels together."""
+    layers: dict[_Layer, list[_Axis]] = {}
+    for name, axes in kept.items():
+        for axis, channels in axes.items():
+            full = shapes[name][axis]
+            if channels.dim() == 1 and 0 < len(channels) < full:
+                layers.setdefault(_Layer(full, tuple(channels.tolist())), []).append(_Axis(name, axis))
+    return layers
+
+
+def _even_heads(layer: _Layer, headed: list[_Layer], size: int, count: int) -> Tensor:
+    """The heads that any layer of this width has left, each with the same `count` channels: first those that are left.
+
+    Args:
+        layer: the layer to fill up.
+        headed: all that have heads of this size.
+        size: of a head before.
+        count: of its channels now.
+    """
+    heads = sorted({channel // size for other in headed if other.full == layer.full for channel in other.left})
+    left = sorted({channel % size for channel in layer.left})
+    channels = sorted([*left, *(channel for channel in range(size) if channel not in left)][:count])
+    return torch.tensor([head * size + channel for head in heads for channel in channels])
+
+
+def _by_name(filled: Mapping[_Layer, Tensor], axes: Mapping[_Layer, list[_Axis]]) -> Channels:
+    channels: Channels = {}
+    for layer, there in filled.items():
+        for axis in axes[layer]:
+            channels.setdefault(axis.tensor, {})[axis.axis] = there
+    return channels
+
+
+@dataclass
+class Hold:
+    """Whether what was taken back inside a block stays."""
+
+    kept: bool = False
+
+    def keep(self) -> None:
+        """Let it stay."""
+        self.kept = True
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A tensor as it was before channels were taken back."""
+
+    name: str
+    tensor: Tensor
+    values: Tensor
+    channels: dict[int, Tensor]
+
+
+@dataclass
+class ZeroChannels:
+    """The channels of a copy's tensors; those that are taken back are zeros, and can be given up again."""
+
+    copy: WorkingCopy
+    kept: Channels = field(init=False)
+    _taken: list[_Before] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.kept = {n: dict(axes) for n, axes in self.copy.plan.kept.items() if n in self.copy.shapes}
+
+    @contextlib.contextmanager
+    def taken_back(self, channels: Channels) -> Iterator[Hold]:
+        """Have these channels inside the block; at its end they go, with all that was taken back inside, unless kept.
+
+        Blocks stand inside each other as the calls of modules do.
+        """
+        start, hold = len(self._taken), Hold()
+        for name, axes in channels.items():
+            self._fill_up(name, axes)
+        try:
+            yield hold
+        finally:
+            if not hold.kept:
+                self.give_up(start)
+
+    def _fill_up(self, name: str, axes: dict[int, Tensor]) -> None:
+        owner, _ = locate(self.copy.root, name)
+        tensor, before = tensor_at(self.copy.root, name), self.kept[name]
+        self._taken.append(_Before(name, tensor, tensor.data, before))
+        values = tensor.data
+        for axis, channels in axes.items():
+            if values.shape[axis] == len(channels):  # it was done under another of its names
+                continue
+            shape = list(values.shape)
+            shape[axis] = len(channels)
+            places = torch.searchsorted(channels, before[axis])
+            values = values.new_zeros(shape).index_copy_(axis, places, values)
+        tensor.data = values
+        self.kept[name] = before | axes
+        follow_parameters(owner)
+
+    def give_up(self, start: int = 0) -> None:
+        """Undo what was taken back, the latest first, down to the first `start` tensors."""
+        while len(self._taken) > start:
+            before = self._taken.pop()
+            before.tensor.data = before.values
+            self.kept[before.name] = before.channels
+            follow_parameters(locate(self.copy.root, before.name)[0])
