@@ -8,19 +8,21 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroup, Grouping
-from fxprune.errors import ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
+from fxprune.errors import FinalizeError, NonFiniteWarning, PruningError
 from fxprune.graph.containers import provenance_of, set_provenance
 from fxprune.graph.equality import error
-from fxprune.graph.masks import masked
+from fxprune.graph.masks import masked, named_by_mask, original_name
 from fxprune.graph.names import canonical, has_parametrization, locate, one_name
-from fxprune.graph.reparametrizations import reparametrized
+from fxprune.graph.reparametrizations import hook_state, reparametrized
+from fxprune.graph.requirements import require_eval, require_traced
 from fxprune.graph.traced import Origin, TracedModule
 from fxprune.passes import (
     FINALIZE,
@@ -38,8 +40,7 @@ from fxprune.passes.insert_parametrization import InsertParametrization
 
 def run(traced: TracedModule, *pipeline: Pass) -> None:
     """Run passes on a traced module in place."""
-    if not isinstance(traced, TracedModule):
-        raise ArgumentTypeError(f"a traced module is needed, got {type(traced).__name__}. Call fxprune.trace first.")
+    require_traced(traced)
     run_passes(traced, pipeline)
 
 
@@ -114,16 +115,17 @@ def spectral_norm(
 
 
 def _parametrize(traced: TracedModule, name: str, build: Callable[[str], InsertParametrization]) -> TracedModule:
-    name = canonical(traced, name) if isinstance(traced, TracedModule) and isinstance(name, str) else name
-    if isinstance(traced, TracedModule) and name in reparametrized(traced):
+    require_traced(traced)
+    name = canonical(traced, name) if isinstance(name, str) else name
+    if name in reparametrized(traced):
         _, tensor = locate(traced, name)
+        prefix = name.removesuffix(tensor)
+        near = [n for n in _parameter_names(traced) if tensor in n and n.startswith(prefix)]
         raise PruningError(
-            f"{name!r} already carries a reparametrization; its parameters are "
-            f"{', '.join(n for n in _parameter_names(traced) if tensor in n and n.startswith(name[: -len(tensor)]))}. "
+            f"{name!r} already carries a reparametrization; its parameters are {', '.join(near)}. "
             "Name one of these, or remove the present one first."
         )
-    step = build(one_name(_parameter_names(traced), name) if isinstance(traced, TracedModule) else name)
-    insert_norms(traced, [step])
+    insert_norms(traced, [build(one_name(_parameter_names(traced), name))])
     return traced
 
 
@@ -143,7 +145,7 @@ def remove_weight_norm(traced: TracedModule, name: str) -> TracedModule:
     Example:
         >>> fxprune.remove_weight_norm(traced, "0.weight")
     """
-    return _remove_norm(traced, name, "weight norm", ("original0",), ("_g", "_v"))
+    return _remove_norm(traced, name, _WEIGHT_NORM)
 
 
 def remove_spectral_norm(traced: TracedModule, name: str) -> TracedModule:
@@ -164,28 +166,43 @@ def remove_spectral_norm(traced: TracedModule, name: str) -> TracedModule:
     Example:
         >>> fxprune.remove_spectral_norm(traced, "0.weight")
     """
-    return _remove_norm(traced, name, "spectral norm", ("original", "0"), ("_orig", "_u"))
+    return _remove_norm(traced, name, _SPECTRAL_NORM)
 
 
-def _remove_norm(
-    traced: TracedModule, name: str, what: str, new: tuple[str, ...], old: tuple[str, ...]
-) -> TracedModule:
-    found = one_name(reparametrized(traced) or ["(none)"], canonical(traced, name), "reparametrized parameter")
-    owner, tensor = locate(traced, found)
-    holds = False
-    if has_parametrization(owner, tensor):
-        holder = owner.get_submodule(f"parametrizations.{tensor}")
-        holds = all(hasattr(holder, n) for n in new)
-    held = {n.removesuffix("_mask") for n in (*owner._parameters, *owner._buffers)}
-    if not holds and not all(tensor + suffix in held for suffix in old):
-        raise PruningError(f"{name!r} carries no {what}. Reparametrized: {', '.join(reparametrized(traced))}.")
+def _remove_norm(traced: TracedModule, name: str, norm: _Norm) -> TracedModule:
+    require_traced(traced)
+    there = reparametrized(traced)
+    found = one_name(there or ["(none)"], canonical(traced, name), "reparametrized parameter")
+    if not norm.stands_on(*locate(traced, found)):
+        raise PruningError(f"{name!r} carries no {norm.name}. Reparametrized: {', '.join(there)}.")
     fold(traced, found)
     return traced
 
 
+@dataclass(frozen=True)
+class _Norm:
+    """A norm of torch's: the kind of its legacy hook, and what its parametrization holds."""
+
+    name: str
+    hook: str
+    parametrization: tuple[str, ...]
+
+    def stands_on(self, owner: nn.Module, tensor: str) -> bool:
+        if has_parametrization(owner, tensor):
+            holder = owner.get_submodule(f"parametrizations.{tensor}")
+            if all(hasattr(holder, name) for name in self.parametrization):
+                return True
+        held = {named_by_mask(name) or name for name in (*owner._parameters, *owner._buffers)}
+        return held.issuperset(hook_state(self.hook, tensor))
+
+
+_WEIGHT_NORM = _Norm("weight norm", "weight_norm", ("original0",))
+_SPECTRAL_NORM = _Norm("spectral norm", "spectral_norm", ("original", "0"))
+
+
 def plain_view(traced: TracedModule) -> TracedModule:
     """The module with every reparametrization folded, to be read only: what none stands on is shared, not copied."""
-    _require_eval(traced)
+    require_eval(traced, "the analysis of channels")
     names = reparametrized(traced)
     if not names:
         return traced
@@ -244,13 +261,6 @@ def channel_groups(traced: TracedModule) -> list[ChannelGroup]:
     return Grouping(plain_view(traced)).groups
 
 
-def _require_eval(traced: TracedModule) -> None:
-    if not isinstance(traced, TracedModule):
-        raise ArgumentTypeError(f"a traced module is needed, got {type(traced).__name__}. Call fxprune.trace first.")
-    if "eval" not in traced.modes:
-        raise FinalizeError('the eval graph is needed; trace the model with modes=("train", "eval").')
-
-
 def finalize(
     traced: TracedModule,
     *,
@@ -294,7 +304,7 @@ def finalize(
         >>> final = fxprune.finalize(traced)
         >>> print(final.plan.explain())
     """
-    _require_eval(traced)
+    require_eval(traced, "finalize")
     steps: list[Pass] = [*FINALIZE]
     if shrink or plan is not None:
         steps.append(RemoveChannels(align, plan, verify))
@@ -302,16 +312,20 @@ def finalize(
         steps.append(FoldBatchNorm())
     final = run_passes(copy.deepcopy(traced), tuple(steps), after).graph_module
     assert isinstance(final, TracedModule)
-    plain = {f"{name}_orig": name for name in masked(traced)}
-    sources = {plain.get(n, n): weakref.ref(p) for n, p in traced.named_parameters(remove_duplicate=False)}
-    final.record(final.plan, Origin(None if final.plan is traced.plan else final.plan, sources))
-    broken = [name for name, p in final.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
-    if broken:
+    final.record(final.plan, Origin(None if final.plan is traced.plan else final.plan, _sources(traced)))
+    if broken := [name for name, p in final.named_parameters() if p.is_floating_point() and not p.isfinite().all()]:
         warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=2)
     removed = final.plan is not None and bool(final.plan.removed)  # the removal has compared the outputs itself
     if verify and plan is None and (fold_batch_norm or not removed):
         verify_equal(traced, final, exact=not fold_batch_norm)
     return final
+
+
+def _sources(traced: TracedModule) -> dict[str, weakref.ref[nn.Parameter]]:
+    """The parameters that an optimizer holds, masked ones under the names that they have without a mask."""
+    plain = {original_name(name): name for name in masked(traced)}
+    parameters = traced.named_parameters(remove_duplicate=False)
+    return {plain.get(name, name): weakref.ref(parameter) for name, parameter in parameters}
 
 
 def verify_equal(traced: TracedModule, final: TracedModule, *, exact: bool) -> None:

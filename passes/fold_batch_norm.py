@@ -9,11 +9,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import fx, nn
 
-from fxprune.errors import FinalizeError
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.names import locate, tensor_at
 from fxprune.graph.parameter_reads import ParameterReads
+from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
 
 from .base import Pass
@@ -102,8 +102,7 @@ class FoldBatchNorm(Pass):
     name: ClassVar[str] = "fold-batch-norm"
 
     def requires(self, traced: TracedModule) -> None:
-        if "eval" not in traced.modes:
-            raise FinalizeError(f"fold-batch-norm needs the eval graph; captured: {', '.join(traced.modes)}.")
+        require_eval(traced, self.name)
 
     def run(self, traced: TracedModule) -> bool:
         graph = traced.graphs["eval"]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fxprune.channels import ChannelPlan, analyze, remove
-from fxprune.errors import ArgumentError, FinalizeError
+from fxprune.errors import ArgumentError
+from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
 
 from .base import Pass
@@ -31,8 +32,7 @@ class RemoveChannels(Pass):
     name: ClassVar[str] = "remove-channels"
 
     def requires(self, traced: TracedModule) -> None:
-        if "eval" not in traced.modes:
-            raise FinalizeError(f"remove-channels needs the eval graph; captured: {', '.join(traced.modes)}.")
+        require_eval(traced, self.name)
         if self.align != "auto" and (isinstance(self.align, bool) or not isinstance(self.align, int) or self.align < 1):
             raise ArgumentError(f'align={self.align!r}: "auto" or a positive integer is needed.')
 

@@ -23,6 +23,7 @@ from fxprune.graph.containers import provenance_of
 from fxprune.graph.masks import ParameterView, masked, original_name, view
 from fxprune.graph.names import ModulePaths, canonical, has_parametrization, locate, match_names, one_name
 from fxprune.graph.reparametrizations import reparametrized
+from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.methods import BlockStructured, NMStructured
 from fxprune.prune.selection import keep_largest
@@ -304,8 +305,7 @@ def _again(part: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
 
 def _names(traced: TracedModule) -> list[str]:
     """The names of the parameters that the optimizer sees, masked ones under the names that they had before."""
-    if not isinstance(traced, TracedModule):
-        raise ArgumentTypeError(f"a traced module is needed, got {type(traced).__name__}. Call fxprune.trace first.")
+    require_traced(traced)
     there = masked(traced)
     hidden = set(map(original_name, there))
     return [n for n, _ in traced.named_parameters(remove_duplicate=False) if n not in hidden] + there
