@@ -16,8 +16,8 @@ from fxprune.graph.containers import restore_order
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure, evaluate
-from fxprune.graph.masks import masked
-from fxprune.graph.names import exists, locate, tensor_at
+from fxprune.graph.masks import ParameterView, masked, view
+from fxprune.graph.names import exists, tensor_at
 from fxprune.graph.reparametrizations import remove_state, reparametrized, tagged
 from fxprune.graph.traced import TracedModule
 
@@ -86,15 +86,15 @@ def _parameter(node: fx.Node) -> str:
 
 
 def _fold(traced: TracedModule, name: str, nodes: list[fx.Node], holders: Counter[int]) -> None:
-    owner, attribute = locate(traced, name)
-    value, sources = _value(traced, name, nodes)
+    found = view(traced, name)
+    owner, attribute = found.owner, found.attribute
+    value, sources = _value(traced, found, nodes)
     if any(value.data_ptr() == source.data_ptr() for source in sources):
         value = value.clone()
     trained = any(isinstance(s, nn.Parameter) and s.requires_grad for s in sources)
-    original = owner._parameters.get(f"{attribute}_orig")
-    keeps_object = f"{attribute}_mask" in owner._buffers and holders[id(original)] == 1
+    original = None if found.mask is None else found.original
     remove_state(traced, name)
-    if original is not None and keeps_object:  # (1)
+    if original is not None and holders[id(original)] == 1:  # (1)
         original.data = value
         owner._parameters[attribute] = original
     else:  # (2)
@@ -105,17 +105,15 @@ def _fold(traced: TracedModule, name: str, nodes: list[fx.Node], holders: Counte
         _read_instead(node, name)
 
 
-def _value(traced: TracedModule, name: str, nodes: list[fx.Node]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _value(traced: TracedModule, found: ParameterView, nodes: list[fx.Node]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What a reparametrized parameter folds to, and the tensors that it is computed from."""
     if not nodes:
-        owner, attribute = locate(traced, name)
-        original, mask = owner._parameters[f"{attribute}_orig"], owner._buffers[f"{attribute}_mask"]
-        assert original is not None and mask is not None  # noqa: PT018
-        return (mask * original).detach(), [original, mask]
+        assert found.original is not None and found.mask is not None, found.name  # noqa: PT018
+        return (found.mask * found.original).detach(), [found.original, found.mask]
     values = [evaluate(traced, node) for node in nodes if node.graph is nodes[0].graph]
     if not all(_same(values[0], value) for value in values[1:]):
         raise FinalizeError(
-            f"{name!r} has {len(values)} values in one forward, so no single parameter can stand for it."
+            f"{found.name!r} has {len(values)} values in one forward, so no single parameter can stand for it."
         )
     sources = [tensor_at(traced, str(n.target)) for n in closure(nodes[0]) if n.op == "get_attr"]
     return values[0], sources

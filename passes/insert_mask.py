@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from fxprune.errors import PruningError
-from fxprune.graph.names import locate
+from fxprune.graph.masks import mask_name, original_name, view
 from fxprune.graph.parameter_reads import ParameterReads, replace_reads
 from fxprune.graph.traced import TracedModule
 
@@ -37,8 +37,7 @@ class InsertMasks(Pass):
 
     def requires(self, traced: TracedModule) -> None:
         for parameter, mask in self.masks.items():
-            owner, name = locate(traced, parameter)
-            target = owner._parameters.get(f"{name}_orig" if f"{name}_mask" in owner._buffers else name)
+            target = view(traced, parameter).original
             if target is None or target.shape != mask.shape:
                 found = "no such parameter" if target is None else f"the parameter's shape is {tuple(target.shape)}"
                 raise PruningError(f"a mask of shape {tuple(mask.shape)} for {parameter!r}: {found}.")
@@ -47,24 +46,24 @@ class InsertMasks(Pass):
         reads: list[tuple[fx.Graph, ParameterReads]] = []
         modified = False
         for parameter, mask in self.masks.items():
-            owner, name = locate(traced, parameter)
-            if f"{name}_mask" in owner._buffers:  # (2)
-                modified |= _replaced(owner, f"{name}_mask", mask)
+            found = view(traced, parameter)
+            if found.mask is not None:  # (2)
+                modified |= found.replace_mask(mask)
                 continue
             reads = reads or [(graph, ParameterReads(traced, graph)) for graph in traced.graphs.values()]  # (1)
-            _rename(owner, name, mask)
-            for graph, found in reads:
-                self._multiply(graph, found, parameter)
+            found.insert_mask(mask)
+            for graph, own in reads:
+                self._multiply(graph, own, parameter)
             modified = True
         return modified
 
-    def _multiply(self, graph: fx.Graph, found: ParameterReads, parameter: str) -> None:
+    def _multiply(self, graph: fx.Graph, reads: ParameterReads, parameter: str) -> None:
         def product(graph: fx.Graph) -> fx.Node:
             # the order of the operands is torch's, gradients are then equal to the bit
-            operands = graph.get_attr(f"{parameter}_mask"), graph.get_attr(f"{parameter}_orig")
+            operands = graph.get_attr(mask_name(parameter)), graph.get_attr(original_name(parameter))
             return graph.call_function(torch.ops.aten.mul.Tensor, operands)
 
-        replace_reads(graph, found.calls(parameter), found.nodes(parameter), product, self.origin(parameter))
+        replace_reads(graph, reads.calls(parameter), reads.nodes(parameter), product, self.origin(parameter))
 
 
 class InsertMask(InsertMasks):
@@ -81,20 +80,3 @@ class InsertMask(InsertMasks):
 
     def __init__(self, parameter: str, mask: torch.Tensor) -> None:
         super().__init__({parameter: mask})
-
-
-def _replaced(owner: nn.Module, buffer: str, mask: torch.Tensor) -> bool:
-    """Give a mask that is there new values, in a new tensor; returns whether they differ."""
-    previous = owner._buffers[buffer]
-    assert previous is not None
-    owner._buffers[buffer] = new = torch.empty_like(previous).copy_(mask.detach())
-    return not torch.equal(previous, new)
-
-
-def _rename(owner: nn.Module, name: str, mask: torch.Tensor) -> None:
-    """Let the parameter stand beside its mask under torch's names."""
-    parameter = owner._parameters.pop(name)
-    assert parameter is not None
-    owner.register_parameter(f"{name}_orig", parameter)
-    # in the memory format of the parameter, which decides that of the product
-    owner.register_buffer(f"{name}_mask", torch.empty_like(parameter, requires_grad=False).copy_(mask.detach()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure
 from fxprune.graph.mutation import is_mutating, written
 
@@ -77,9 +78,10 @@ def erase_dead(graph: fx.Graph, removed: Callable[[str], bool] = lambda target: 
     for node in reversed(list(graph.nodes)):
         if node.users or node.op in ("placeholder", "output") or "fxprune" in node.meta:
             continue
-        if _has_no_effect(node, removed):
-            graph.erase_node(node)
-            changed = True
+        with working_on(node):
+            if _has_no_effect(node, removed):
+                graph.erase_node(node)
+                changed = True
     return changed
 
 
