@@ -55,6 +55,10 @@ class WriteBackError(FxpruneError):
     """The model's own class cannot hold the shrunk model. Fix: make the size that the message names an attribute."""
 
 
+class SparseGradientError(FxpruneError, NotImplementedError):
+    """A gradient is sparse, which torch cannot clip. Fix: build the layer with `sparse=False`."""
+
+
 class FxpruneWarning(UserWarning):
     """Base of fxprune's warnings."""
 

@@ -8,6 +8,7 @@ behaviour that is relied on. `_parameters`, `_buffers`, `_modules` and `_forward
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -53,6 +54,7 @@ __all__ = [
     "fuses_in_eval",
     "has_forward",
     "is_erased",
+    "is_inside_step",
     "let_weights_be_reread",
     "load_pt2",
     "name_pruning_method",
@@ -62,6 +64,7 @@ __all__ = [
     "schema_of",
     "size_expression",
     "state_of_generated_code",
+    "step_pre_hooks",
     "symbol_ranges",
     "validate_pruning_amount",
 ]
@@ -132,6 +135,29 @@ def dimension_hint(dimension: Any) -> str | None:
 def size_expression(size: torch.SymInt) -> sympy.Expr:
     """The expression of a free size over the symbols of its capture."""
     return size.node.expr
+
+
+# ---- optimizers
+
+
+def step_pre_hooks(optimizer: object) -> dict[int, Callable[..., Any]] | None:
+    """What runs before each step of an optimizer, None where its step runs no hooks."""
+    found: dict[int, Callable[..., Any]] | None = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    return found
+
+
+def is_inside_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the hook that asks runs in a step that another step of the same optimizer makes, by `super().step()`.
+
+    Only the stack tells: a step that raises runs no hook after it, so a flag could not be told from one left behind.
+    """
+    step = sys._getframe(2)  # torch's wrapper around a step, which runs the hooks
+    outer = step.f_back
+    while outer is not None:
+        if outer.f_code is step.f_code and outer.f_locals.get("self") is optimizer:
+            return True
+        outer = outer.f_back
+    return False
 
 
 # ---- pruning methods

@@ -12,10 +12,10 @@ from numbers import Integral, Real
 
 import torch
 from torch.nn import functional
-from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.prune import BasePruningMethod
 
 from fxprune.errors import ArgumentError, PruningError
+from fxprune.torch_internals import validate_pruning_amount
 
 
 class NMStructured(BasePruningMethod):
@@ -85,7 +85,7 @@ class BlockStructured(BasePruningMethod):
     PRUNING_TYPE = "global"
 
     def __init__(self, amount: float, block: Sequence[int] = (4, 1), n: float = 2) -> None:
-        torch_prune._validate_pruning_amount_init(amount)
+        validate_pruning_amount(amount)
         if not isinstance(block, Sequence) or not all(isinstance(b, Integral) and (b > 0 or b == -1) for b in block):
             raise ArgumentError(
                 f"block={block!r}: lengths along the leading axes are needed, 1 or more, or -1 for all."

@@ -27,6 +27,7 @@ from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.methods import BlockStructured, NMStructured
 from fxprune.prune.selection import keep_largest
+from fxprune.torch_internals import ConvTransposeNd, name_pruning_method, pruning_methods
 
 
 def apply(
@@ -70,7 +71,7 @@ def computed(
                 "as a parametrization and trace the model with it."
             )
         found = state(traced, name)
-        for step in method._pruning_methods if isinstance(method, PruningContainer) else (method,):
+        for step in pruning_methods(method):
             found = dataclasses.replace(found, mask=_mask(found, step, importance_scores))
         mask = found.mask
         assert mask is not None, "an empty container"
@@ -152,7 +153,7 @@ def nm_structured(
     methods = {}
     for found in find(traced, name):
         source_class = provenance_of(locate(traced, found)[0]).source_class
-        inputs = 0 if issubclass(source_class, nn.modules.conv._ConvTransposeNd) else 1
+        inputs = 0 if issubclass(source_class, ConvTransposeNd) else 1
         methods[found] = constructed(NMStructured, n, m, inputs if dim is None else dim)
     driver.insert_masks(traced, computed(traced, methods, importance_scores))
     return traced
@@ -379,11 +380,11 @@ def _compute(
     name: str, method: BasePruningMethod, scores: torch.Tensor, default: torch.Tensor, container: bool
 ) -> torch.Tensor:
     method = copy.copy(method)
-    method._tensor_name = name
+    name_pruning_method(method, name)
     if container:
         # only the last method of a container computes: the mask so far carries what came before
         stacked = PruningContainer()
-        stacked._tensor_name = name
+        name_pruning_method(stacked, name)
         stacked.add_pruning_method(method)
         method = stacked
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +11,8 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError
-
-
-class SparseGradientError(FxpruneError, NotImplementedError):
-    """A gradient is sparse, which torch cannot clip. Fix: build the layer with `sparse=False`."""
+from fxprune.errors import ArgumentError, ArgumentTypeError, SparseGradientError
+from fxprune.torch_internals import is_inside_step, step_pre_hooks
 
 
 @dataclass(eq=False)
@@ -49,14 +45,9 @@ class GradientClipping:
 
     def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]] | None:
         """The step pre-hook: clips now or, where the step gets a closure, after each of its evaluations."""
-        # A subclass whose step calls super().step() fires the hooks again; one step is clipped once. Only the stack
-        # tells (not while torch.compile traces): a flag would outlive a step that raises.
-        caller = None if torch.compiler.is_compiling() else sys._getframe(1)
-        outer = caller and caller.f_back
-        while caller and outer:
-            if outer.f_code is caller.f_code and outer.f_locals.get("self") is optimizer:
-                return None
-            outer = outer.f_back
+        # a subclass whose step calls super().step() fires the hooks again; torch.compile traces no look at the stack
+        if not torch.compiler.is_compiling() and is_inside_step(optimizer):
+            return None
         self._grad_scale = None  # a step that raised may have left one
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
@@ -158,7 +149,7 @@ def clip_gradients(
         >>> clip.total_norm
         tensor(20.)
     """
-    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    hooks = step_pre_hooks(optimizer)
     if not isinstance(optimizer, Optimizer) or hooks is None:
         raise ArgumentTypeError(
             f"clip_gradients needs a torch.optim.Optimizer with step hooks, got {type(optimizer).__name__}. "

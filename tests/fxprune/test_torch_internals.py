@@ -190,6 +190,40 @@ def test_size_expression_is_over_the_symbols_of_the_capture() -> None:
     assert internals.size_expression(result.meta["val"].shape[0]).subs({symbol: 5}) == 10
 
 
+# ---- optimizers
+
+
+def test_step_pre_hooks_are_those_that_were_registered() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    assert internals.step_pre_hooks(optimizer) == {}
+    handle = optimizer.register_step_pre_hook(print)
+    assert internals.step_pre_hooks(optimizer) == {handle.id: print}
+    assert internals.step_pre_hooks(object()) is None
+
+
+class StepsTwice(torch.optim.SGD):
+    def step(self, closure: object = None) -> None:
+        if closure is not None:
+            raise ZeroDivisionError
+        super().step()
+
+
+def test_is_inside_step_of_the_same_optimizer_alone() -> None:
+    found: list[bool] = []
+    parameter = nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    torch.optim.SGD([parameter])  # torch adds the hooks to a class at its first instance
+    inner, outer = StepsTwice([parameter]), torch.optim.SGD([parameter])
+    inner.register_step_pre_hook(lambda optimizer, args, kwargs: found.append(internals.is_inside_step(optimizer)))
+    inner.step()
+    assert found == [False, True]
+    with pytest.raises(ZeroDivisionError):
+        inner.step(print)
+    outer.register_step_pre_hook(lambda *_: inner.step())
+    outer.step()
+    assert found == [False, True, False, False, True]
+
+
 # ---- pruning methods
 
 
