@@ -12,10 +12,10 @@ from fxprune.channels import constants, rules
 from fxprune.channels.coupling import Coupling, couple
 from fxprune.channels.ids import Mask
 from fxprune.channels.liveness import Liveness
+from fxprune.channels.reasons import Reason
 from fxprune.channels.rewrite import Kept, added, carry_out, fold, keep, verify
 from fxprune.errors import FinalizeError
 from fxprune.graph.plan import ChannelPlan
-from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 
 __all__ = ["ChannelPlan", "Coupling", "analyze", "coupling", "remove", "rules"]
@@ -125,21 +125,7 @@ def _imposed(found: Coupling, plan: ChannelPlan) -> Mask:
 
 def _reasons(found: Coupling, live: Liveness, plan: ChannelPlan) -> None:
     """Why rows of weights that are entirely zero stayed."""
-    codes = {
-        live.REPRESENTATIVE: "represents the constants that a zero-padding layer reads",
-        live.BALANCED: "kept so that the groups of a convolution stay equal",
-        live.NONEMPTY: "the last one of its axis",
-        live.ALIGNED: "kept for a count that runs faster",
-    }
-    texts: dict[tuple[int, int], str] = {}
-
-    def text(pin: int, why: int) -> str:
-        if pin < len(found.classes.reasons):
-            return f"pinned by {found.classes.reasons[pin]()}"
-        if why >= 0:
-            return f"{describe(live.readers[why].node)} reads it, and it is not constant there"
-        return codes.get(why, "part of a grid whose other channels stay")
-
+    texts: dict[Reason, str] = {}
     for reader in live.readers:
         if reader.source is None or reader.rows is None:
             continue
@@ -147,9 +133,9 @@ def _reasons(found: Coupling, live: Liveness, plan: ChannelPlan) -> None:
         dead = np.flatnonzero(~reader.used.any(-1).reshape(-1) & live.alive[rows])
         axis = 1 if "transpose" in str(reader.node.target) else 0
         grouped: dict[str, list[int]] = {}
-        for i, pin, why in zip(dead, found.classes.reason[rows[dead]], live.why[rows[dead]], strict=True):
-            key = (min(int(pin), len(found.classes.reasons)), int(why))
-            if key not in texts:
-                texts[key] = text(*key)
-            grouped.setdefault(texts[key], []).append(int(i))
+        for i in dead:
+            why = live.why(int(rows[i]))
+            if why not in texts:
+                texts[why] = why.text()
+            grouped.setdefault(texts[why], []).append(int(i))
         plan.stayed += [(reader.source, axis, index, reason) for reason, index in grouped.items()]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from fxprune.channels.alignment import fast_multiple
 from fxprune.channels.groups import ChannelGroup, Grouping, Scores, steps_of
 from fxprune.channels.ids import Mask, Vector
-from fxprune.channels.liveness import fast_multiple
 from fxprune.errors import ArgumentError, PruningError
 
 # what moving an element takes, in MACs: fitted to the layers of a MobileNetV2 in onnxruntime (one thread, AVX2)

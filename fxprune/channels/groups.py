@@ -108,15 +108,14 @@ class Grouping:
         vectors: the class vectors of these axes.
         readers: the axes that a contraction sums over.
         grouped: for the weights of grouped convolutions the classes of axis 1, [groups, channels within each].
-        repair: keeps what is left consistent.
-        gone: units that are masked whatever is chosen.
+        consistency: what every choice keeps.
         macs, parameters, traffic: what is left, by the classes that are alive; `dense` has all of the whole model.
     """
 
     def __init__(self, plain: TracedModule) -> None:
-        self.plain, self.found, self.gone = plain, coupling(plain), np.zeros(0, np.int64)
+        self.plain, self.found = plain, coupling(plain)
         classes = self.found.classes
-        self.repair = Consistency(self.found, {n for g in plain.graphs.values() for n in g.nodes})
+        self.consistency = Consistency.of(self.found, {n for g in plain.graphs.values() for n in g.nodes})
         self._fixed: Mask = classes.pinned.copy()
         classes.close(self._fixed)
         self._parameters = dict(plain.named_parameters(remove_duplicate=False))
@@ -172,9 +171,21 @@ class Grouping:
         dead[self._dies[chosen[self._unit]]] = True
         return dead
 
-    def alive(self, units: Vector) -> Mask:
-        """The classes that are left when `units` are masked and what cannot go without others is brought back."""
-        return self.repair.settle(~self.killed(np.concatenate([units, self.gone])))
+    def repair(
+        self, gone: Vector | None = None, ranks: Sequence[tuple[ChannelGroup, Scores]] = (), align: int | str = 1
+    ) -> Repair:
+        """What makes choices consistent.
+
+        Args:
+            gone: units that are masked whatever is chosen.
+            ranks: groups with scores of their units; where a choice is left, those with high scores stay.
+            align: as in `finalize`.
+        """
+        costs = np.zeros(self.found.classes.count)
+        for group, scores in ranks:
+            costs[group.units] = 1 - np.argsort(np.argsort(scores, kind="stable")) / len(scores)
+        gone = np.zeros(0, np.int64) if gone is None else gone
+        return Repair(self, self.consistency.aligned(align), gone, costs)
 
     def slices(self, name: str, axis: int, tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         """A view of a tensor of a parameter's shape, and its axes that are not those of the class vector."""
@@ -218,11 +229,11 @@ class Grouping:
         alike = _bijective(classes.left[one], classes.left[two]) & _bijective(classes.right[one], classes.right[two])
         for side, where in ((classes.left, alike), (classes.right, alike), (finer, ~alike)):
             ids.unify(side[one[where]], side[two[where]])  # (1)
-        used = np.bincount(_flatten([m.reshape(-1) for pair in self.repair.balances for m in pair])[0])
+        used = np.bincount(_flatten([m.reshape(-1) for pair in self.consistency.balances for m in pair])[0])
         positions = np.zeros(classes.count, bool)
         positions[classes.whole] = True
         grouped = []
-        for inputs, outputs in self.repair.balances:
+        for inputs, outputs in self.consistency.balances:
             both = np.concatenate([inputs, outputs], axis=1)
             narrow = min(inputs.shape[1], outputs.shape[1]) == 1
             alone = len(both) >= both.shape[1] // 2 and (used[both] == 1).all()
@@ -277,7 +288,7 @@ class Grouping:
         kind[self._convolutions] = 4
         fixed = np.zeros(count, bool)
         fixed[self._unit[self._fixed[self._dies]]] = True
-        whole, index = _flatten(self.repair.axes)  # units without which an axis would be empty
+        whole, index = _flatten(self.consistency.axes)  # units without which an axis would be empty
         at, unit = _join(self._class, self._killer, whole)
         pairs, counts = np.unique(np.stack([index[at], unit]), axis=1, return_counts=True)
         lone = pairs[1][counts == np.bincount(index)[pairs[0]]]
@@ -353,7 +364,7 @@ class Grouping:
         """
         count = self.found.classes.count
         block, cell, share = np.full(count, -1, np.int64), np.zeros(count, np.int64), np.ones(count, np.int64)
-        sides = [m for pair in self.repair.balances for m in pair]
+        sides = [m for pair in self.consistency.balances for m in pair]
         if not sides:
             return block, cell, share
         groups, width = (np.array([m.shape[d] for m in sides]) for d in (0, 1))
@@ -400,7 +411,7 @@ class Grouping:
         for block in {g.block for g in found if g.reason is None and g.block >= 0}:
             matrix = steps_of([g for g in found if g.block == block and g.reason is None])
             few = self.killed(matrix[:1].reshape(-1))
-            if len(matrix) < 2 or (self.repair.settle(~few) & few).any():
+            if len(matrix) < 2 or (self.consistency.settle(~few) & few).any():
                 nodes = (b.node for b in self._eval.balances if block in self._block[self._killers(b)])
                 bad[block] = f"the groups of {describe(next(nodes))} cannot lose channels evenly"
         for g in found:
@@ -411,6 +422,20 @@ class Grouping:
         both = self.found.of(np.concatenate([balance.inputs, balance.outputs], axis=1))
         killers: Vector = self._killer[np.isin(self._class, both)]
         return killers
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Brings back what cannot go without others. Attributes as the arguments of `Grouping.repair`."""
+
+    grouping: Grouping
+    consistency: Consistency
+    gone: Vector
+    costs: Scores
+
+    def alive(self, units: Vector) -> Mask:
+        """The classes that are left when `units` are masked."""
+        return self.consistency.settle(~self.grouping.killed(np.concatenate([units, self.gone])), self.costs)
 
 
 def steps_of(groups: Sequence[ChannelGroup], scores: Sequence[Scores] | None = None) -> Vector:

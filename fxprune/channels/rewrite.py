@@ -13,9 +13,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxprune.channels.constraints import representative
 from fxprune.channels.coupling import Axis, Coupling, Reader, Val, Walk, carries
 from fxprune.channels.ids import Mask, Vector
-from fxprune.channels.liveness import representative
 from fxprune.channels.registry import operator_name
 from fxprune.errors import FinalizeError
 from fxprune.graph.editing import erase_dead

@@ -13,7 +13,7 @@ import torch
 
 from fxprune import driver
 from fxprune.channels.budget import Staircase, ladders, masks
-from fxprune.channels.groups import ChannelGroup, Grouping, Scores
+from fxprune.channels.groups import ChannelGroup, Grouping, Repair, Scores
 from fxprune.channels.ids import Mask
 from fxprune.errors import PruningError
 from fxprune.graph.masks import view
@@ -117,18 +117,18 @@ def channels(
     request = ChannelRequest(name, value, importance, scope, round_to, max_per_group, at_least)
     grouping = Grouping(driver.plain_view(traced))
     picked, lacking = scorable(grouping, chosen_groups(grouping.groups, targets, ignore, kinds), importance)
-    scores = _order(traced, grouping, picked, request, Evidence(loader, loss, batches, seed))
+    scores, repair = _order(traced, grouping, picked, request, Evidence(loader, loss, batches, seed))
     with contextlib.ExitStack() as stack:
         budget: Budget
         if name == "amount":
             budget = Amount(value)
         elif name == "speedup":
             measure = stack.enter_context(driver.stopwatch(traced, threads=threads, batch=batch, provider=provider))
-            budget = Speed(grouping, grouping.alive, value, lambda alive: _masks(traced, grouping, alive), measure)
+            budget = Speed(grouping, repair.alive, value, lambda alive: _masks(traced, grouping, alive), measure)
         else:
-            budget = (Macs if name == "macs" else Size)(grouping, grouping.alive, name, value)
+            budget = (Macs if name == "macs" else Size)(grouping, repair.alive, name, value)
         choice = _fit(budget, picked, scores, request)
-    alive = grouping.alive(choice.units)
+    alive = repair.alive(choice.units)
     driver.insert_masks(traced, _masks(traced, grouping, alive))
     return _report(grouping, picked, lacking, alive, choice.speedup)
 
@@ -139,17 +139,15 @@ def _order(
     picked: Sequence[ChannelGroup],
     request: ChannelRequest,
     evidence: Evidence,
-) -> list[Scores]:
-    """Scores that order the units of all groups; `grouping` keeps the highest where a choice is left."""
+) -> tuple[list[Scores], Repair]:
+    """Scores that order the units of all groups, and what keeps the highest where a choice is left."""
     found = unit_scores(traced, grouping, picked, request.importance, evidence)
     gone = masked_units(traced, grouping, picked)
     scores = comparable(found, gone, request.scope)
-    if request.round_to == "auto" and request.budget in ("macs", "parameters"):
-        grouping.repair.align("auto")  # what finalize will keep counts against the budget
-    grouping.gone = np.concatenate([group.units[dead] for group, dead in zip(picked, gone, strict=True)])
-    for group, score in zip(picked, scores, strict=True):
-        grouping.repair.cost[group.units] = 1 - np.argsort(np.argsort(score, kind="stable")) / len(score)
-    return scores
+    counted = request.round_to == "auto" and request.budget in ("macs", "parameters")
+    align = "auto" if counted else 1  # what finalize will keep counts against the budget
+    masked = np.concatenate([group.units[dead] for group, dead in zip(picked, gone, strict=True)])
+    return scores, grouping.repair(masked, list(zip(picked, scores, strict=True)), align)
 
 
 def _fit(budget: Budget, picked: Sequence[ChannelGroup], scores: Sequence[Scores], request: ChannelRequest) -> Choice:
