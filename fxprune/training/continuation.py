@@ -6,6 +6,8 @@ import copy
 import inspect
 import math
 import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from torch import nn
 
 from fxprune.channels import ChannelPlan
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneWarning
+from fxprune.graph.masks import original_name
+from fxprune.graph.names import join
+from fxprune.graph.reparametrizations import hook_state
 from fxprune.graph.traced import TracedModule
 
 
@@ -59,45 +64,60 @@ def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> to
         )
     plan, references = final.origin.plan, final.origin.sources
     sources = {name: p for name, reference in references.items() if (p := reference()) is not None}
-    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    known = {id(p) for p in sources.values()}
-    if strange := [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]:
-        raise ArgumentError(
-            f"{len(strange)} of the optimizer's {len(group_of)} parameters, such as one of shape "
-            f"{tuple(strange[0].shape)}, are none of the module that was finalized. Give the optimizer that trained it."
-        )
+    group_of = _group_of(optimizer, sources.values())
+    heirs = _heirs(final, sources, plan)
+    optimized = [
+        heir for heir in heirs if any(id(p) in group_of for p in heir.origins)
+    ]  # others are frozen, or left out
+    members: list[list[_Heir]] = [[] for _ in optimizer.param_groups]
+    for heir in optimized:
+        members[next(group_of[id(p)] for p in heir.origins if id(p) in group_of)].append(heir)
+    state = _state(optimizer, optimized, plan)
+    if texts := _changes(final, plan, sources, heirs, optimized, state):
+        message = f"training does not go on step for step as with masks. {'; '.join(texts)}."
+        warnings.warn(message, FxpruneWarning, stacklevel=2)
+    return _build(optimizer, members, state)
+
+
+@dataclass(frozen=True)
+class _Heir:
+    """A parameter of the finalized module, and where it comes from.
+
+    Attributes:
+        name: the first of its names that the module before had, else its first.
+        source: the parameter that it was cut from, None where it was computed.
+        origins: the parameters whose group it joins: its source, or those that it was computed from.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    source: nn.Parameter | None
+    origins: tuple[nn.Parameter, ...]
+
+
+def _heirs(final: TracedModule, sources: dict[str, nn.Parameter], plan: ChannelPlan | None) -> list[_Heir]:
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in final.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in optimizer.param_groups]
-    state: dict[nn.Parameter, dict[str, Any]] = {}
-    fresh, split, loose = list[str](), list[str](), list[str]()
-    used: dict[int, str] = {}
-    left = {id(p): name for name, p in sources.items() if not (plan and name in plan.dropped)}
+    found = []
     for parameter, aliases in names.items():
-        name, source = next(((n, sources[n]) for n in aliases if n in sources), (aliases[0], None))
-        related = [source] if source is not None else _computed_from(sources, name, plan)
-        for p in related:
-            left.pop(id(p), None)
-        groups = [group_of[id(p)] for p in related if id(p) in group_of]
-        if not groups:  # frozen, or left out by its owner
-            continue
-        members[groups[0]].append((name, parameter))
-        if source is None:
-            fresh += [] if plan and name in plan.added else [name]
-            continue
-        if used.setdefault(id(source), name) != name:
-            split.append(f"{used[id(source)]} and {name}")
-        kept = source.detach() if plan is None else plan.slice(name, source.detach())
-        if kept.shape == parameter.shape and bool(((parameter == 0) & (kept != 0)).any()):
-            loose.append(name)
-        old = optimizer.state.get(source, {})
-        if (new := _cut(old, source, parameter, name, plan)) is None:
-            fresh.append(name)
-        else:
-            state[parameter] = new
-    _warn(final, plan, fresh, split, loose, [] if "train" in final.graphs else list(left.values()))
-    return _build(optimizer, members, state)
+        name = next((alias for alias in aliases if alias in sources), aliases[0])
+        source = sources.get(name)
+        origins = _computed_from(sources, name, plan) if source is None else [source]
+        found.append(_Heir(name, parameter, source, tuple(origins)))
+    return found
+
+
+def _group_of(optimizer: torch.optim.Optimizer, sources: Collection[nn.Parameter]) -> dict[int, int]:
+    """By the identity of a parameter the index of its group; raises ArgumentError for one of another module."""
+    known = set(map(id, sources))
+    held = [(i, p) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
+    if strange := [p for _, p in held if id(p) not in known]:
+        raise ArgumentError(
+            f"{len(strange)} of the optimizer's {len(held)} parameters, such as one of shape "
+            f"{tuple(strange[0].shape)}, are none of the module that was finalized. Give the optimizer that trained it."
+        )
+    return {id(p): i for i, p in held}
 
 
 def _computed_from(sources: dict[str, nn.Parameter], name: str, plan: ChannelPlan | None) -> list[nn.Parameter]:
@@ -106,9 +126,22 @@ def _computed_from(sources: dict[str, nn.Parameter], name: str, plan: ChannelPla
         layer = plan.added[name]
         return [sources[layer]] if layer in sources else _computed_from(sources, layer, None)
     prefix, _, tensor = name.rpartition(".")
-    inner = f"{prefix}.parametrizations.{tensor}".removeprefix(".")
-    legacy = (f"{name}_v", f"{name}_g", f"{name}_orig")
-    return [p for n, p in sources.items() if n.startswith((f"{inner}.", f"{inner}_orig.")) or n in legacy]
+    inner = join(prefix, f"parametrizations.{tensor}")
+    legacy = {state for kind in ("weight_norm", "spectral_norm") for state in hook_state(kind, name)}
+    return [p for n, p in sources.items() if n.startswith((f"{inner}.", f"{original_name(inner)}.")) or n in legacy]
+
+
+def _state(
+    optimizer: torch.optim.Optimizer, heirs: Sequence[_Heir], plan: ChannelPlan | None
+) -> dict[nn.Parameter, dict[str, Any]]:
+    """The state of those that keep it."""
+    found = {}
+    for heir in heirs:
+        if heir.source is not None:
+            cut = _cut(optimizer.state.get(heir.source, {}), heir.source, heir.parameter, heir.name, plan)
+            if cut is not None:
+                found[heir.parameter] = cut
+    return found
 
 
 def _cut(
@@ -132,35 +165,77 @@ def _cut(
     return new if source.shape == parameter.shape or all(v.shape == parameter.shape for v in cut) else None
 
 
-def _warn(final: TracedModule, plan: ChannelPlan | None, *changed: list[str]) -> None:
-    """Say what makes the steps to come differ from those of the module with masks."""
-    constants: list[str] = []
-    if plan is not None:
-        live = [node for node, _, zero in plan.constants if not zero]
-        constants = list(dict.fromkeys([*plan.folded, *plan.merged, *plan.added.values(), *live]))
-    reasons = (
-        "fresh state, since a norm computed it or its state has another shape",
-        "one parameter before, two now",
+def _changes(
+    final: TracedModule,
+    plan: ChannelPlan | None,
+    sources: dict[str, nn.Parameter],
+    heirs: Sequence[_Heir],
+    optimized: Sequence[_Heir],
+    state: dict[nn.Parameter, dict[str, Any]],
+) -> list[str]:
+    """What makes the steps to come differ from those of the module with masks: names, and why."""
+    added = {} if plan is None else plan.added
+    fresh = [h.name for h in optimized if h.parameter not in state and not (h.source is None and h.name in added)]
+    reasons = {
+        "fresh state, since a norm computed it or its state has another shape": fresh,
+        "one parameter before, two now": _split(optimized),
         "what masks held at zero stayed, and is free to move (align=1 removes all dead channels; masks can be put on "
-        "again)",
-        "batch norms were folded into weights, which changed their scale",
-        "constants that training would have changed were folded into biases",
-    )
-    found = zip((*changed, constants), reasons, strict=True)
-    if texts := [f"{', '.join(names)}: {why}" for names, why in found if names]:
-        message = f"training does not go on step for step as with masks. {'; '.join(texts)}."
-        warnings.warn(message, FxpruneWarning, stacklevel=3)
+        "again)": [heir.name for heir in optimized if _is_loose(heir, plan)],
+        "batch norms were folded into weights, which changed their scale": _folded_norms(final, plan, sources, heirs),
+        "constants that training would have changed were folded into biases": _live_constants(plan),
+    }
+    return [f"{', '.join(names)}: {why}" for why, names in reasons.items() if names]
+
+
+def _split(heirs: Sequence[_Heir]) -> list[str]:
+    """The names of parameters that were one."""
+    first: dict[int, str] = {}
+    found = []
+    for heir in heirs:
+        if heir.source is not None and first.setdefault(id(heir.source), heir.name) != heir.name:
+            found.append(f"{first[id(heir.source)]} and {heir.name}")
+    return found
+
+
+def _is_loose(heir: _Heir, plan: ChannelPlan | None) -> bool:
+    """Whether a mask held entries of a parameter at zero that stayed."""
+    if heir.source is None:
+        return False
+    kept = heir.source.detach() if plan is None else plan.slice(heir.name, heir.source.detach())
+    return kept.shape == heir.parameter.shape and bool(((heir.parameter == 0) & (kept != 0)).any())
+
+
+def _folded_norms(
+    final: TracedModule, plan: ChannelPlan | None, sources: dict[str, nn.Parameter], heirs: Sequence[_Heir]
+) -> list[str]:
+    """The parameters that went without the plan's taking them: those of batch norms, where the train graph went too."""
+    if "train" in final.graphs:
+        return []
+    inherited = {id(p) for heir in heirs for p in heir.origins}
+    dropped = () if plan is None else plan.dropped
+    left = {id(p): name for name, p in sources.items() if name not in dropped and id(p) not in inherited}
+    return list(left.values())
+
+
+def _live_constants(plan: ChannelPlan | None) -> list[str]:
+    """The layers that constants were folded into, and the values other than zero that never change."""
+    if plan is None:
+        return []
+    live = [node for node, _, zero in plan.constants if not zero]
+    return list(dict.fromkeys([*plan.folded, *plan.merged, *plan.added.values(), *live]))
 
 
 def _build(
     optimizer: torch.optim.Optimizer,
-    members: list[list[tuple[str, nn.Parameter]]],
+    members: Sequence[Sequence[_Heir]],
     state: dict[nn.Parameter, dict[str, Any]],
 ) -> torch.optim.Optimizer:
     groups = []
-    for group, entries in zip(optimizer.param_groups, members, strict=True):
+    for group, heirs in zip(optimizer.param_groups, members, strict=True):
         options = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")}
-        groups.append({"params": entries if "param_names" in group else [p for _, p in entries], **options})
+        named = "param_names" in group
+        entries = [(heir.name, heir.parameter) if named else heir.parameter for heir in heirs]
+        groups.append({"params": entries, **options})
     accepted = inspect.signature(type(optimizer)).parameters
     options = {k: copy.deepcopy(v) for k, v in optimizer.defaults.items() if k in accepted}
     try:
