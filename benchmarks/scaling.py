@@ -8,6 +8,7 @@ Run: python benchmarks/scaling.py [cost ...] [--sizes 50 100 200 400] [--rounds 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import time
 import warnings
@@ -69,7 +70,49 @@ def load_norms(layers: int) -> Callable[[], object]:
     return lambda: fxprune.load(path, dense)
 
 
-COSTS: dict[str, Cost] = {cost.__name__: cost for cost in (load_masks, load_masks_traced, load_carried, load_norms)}
+def convolutions(layers: int) -> fxprune.TracedModule:
+    """So many convolutions of width 8 with a batch norm each, traced in both modes."""
+    blocks = (nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(layers))
+    return fxprune.trace(nn.Sequential(*blocks).eval(), (torch.randn(2, 8, 4, 4),))
+
+
+def insert_masks(layers: int) -> Callable[[], object]:
+    """A mask on every weight of a copy, by one call."""
+    traced = captured(layers)
+    return lambda: fxprune.prune.l1_unstructured(copy.deepcopy(traced), "*.weight", amount=0.5)
+
+
+def remove_masks(layers: int) -> Callable[[], object]:
+    """The masks of every weight of a copy made permanent, by one call."""
+    traced = fxprune.prune.l1_unstructured(captured(layers), "*.weight", amount=0.5)
+    return lambda: fxprune.prune.remove(copy.deepcopy(traced), "*.weight")
+
+
+def fold_batch_norms(layers: int) -> Callable[[], object]:
+    """Every batch norm folded into the convolution before it, in a copy."""
+    traced = convolutions(layers)
+    return lambda: fxprune.passes.FoldBatchNorm()(copy.deepcopy(traced))
+
+
+def prune_channels(layers: int) -> Callable[[], object]:
+    """Half of all channels masked, in a copy: the analysis of groups, scores, and the masks of all parameters."""
+    traced = convolutions(layers)
+    return lambda: fxprune.prune.channels(copy.deepcopy(traced), amount=0.5)
+
+
+COSTS: dict[str, Cost] = {
+    cost.__name__: cost
+    for cost in (
+        load_masks,
+        load_masks_traced,
+        load_carried,
+        load_norms,
+        insert_masks,
+        remove_masks,
+        fold_batch_norms,
+        prune_channels,
+    )
+}
 
 
 def main() -> None:
