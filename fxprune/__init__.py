@@ -10,6 +10,7 @@ from fxprune.artifacts.checkpoint import load, save
 from fxprune.artifacts.writing_back import write_back
 from fxprune.capture.diagnosis import diagnose
 from fxprune.capture.front_end import trace
+from fxprune.channels import register_operator
 from fxprune.driver import (
     channel_groups,
     finalize,
@@ -47,6 +48,7 @@ __all__ = [
     "optimizer_after",
     "passes",
     "prune",
+    "register_operator",
     "remove_spectral_norm",
     "remove_weight_norm",
     "save",

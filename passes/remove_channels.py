@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fxprune.channels import ChannelPlan, analyze, remove
+from fxprune.channels import ChannelPlan, analyze, impose, remove
 from fxprune.errors import ArgumentError
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
@@ -37,6 +37,8 @@ class RemoveChannels(Pass):
             raise ArgumentError(f'align={self.align!r}: "auto" or a positive integer is needed.')
 
     def run(self, traced: TracedModule) -> bool:
-        plan = self.plan or analyze(traced, align=self.align)
-        remove(traced, plan, check=self.check)
+        if self.plan is None:
+            plan = remove(traced, analyze(traced, align=self.align), check=self.check)
+        else:
+            plan = impose(traced, self.plan)
         return bool(plan.removed or plan.dropped)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-from fxprune.channels.coupling import Coupling, Val, Walk, carries, length, same
-from fxprune.channels.rewrite import Kept, resized
-from fxprune.channels.rules import is_pointwise
+from fxprune.channels.axes import Axis, reduced_shape, same_size
+from fxprune.channels.coupling import Coupling
+from fxprune.channels.edits import Kept
+from fxprune.channels.registry import is_pointwise
+from fxprune.channels.shapes import resized
+from fxprune.channels.values import Value
+from fxprune.channels.walk import Result, Walk
 from fxprune.graph.mutation import is_mutating, written
-from fxprune.graph.names import locate
+from fxprune.graph.names import join, tensor_at
 from fxprune.graph.text import module_path
 from fxprune.graph.traced import TracedModule
+from fxprune.torch_internals import is_erased
 
 
 class Constant(NamedTuple):
@@ -32,122 +38,155 @@ def find(coupling: Coupling) -> tuple[list[Constant], set[fx.Node]]:
     two nodes; (5) nothing else needs the value.
     """
     walk = coupling.walks["eval"]
-    moving: set[fx.Node] = set()
-    for node in walk.graph.nodes:
-        if node.op == "placeholder" or any(n in moving for n in node.all_input_nodes):
-            moving.add(node)
-    edges = []
-    for node in walk.graph.nodes:
-        if node.op == "call_function" and node in moving and _fixed(walk.env.get(node)):
-            edges += [Constant(node.name, u.name, False) for u in node.users if _replaceable(walk, node, u)]
-    edges = [e for e in edges if all(_both(w, e) for w in coupling.walks.values())]
+    candidates = [
+        Constant(node.name, user.name, False)
+        for node in _moving(walk.graph)
+        if node.op == "call_function" and _is_fixed(walk.env.get(node))  # (1)
+        for user in node.users
+        if _is_replaceable(walk, node, user)  # (2), (3)
+    ]
+    nodes = {mode: {node.name: node for node in each.env} for mode, each in coupling.walks.items()}
+    edges = [edge for edge in candidates if all(_has(names, edge) for names in nodes.values())]  # (4)
     while True:
-        reached = {n for w in coupling.walks.values() for n in _reached(w, edges)}
-        names = {n.name for n in reached}
-        useful = [e for e in edges if e.node not in names]
+        reached = {node for each in coupling.walks.values() for node in _reached(each, edges)}
+        names = {node.name for node in reached}
+        useful = [edge for edge in edges if edge.node not in names]  # (5)
         if len(useful) == len(edges):
             return edges, reached
         edges = useful
 
 
-def _fixed(val: object) -> bool:
+def _moving(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that depend on an input, in order."""
+    moving: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(operand in moving for operand in node.all_input_nodes):
+            moving[node] = None
+    return list(moving)
+
+
+def _is_fixed(value: Result) -> bool:
     """Whether a value is known everywhere, in a form that broadcasts."""
-    if not isinstance(val, Val) or val.value is None or val.border is not None or not val.mask().all():
+    if not isinstance(value, Value) or value.facts is None or value.facts.border is not None:
         return False
-    return all(len(a) == 1 or not carries(a) for a in val.axes) and bool(val.value.isfinite().all())
+    if not value.facts.where.all() or not value.facts.value.isfinite().all():
+        return False
+    return all(len(axis) == 1 or not axis.carries for axis in value.axes)
 
 
-def _replaceable(walk: Walk, node: fx.Node, user: fx.Node) -> bool:
-    if not is_pointwise(user.target) or node in written(user) or _fixed(walk.env.get(user)):
+def _is_replaceable(walk: Walk, node: fx.Node, user: fx.Node) -> bool:
+    if not is_pointwise(user.target) or node in written(user) or _is_fixed(walk.env.get(user)):
         return False
     shape = user.meta["val"].shape
-    others = [n.meta["val"].shape for n in user.all_input_nodes if n is not node and isinstance(walk.env.get(n), Val)]
-    return any(len(o) == len(shape) and all(map(same, o, shape)) for o in others)
+    others = [
+        other.meta["val"].shape
+        for other in user.all_input_nodes
+        if other is not node and isinstance(walk.env.get(other), Value)
+    ]
+    return any(_same_shape(other, shape) for other in others)
 
 
-def _both(walk: Walk, edge: Constant) -> bool:
-    nodes = {n.name: n for n in walk.env}
+def _same_shape(shape: Sequence[object], other: Sequence[object]) -> bool:
+    return len(shape) == len(other) and all(map(same_size, shape, other))
+
+
+def _has(nodes: dict[str, fx.Node], edge: Constant) -> bool:
+    """Whether a graph, its nodes by name, has the same read."""
     return edge.node in nodes and edge.user in nodes and nodes[edge.node] in nodes[edge.user].all_input_nodes
 
 
 def _reached(walk: Walk, edges: list[Constant]) -> set[fx.Node]:
-    cut = {(e.node, e.user) for e in edges}
+    """The nodes that the outputs, or effects that others see, need once the edges are cut."""
+    cut = {(edge.node, edge.user) for edge in edges}
     seen: set[fx.Node] = set()
     for node in reversed(walk.graph.nodes):
-        if node.op in ("output", "placeholder") or not _private(walk, node):
+        if node.op in ("output", "placeholder") or not _is_private(walk, node):
             seen.add(node)
         if node in seen:
-            seen.update(n for n in node.all_input_nodes if (n.name, node.name) not in cut)
+            seen.update(operand for operand in node.all_input_nodes if (operand.name, node.name) not in cut)
     return seen
 
 
-def place(traced: TracedModule, coupling: Coupling, kept: Kept, constants: list[Constant]) -> list[Constant]:
-    """Replace the reads; returns them with `zero` set. Without facts the values are zeros, to be loaded later."""
-    done = []
-    for node_name, user_name, zero in constants:
-        walks = list(coupling.walks.values())
-        pairs = [({n.name: n for n in w.env}, w) for w in walks]
-        main = pairs[0][0][node_name]
-        axes, value = walks[0].env[main].axes, walks[0].env[main].value
-        shape = [length(a) for a in axes]
-        value = torch.zeros(shape) if value is None else value.expand(shape)
-        gone = [torch.from_numpy(kept.alive(a[0][1])) for a in axes if carries(a)]
-        left = value
-        for d, mask in zip([d for d, a in enumerate(axes) if carries(a)], gone, strict=True):
-            left = left.index_select(d, mask.nonzero().squeeze(1))
-        zero = zero or (
-            value is not None and walks[0].facts and not left.any() and all(_sum(p[user_name]) for p, _ in pairs)
-        )
-        name = "" if zero else _register(traced, coupling, main, axes, value.to(main.meta["val"].dtype))
-        for nodes, walk in pairs:
-            node, user = nodes[node_name], nodes[user_name]
-            if zero:
-                user.replace_all_uses_with(next(n for n in user.all_input_nodes if n is not node))
-                _erase(walk, user)
-                continue
-            with user.graph.inserting_before(user):
-                read = user.graph.get_attr(name)
-            read.meta["val"], walk.env[read] = resized(node.meta["val"], shape), Val(axes)
-            user.replace_input_with(node, read)
-            _erase(walk, node)
-        done.append(Constant(node_name, user_name, zero))
-    return done
-
-
-def _private(walk: Walk, node: fx.Node) -> bool:
+def _is_private(walk: Walk, node: fx.Node) -> bool:
     """Whether what a node writes, if anything, is a value of its own that nothing else sees."""
     return all(t.op == "call_function" and not walk.is_view(t) and len(t.users) == 1 for t in written(node))
 
 
-def _erase(walk: Walk, node: fx.Node) -> None:
+def place(traced: TracedModule, coupling: Coupling, kept: Kept, constants: Sequence[Constant]) -> list[Constant]:
+    """Replace the reads; returns them with `zero` set. Without facts the values are zeros, to be loaded later."""
+    nodes = {mode: {node.name: node for node in walk.env} for mode, walk in coupling.walks.items()}
+    placed = []
+    for edge in constants:
+        zero = _place(traced, coupling, kept, edge, nodes)
+        placed.append(Constant(edge.node, edge.user, zero))
+    return placed
+
+
+def _place(
+    traced: TracedModule, coupling: Coupling, kept: Kept, edge: Constant, nodes: dict[str, dict[str, fx.Node]]
+) -> bool:
+    """Replace one read in every graph; returns whether the value adds nothing."""
+    main = coupling.walks["eval"]
+    node = nodes["eval"][edge.node]
+    value = main.value(node)
+    shape = reduced_shape(value.axes)
+    constant = torch.zeros(shape) if value.facts is None else value.facts.value.expand(shape)
+    users = [names[edge.user] for names in nodes.values()]
+    zero = edge.zero or (main.facts and not _what_stays(constant, value.axes, kept).any() and all(map(_adds, users)))
+    name = "" if zero else _register(traced, coupling, node, value.axes, constant.to(node.meta["val"].dtype))
+    for mode, walk in coupling.walks.items():
+        read, user = nodes[mode][edge.node], nodes[mode][edge.user]
+        if zero:
+            user.replace_all_uses_with(next(other for other in user.all_input_nodes if other is not read))
+            _erase(walk, user)
+        else:
+            with user.graph.inserting_before(user):
+                buffer = user.graph.get_attr(name)
+            buffer.meta["val"], walk.env[buffer] = resized(read.meta["val"], shape), Value(value.axes)
+            user.replace_input_with(read, buffer)
+            _erase(walk, read)
+    return bool(zero)
+
+
+def _what_stays(constant: Tensor, axes: Sequence[Axis], kept: Kept) -> Tensor:
+    for dim, axis in enumerate(axes):
+        if axis.ids is not None:
+            constant = constant.index_select(dim, torch.from_numpy(kept.alive(axis.ids)).nonzero().squeeze(1))
+    return constant
+
+
+def _erase(walk: Walk, last: fx.Node) -> None:
     """Erase a node that nothing uses, and what it alone used; random operators as well."""
-    if node._erased or node.users or node.op == "placeholder" or not _private(walk, node):
-        return
-    inputs = node.all_input_nodes
-    node.graph.erase_node(node)
-    for n in inputs:
-        _erase(walk, n)
+    pending = [last]
+    while pending:
+        node = pending.pop()
+        if is_erased(node) or node.users or node.op == "placeholder" or not _is_private(walk, node):
+            continue
+        pending += reversed(node.all_input_nodes)
+        node.graph.erase_node(node)
 
 
-def _sum(user: fx.Node) -> bool:
+def _adds(user: fx.Node) -> bool:
     """Whether a node only adds two values of one shape and type, and nothing writes into its result."""
     if user.target is not torch.ops.aten.add.Tensor or user.kwargs or len(user.all_input_nodes) != 2:
         return False
-    a, b = (n.meta["val"] for n in user.all_input_nodes)
-    return a.dtype == b.dtype and all(map(same, a.shape, b.shape)) and not any(map(is_mutating, user.users))
+    left, right = (operand.meta["val"] for operand in user.all_input_nodes)
+    same = left.dtype == right.dtype and _same_shape(left.shape, right.shape)
+    return same and not any(map(is_mutating, user.users))
 
 
-def _register(traced: TracedModule, coupling: Coupling, node: fx.Node, axes: tuple[object, ...], value: Tensor) -> str:
+def _register(traced: TracedModule, coupling: Coupling, node: fx.Node, axes: Sequence[Axis], value: Tensor) -> str:
+    """Hold a constant as a buffer of the module that computed it; returns its name."""
     path = module_path(node)
     try:
         owner = traced.get_submodule(path)
-    except AttributeError:
+    except AttributeError:  # a module without parameters has no container
         path, owner = "", traced
-    n = 0
-    while hasattr(owner, f"constant_{n}"):
-        n += 1
-    name = f"{path}.constant_{n}" if path else f"constant_{n}"
-    owner.register_buffer(f"constant_{n}", value.clone())
-    coupling.tensors[name] = getattr(*locate(traced, name))
-    coupling.parameters[name] = [a[0][1] if carries(a) else None for a in axes]  # type: ignore[index, arg-type]
+    number = 0
+    while hasattr(owner, f"constant_{number}"):
+        number += 1
+    name = join(path, f"constant_{number}")
+    owner.register_buffer(f"constant_{number}", value.clone())
+    coupling.tensors[name] = tensor_at(traced, name)
+    coupling.parameters[name] = [axis.ids for axis in axes]
     return name

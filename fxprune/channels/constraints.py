@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fxprune.channels.coupling import Reader
 from fxprune.channels.ids import Classes, Mask, Vector
+from fxprune.channels.readers import Reader
 from fxprune.channels.reasons import ReadBy, Structural
 from fxprune.channels.relation import Relation
 from fxprune.channels.solver import Constraint, Costs, State

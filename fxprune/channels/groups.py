@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fxprune.channels import coupling
 from fxprune.channels.costs import moved, node_costs
-from fxprune.channels.coupling import Balance
+from fxprune.channels.coupling import coupling
 from fxprune.channels.ids import Ids, Mask, Vector
 from fxprune.channels.liveness import Consistency
+from fxprune.channels.readers import Balance
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 

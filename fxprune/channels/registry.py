@@ -1,46 +1,244 @@
-"""The operators that the channel analysis knows, and how one is looked up."""
+"""The registry of operators: what the compiler knows about a call, one class an operator or family of operators.
+
+A class is registered for operators by `register`. It parses a call once, into a frozen record whose fields are the
+operator's arguments, and answers everything that the compiler asks: how the call relates channel ids and what stays
+constant through it (`relate`), what it costs (`costs`, `traffic`), which operands scale and shift channels (`gain`,
+`shift`), and what the torch module that owns its parameters keeps of their sizes (`module_sizes`). What removal
+changes in the call and which channels it reads are recorded on the walk by `relate`, as data (`Edit`, `Reader`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import abc
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 import torch
+from torch import fx, nn
 
-Rule = Callable[[Any, Any], Any]
-RULES: dict[str, Rule] = {}
-TAGGED = "torch.Tag.pointwise"  # the rule of operators that torch tags so
+from fxprune.channels.arguments import bound
+from fxprune.channels.axes import Axis
+from fxprune.channels.walk import Result, Walk
+from fxprune.errors import ArgumentError, ArgumentTypeError
 
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of the operators with these names (in-place variants included)."""
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
+# an overload, all overloads of an operator, or a Python function
+Operator: TypeAlias = Any
 
 
-def rule_of(target: Any) -> Rule | None:
-    """The rule of an operator, None where there is none."""
-    return RULES.get(operator_name(target)) or _by_tag(target)
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """Multiply-accumulates at the sample inputs, proportional to how many indices of each axis there are.
+
+    Attributes:
+        macs: their number.
+        axes: what they are proportional to; None where they are not, as for a cost that was measured.
+    """
+
+    macs: float
+    axes: tuple[Axis, ...] | None
 
 
-def _by_tag(target: Any) -> Rule | None:
-    """The pointwise rule, for operators that torch tags as pointwise (an in-place one by its functional twin)."""
-    tags = set(getattr(target, "tags", ()))
-    packet = getattr(target, "overloadpacket", None)
-    if packet is not None and packet.__name__.endswith("_"):
-        twin = getattr(getattr(torch.ops.aten, packet.__name__[:-1], None), target._overloadname, None)
-        tags |= set(getattr(twin, "tags", ()))
-    return RULES[TAGGED] if torch.Tag.pointwise in tags else None
+@dataclass(frozen=True)
+class Traffic:
+    """Numbers of elements that a layer writes and reads."""
+
+    output: int
+    data: int
+    weight: int
 
 
-def operator_name(target: Any) -> str:
-    """The name that rules go by: an in-place variant's is that of its functional twin."""
-    packet = getattr(target, "overloadpacket", None)
-    if packet is None:
-        return getattr(target, "__name__", str(target))
-    name = str(packet.__name__)
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+# the schemas' names of what a call acts on
+_ALIASES: Mapping[str, tuple[str, ...]] = {"data": ("self", "input")}
+
+
+@dataclass(frozen=True, eq=False)
+class OperatorCall(abc.ABC):
+    """One call of an operator; the fields of a subclass are arguments by the names that the schema gives them.
+
+    A field `data` is the argument "self" or "input"; `aliases` says so of others. A field that a schema does not have
+    keeps its default.
+    """
+
+    node: fx.Node
+
+    # names of arguments that a field may have in the schemas, first match first
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # whether the operator acts on every element by itself
+    is_pointwise: ClassVar[bool] = False
+
+    @classmethod
+    def parse(cls, node: fx.Node) -> Self:
+        """The record of a call."""
+        given = bound(node)
+        found: dict[str, Any] = {}
+        for item in dataclasses.fields(cls)[1:]:
+            names = cls.aliases.get(item.name) or _ALIASES.get(item.name) or (item.name,)
+            present = [name for name in names if name in given]
+            if present:
+                found[item.name] = given[present[0]]
+        return cls(node, **found)
+
+    @abc.abstractmethod
+    def relate(self, walk: Walk) -> Result:
+        """Relate the ids of operands and result, record readers and edits on the walk; returns the result."""
+
+    def costs(self, env: Mapping[fx.Node, Result]) -> Sequence[Cost]:
+        """What the call computes, by torch's formulas; elementwise work does not count."""
+        return ()
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """The elements that the call moves, None where they do not count beside its arithmetic."""
+        return None
+
+    @property
+    def gain(self) -> fx.Node | None:
+        """The operand that scales normalized channels."""
+        return None
+
+    @property
+    def shift(self) -> fx.Node | None:
+        """The operand that is added to the result's channels and multiplies nothing: a bias, a norm's shift."""
+        return None
+
+    @classmethod
+    def module_sizes(cls, module: nn.Module) -> Mapping[str, Any]:
+        """The sizes that a torch module of this operator keeps as attributes, as its parameters have them."""
+        return {}
+
+
+Rule: TypeAlias = type[OperatorCall]
+_Class = TypeVar("_Class", bound=Rule)
+
+
+class Registry:
+    """Operators and the classes that know them, by the operator objects themselves."""
+
+    def __init__(self) -> None:
+        self._rules: dict[Operator, Rule] = {}
+        self._pointwise: Rule | None = None
+
+    def add(self, operator: Operator, rule: Rule) -> None:
+        """Raises ArgumentError where the operator has a rule."""
+        if operator in self._rules:
+            raise ArgumentError(f"{operator} already has a rule: {self._rules[operator].__name__}.")
+        self._rules[operator] = rule
+
+    def set_pointwise(self, rule: Rule) -> None:
+        """The rule of operators that torch tags as pointwise and that have no other."""
+        self._pointwise = rule
+
+    def remove(self, operator: Operator) -> None:
+        del self._rules[operator]
+
+    def __iter__(self) -> Iterator[tuple[Operator, Rule]]:
+        return iter(self._rules.items())
+
+    def rule(self, target: Operator) -> Rule | None:
+        """The rule of an operator: its own, its packet's, its functional twin's, or that of pointwise ones."""
+        if target in self._rules:
+            return self._rules[target]
+        packet = getattr(target, "overloadpacket", None)
+        if packet is None:
+            return None
+        twin = _functional_twin(target)
+        for operator in (packet, twin, getattr(twin, "overloadpacket", None)):
+            if operator is not None and operator in self._rules:
+                return self._rules[operator]
+        if torch.Tag.pointwise in {*target.tags, *getattr(twin, "tags", ())}:
+            return self._pointwise
+        return None
+
+    def call(self, node: fx.Node) -> OperatorCall | None:
+        """The record of a node's call, None where there is no rule."""
+        rule = self.rule(node.target)
+        return None if rule is None else rule.parse(node)
+
+    def calls(self, graph: fx.Graph) -> Iterator[OperatorCall]:
+        """The records of all calls of a graph that have a rule, in order."""
+        for node in graph.nodes:
+            if node.op == "call_function" and (call := self.call(node)) is not None:
+                yield call
+
+
+def _functional_twin(target: Operator) -> Operator | None:
+    """The overload that computes what an in-place one writes, None for others."""
+    packet = target.overloadpacket
+    name: str = packet.__name__
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    twin = getattr(getattr(torch.ops, target.namespace), name[:-1], None)
+    return getattr(twin, target._overloadname, twin)
+
+
+REGISTRY = Registry()
+
+
+def register(*operators: Operator) -> Callable[[_Class], _Class]:
+    """Register a class for operators: overloads, whole packets (`torch.ops.aten.relu`) or Python functions."""
+
+    def decorate(rule: _Class) -> _Class:
+        for operator in operators:
+            REGISTRY.add(operator, rule)
+        return rule
+
+    return decorate
+
+
+def register_operator(operator: Operator, rule: Rule | Operator) -> None:
+    """Tell the channel analysis about an operator that it does not know, such as one of `torch.library.custom_op`.
+
+    Without a rule, every channel that an operator touches stays, and `final.plan.explain()` says so.
+
+    Args:
+        operator: an overload (`torch.ops.mylib.gate.default`), all its overloads (`torch.ops.mylib.gate`), or what
+            `torch.library.custom_op` returned.
+        rule: an operator that relates channels in the same way, with arguments of the same names where it has options:
+            `torch.ops.aten.relu` for all that acts on every element by itself and broadcasts as torch does; or a
+            subclass of `fxprune.channels.OperatorCall`.
+
+    Raises:
+        ArgumentError: the operator has a rule, or the one it is to be like has none.
+        ArgumentTypeError: `operator` is none of torch's operators, or `rule` is neither of the two.
+
+    Example:
+        >>> @torch.library.custom_op("mylib::gate", mutates_args=())
+        ... def gate(x: torch.Tensor) -> torch.Tensor:
+        ...     return x * x.sigmoid()
+        >>> fxprune.register_operator(gate, torch.ops.aten.silu)
+    """
+    operator = getattr(operator, "_opoverload", operator)
+    if not isinstance(operator, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        raise ArgumentTypeError(f"{operator!r} is no operator of torch. Define one by torch.library.custom_op.")
+    if isinstance(rule, type) and issubclass(rule, OperatorCall):
+        REGISTRY.add(operator, rule)
+        return
+    if not isinstance(rule, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        raise ArgumentTypeError(f"rule={rule!r}: an operator that is known, or a class of OperatorCall, is needed.")
+    overload = getattr(rule, rule.overloads()[0]) if isinstance(rule, torch._ops.OpOverloadPacket) else rule
+    known = REGISTRY.rule(overload)
+    if known is None:
+        raise ArgumentError(f"{rule} has no rule either, so {operator} cannot be like it.")
+    REGISTRY.add(operator, known)
+
+
+def relate(walk: Walk, node: fx.Node) -> Result:
+    """What a node computes, with everything that the walk needs to know of it; without a rule all it touches stays."""
+    call = REGISTRY.call(node)
+    if call is None:
+        return walk.refuse(
+            node, f"no rule for this operator; fxprune.register_operator({_spelled(node.target)}, ...) gives it one"
+        )
+    return call.relate(walk)
+
+
+def _spelled(target: Operator) -> str:
+    return f"torch.ops.{target}" if hasattr(target, "overloadpacket") else getattr(target, "__name__", str(target))
+
+
+def is_pointwise(target: Operator) -> bool:
+    """Whether an operator acts on every element by itself."""
+    rule = REGISTRY.rule(target)
+    return rule is not None and rule.is_pointwise

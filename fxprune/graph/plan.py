@@ -50,7 +50,6 @@ class ChannelPlan:
     stayed: list[tuple[str, int, list[int], str]] = field(default_factory=list)
     macs: tuple[int, int] = (0, 0)
     parameters: tuple[int, int] = (0, 0)
-    state: Any = field(default=None, repr=False, compare=False)
 
     @property
     def removed(self) -> dict[str, dict[int, int]]:

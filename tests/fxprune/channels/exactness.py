@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.channels import ChannelPlan, analyze, remove
+from fxprune.channels import ChannelPlan, analyze, impose, remove
 
 
 def error(a: Any, b: Any) -> float:
@@ -30,9 +30,7 @@ def shrink(
     """Trace, analyze and remove on a copy, in eval mode."""
     copied = copy.deepcopy(model).eval()
     traced = fxprune.trace(copied, inputs, modes=modes, dynamic_shapes=dynamic_shapes).eval()
-    plan = analyze(traced, align=align)
-    remove(traced, plan)
-    return traced, plan
+    return traced, remove(traced, analyze(traced, align=align))
 
 
 def check_network(build: Callable[..., tuple[nn.Module, Callable[[int], Tensor]]], seed: int, words: bool) -> None:
@@ -50,7 +48,7 @@ def check_network(build: Callable[..., tuple[nn.Module, Callable[[int], Tensor]]
         traced.eval()
     if seed % 8 == 1:
         dense = fxprune.trace(model, (inputs(2),), modes=("eval",))
-        remove(dense, ChannelPlan.from_json(plan.to_json()))
+        impose(dense, ChannelPlan.from_json(plan.to_json()))
         dense.load_state_dict(traced.state_dict())
         x = inputs(3)
         assert torch.equal(dense(x), traced(x))

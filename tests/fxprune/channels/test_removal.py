@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.channels import ChannelPlan, analyze, registry, remove, rules
+from fxprune.channels import ChannelPlan, analyze, impose, remove
+from fxprune.channels.edits import SetArguments
+from fxprune.channels.registry import REGISTRY
+from fxprune.channels.rules.pointwise import Pointwise
+from fxprune.channels.values import Value
+from fxprune.channels.walk import Walk
 from fxprune.errors import ArtifactError, FinalizeError
 from tests.fxprune.channels.exactness import error, shrink
 
@@ -118,9 +123,9 @@ def test_negative_zero_is_dead_and_nan_is_not() -> None:
         model[0].weight[0] = -0.0
         model[0].weight[1] = float("nan")
     traced = fxprune.trace(model.eval(), (torch.randn(2, 4),), modes=("eval",))
-    plan = analyze(traced, align=1)
-    assert plan.kept["0.weight"][0].tolist() == [1, 2, 3]
-    remove(traced, plan)
+    analysis = analyze(traced, align=1)
+    assert analysis.plan.kept["0.weight"][0].tolist() == [1, 2, 3]
+    remove(traced, analysis)
     assert traced(torch.randn(3, 4)).isnan().all()
 
 
@@ -243,7 +248,7 @@ def test_a_buffer_that_is_a_view_of_a_parameter_keeps_both_whole() -> None:
     ).double()
     model.register_buffer("part", model.a.weight.detach()[2:4])
     zero_rows(model.a, 0, 1, bias=True)
-    plan = analyze(fxprune.trace(model.eval(), (torch.randn(3, 6).double(),), modes=("eval",)), align=1)
+    plan = analyze(fxprune.trace(model.eval(), (torch.randn(3, 6).double(),), modes=("eval",)), align=1).plan
     assert len(plan.kept["a.weight"][0]) == 6
     assert "share memory" in plan.explain()
 
@@ -327,7 +332,7 @@ def test_the_same_plan_as_json_gives_a_dense_model_the_same_architecture() -> No
     masked = copy.deepcopy(model)
     zero_rows(masked[0], 0, 3, 5)
     traced, plan = shrink(masked, x, modes=("train", "eval"))
-    remove(dense, ChannelPlan.from_json(plan.to_json()))
+    impose(dense, ChannelPlan.from_json(plan.to_json()))
     assert {k: v.shape for k, v in dense.state_dict().items()} == {k: v.shape for k, v in traced.state_dict().items()}
     dense.load_state_dict(traced.state_dict())
     dense.eval()
@@ -335,15 +340,23 @@ def test_the_same_plan_as_json_gives_a_dense_model_the_same_architecture() -> No
     with pytest.raises(ArtifactError, match="not a channel plan"):
         ChannelPlan.from_json("{}")
     with pytest.raises(FinalizeError, match="another model"):
-        remove(fxprune.trace(nn.Conv2d(3, 3, 1), (x,)), plan)
+        impose(fxprune.trace(nn.Conv2d(3, 3, 1), (x,)), plan)
 
 
-def test_a_wrong_rule_is_caught_and_the_first_node_that_differs_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(w: Any, node: Any) -> Any:
-        w.edits.append(lambda kept: node.update_arg(0, node.args[0].args[0]))
-        return rules.pointwise(w, node)
+@pytest.fixture
+def _wrong_tanh() -> Iterator[None]:
+    class Wrong(Pointwise):
+        def relate(self, walk: Walk) -> Value:
+            walk.edits.append(SetArguments(self.node, {"self": self.node.all_input_nodes[0].all_input_nodes[0]}))
+            return super().relate(walk)
 
-    monkeypatch.setitem(registry.RULES, "tanh", wrong)
+    REGISTRY.add(torch.ops.aten.tanh.default, Wrong)
+    yield
+    REGISTRY.remove(torch.ops.aten.tanh.default)
+
+
+@pytest.mark.usefixtures("_wrong_tanh")
+def test_a_wrong_rule_is_caught_and_the_first_node_that_differs_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Tanh(), nn.Linear(4, 2))
     traced = fxprune.trace(model.eval(), (torch.randn(2, 4),), modes=("eval",))
     with pytest.raises(FinalizeError, match="first node that differs is `tanh`"):

@@ -32,8 +32,7 @@ def check(model: nn.Module, kwargs: dict[str, Any], args: tuple[Any, ...] = ()) 
         torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs)
     )
     traced = fxprune.trace(model, args, kwargs, modes=("eval",))
-    plan = analyze(traced, align=1)
-    remove(traced, plan)
+    plan = remove(traced, analyze(traced, align=1))
     for batch in (1, 3):
         again_args, again = repeated(args, batch), repeated(kwargs, batch)
         with torch.no_grad():

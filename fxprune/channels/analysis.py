@@ -1,0 +1,109 @@
+"""Which channels can go without changing what the eval graph computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fxprune.channels import constants
+from fxprune.channels.coupling import Coupling, couple
+from fxprune.channels.ids import Mask
+from fxprune.channels.liveness import Liveness
+from fxprune.channels.reasons import Reason
+from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.requirements import require_eval
+from fxprune.graph.traced import TracedModule
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What `analyze` found in one module; `remove` carries it out.
+
+    Attributes:
+        traced: the module.
+        plan: what would stay and why, as data; what is folded where is known once it is carried out.
+        coupling: the relations of its channels.
+        alive: the classes that stay.
+        names: the parameters and buffers that the graphs read.
+    """
+
+    traced: TracedModule
+    plan: ChannelPlan
+    coupling: Coupling
+    alive: Mask
+    names: frozenset[str]
+
+
+def analyze(traced: TracedModule, *, align: str | int = "auto") -> Analysis:
+    """Find the channels whose removal does not change what the eval graph computes.
+
+    Args:
+        traced: a module with an eval graph; masks folded into its parameters.
+        align: "auto" keeps dead channels where counts at convolutions then run faster; an integer n, multiples of n.
+
+    Returns:
+        The analysis, its plan in `plan`; `remove` carries it out on the same module.
+
+    Raises:
+        FinalizeError: there is no eval graph.
+
+    Example:
+        >>> analysis = analyze(traced, align=1)
+        >>> analysis.plan.removed
+        {'0.weight': {0: 3}, '0.bias': {0: 3}, '2.weight': {1: 3}}
+    """
+    require_eval(traced, "removing channels")
+    relations = couple(traced, traced.graphs)
+    fixed, reached = constants.find(relations)
+    live = Liveness(relations, align, reached)
+    plan = ChannelPlan(parameters=(parameter_count(traced), 0), constants=tuple(fixed))
+    fill_in(relations, live.alive, plan)
+    plan.stayed = _dead_that_stay(relations, live)
+    return Analysis(traced, plan, relations, live.alive, frozenset(relations.parameters))
+
+
+def parameter_count(traced: TracedModule) -> int:
+    """The number of entries of all parameters."""
+    return sum(parameter.numel() for parameter in traced.parameters())
+
+
+def fill_in(relations: Coupling, alive: Mask, plan: ChannelPlan) -> None:
+    """The plan's shapes, kept indices and groups."""
+    for name, axes in relations.parameters.items():
+        shape = tuple(relations.tensors[name].shape)
+        plan.shapes[name] = shape
+        plan.kept[name] = {
+            axis: torch.arange(shape[axis])
+            if ids is None
+            else torch.from_numpy(np.flatnonzero(alive[relations.of(ids)]))
+            for axis, ids in enumerate(axes)
+        }
+    for walk in relations.walks.values():
+        for balance in walk.balances:
+            inputs, outputs = alive[relations.of(balance.inputs)], alive[relations.of(balance.outputs)]
+            left = inputs.any(1) | outputs.any(1)
+            own = outputs if balance.transposed else inputs
+            index = np.flatnonzero(own[left].reshape(-1)).reshape(int(left.sum()), -1) % own.shape[1]
+            plan.kept[balance.weight][1] = torch.from_numpy(index)
+            plan.groups[balance.weight] = (left.size, int(left.sum()))
+
+
+def _dead_that_stay(relations: Coupling, live: Liveness) -> list[tuple[str, int, list[int], str]]:
+    """Rows of weights that are entirely zero and stay: (parameter, axis, indices, why)."""
+    texts: dict[Reason, str] = {}
+    stayed = []
+    for reader in live.readers:
+        if reader.source is None or reader.rows is None:
+            continue
+        rows = relations.of(reader.rows.reshape(-1))
+        dead = np.flatnonzero(~reader.used.any(-1).reshape(-1) & live.alive[rows])
+        indices_of: dict[str, list[int]] = {}
+        for index in dead:
+            why = live.why(int(rows[index]))
+            if why not in texts:
+                texts[why] = why.text()
+            indices_of.setdefault(texts[why], []).append(int(index))
+        stayed += [(reader.source, reader.row_axis, indices, text) for text, indices in indices_of.items()]
+    return stayed

@@ -1,0 +1,38 @@
+"""The arguments of a call by the names of the operator's schema, however they were passed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from fxprune.torch_internals import schema_of
+
+
+def bound(node: fx.Node) -> dict[str, Any]:
+    """Every argument of the call by name, those left out with their defaults; {} for a Python function."""
+    schema = schema_of(node.target)
+    if schema is None:
+        return {}
+    found = {}
+    for position, argument in enumerate(schema.arguments):
+        if position < len(node.args):
+            found[argument.name] = node.args[position]
+        else:
+            default = argument.default_value if argument.has_default_value() else None
+            found[argument.name] = node.kwargs.get(argument.name, default)
+    return found
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Replace one argument where it stands, or pass it by name where it was left out."""
+    schema = schema_of(node.target)
+    assert schema is not None, node
+    names = [argument.name for argument in schema.arguments]
+    position = names.index(name)
+    if position < len(node.args):
+        node.update_arg(position, value)
+    elif position == len(node.args) and name not in node.kwargs and not schema.arguments[position].kwarg_only:
+        node.args = (*node.args, value)
+    else:
+        node.update_kwarg(name, value)

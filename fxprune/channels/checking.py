@@ -1,0 +1,158 @@
+"""Whether a graph computes after the removal what it did before; multiply-accumulates are counted on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from fxprune.channels.axes import Axis, sizes_of
+from fxprune.channels.coupling import Coupling
+from fxprune.channels.edits import Kept
+from fxprune.channels.registry import REGISTRY
+from fxprune.channels.values import Value
+from fxprune.errors import FinalizeError
+from fxprune.graph.equality import close, error
+from fxprune.graph.interpretation import run
+from fxprune.graph.macs import counted_macs, flop_counter
+from fxprune.graph.names import tensor_at
+from fxprune.graph.text import describe
+from fxprune.graph.traced import TracedModule
+
+# above, a run in float64 would cost more than the capture
+_MOST_MACS_IN_FLOAT64 = 1e9
+# of float32 networks that are compared in float64: the values computed for biases were rounded to float32
+_ROUNDED_BIASES = 1e-5
+
+
+@dataclass(frozen=True)
+class Before:
+    """A graph as it is before the removal, with its tensors.
+
+    Attributes:
+        graph: a copy. origin: its nodes -> those that the coupling knows.
+        tensors: parameters and buffers by name.
+    """
+
+    graph: fx.Graph
+    origin: dict[fx.Node, fx.Node]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, graph: fx.Graph, tensors: dict[str, Tensor]) -> Before:
+        copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+        copied.output(copied.graph_copy(graph, nodes))
+        origin = {copy: node for node, copy in nodes.items()}
+        return cls(copied, origin, {name: tensor.detach() for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The outputs of both graphs in one precision, and their multiply-accumulates."""
+
+    before: list[Any]
+    after: list[Any]
+    macs: tuple[int, int]
+
+
+def verify(before: Before, traced: TracedModule, coupling: Coupling, kept: Kept) -> tuple[int, int]:
+    """Compare the outputs of the eval graph before and after at the sample inputs; returns the MACs of both.
+
+    Raises:
+        FinalizeError: they differ; names the first node that does.
+    """
+    inputs = pytree.tree_leaves((traced.example_args, traced.example_kwargs))
+    graph = traced.graphs["eval"]
+
+    def tensors(name: str) -> Any:
+        return tensor_at(traced, name)
+
+    def both(dtype: torch.dtype | None) -> _Runs:
+        results, macs = [], []
+        for each, source in ((before.graph, before.tensors.__getitem__), (graph, tensors)):
+            with flop_counter() as counter:
+                results.append(run(each, source, inputs, dtype))
+            macs.append(counted_macs(counter))
+        return _Runs(results[0], results[1], (macs[0], macs[1]))
+
+    dtype, tolerance = _precision(before)
+    try:
+        runs = both(dtype)
+    except RuntimeError:  # some operators have no float64
+        if dtype is None:
+            raise
+        dtype, tolerance = None, None
+        runs = both(dtype)
+    if all(close(want, got, tolerance) for want, got in zip(runs.before, runs.after, strict=True)):
+        return runs.macs
+    worst = max(error(want, got) for want, got in zip(runs.before, runs.after, strict=True))
+    where = _first_difference(before, graph, tensors, inputs, dtype, tolerance, coupling, kept)
+    raise FinalizeError(
+        f"removing channels was to leave the outputs as they are, but they differ by {worst:.1e} relative; the first "
+        f"node that differs is {where}. Nothing was changed; please report this model, and finalize with shrink=False."
+    )
+
+
+def _precision(before: Before) -> tuple[torch.dtype | None, float | None]:
+    """What to compute in (None: as it is), and the tolerance (None: that of the dtype)."""
+    dtypes = {tensor.dtype for tensor in before.tensors.values()}
+    if torch.float32 in dtypes and _layer_macs(before.graph) < _MOST_MACS_IN_FLOAT64:
+        return torch.float64, _ROUNDED_BIASES
+    return (torch.float64 if torch.float64 in dtypes else None), None
+
+
+def _layer_macs(graph: fx.Graph) -> float:
+    """Multiply-accumulates of layers for one sample."""
+    layers = [call for call in REGISTRY.calls(graph) if call.traffic is not None]
+    return sum(cost.macs / max(1, sizes_of(layer.node)[0]) for layer in layers for cost in layer.costs({}))
+
+
+def _first_difference(
+    before: Before, graph: fx.Graph, tensors: Callable[[str], Any], inputs: list[Any], dtype: torch.dtype | None,
+    tolerance: float | None, coupling: Coupling, kept: Kept,
+) -> str:  # fmt: skip
+    """The first node of `graph` whose value is not what was left of it."""
+    seen: dict[str, Any] = {}
+    run(
+        before.graph, before.tensors.__getitem__, inputs, dtype,
+        lambda node, value: seen.update({before.origin.get(node, node).name: value}),
+    )  # fmt: skip
+    nodes = {node.name: node for node in before.origin.values()}
+    differing: list[fx.Node] = []
+
+    def compare(node: fx.Node, value: Any) -> None:
+        if differing or not isinstance(value, Tensor) or node.name not in nodes:
+            return
+        known = coupling.walks["eval"].env[nodes[node.name]]
+        reference = _what_stays(seen[node.name], known if isinstance(known, Value) else None, kept)
+        if not close(reference, value, tolerance):
+            differing.append(node)
+
+    run(graph, tensors, inputs, dtype, compare)
+    return describe(differing[0]) if differing else "the output"
+
+
+def _what_stays(tensor: Tensor, value: Value | None, kept: Kept) -> Tensor:
+    """What of a tensor before is left after, where that is a selection along its axes."""
+    for dim, axis in enumerate(value.axes if value is not None else ()):
+        mask = _kept_indices(axis, kept)
+        if len(mask) == tensor.shape[dim] and not mask.all():
+            tensor = tensor.index_select(dim, torch.from_numpy(mask).nonzero().squeeze(1))
+    return tensor
+
+
+def _kept_indices(axis: Axis, kept: Kept) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which indices of an axis stay; of another length where a factor has a free size."""
+    whole = np.ones(1, bool)
+    for factor in axis:
+        if factor.ids is not None:
+            mask = kept.alive(factor.ids)
+        else:
+            mask = np.ones(factor.size if type(factor.size) is int else 1, bool)
+        whole = (whole[:, None] & mask[None]).reshape(-1)
+    return whole

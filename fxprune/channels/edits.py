@@ -1,0 +1,164 @@
+"""What removal changes in a graph, as data: arguments that depend on which ids stay.
+
+An edit names a node and the new values of some of its arguments. A value may hold counts of ids; they become numbers
+once it is known which ids stay.
+"""
+
+from __future__ import annotations
+
+import abc
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from fxprune.channels.arguments import set_argument
+from fxprune.channels.axes import Axis
+from fxprune.channels.ids import Classes, Mask, Vector
+
+
+class Kept:
+    """Which ids stay."""
+
+    def __init__(self, classes: Classes, alive: Mask) -> None:
+        self._classes, self._alive = classes, alive
+
+    def alive(self, ids: Vector) -> Mask:
+        """Which of these ids stay, in their shape."""
+        return self._alive[self._classes.of[ids]]
+
+    def count(self, ids: Vector) -> int:
+        """How many of these ids stay."""
+        return int(self.alive(ids).sum())
+
+    def ratio(self, axis: Axis) -> tuple[int, int]:
+        """How many indices the factors with ids had, and how many stay."""
+        before = after = 1
+        for factor in axis:
+            if factor.ids is not None:
+                before, after = before * len(factor.ids), after * self.count(factor.ids)
+        return before, after
+
+    def resized(self, size: Any, axis: Axis) -> Any:
+        """The size of an axis after removal, from its size before."""
+        before, after = self.ratio(axis)
+        return size if before == after else size // before * after
+
+
+class Pending(abc.ABC):
+    """An argument that is known once it is known which ids stay."""
+
+    @abc.abstractmethod
+    def resolve(self, kept: Kept, node: fx.Node) -> Any:
+        """The argument; nodes that compute it are inserted before `node`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Count(Pending):
+    """How many of these ids stay."""
+
+    ids: Vector
+
+    def resolve(self, kept: Kept, node: fx.Node) -> int:
+        return kept.count(self.ids)
+
+    def __str__(self) -> str:
+        return f"kept of {len(self.ids)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Groups(Pending):
+    """How many groups of a convolution stay, of ids [groups, inputs of each] and [groups, outputs of each]."""
+
+    inputs: Vector
+    outputs: Vector
+
+    def resolve(self, kept: Kept, node: fx.Node) -> int:
+        return int((kept.alive(self.inputs).any(1) | kept.alive(self.outputs).any(1)).sum())
+
+    def __str__(self) -> str:
+        return f"kept of {len(self.inputs)} groups"
+
+
+@dataclass(frozen=True, eq=False)
+class Extent(Pending):
+    """The size of an axis, given as a number, as -1, or computed by a node."""
+
+    size: Any
+    axis: Axis
+
+    def resolve(self, kept: Kept, node: fx.Node) -> Any:
+        before, after = kept.ratio(self.axis)
+        if before == after or (isinstance(self.size, int) and self.size < 0):
+            return self.size
+        if isinstance(self.size, int):
+            return self.size // before * after
+        with node.graph.inserting_before(node):
+            scaled = node.graph.call_function(operator.mul, (self.size, after))
+            scaled.meta["val"] = self.size.meta["val"] * after
+            result = node.graph.call_function(operator.floordiv, (scaled, before))
+            result.meta["val"] = scaled.meta["val"] // before
+        return result
+
+    def __str__(self) -> str:
+        return f"{self.size} scaled to what is kept"
+
+
+class Edit(abc.ABC):
+    """One change of a graph that removal needs."""
+
+    @abc.abstractmethod
+    def apply(self, kept: Kept) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class SetArguments(Edit):
+    """New values for arguments of a node by name; every leaf may be a `Pending`."""
+
+    node: fx.Node
+    arguments: Mapping[str, Any]
+
+    def apply(self, kept: Kept) -> None:
+        for name, value in self.arguments.items():
+            set_argument(self.node, name, _resolved(value, kept, self.node))
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: " + ", ".join(f"{name} = {_shown(v)}" for name, v in self.arguments.items())
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceCall(Edit):
+    """Another operator with other arguments in the place of a node's."""
+
+    node: fx.Node
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, kept: Kept) -> None:
+        self.node.target = self.target
+        self.node.args = tuple(_resolved(self.args, kept, self.node))
+        self.node.kwargs = {name: _resolved(value, kept, self.node) for name, value in self.kwargs.items()}
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: {self.target}{_shown(self.args)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Reindex:
+    """A stored index into an axis whose indices shift: `order` [n] into `ids`, held by the buffer `name`."""
+
+    name: str
+    ids: Vector
+    order: Tensor
+
+
+def _resolved(value: Any, kept: Kept, node: fx.Node) -> Any:
+    return pytree.tree_map_only(Pending, lambda pending: pending.resolve(kept, node), value)
+
+
+def _shown(value: Any) -> Any:
+    return pytree.tree_map_only(Pending, str, value)

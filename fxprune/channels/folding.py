@@ -1,0 +1,168 @@
+"""Constants of removed channels: into biases, into representative columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.channels.arguments import set_argument
+from fxprune.channels.axes import ONE, Axis
+from fxprune.channels.constraints import representative
+from fxprune.channels.coupling import Coupling
+from fxprune.channels.ids import Mask
+from fxprune.channels.readers import Reader
+from fxprune.channels.shapes import resized
+from fxprune.channels.values import Value
+from fxprune.channels.walk import Result
+from fxprune.graph.expressions import evaluate
+from fxprune.graph.names import join, locate
+from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.traced import TracedModule
+
+
+@dataclass(frozen=True)
+class Folding:
+    """What is folded where.
+
+    Attributes:
+        traced, coupling: the module and its relations; biases are made in both.
+        alive: the classes that stay.
+        values: new values of parameters by name.
+        added: names of biases that were made -> name of the layer's weight, or of its node.
+        folded, merged: layer -> how many constant channels went into its bias, into representative columns.
+    """
+
+    traced: TracedModule
+    coupling: Coupling
+    alive: Mask
+    values: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, str] = field(default_factory=dict)
+    folded: dict[str, int] = field(default_factory=dict)
+    merged: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Fold the constants of every reader of the eval graph."""
+        for reader, twin in self.coupling.readers():
+            if reader.constant is None or reader.folds is None or reader.merges is None or reader.table is None:
+                continue
+            gone = ~self.alive[self.coupling.of(reader.columns)] & reader.used.any(1)
+            layer = reader.source.rpartition(".")[0] if reader.source else reader.node.name
+            self._fold(reader, twin, reader.folds & gone, layer)
+            self._merge(reader, reader.merges & gone, layer)
+
+    def _fold(self, reader: Reader, twin: Reader | None, folds: Mask, layer: str) -> None:
+        """Add to the bias what the columns `folds` [groups, columns] contribute."""
+        if not folds.any():
+            return
+        assert reader.rows is not None
+        assert reader.table is not None
+        assert reader.constant is not None
+        delta = torch.zeros(reader.rows.shape).double()
+        for group in np.flatnonzero(folds.any(1)):
+            columns = torch.from_numpy(np.flatnonzero(folds[group]))
+            constant = torch.from_numpy(reader.constant[group][folds[group]])
+            delta[group] = reader.table[group][:, columns].double().sum(-1) @ constant
+        if delta.count_nonzero():
+            self._into_bias(reader, twin, delta.reshape(-1))
+            self.folded[layer] = self.folded.get(layer, 0) + int(folds.sum())
+
+    def _merge(self, reader: Reader, merges: Mask, layer: str) -> None:
+        """Add the columns `merges` [groups, columns] to that of their representative, in proportion."""
+        for group in np.flatnonzero(merges.any(1)):
+            assert reader.source is not None
+            assert reader.table is not None
+            assert reader.constant is not None
+            alive = self.alive[self.coupling.of(reader.columns[group])]
+            chosen = representative(reader, int(group), alive)
+            if chosen is None:  # no row that is alive reads them
+                continue
+            stored = self.coupling.tensors[reader.source].detach()
+            if reader.source not in self.values:
+                self.values[reader.source] = stored.clone()
+            table = _like(reader.table, stored, self.values[reader.source])
+            index = torch.from_numpy(np.flatnonzero(merges[group]))
+            ratio = torch.from_numpy(reader.constant[group][merges[group]] / reader.constant[group][chosen])
+            addition = (reader.table[group][:, index].double() * ratio[None, :, None]).sum(1)
+            table[group, :, chosen] = (table[group, :, chosen].double() + addition).to(table.dtype)
+            self.merged[layer] = self.merged.get(layer, 0) + len(index)
+
+    def _into_bias(self, reader: Reader, twin: Reader | None, delta: Tensor) -> None:
+        bias = reader.bias.node
+        walk = self.coupling.walks["eval"]
+        name = str(bias.target) if bias is not None and bias.op == "get_attr" else None
+        if name is not None and walk.is_alone(name):
+            old = self.values.get(name, self.coupling.tensors[name]).detach()
+            self.values[name] = (old.double() + delta).to(old.dtype)
+            return
+        assert reader.table is not None
+        name = _free_name(self.traced, reader)
+        self.added[name] = reader.source or reader.node.name
+        value = delta if bias is None else delta + evaluate(self.traced, bias).double()
+        add_bias(self.traced, self.coupling, reader, twin, name, value.to(reader.table.dtype))
+
+
+def _like(view: Tensor, base: Tensor, copy: Tensor) -> Tensor:
+    """The view of `copy` that `view` is of `base`."""
+    offset = view.storage_offset() - base.storage_offset() + copy.storage_offset()
+    return copy.as_strided(view.shape, view.stride(), offset)
+
+
+def _free_name(traced: TracedModule, reader: Reader) -> str:
+    """The name of a bias that the layer does not have yet."""
+    path = reader.source.rpartition(".")[0] if reader.source else ""
+    owner = traced.get_submodule(path)
+    attribute, number = "bias", 0
+    while getattr(owner, attribute, None) is not None:
+        number += 1
+        attribute = f"folded_bias_{number}"
+    return join(path, attribute)
+
+
+def add_zero_biases(traced: TracedModule, coupling: Coupling, plan: ChannelPlan) -> None:
+    """Create the biases that a stored plan lists, as zeros: what is folded into them depends on the values."""
+    readers = list(coupling.readers())
+    for name, layer in plan.added.items():
+        for reader, twin in readers:
+            if layer in (reader.source, reader.node.name) and reader.rows is not None:
+                like = coupling.tensors[reader.source] if reader.source else reader.node.meta["val"]
+                bias = reader.bias.node
+                value = torch.zeros(reader.rows.size, dtype=like.dtype) if bias is None else evaluate(traced, bias)
+                add_bias(traced, coupling, reader, twin, name, value.clone())
+                break
+
+
+def add_bias(
+    traced: TracedModule, coupling: Coupling, reader: Reader, twin: Reader | None, name: str, value: Tensor
+) -> None:
+    """Give a layer the bias `value`, held under `name`, in every graph."""
+    assert reader.rows is not None
+    owner, attribute = locate(traced, name)
+    parameter = nn.Parameter(value)
+    owner.register_parameter(attribute, parameter)
+    rows = reader.rows.reshape(-1)
+    coupling.tensors[name] = parameter
+    coupling.parameters[name] = [rows if rows.size > 1 else None]
+    axis = Axis.of(rows) if rows.size > 1 else ONE
+    for each in (reader, twin):
+        if each is not None:
+            walk = next(walk for walk in coupling.walks.values() if walk.graph is each.node.graph)
+            _read_bias(each, name, walk.env, Value((axis,)), tuple(value.shape))
+
+
+def _read_bias(reader: Reader, name: str, env: dict[fx.Node, Result], value: Value, shape: tuple[int, ...]) -> None:
+    """Let the call of a reader add the parameter `name`."""
+    node = reader.node
+    with node.graph.inserting_before(node):
+        read = node.graph.get_attr(name)
+    read.meta["val"], env[read] = resized(node.meta["val"], shape), value
+    if reader.bias.argument is not None:
+        set_argument(node, reader.bias.argument, read)
+        return
+    # only products of matrices have no place for a bias: channels are last
+    with node.graph.inserting_after(node):
+        total = node.graph.call_function(torch.ops.aten.add.Tensor, (node, read))
+    total.meta, env[total] = dict(node.meta), env[node]
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)

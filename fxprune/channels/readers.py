@@ -1,0 +1,71 @@
+"""What reads channels: contractions, and the groups of convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import Tensor, fx
+
+from fxprune.channels.ids import Mask, Vector
+
+Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """Where the constants of removed channels go.
+
+    Attributes:
+        node: what is added to the rows now, None where nothing is.
+        argument: the name of the call's argument that it is, or would be; None where the operator has none.
+    """
+
+    node: fx.Node | None = None
+    argument: str | None = None
+
+
+@dataclass(eq=False)
+class Reader:
+    """A contraction: it needs column i (ids `columns[g, i]`) while a row with a non-zero weight there is alive.
+
+    Attributes:
+        rows: output ids, [groups, rows]; None where the output always needs the columns.
+        columns: input ids, [groups, columns].
+        used: [groups, rows, columns], weights that are not zero.
+        soft: [groups, columns], columns that are not needed: they are zero, fold or merge.
+        constant: [groups, columns], value of the known input channels, NaN elsewhere.
+        folds, merges: [groups, columns], non-zero constants that go into the bias, into a representative column.
+        table: the weight as a view [groups, rows, columns, taps].
+        source: name of the parameter that `table` is a view of.
+        row_axis: the axis of this parameter that holds the rows.
+        bias: where constants are folded into.
+        key: the same for the same layer in every graph.
+    """
+
+    node: fx.Node
+    rows: Vector | None
+    columns: Vector
+    used: Mask
+    soft: Mask | None = None
+    constant: Floats | None = None
+    folds: Mask | None = None
+    merges: Mask | None = None
+    table: Tensor | None = None
+    source: str | None = None
+    row_axis: int = 0
+    bias: Bias = Bias()
+    key: Hashable = None
+
+
+@dataclass(frozen=True, eq=False)
+class Balance:
+    """Groups of a convolution: each remaining group keeps equally many inputs [G, n] and outputs [G, m]."""
+
+    node: fx.Node
+    inputs: Vector
+    outputs: Vector
+    weight: str
+    transposed: bool

@@ -1,0 +1,189 @@
+"""Taking channels out of a module and its graphs: parameters sliced, arguments set, what is dead dropped."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxprune.channels.analysis import Analysis, fill_in, parameter_count
+from fxprune.channels.checking import Before, verify
+from fxprune.channels.constants import Constant, place
+from fxprune.channels.coupling import Coupling, coupling
+from fxprune.channels.edits import Kept
+from fxprune.channels.folding import Folding, add_zero_biases
+from fxprune.channels.ids import Mask
+from fxprune.channels.shapes import update_shapes
+from fxprune.errors import FinalizeError
+from fxprune.graph.editing import erase_dead
+from fxprune.graph.mutation import is_mutating
+from fxprune.graph.names import locate, tensors_of
+from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.requirements import require_eval
+from fxprune.graph.traced import TracedModule
+
+
+def remove(traced: TracedModule, analysis: Analysis, *, check: bool = True) -> ChannelPlan:
+    """Take out, in place and from every graph, what `analysis` found; checked against the graph before.
+
+    Args:
+        traced: the module that was analyzed, unchanged since.
+        analysis: what `analyze` returned for it.
+        check: whether to compare the outputs, and count MACs, at the sample inputs.
+
+    Returns:
+        What was carried out; also in `traced.plan`.
+
+    Raises:
+        FinalizeError: the analysis is of another module, or the outputs would change. The module is then of no use.
+    """
+    if analysis.traced is not traced:
+        raise FinalizeError("the analysis is of another module. Call analyze on this one.")
+    relations = analysis.coupling
+    before = Before.of(traced.graphs["eval"], relations.tensors) if check else None
+    folding = Folding(traced, relations, analysis.alive)
+    folding.run()
+    plan = ChannelPlan(stayed=list(analysis.plan.stayed))
+    _carry_out(traced, relations, analysis.alive, analysis.plan, plan, folding.values, analysis.names)
+    plan.folded, plan.merged, plan.added = folding.folded, folding.merged, folding.added
+    if before is not None:
+        plan.macs = verify(before, traced, relations, Kept(relations.classes, analysis.alive))
+    return plan
+
+
+def impose(traced: TracedModule, plan: ChannelPlan) -> ChannelPlan:
+    """Give a module, in place, the architecture of a plan that was made for another one of its kind.
+
+    Sizes are those of the plan; no constants are folded, since these depend on values, and outputs are not compared.
+
+    Args:
+        traced: a module with an eval graph.
+        plan: one that `remove` returned, or that was restored from JSON; it is left as it is.
+
+    Returns:
+        What was carried out; also in `traced.plan`.
+
+    Raises:
+        FinalizeError: the plan does not fit the module. The module is then of no use.
+    """
+    require_eval(traced, "removing channels")
+    relations = coupling(traced)
+    names = frozenset(relations.parameters)
+    add_zero_biases(traced, relations, plan)
+    alive = _imposed(relations, plan)
+    done = copy.deepcopy(plan)
+    _carry_out(traced, relations, alive, plan, done, {}, names)
+    return done
+
+
+def _imposed(relations: Coupling, plan: ChannelPlan) -> Mask:
+    """The classes that a stored plan keeps."""
+    alive = relations.classes.pinned.copy()
+    for name, axes in relations.parameters.items():
+        if name not in plan.shapes:
+            raise FinalizeError(f"the plan knows nothing of `{name}`: it belongs to another model.")
+        for axis, ids in enumerate(axes):
+            index = plan.kept[name][axis]
+            if ids is None or index.dim() != 1:
+                continue
+            if len(ids) != plan.shapes[name][axis]:
+                raise FinalizeError(
+                    f"`{name}` has size {len(ids)} on axis {axis}; the plan was made for {plan.shapes[name][axis]}."
+                )
+            alive[relations.of(ids[index.numpy()])] = True
+    relations.classes.close(alive)
+    return alive
+
+
+def _carry_out(
+    traced: TracedModule, relations: Coupling, alive: Mask, wanted: ChannelPlan, plan: ChannelPlan,
+    values: dict[str, Tensor], names: Collection[str],
+) -> None:  # fmt: skip
+    """Change the module and its graphs to what `plan` keeps, and complete it.
+
+    Args:
+        traced, relations, alive: the module, its relations, and the classes that stay.
+        wanted: has the constants that leave the graphs.
+        plan: shapes and kept indices are filled in; the rest is here.
+        values: new values of parameters, before they are cut.
+        names: the parameters and buffers that there were before constants were folded.
+    """
+    kept = Kept(relations.classes, alive)
+    computing = _computing_modules(relations, names)
+    for walk in relations.walks.values():
+        for edit in walk.edits:
+            edit.apply(kept)
+    plan.constants = tuple(place(traced, relations, kept, [Constant(*constant) for constant in wanted.constants]))
+    fill_in(relations, alive, plan)
+    _slice(traced, relations, plan, values | _shifted_indices(relations, kept))
+    plan.dropped = tuple(sorted({*wanted.dropped, *_drop(traced, relations, computing, names)}))
+    for walk in relations.walks.values():
+        update_shapes(walk, kept)
+        walk.graph.lint()
+    traced.recompile()
+    plan.parameters = (wanted.parameters[0], parameter_count(traced))
+    traced.record(plan)
+
+
+def _shifted_indices(relations: Coupling, kept: Kept) -> dict[str, Tensor]:
+    """Stored indices into axes whose indices shift."""
+    found = {}
+    for walk in relations.walks.values():
+        for reindex in walk.reindexed:
+            shift = torch.from_numpy(np.cumsum(kept.alive(reindex.ids)) - 1)
+            old = relations.tensors[reindex.name]
+            found[reindex.name] = shift[reindex.order].to(old.dtype).reshape(old.shape)
+    return found
+
+
+def _slice(traced: TracedModule, relations: Coupling, plan: ChannelPlan, values: dict[str, Tensor]) -> None:
+    """Cut every parameter and buffer; tied ones stay tied."""
+    replaced: dict[int, Tensor] = {}
+    for name in relations.parameters:
+        old = relations.tensors[name]
+        if id(old) not in replaced:
+            new = plan.slice(name, values.get(name, old.detach()))
+            if name not in values and new.shape == old.shape:
+                continue
+            replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        _install(traced, name, replaced[id(old)])
+
+
+def _install(traced: TracedModule, name: str, value: Tensor) -> None:
+    owner, attribute = locate(traced, name)
+    if isinstance(value, nn.Parameter):
+        owner._parameters[attribute] = value
+    else:
+        owner._buffers[attribute] = value
+
+
+def _drop(traced: TracedModule, relations: Coupling, computing: set[str], names: Collection[str]) -> list[str]:
+    """Erase dead nodes, then the parameters and buffers that no graph reads; returns their names."""
+    before = tensors_of(traced)
+    for graph in traced.graphs.values():
+        erase_dead(graph)
+    lost = computing - _computing_modules(relations, names)
+    for graph in traced.graphs.values():
+        erase_dead(graph, lambda target: target.rpartition(".")[0] in lost)  # counters of a layer that left
+    read = {str(node.target) for graph in traced.graphs.values() for node in graph.find_nodes(op="get_attr")}
+    alive = {id(tensor) for name, tensor in before.items() if name in read}
+    gone = [name for name, tensor in before.items() if id(tensor) not in alive]
+    for name in gone:
+        owner, attribute = locate(traced, name)
+        owner._parameters.pop(attribute, None)
+        owner._buffers.pop(attribute, None)
+        owner._non_persistent_buffers_set.discard(attribute)
+    return gone
+
+
+def _computing_modules(relations: Coupling, names: Collection[str]) -> set[str]:
+    """The modules of which something computes with one of these parameters or buffers."""
+    reads = [node for walk in relations.walks.values() for node in walk.graph.find_nodes(op="get_attr")]
+    return {
+        str(node.target).rpartition(".")[0]
+        for node in reads
+        if node.target in names and not all(map(is_mutating, node.users))
+    }

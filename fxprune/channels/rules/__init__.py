@@ -1,0 +1,33 @@
+"""The operators that are known, a file a family; importing this package registers them."""
+
+from fxprune.channels.rules import (
+    attention,
+    contractions,
+    convolutions,
+    creation,
+    joining,
+    normalization,
+    pointwise,
+    recurrent,
+    reductions,
+    selection,
+    shuffles,
+    symbolic,
+    views,
+)
+
+__all__ = [
+    "attention",
+    "contractions",
+    "convolutions",
+    "creation",
+    "joining",
+    "normalization",
+    "pointwise",
+    "recurrent",
+    "reductions",
+    "selection",
+    "shuffles",
+    "symbolic",
+    "views",
+]

@@ -1,0 +1,172 @@
+"""Convolutions: grouped, depthwise, transposed, of one to three dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.channels.axes import ONE, Axis, sizes_of
+from fxprune.channels.edits import Groups, SetArguments
+from fxprune.channels.ids import Vector
+from fxprune.channels.readers import Balance, Bias
+from fxprune.channels.registry import Cost, OperatorCall, Traffic, register
+from fxprune.channels.rules.contractions import Layer, read_weight
+from fxprune.channels.values import Value
+from fxprune.channels.walk import Result, Walk
+
+aten = torch.ops.aten
+_TRANSPOSED = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
+
+
+@register(aten.conv1d, aten.conv2d, aten.conv3d, *_TRANSPOSED, aten.convolution)
+@dataclass(frozen=True, eq=False)
+class Convolution(OperatorCall):
+    """A convolution; its weight is [outputs, inputs of a group, ...], transposed [inputs, outputs of a group, ...]."""
+
+    data: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    padding: Any
+    groups: int
+    transposed: bool = False
+
+    @property
+    def shift(self) -> fx.Node | None:
+        return self.bias
+
+    @property
+    def is_transposed(self) -> bool:
+        return self.transposed or getattr(self.node.target, "overloadpacket", None) in _TRANSPOSED
+
+    @property
+    def row_axis(self) -> int:
+        """The axis of the weight that holds the outputs (of a group, where it is transposed)."""
+        return 1 if self.is_transposed else 0
+
+    @property
+    def pads(self) -> bool:
+        """Whether zeros stand around the input."""
+        if isinstance(self.padding, list | tuple):
+            return any(self.padding)
+        return self.padding not in (0, "valid")
+
+    @property
+    def space(self) -> int:
+        """How many axes of space there are."""
+        return len(self.weight.meta["val"].shape) - 2
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Outputs and inputs of a group."""
+        first, second = self.weight.meta["val"].shape[:2]
+        return (second, first // self.groups) if self.is_transposed else (first // self.groups, second)
+
+    def relate(self, walk: Walk) -> Value:
+        data, weight = walk.value(self.data), walk.value(self.weight)
+        channel = data.rank - self.space - 1
+        data = walk.blur(self.node, data, range(channel + 1, data.rank), "space of a convolution")
+        for axis in weight.axes[2:]:
+            walk.pin_axis(self.node, axis, "kernel of a convolution")
+        data, columns = walk.merged(self.node, data, channel)
+        if self.groups == 1 or self.is_transposed:
+            joined = walk.join(self.node, [data.axes[channel], weight.axes[1 - self.row_axis]])
+            columns = walk.vector(self.node, joined)
+            if self.groups == 1 and data.axes[channel].carries:
+                data = data.relayout(channel, joined)
+        rows = self._own_rows(walk, weight)
+        if self.groups > 1:
+            self._relate_groups(walk, data.axes[channel], weight, columns, rows)
+        bias, rows = self._joined_bias(walk, rows)
+        table = self._table(weight) if walk.facts and weight.stored else None
+        known = read_weight(walk, self._layer(walk, data, channel, weight, table, rows, columns, bias))
+        if table is None and walk.facts:
+            for axis in (*weight.axes[:2], data.axes[channel]):
+                walk.pin_axis(self.node, axis, "a weight that depends on the input")
+        vectors = [ids for ids in (rows, columns) if ids is not None]
+        walk.aligned.append((vectors, self.groups > 1 and self.counts == (1, 1)))
+        space = [Axis.plain(size) for size in walk.shape(self.node)[channel + 1 :]]
+        axes = (*data.axes[:channel], self._out_axis(rows), *space)
+        return Value(axes) if known is None else known.spread(axes, [-1] + [1] * self.space)
+
+    def _own_rows(self, walk: Walk, weight: Value) -> Vector | None:
+        if self.groups > 1 and self.is_transposed:  # the weight's axis has those of one group alone
+            outputs = self.counts[0] * self.groups
+            return walk.ids.fresh(outputs) if outputs > 1 else None
+        return walk.vector(self.node, weight.axes[self.row_axis])
+
+    def _out_axis(self, rows: Vector | None) -> Axis:
+        outputs = self.counts[0] * self.groups
+        if outputs == 1:
+            return ONE
+        return Axis.plain(outputs) if rows is None else Axis.of(rows)
+
+    def _relate_groups(
+        self, walk: Walk, channels: Axis, weight: Value, columns: Vector | None, rows: Vector | None
+    ) -> None:
+        outputs, inputs = self.counts
+        if weight.source is None or not walk.is_read_once(weight.source) or columns is None or rows is None:
+            why = "a grouped convolution whose weight is computed or used twice, or that reads an input"
+            walk.pin_axis(self.node, channels, why)
+            walk.pin_value(self.node, weight, why)
+            walk.pin(self.node, columns, why)
+            walk.pin(self.node, rows, why)
+        elif outputs == inputs == 1:
+            walk.ids.unify(columns, rows)
+        else:
+            shaped = columns.reshape(self.groups, inputs), rows.reshape(self.groups, outputs)
+            walk.balances.append(Balance(self.node, *shaped, weight.source, self.is_transposed))
+        if columns is not None and rows is not None:
+            shaped = columns.reshape(self.groups, inputs), rows.reshape(self.groups, outputs)
+            walk.edits.append(SetArguments(self.node, {"groups": Groups(*shaped)}))
+
+    def _joined_bias(self, walk: Walk, rows: Vector | None) -> tuple[Value | None, Vector | None]:
+        if self.bias is None:
+            return None, rows
+        bias = walk.value(self.bias)
+        own = ONE if rows is None else Axis.of(rows)
+        axis = walk.join(self.node, [own, bias.axes[0]])
+        return bias.relayout(0, axis), axis.ids if not axis.is_one else rows
+
+    def _table(self, weight: Value) -> Tensor:
+        """The weight as [groups, rows, columns, taps]."""
+        outputs, inputs = self.counts
+        assert weight.facts is not None
+        value = weight.facts.value
+        if self.is_transposed:
+            return value.reshape(self.groups, inputs, outputs, -1).transpose(1, 2)
+        return value.reshape(self.groups, outputs, inputs, -1)
+
+    def _layer(
+        self, walk: Walk, data: Value, channel: int, weight: Value, table: Tensor | None, rows: Vector | None,
+        columns: Vector | None, bias: Value | None,
+    ) -> Layer:  # fmt: skip
+        outputs, inputs = self.counts
+        return Layer(
+            self.node, data, channel, weight, table, rows, columns, self.groups, outputs, inputs,
+            folds=not self.pads and not self.is_transposed, bias=Bias(self.bias, "bias"), bias_value=bias,
+            row_axis=self.row_axis,
+        )  # fmt: skip
+
+    def costs(self, env: Mapping[fx.Node, Result]) -> Sequence[Cost]:
+        """One product a weight, batch entry and position: of the output, transposed of the input."""
+        weight, moved = sizes_of(self.weight), sizes_of(self.data if self.is_transposed else self.node)
+        positions = math.prod(moved[-self.space :])
+        batch = math.prod(moved) // positions // moved[-self.space - 1]
+        return [Cost(float(math.prod(weight) * positions * batch), ())]
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(*(math.prod(sizes_of(operand)) for operand in (self.node, self.data, self.weight)))
+
+    @classmethod
+    def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        first, second = module.weight.shape[:2]
+        groups = module.groups
+        inputs, outputs = (first, second * groups) if module.transposed else (second * groups, first)
+        return {"in_channels": inputs, "out_channels": outputs, "groups": groups}

@@ -1,0 +1,165 @@
+"""Operators that act on every element by itself, and copies; their constants are computed by running them."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.channels.axes import Axis
+from fxprune.channels.registry import REGISTRY, OperatorCall, register
+from fxprune.channels.values import Known, Value, settled, widened
+from fxprune.channels.walk import Walk
+
+aten = torch.ops.aten
+
+
+@register(
+    aten.hardswish, aten.log_sigmoid, aten.copy, aten.bitwise_not, aten.nan_to_num,
+    aten.__and__, aten.__or__, aten.__xor__,
+    aten.max.other, aten.min.other,
+)  # fmt: skip
+@dataclass(frozen=True, eq=False)
+class Pointwise(OperatorCall):
+    """Elementwise under broadcasting; also the rule of every operator that torch tags as pointwise."""
+
+    is_pointwise: ClassVar[bool] = True
+
+    def relate(self, walk: Walk) -> Value:
+        operands = [node for node in self.node.all_input_nodes if isinstance(walk.env.get(node), Value)]
+        axes, laid = walk.broadcast(self.node, [walk.value(node) for node in operands])
+        if not walk.facts or len(operands) < len(self.node.all_input_nodes):
+            return Value(axes)
+        return self._constants(axes, dict(zip(operands, laid, strict=True)))
+
+    def _constants(self, axes: tuple[Axis, ...], operands: Mapping[fx.Node, Value]) -> Value:
+        """Known where all operands are; a product also where one is known to be zero."""
+        facts = [value.facts for value in operands.values()]
+        product = self.node.target in (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar)
+        where = torch.ones((), dtype=torch.bool)
+        if all(known is not None for known in facts):
+            where = functools.reduce(operator.and_, [known.inner for known in facts if known is not None], where)
+        elif product:
+            where = torch.zeros((), dtype=torch.bool)
+        else:
+            return Value(axes)
+        if product:
+            zeros = [known.inner & (known.value == 0) for known in facts if known is not None]
+            where = functools.reduce(operator.or_, zeros, where)
+        if torch.Tag.nondeterministic_seeded in self.node.target.tags or not where.any():  # type: ignore[union-attr]
+            return Value(axes)
+        value = run(self.node, {node: _reduced(operand.facts) for node, operand in operands.items()})
+        if value is None:
+            return Value(axes)
+        return settled(axes, where, torch.where(where, value, 0) if product else value)
+
+
+REGISTRY.set_pointwise(Pointwise)
+
+
+def _reduced(facts: Known | None) -> Tensor:
+    return torch.zeros(()) if facts is None else widened(facts.value)
+
+
+def run(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Tensor | None:
+    """The operator applied to reduced values; None where it cannot take them."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    if target._schema.is_mutable:
+        first = node.args[0]
+        shape = torch.broadcast_shapes(*(value.shape for value in values.values()))
+        values = {n: value.expand(shape).clone() if n is first else value for n, value in values.items()}
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    try:
+        result = target(*args, **kwargs)
+    except (RuntimeError, TypeError):  # dtypes or shapes that the reduced form cannot have
+        return None
+    return result if isinstance(result, Tensor) else None
+
+
+@register(
+    aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy, aten.lift_fresh, aten.to,
+    aten._to_copy, aten.type_as, aten.positive,
+)  # fmt: skip
+@dataclass(frozen=True, eq=False)
+class Copy(OperatorCall):
+    """The same values in other memory or of another type."""
+
+    data: fx.Node
+
+    def relate(self, walk: Walk) -> Value:
+        value = walk.viewed(self.node, self.data)
+        dtype = self.node.meta["val"].dtype
+        facts = value.facts
+        if facts is not None and facts.value.is_floating_point() != dtype.is_floating_point:
+            return replace(value, facts=replace(facts, value=facts.value.to(dtype)), source=None)
+        same_memory = self.node.target in _SAME_MEMORY
+        return value if same_memory else value.without_source()
+
+
+# in-place `detach_` too
+_SAME_MEMORY = (aten.detach.default, aten.detach_.default, aten.alias.default, aten.contiguous.default)
+
+
+@register(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout)
+@dataclass(frozen=True, eq=False)
+class Dropout(OperatorCall):
+    """In eval mode the identity, else what is known is lost."""
+
+    data: fx.Node
+    train: bool
+
+    def relate(self, walk: Walk) -> Value:
+        value = walk.viewed(self.node, self.data)
+        return Value(value.axes) if self.train else value.without_source()
+
+
+@register(aten.prelu)
+@dataclass(frozen=True, eq=False)
+class Prelu(OperatorCall):
+    """A slope for each channel, or one for all."""
+
+    data: fx.Node
+    weight: fx.Node
+
+    def relate(self, walk: Walk) -> Value:
+        value, slope = walk.value(self.data), walk.value(self.weight)
+        dim = 1 if value.rank > 1 else 0
+        if not slope.axes[0].is_one:
+            axis = walk.join(self.node, [value.axes[dim], slope.axes[0]])
+            value, slope = value.relayout(dim, axis), slope.relayout(0, axis)
+        if value.facts is None or slope.facts is None or not slope.facts.stored:
+            return Value(value.axes)
+        slopes = slope.facts.value.double().reshape([-1 if d == dim else 1 for d in range(value.rank)])
+        known = value.facts.value
+        return settled(value.axes, value.facts.inner, torch.where(known > 0, known, known * slopes))
+
+
+@register(aten.glu)
+@dataclass(frozen=True, eq=False)
+class Glu(OperatorCall):
+    """One half of an axis gates the other: index i stands and falls with index i of the other half."""
+
+    data: fx.Node
+    dim: int
+
+    def relate(self, walk: Walk) -> Value:
+        value = walk.value(self.data)
+        dim = self.dim % value.rank
+        value, ids = walk.merged(self.node, value, dim)
+        if ids is None:
+            return Value(tuple(Axis.plain(size) for size in walk.shape(self.node)))
+        half = len(ids) // 2
+        walk.ids.unify(ids[:half], ids[half:])
+        axes = value.replaced_axis(dim, walk.taken(self.node, ids[:half]))
+        if value.facts is None:
+            return Value(axes)
+        passed, gate = value.facts.value.split(half, dim)
+        passed_known, gate_known = value.facts.where.split(half, dim)
+        known = (passed_known & gate_known) | (passed_known & (passed == 0))
+        return settled(axes, known, torch.where(known, passed * torch.sigmoid(gate), 0))

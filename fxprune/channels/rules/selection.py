@@ -1,0 +1,339 @@
+"""Data movement that takes parts: slices, single indices, splits, lookups."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxprune.channels.axes import Axis, same_size
+from fxprune.channels.edits import Count, Extent, Reindex, ReplaceCall, SetArguments
+from fxprune.channels.ids import Vector
+from fxprune.channels.registry import OperatorCall, register
+from fxprune.channels.values import Value
+from fxprune.channels.walk import Result, Walk
+
+aten = torch.ops.aten
+# torch.export's end of a slice that takes everything
+_END = 2**63 - 1
+
+
+@register(aten.slice.Tensor)
+@dataclass(frozen=True, eq=False)
+class Slice(OperatorCall):
+    """A range of indices."""
+
+    data: fx.Node
+    dim: int
+    start: Any
+    end: Any
+    step: Any
+
+    def relate(self, walk: Walk) -> Value:
+        value = walk.viewed(self.node, self.data)
+        dim = self.dim % value.rank
+        axis, size = value.axes[dim], walk.shape(self.node)[dim]
+        if same_size(axis.size, size) and self.step == 1:
+            if axis.carries and (self.start, self.end) != (0, _END):
+                walk.edits.append(SetArguments(self.node, {"start": 0, "end": _END}))
+            return value.without_source()
+        if not axis.carries:
+            return value.cut(dim, Axis.plain(size))
+        value, ids = walk.merged(self.node, value, dim)
+        if ids is None or not all(bound is None or isinstance(bound, int) for bound in (self.start, self.end)):
+            return sliced_freely(walk, self.node, value, dim)
+        taken = slice(self.start, self.end, self.step)
+        first, last, _ = taken.indices(len(ids))
+        if self.step == 1:
+            walk.edits.append(SetArguments(self.node, {"start": Count(ids[:first]), "end": Count(ids[:last])}))
+        elif len(ids) % self.step == 0 and first < self.step and last > len(ids) - self.step:
+            _, lanes = walk.ids.split(ids, len(ids) // self.step)
+            walk.pin(self.node, lanes, "taken by stride")
+            walk.edits.append(SetArguments(self.node, {"start": first, "end": _END}))
+        else:
+            walk.pin(self.node, ids, "taken by a stride that does not divide the axis")
+        return taken_from(walk, self.node, value, dim, ids, np.arange(len(ids))[taken])
+
+
+def sliced_freely(walk: Walk, node: fx.Node, value: Value, dim: int) -> Value:
+    """A range whose ends are no numbers: the axis keeps all it has."""
+    value = walk.blur(node, value, [dim], "sliced at a free position")
+    return value.cut(dim, Axis.plain(walk.shape(node)[dim]))
+
+
+def taken_from(walk: Walk, node: fx.Node, value: Value, dim: int, ids: Vector, index: Vector) -> Value:
+    """The indices `index` of an axis that carries `ids`."""
+    axes = value.replaced_axis(dim, walk.taken(node, ids[index]))
+    picked = torch.from_numpy(index)
+    return value.moved(axes, lambda tensor: tensor.index_select(dim, picked))
+
+
+@register(aten.narrow)
+@dataclass(frozen=True, eq=False)
+class Narrow(OperatorCall):
+    """A range of indices by its start and length."""
+
+    data: fx.Node
+    dim: int
+    start: Any
+    length: Any
+
+    def relate(self, walk: Walk) -> Value:
+        value = walk.viewed(self.node, self.data)
+        dim = self.dim % value.rank
+        axis, size = value.axes[dim], walk.shape(self.node)[dim]
+        if same_size(axis.size, size):
+            walk.edits.append(SetArguments(self.node, {"length": Extent(self.length, axis)}))
+            return value.without_source()
+        if not axis.carries:
+            return value.cut(dim, Axis.plain(size))
+        value, ids = walk.merged(self.node, value, dim)
+        if ids is None or not isinstance(self.start, int) or not isinstance(self.length, int):
+            return sliced_freely(walk, self.node, value, dim)
+        first = self.start % len(ids)
+        last = first + self.length
+        counts = {"start": Count(ids[:first]), "length": Count(ids[first:last])}
+        walk.edits.append(SetArguments(self.node, counts))
+        return taken_from(walk, self.node, value, dim, ids, np.arange(first, last))
+
+
+@register(aten.select.int)
+@dataclass(frozen=True, eq=False)
+class Select(OperatorCall):
+    """A single index, whose axis goes."""
+
+    data: fx.Node
+    dim: int
+    index: Any
+
+    def relate(self, walk: Walk) -> Value:
+        value = walk.viewed(self.node, self.data)
+        dim = self.dim % value.rank
+        rest = value.replaced_axis(dim)
+        value, ids = walk.merged(self.node, value, dim)
+        if ids is None or not isinstance(self.index, int):
+            value = walk.blur(self.node, value, [dim], "selected at a free position")
+            return value.moved(rest, lambda tensor: tensor.squeeze(dim))
+        index = self.index % len(ids)
+        walk.pin(self.node, ids[index : index + 1], "a single index is taken")
+        walk.edits.append(SetArguments(self.node, {"index": Count(ids[:index])}))
+        return value.moved(rest, lambda tensor: tensor.select(dim, index))
+
+
+@register(
+    aten.split, aten.split_with_sizes, aten.chunk, aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unsafe_chunk,
+    aten.tensor_split,
+)  # fmt: skip
+@dataclass(frozen=True, eq=False)
+class Split(OperatorCall):
+    """An axis in consecutive parts; their sizes may become unequal."""
+
+    data: fx.Node
+    dim: int
+
+    def relate(self, walk: Walk) -> list[Value]:
+        value = walk.viewed(self.node, self.data)
+        dim = self.dim % value.rank
+        sizes = [part.shape[dim] for part in self.node.meta["val"]]
+        value, ids = walk.merged(self.node, value, dim)
+        if ids is None:
+            return [value.cut(dim, Axis.plain(size)) for size in sizes]
+        ends = np.cumsum(sizes)
+        parts = np.split(ids, ends[:-1])
+        counts = [Count(part) for part in parts]
+        walk.edits.append(ReplaceCall(self.node, aten.split_with_sizes.default, (self.data, counts, dim)))
+        return [
+            taken_from(walk, self.node, value, dim, ids, np.arange(int(end) - len(part), int(end)))
+            for part, end in zip(parts, ends, strict=True)
+        ]
+
+
+@register(aten.unbind)
+@dataclass(frozen=True, eq=False)
+class Unbind(OperatorCall):
+    """Every index of an axis as a tensor of its own."""
+
+    data: fx.Node
+    dim: int
+
+    def relate(self, walk: Walk) -> list[Value]:
+        value = walk.viewed(self.node, self.data)
+        dim = self.dim % value.rank
+        rest = value.replaced_axis(dim)
+        value = walk.flat(self.node, value, dim)
+        walk.pin_axis(self.node, value.axes[dim], "each index is taken")
+        places = [index if value.axes[dim].carries else 0 for index in range(len(self.node.meta["val"]))]
+        return [value.moved(rest, functools.partial(torch.select, dim=dim, index=place)) for place in places]
+
+
+@register(aten.index.Tensor)
+@dataclass(frozen=True, eq=False)
+class Index(OperatorCall):
+    """Indices given by tensors, None for whole axes."""
+
+    data: fx.Node
+    indices: list[Any]
+
+    def relate(self, walk: Walk) -> Result:
+        return indexed(walk, self.node, self.data, self.indices)
+
+
+@register(aten.index_select)
+@dataclass(frozen=True, eq=False)
+class IndexSelect(OperatorCall):
+    """Indices of one axis given by a tensor."""
+
+    data: fx.Node
+    dim: int
+    index: fx.Node
+
+    def relate(self, walk: Walk) -> Result:
+        dim = self.dim % walk.value(self.data).rank
+        return indexed(walk, self.node, self.data, [None] * dim + [self.index])
+
+
+def indexed(walk: Walk, node: fx.Node, data: fx.Node, indices: list[Any]) -> Result:
+    """What an index by tensors takes; a stored index into one axis shifts with it."""
+    value = walk.value(data)
+    used = [dim for dim, index in enumerate(indices) if index is not None]
+    if len(used) == 1:
+        found = _indexed_by_constant(walk, node, value, used[0], indices[used[0]])
+        if found is not None:
+            return found
+    return _indexed_by_data(walk, node, value, used, indices)
+
+
+def _indexed_by_constant(walk: Walk, node: fx.Node, value: Value, dim: int, index: fx.Node) -> Value | None:
+    constant = walk.value(index)
+    value = walk.flat(node, value, dim)
+    ids = value.axes[dim].ids
+    if ids is None or not constant.stored or constant.rank != 1 or constant.facts is None:
+        return None
+    order = constant.facts.value.long() % len(ids)
+    taken = ids[order.numpy()]
+    axis = walk.taken(node, taken)
+    if constant.axes[0].ids is not None:
+        walk.ids.unify(constant.axes[0].ids, taken)
+    source = index
+    while source.op != "get_attr" and source.target in _COPIES:
+        source = source.all_input_nodes[0]
+    name = str(source.target)
+    if source.op == "get_attr" and walk.is_read_once(name):
+        walk.reindexed.append(Reindex(name, ids, order))
+    else:
+        walk.pin(node, ids, "indexed by a computed constant")
+    return value.moved(value.replaced_axis(dim, axis), lambda tensor: tensor.index_select(dim, order))
+
+
+_COPIES = (aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default, aten.alias.default)
+
+
+def _indexed_by_data(walk: Walk, node: fx.Node, value: Value, used: list[int], indices: list[Any]) -> Result:
+    if len(used) == 1:
+        value = walk.flat(node, value, used[0])
+    value = walk.blur(node, value, used, "indexed by data")
+    for dim in used:
+        walk.pin_operand(node, indices[dim], "used as an index")
+    if used and used != list(range(used[0], used[-1] + 1)):
+        return walk.refuse(node, "indexes axes that are apart")
+    if any(walk.env[indices[dim]] and indices[dim].meta["val"].dtype in (torch.bool, torch.uint8) for dim in used):
+        return walk.refuse(node, "the result's size depends on data")
+    shape = walk.shape(node)
+    count = len(shape) - (value.rank - len(used))
+    looked_up = [Axis.plain(size) for size in shape[used[0] : used[0] + count]]
+    axes = [*value.axes[: used[0]], *looked_up, *value.axes[used[-1] + 1 :]]
+    return value.moved(axes, lambda tensor: tensor.reshape([axis.reduced for axis in axes]))
+
+
+@register(aten.embedding)
+@dataclass(frozen=True, eq=False)
+class Embedding(OperatorCall):
+    """Rows of a table looked up by data; its columns are channels."""
+
+    weight: fx.Node
+    indices: fx.Node
+
+    def relate(self, walk: Walk) -> Value:
+        table = walk.blur(self.node, walk.value(self.weight), [0], "rows are looked up by data")
+        walk.pin_operand(self.node, self.indices, "used as an index")
+        axes = (*(Axis.plain(size) for size in walk.shape(self.node)[:-1]), table.axes[1])
+        return table.moved(axes, lambda tensor: tensor.reshape([1] * (len(axes) - 1) + [-1]))
+
+    @classmethod
+    def module_sizes(cls, module: torch.nn.Module) -> dict[str, Any]:
+        rows, columns = module.weight.shape  # type: ignore[misc]
+        return {"num_embeddings": rows, "embedding_dim": columns}
+
+
+@register(aten.flip)
+@dataclass(frozen=True, eq=False)
+class Flip(OperatorCall):
+    """Axes in reverse."""
+
+    data: fx.Node
+    dims: list[int]
+
+    def relate(self, walk: Walk) -> Value:
+        value = walk.value(self.data)
+        turned = []
+        for dim in (d % value.rank for d in self.dims):
+            if value.axes[dim].carries:
+                value, ids = walk.merged(self.node, value, dim)
+                if ids is not None:
+                    turned.append(dim)
+                    value = replace(value, axes=value.replaced_axis(dim, Axis.of(ids[::-1].copy())))
+        if not turned:
+            return value.without_source()
+        return value.moved(value.axes, lambda tensor: tensor.flip(turned))
+
+
+@register(aten.roll)
+@dataclass(frozen=True, eq=False)
+class Roll(OperatorCall):
+    """Axes turned by a number of indices."""
+
+    data: fx.Node
+    shifts: Any
+    dims: Any
+
+    def relate(self, walk: Walk) -> Result:
+        shifts, dims = (list(a) if isinstance(a, list | tuple) else [a] for a in (self.shifts, self.dims))
+        if not dims:
+            return walk.refuse(self.node, "rolls over all axes")
+        value = walk.value(self.data)
+        wanted, turns = list(shifts), dict[int, int]()
+        for i, dim in enumerate(d % value.rank for d in dims):
+            if not value.axes[dim].carries:
+                continue
+            value, ids = walk.merged(self.node, value, dim)
+            if ids is None:
+                continue
+            turn = shifts[i] % len(ids)
+            turns[dim] = turn
+            wanted[i] = Count(ids[len(ids) - turn :])
+            value = replace(value, axes=value.replaced_axis(dim, Axis.of(np.roll(ids, turn))))
+        if not turns:
+            return value.without_source()
+        walk.edits.append(SetArguments(self.node, {"shifts": wanted}))
+        return value.moved(value.axes, lambda tensor: tensor.roll(list(turns.values()), list(turns)))
+
+
+@register(aten.unfold)
+@dataclass(frozen=True, eq=False)
+class Windows(OperatorCall):
+    """Windows of an axis as a new last axis."""
+
+    data: fx.Node
+    dimension: int
+
+    def relate(self, walk: Walk) -> Value:
+        value = walk.viewed(self.node, self.data)
+        dim = self.dimension % value.rank
+        value = walk.blur(self.node, value, [dim], "cut into windows")
+        shape = walk.shape(self.node)
+        axes = [*value.replaced_axis(dim, Axis.plain(shape[dim])), Axis.plain(shape[-1])]
+        return value.moved(axes, lambda tensor: tensor.unsqueeze(-1))

@@ -1,0 +1,309 @@
+"""The walk over one graph: the value of every node, and what the operators' rules record on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fxprune.channels.axes import ONE, Axis, Factor, Size, same_size
+from fxprune.channels.edits import Edit, Reindex
+from fxprune.channels.ids import Ids, Vector
+from fxprune.channels.readers import Balance, Reader
+from fxprune.channels.values import Known, Value
+from fxprune.graph.mutation import is_mutating, written
+from fxprune.graph.text import describe
+
+# of a node: a tensor's value, those of several tensors, or None for what is no tensor
+Result: TypeAlias = "Value | list[Value] | None"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters and buffers of a module, as every walk over its graphs sees them.
+
+    Attributes:
+        tensors: by qualified name.
+        axes: the ids of each axis by qualified name, None for one of size one; tied names share them.
+        overlapping: for a name that shares memory with others, all of these.
+    """
+
+    tensors: dict[str, Tensor]
+    axes: dict[str, list[Vector | None]]
+    overlapping: Mapping[str, list[str]]
+
+
+class Walk:
+    """What is found in one graph; filled in by the rules of its operators.
+
+    Attributes:
+        graph: the graph.
+        ids: shared between the walks of one module.
+        parameters: likewise.
+        facts: whether constants are followed; else ids are related only, for a graph that shares its parameters with
+            one that is analyzed.
+        env: the value of every node.
+        readers, balances: the contractions met.
+        edits: what removal changes in the graph.
+        reindexed: stored indices that shift.
+        aligned: the id vectors of each convolution, and whether it is depthwise.
+        nonempty: id vectors of which something must remain.
+        uses: how often each parameter is read.
+    """
+
+    def __init__(self, graph: fx.Graph, ids: Ids, parameters: Parameters, facts: bool) -> None:
+        self.graph, self.ids, self.facts, self.parameters = graph, ids, facts, parameters
+        self.env: dict[fx.Node, Result] = {}
+        self.readers: list[Reader] = []
+        self.balances: list[Balance] = []
+        self.edits: list[Edit] = []
+        self.reindexed: list[Reindex] = []
+        self.aligned: list[tuple[list[Vector], bool]] = []
+        self.nonempty: list[Vector] = []
+        self.uses: dict[str, int] = {}
+        for read in graph.find_nodes(op="get_attr"):
+            self.uses[str(read.target)] = self.uses.get(str(read.target), 0) + len(read.users)
+        self._storage = _Storage()
+        self._written = _written_targets(graph)
+
+    # ---- values of nodes
+
+    def value(self, operand: Any) -> Value:
+        """The value of a tensor operand."""
+        found = self.env[operand]
+        assert isinstance(found, Value), operand
+        return found
+
+    def viewed(self, node: fx.Node, base: fx.Node) -> Value:
+        """The value of the operand that an operator may return a view of."""
+        self.shared_storage(node, base)
+        return self.value(base)
+
+    def shape(self, node: fx.Node) -> Sequence[Size]:
+        """Of a node's value, or of the first of several."""
+        value = node.meta["val"]
+        return tuple((value[0] if isinstance(value, list | tuple) else value).shape)
+
+    def unknown(self, node: fx.Node) -> Result:
+        """Opaque values in the shapes that the node has."""
+        found: Result = _opaque(node.meta.get("val"))
+        return found
+
+    def parameter(self, node: fx.Node) -> Result:
+        """What a `get_attr` node reads."""
+        name = str(node.target)
+        if name not in self.parameters.axes:
+            return self.unknown(node)
+        tensor = self.parameters.tensors[name]
+        axes = tuple(
+            Axis.plain(size) if ids is None else Axis.of(ids)
+            for size, ids in zip(tensor.shape, self.parameters.axes[name], strict=True)
+        )
+        if name in self._written:
+            self.pin_value(node, Value(axes), "a buffer that the graph writes to")
+            return Value(axes)
+        return Value(axes, Known.tensor(tensor.detach()) if self.facts else None, source=name)
+
+    def is_read_once(self, name: str | None) -> bool:
+        """Whether a parameter has one reader in the graph."""
+        return name is not None and self.uses.get(name) == 1
+
+    def is_alone(self, name: str | None) -> bool:
+        """Whether a parameter has one reader in the graph, and its memory no other name."""
+        return name is not None and self.is_read_once(name) and name not in self.parameters.overlapping
+
+    # ---- what must stay
+
+    def pin(self, node: fx.Node, ids: Vector | None, why: str) -> None:
+        """Ids that stay because of what `node` does."""
+        if ids is not None:
+            self.ids.pin(ids, lambda: f"{describe(node)}: {why}")
+
+    def pin_axis(self, node: fx.Node, axis: Axis, why: str) -> None:
+        for factor in axis:
+            self.pin(node, factor.ids, why)
+
+    def pin_value(self, node: fx.Node, value: Result, why: str) -> None:
+        """All axes of a value, of each of several."""
+        for tensor in value if isinstance(value, list) else [value]:
+            for axis in () if tensor is None else tensor.axes:
+                self.pin_axis(node, axis, why)
+
+    def pin_operand(self, node: fx.Node, operand: fx.Node, why: str) -> None:
+        """All axes of an operand."""
+        self.pin_value(node, self.env.get(operand), why)
+
+    def refuse(self, node: fx.Node, why: str) -> Result:
+        """Pin everything that `node` touches; nothing is known of its results."""
+        for operand in node.all_input_nodes:
+            self.pin_operand(node, operand, why)
+        return self.unknown(node)
+
+    # ---- axes
+
+    def vector(self, node: fx.Node, axis: Axis) -> Vector | None:
+        """The ids of an axis, one per index; None for an opaque one. Pins ids that merge with a symbolic factor."""
+        if len(axis) == 1:
+            return axis.ids
+        if not axis.carries:
+            return None
+        if not all(type(factor.size) is int for factor in axis):
+            self.pin_axis(node, axis, "merged with an axis of free size")
+            return None
+        return self._merged_ids(axis)
+
+    def _merged_ids(self, axis: Axis) -> Vector | None:
+        """The ids of the row-major product of factors: a position stays while all its factors' ids do."""
+        whole: Vector | None = None
+        inner = 1  # indices of the opaque factors inside of the first that carries ids
+        for factor in reversed(axis.factors):
+            if whole is None and factor.ids is None:
+                inner *= factor.size
+            elif whole is None:
+                assert factor.ids is not None
+                whole = np.repeat(factor.ids, inner)
+            else:
+                whole = np.tile(whole, factor.size) if factor.ids is None else self.ids.product(factor.ids, whole)
+        return whole
+
+    def flat(self, node: fx.Node, value: Value, dim: int) -> Value:
+        """`value` with the factors of one axis merged into one."""
+        axis = value.axes[dim]
+        if len(axis) <= 1:
+            return value
+        return value.relayout(dim, Axis.carrying(axis.size, self.vector(node, axis)))
+
+    def merged(self, node: fx.Node, value: Value, dim: int) -> tuple[Value, Vector | None]:
+        """`value` with the factors of one axis merged, and the ids of this axis."""
+        value = self.flat(node, value, dim)
+        return value, value.axes[dim].ids
+
+    def blur(self, node: fx.Node, value: Value, dims: Iterable[int], why: str) -> Value:
+        """`value` with the given axes opaque: their ids pinned, only what is uniform along them known."""
+        for dim in dims:
+            if value.axes[dim].carries:
+                self.pin_axis(node, value.axes[dim], why)
+                value = value.relayout(dim, value.axes[dim].opaque())
+        return value
+
+    def join(self, node: fx.Node, axes: Iterable[Axis]) -> Axis:
+        """Unify axes that broadcast against each other."""
+        present = [axis for axis in axes if not axis.is_one]
+        if not present:
+            return ONE
+        first = present[0]
+        if len(present) == 1 or not any(axis.carries for axis in present):
+            return first
+        if not all(_same_factors(axis, first) for axis in present):
+            return self.join(node, [Axis.carrying(axis.size, self.vector(node, axis)) for axis in present])
+        return Axis(tuple(self._joined(node, factors) for factors in zip(*present, strict=True)))
+
+    def _joined(self, node: fx.Node, factors: Sequence[Factor]) -> Factor:
+        vectors = [factor.ids for factor in factors if factor.ids is not None]
+        if len(vectors) < len(factors):
+            for ids in vectors:
+                self.pin(node, ids, "meets an axis that carries no channels")
+            return factors[0].opaque()
+        for ids in vectors[1:]:
+            self.ids.unify(vectors[0], ids)
+        return factors[0]
+
+    def broadcast(self, node: fx.Node, values: Sequence[Value]) -> tuple[tuple[Axis, ...], list[Value]]:
+        """Joined axes of values that broadcast against each other, and the values laid out that way."""
+        rank = max((value.rank for value in values), default=0)
+        padded = [value if value.rank == rank else value.lead(rank - value.rank) for value in values]
+        joined = []
+        for dim in range(rank):
+            axis = self.join(node, [value.axes[dim] for value in padded])
+            joined.append(axis)
+            padded = [
+                value if value.axes[dim] is axis or value.axes[dim].is_one else value.relayout(dim, axis)
+                for value in padded
+            ]
+        return tuple(joined), padded
+
+    def taken(self, node: fx.Node, ids: Vector) -> Axis:
+        """The axis of a selection of indices."""
+        if len(ids) == 1:
+            self.pin(node, ids, "a single index is taken")
+            return ONE
+        self.nonempty.append(ids)
+        return Axis.of(ids)
+
+    # ---- memory that values share
+
+    def shared_storage(self, result: fx.Node, base: fx.Node) -> None:
+        """`result` may be a view of `base`."""
+        self._storage.share(result, base)
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether `node` may share its memory with another value."""
+        return self._storage.is_shared(node)
+
+    def mutate(self, node: fx.Node) -> None:
+        """Forget what was known of values that `node` writes to; what it returns is their new value."""
+        result = self.env[node]
+        for target in _overwritten(node):
+            for other in self._storage.family(target):
+                value = self.env.get(other)
+                if other is not node and isinstance(value, Value):
+                    self.env[other] = Value(value.axes)
+            if isinstance(result, Value) and result.rank == len(self.shape(target)):
+                self.env[target] = result.without_source()
+
+
+class _Storage:
+    """Which nodes may be views of one another."""
+
+    def __init__(self) -> None:
+        self._root: dict[fx.Node, fx.Node] = {}
+        self._views: dict[fx.Node, list[fx.Node]] = {}
+
+    def share(self, result: fx.Node, base: fx.Node) -> None:
+        root = self._root.get(base, base)
+        self._root[result] = root
+        self._views.setdefault(root, []).append(result)
+
+    def is_shared(self, node: fx.Node) -> bool:
+        return node in self._root or node in self._views
+
+    def family(self, node: fx.Node) -> list[fx.Node]:
+        root = self._root.get(node, node)
+        return [root, *self._views.get(root, ())]
+
+
+def _opaque(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Value(tuple(Axis.plain(size) for size in value.shape))
+    return [_opaque(item) for item in value] if isinstance(value, list | tuple) else None
+
+
+def _same_factors(axis: Axis, other: Axis) -> bool:
+    return len(axis) == len(other) and all(
+        same_size(factor.size, twin.size) for factor, twin in zip(axis, other, strict=True)
+    )
+
+
+def _overwritten(node: fx.Node) -> list[fx.Node]:
+    """The operands whose values a node changes; `detach_` counts as writing and changes none."""
+    return [] if node.target is torch.ops.aten.detach_.default else written(node)
+
+
+def _written_targets(graph: fx.Graph) -> set[str]:
+    """The parameters and buffers that the graph writes to, through views as well."""
+    found = set()
+    for node in graph.nodes:
+        if not is_mutating(node):
+            continue
+        pending = _overwritten(node)
+        while pending:
+            base = pending.pop()
+            if base.op == "get_attr":
+                found.add(str(base.target))
+            elif base.op == "call_function":
+                pending += base.all_input_nodes[:1]
+    return found
