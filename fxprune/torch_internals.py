@@ -8,8 +8,9 @@ behaviour that is relied on. `_parameters`, `_buffers`, `_modules` and `_forward
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import sympy
@@ -55,7 +56,6 @@ __all__ = [
     "has_forward",
     "is_erased",
     "is_inside_step",
-    "let_weights_be_reread",
     "load_pt2",
     "name_pruning_method",
     "pruned_tensor",
@@ -67,6 +67,7 @@ __all__ = [
     "step_pre_hooks",
     "symbol_ranges",
     "validate_pruning_amount",
+    "weights_gathered_if",
 ]
 
 # They print the stack of a capture that fails, which raises its error besides.
@@ -191,9 +192,17 @@ def flat_weight_names(module: nn.Module) -> list[str]:
     return list(getattr(module, "_flat_weights_names", None) or ())
 
 
-def let_weights_be_reread(module: nn.RNNBase, reread: Callable[[], bool]) -> None:
-    """Let `reread` decide, at each forward, whether a recurrent layer gathers its weights anew."""
-    module.__dict__["_weights_have_changed"] = reread
+@contextlib.contextmanager
+def weights_gathered_if(module: nn.RNNBase, changed: Callable[[], bool]) -> Iterator[None]:
+    """Let `changed` say, at each forward, whether a recurrent layer gathers its weights anew."""
+    before = vars(module).get("_weights_have_changed")
+    vars(module)["_weights_have_changed"] = changed
+    try:
+        yield
+    finally:
+        del vars(module)["_weights_have_changed"]
+        if before is not None:
+            vars(module)["_weights_have_changed"] = before
 
 
 def has_forward(module: nn.Module) -> bool:

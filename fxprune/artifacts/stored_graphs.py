@@ -15,8 +15,8 @@ from torch.export import ExportedProgram, exported_program, graph_signature
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec
 
 from fxprune.artifacts.header import StoredGraph
-from fxprune.capture.front_end import unlift
 from fxprune.capture.programs import read_program
+from fxprune.capture.unlifting import unlift
 from fxprune.graph.containers import Container
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.names import tensor_at

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.pt2_archive._package import load_pt2
 from torch.utils._sympy import functions
 
-from fxprune.capture.front_end import unlift
+from fxprune.capture.unlifting import unlift
 from fxprune.errors import ArtifactError
 from fxprune.graph.containers import Container
 from fxprune.graph.editing import erase_dead

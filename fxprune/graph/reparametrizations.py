@@ -171,6 +171,11 @@ def tagged(graph: fx.Graph, name: str | None = None) -> list[fx.Node]:
     return [n for n in found if name is None or n.meta["fxprune"]["parameter"] == name]
 
 
+def tagged_names(graph: fx.Graph) -> set[str]:
+    """The parameters that nodes of the graph compute."""
+    return {node.meta["fxprune"]["parameter"] for node in tagged(graph)}
+
+
 def remove_state(root: nn.Module, name: str) -> None:
     """Take away what reparametrizes the parameter `name`."""
     owner, tensor = locate(root, name)

@@ -299,12 +299,16 @@ def test_flat_weight_names_are_all_weights_in_the_kernels_order(kind: type[nn.RN
     assert internals.flat_weight_names(nn.Linear(2, 2)) == []
 
 
-def test_let_weights_be_reread_is_asked_at_each_forward() -> None:
+def test_weights_gathered_if_is_asked_at_each_forward_and_no_more_afterwards() -> None:
     layer, asked = nn.LSTM(2, 3), []
-    internals.let_weights_be_reread(layer, lambda: not asked.append(1))
-    layer(torch.ones(1, 1, 2))
+    attributes = dict(vars(layer))
+    with internals.weights_gathered_if(layer, lambda: not asked.append(1)):
+        layer(torch.ones(1, 1, 2))
+        layer(torch.ones(1, 1, 2))
+    assert len(asked) == 2
     layer(torch.ones(1, 1, 2))
     assert len(asked) == 2
+    assert vars(layer).keys() == attributes.keys()
 
 
 def test_has_forward_is_false_for_containers_without_one() -> None:

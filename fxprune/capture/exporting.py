@@ -1,0 +1,174 @@
+"""`torch.export` of a model in each mode, with a free batch where the model allows it."""
+
+from __future__ import annotations
+
+import re
+import traceback
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from fxprune.capture.protection import (
+    Reads,
+    attributes_kept,
+    counted_reads,
+    generators_kept,
+    quiet,
+    untied,
+    weights_reread,
+)
+from fxprune.capture.sample import Sample
+from fxprune.capture.structures import outputs_registered
+from fxprune.errors import BatchSpecializedWarning, CaptureError, EvalOnlyWarning
+from fxprune.graph.traced import MODES
+
+_ASSIGNED = re.compile(r"The tensor attributes? (.*?) (?:was|were) assigned during export")
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """One mode of a model.
+
+    Attributes:
+        program: what torch captured.
+        assigned: the plain attributes that the forward assigned tensors to.
+        reads: how often the forward read each attribute.
+    """
+
+    program: ExportedProgram
+    assigned: frozenset[str]
+    reads: Reads
+
+
+def export_modes(
+    model: nn.Module, sample: Sample, dynamic_shapes: Any, modes: Sequence[str]
+) -> tuple[dict[str, Exported], Sample]:
+    """The model in each of the modes, and the sample that they were captured with, which says what is free.
+
+    With `dynamic_shapes="batch"` the batch is free in every mode, or in none.
+
+    Raises:
+        CaptureError: no mode can be captured, or eval mode cannot.
+
+    Warns:
+        BatchSpecializedWarning, EvalOnlyWarning: as `trace`, whose caller they name.
+    """
+    if dynamic_shapes != "batch":
+        return _export_each(model, sample, modes, dynamic_shapes), sample
+    exported: dict[str, Exported] = {}
+    current = sample.with_free_batch()
+    for mode in _in_order(modes):
+        try:
+            found, why = _export_free(model, current, mode)
+            if found is None:
+                found = _export(model, sample, mode, None)
+                message = f"captured for the sample's batch size alone; in {mode} mode the batch {why}"
+                warnings.warn(message, BatchSpecializedWarning, stacklevel=3)
+                for earlier in exported:
+                    exported[earlier] = _export(model, sample, earlier, None)
+                current = sample
+            exported[mode] = found
+        except CaptureError as error:
+            _tolerate(error, exported, stacklevel=4)
+    return exported, current
+
+
+def _export_each(model: nn.Module, sample: Sample, modes: Sequence[str], shapes: Any) -> dict[str, Exported]:
+    exported: dict[str, Exported] = {}
+    for mode in _in_order(modes):
+        try:
+            exported[mode] = _export(model, sample, mode, shapes)
+        except CaptureError as error:
+            _tolerate(error, exported, stacklevel=5)
+    return exported
+
+
+def _in_order(modes: Sequence[str]) -> Iterable[str]:
+    return (mode for mode in MODES if mode in modes)  # what eval cannot, train need not try
+
+
+def _tolerate(error: CaptureError, exported: dict[str, Exported], *, stacklevel: int) -> None:
+    """Do with eval mode alone, where that is captured; raise the error where nothing is."""
+    if not exported:
+        raise error
+    warnings.warn(f"captured for eval mode alone. {error}", EvalOnlyWarning, stacklevel=stacklevel)
+
+
+def _export_free(model: nn.Module, sample: Sample, mode: str) -> tuple[Exported | None, str]:
+    """The model with its batch free, or None and why it cannot be; raises CaptureError where that is not to blame."""
+    try:
+        exported = _export(model, sample, mode, sample.dynamic_shapes(model))
+    except CaptureError as error:
+        if not sample.free:
+            raise
+        return None, f"cannot be free: {error}"
+    if sample.free and sample.is_specialized(exported.program):
+        return None, "is fixed by the model"
+    return exported, ""
+
+
+def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any) -> Exported:
+    with (
+        attributes_kept(model),
+        generators_kept() as drawn,
+        quiet(),
+        weights_reread(model),
+        untied(model),
+        counted_reads(model) as reads,
+        outputs_registered(model),
+        warnings.catch_warnings(record=True) as caught,
+        torch.enable_grad(),
+    ):
+        warnings.simplefilter("always")
+        try:
+            model.train(mode == "train")
+            kwargs = dict(sample.kwargs) or None
+            program = torch.export.export(model, sample.args, kwargs, dynamic_shapes=shapes, strict=False)
+        except Exception as error:
+            raise CaptureError(_explanation(error, model, mode)) from error
+        draws = drawn()
+    if draws:
+        raise CaptureError(
+            f"{type(model).__name__} draws from Python's or numpy's random generator in {mode} mode; the graph would "
+            "repeat the numbers drawn at the capture. Draw by torch inside forward, or pass the numbers as inputs."
+        )
+    return Exported(program, _assigned(caught), reads)
+
+
+def _assigned(caught: list[warnings.WarningMessage]) -> frozenset[str]:
+    """The attributes that torch warns of having been assigned tensors; other warnings of interest go on to the user."""
+    names: set[str] = set()
+    for warning in caught:
+        if found := _ASSIGNED.search(str(warning.message)):
+            names |= {name.removeprefix("self.") for name in found.group(1).split(", ")}
+        elif not issubclass(warning.category, DeprecationWarning | FutureWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return frozenset(names)
+
+
+def _explanation(error: Exception, model: nn.Module, mode: str) -> str:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return (
+        f"{type(model).__name__} was to be captured in {mode} mode and cannot be{_place(error, model)}: "
+        f"{type(error).__name__}: {reason}. Work around: compute what depends on tensor values by tensor operations "
+        "(torch.where, torch.cond), keep `.item()`, `.numpy()` and Python branches on values out of forward, or trace "
+        "the submodules around it."
+    )
+
+
+def _place(error: Exception, model: nn.Module) -> str:
+    """The innermost module of the model, and its line, that the error passed through; '' where it is not known."""
+    names = {id(module): name for name, module in model.named_modules()}
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        called = frame.f_code.co_name
+        if id(owner) in names and called != "_call_impl" and not called.startswith("_wrapped"):
+            name = names[id(owner)] or "the root module"
+            place = f" at {name} ({type(owner).__name__}), {frame.f_code.co_filename}:{line}"
+    return place

@@ -1,0 +1,148 @@
+"""What is changed for a capture is put back, whether it succeeds or not, and captures do not disturb each other."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fxprune
+from fxprune.capture import protection
+from fxprune.errors import CaptureError
+from fxprune.torch_internals import LOGGERS_OF_FAILED_CAPTURES
+
+
+class Tied(nn.Module):
+    """Two layers over one weight, and attributes of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        self.second.weight = self.first.weight
+        self.calls: list[int] = []
+        self.cache: dict[str, Any] = {"size": 1}
+        self.last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(1)
+        self.cache["size"] = 2
+        return self.second(self.first(x).relu())
+
+
+class Branches(nn.Module):
+    """Branches on a value, which no capture can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values, _ = self.layer(x)
+        return values if values.sum() > 0 else -values
+
+
+def test_attributes_and_their_entries_come_back() -> None:
+    model = Tied()
+    calls, before = model.calls, dict(vars(model))
+    with pytest.raises(ZeroDivisionError), protection.attributes_kept(model):
+        model(torch.randn(3, 2))
+        model.extra, model.last = 1, torch.ones(1)  # type: ignore[assignment]
+        model.cache.clear()
+        model.first.register_buffer("found", torch.ones(1))
+        del model.calls
+        raise ZeroDivisionError
+    assert vars(model).keys() == before.keys()
+    assert model.calls is calls
+    assert calls == []
+    assert model.cache == {"size": 1}
+    assert model.last is None
+    assert "found" not in model.first._buffers
+
+
+def test_tied_parameters_are_apart_on_the_same_memory_meanwhile() -> None:
+    model = Tied()
+    weight = model.first.weight
+    with protection.untied(model):
+        assert model.second.weight is not model.first.weight
+        assert model.second.weight.data_ptr() == weight.data_ptr()
+        assert model.second.weight.requires_grad
+    assert model.second.weight is model.first.weight is weight
+
+
+def test_reads_of_one_forward_are_counted() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(2, 2))
+    model = nn.Sequential(layer, layer)
+    original = nn.Module.__getattr__
+    with protection.counted_reads(model) as reads:
+        for _ in range(2):  # a later forward counts anew
+            model(torch.randn(3, 2))
+            assert nn.Module.__getattr__ is original
+            assert reads[id(vars(layer)), "bias"] == 2
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_counting_ends_where_forward_raises() -> None:
+    model, original = nn.Sequential(nn.Linear(2, 2)), nn.Module.__getattr__
+    with pytest.raises(RuntimeError), protection.counted_reads(model):
+        model(torch.randn(3, 5))
+    assert nn.Module.__getattr__ is original
+
+
+def test_generators_come_back_and_draws_are_noticed() -> None:
+    states = random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    with protection.generators_kept() as drawn:
+        assert not drawn()
+        np.random.rand()  # noqa: NPY002
+        assert drawn()
+    with protection.generators_kept() as drawn:
+        random.random()
+        assert drawn()
+    assert states == (random.getstate(), str(np.random.get_state()))  # noqa: NPY002
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_a_capture_leaves_process_and_model_as_they_were(succeeds: bool) -> None:
+    model = (Tied() if succeeds else Branches()).eval()
+    attributes = [dict(vars(module)) for module in model.modules()]
+    levels = [logging.getLogger(name).level for name in LOGGERS_OF_FAILED_CAPTURES]
+    getattribute, stream, generator = nn.Module.__getattr__, sys.stderr, torch.get_rng_state()
+    if succeeds:
+        fxprune.trace(model, (torch.ones(3, 2),))
+    else:
+        with pytest.raises(CaptureError):
+            fxprune.trace(model, (torch.ones(3, 2),))
+    assert nn.Module.__getattr__ is getattribute
+    assert sys.stderr is stream
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [logging.getLogger(name).level for name in LOGGERS_OF_FAILED_CAPTURES] == levels
+    for module, before in zip(model.modules(), attributes, strict=True):
+        assert vars(module).keys() == before.keys()
+        assert all(vars(module)[name] is value for name, value in before.items())
+
+
+def test_captures_in_several_threads_wait_for_each_other() -> None:
+    models = [nn.Sequential(parametrizations.weight_norm(nn.Linear(2, 3)), nn.BatchNorm1d(3)).eval() for _ in range(4)]
+    x, original = torch.randn(5, 2), nn.Module.__getattr__
+    found: dict[int, fxprune.TracedModule] = {}
+
+    def capture(i: int) -> None:
+        found[i] = fxprune.trace(models[i], (x,))
+
+    threads = [threading.Thread(target=capture, args=(i,)) for i in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert nn.Module.__getattr__ is original
+    assert sorted(found) == [0, 1, 2, 3]
+    for i, model in enumerate(models):
+        assert torch.equal(found[i](x), model(x))
