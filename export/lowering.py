@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -18,78 +17,168 @@ aten = torch.ops.aten
 
 def lower(module: fx.GraphModule, opset: int | None) -> None:
     """Rewrite the graph of a module in place, for a file of an opset; it computes the same."""
-    attention = functools.partial(_attention, native=(opset or 0) >= 23)
-    for target, rewrite in ((aten.scaled_dot_product_attention.default, attention), (aten.linear.default, _linear)):
-        for node in module.graph.find_nodes(op="call_function", target=target):
-            with module.graph.inserting_before(node):
-                result = rewrite(module, node, *node.args, **node.kwargs)
-            if result is not None:
-                result.meta = node.meta
-                node.replace_all_uses_with(result)
-    erase_dead(module.graph)
+    graph = module.graph
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        attention = _Attention.of(node)
+        if not attention.dropout and not (attention.rank == 4 and opset is not None and opset >= 23):
+            with graph.inserting_before(node):
+                _replace(node, _as_products(module, attention))
+    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
+        with graph.inserting_before(node):
+            result = _on_matrices(graph, node, *node.args, **node.kwargs)
+        if result is not None:
+            _replace(node, result)
+    erase_dead(graph)
     module.recompile()
 
 
-def _attention(
-    module: fx.GraphModule, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, mask: fx.Node | None = None,
-    dropout: float = 0.0, causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False, native: bool,
-) -> fx.Node | None:  # fmt: skip
+def _replace(node: fx.Node, result: fx.Node) -> None:
+    result.meta = node.meta
+    node.replace_all_uses_with(result)
+
+
+# ---- attention
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """A call of `scaled_dot_product_attention`: operands [..., heads, positions, features], and its options."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: fx.Node | None
+    dropout: float
+    causal: bool
+    scale: float
+    heads_per_key: int
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Attention:
+        def parse(
+            query: fx.Node, key: fx.Node, value: fx.Node, attn_mask: fx.Node | None = None, dropout_p: float = 0.0,
+            is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+        ) -> _Attention:  # fmt: skip
+            shape = query.meta["val"].shape
+            heads_per_key = shape[-3] // key.meta["val"].shape[-3] if enable_gqa else 1
+            scale = 1 / math.sqrt(shape[-1]) if scale is None else scale
+            return cls(query, key, value, attn_mask, dropout_p, is_causal, scale, heads_per_key)
+
+        return parse(*node.args, **node.kwargs)  # type: ignore[arg-type]
+
+    @property
+    def rank(self) -> int:
+        return len(self.query.meta["val"].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.query.meta["val"].dtype
+        return dtype
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What a mask does to the logits.
+
+    Attributes:
+        bias: what is added to them. empty: which rows nothing is left of [..., rows, 1], None where there are none.
+    """
+
+    bias: fx.Node
+    empty: fx.Node | None
+
+
+def _as_products(module: fx.GraphModule, attention: _Attention) -> fx.Node:
     """Attention as products and a softmax, of any rank, without a mask that hides nothing.
 
     torch translates operands of four axes alone, and with copies of the keys and a guard of each softmax: 3 % of a
     ViT-B. There a row that a boolean mask empties becomes a mean, where eager gives zeros. From opset 23 on, ONNX has
     an operator for it.
     """
-    call, value, shape = module.graph.call_function, q.meta["val"], q.meta["val"].shape
-    if dropout or (native and len(shape) == 4):
-        return None
-    if enable_gqa and (times := shape[-3] // k.meta["val"].shape[-3]) > 1:
-        sizes = [-1] * (len(shape) - 2) + [times, -1, -1]
-        wide = [call(aten.expand.default, (call(aten.unsqueeze.default, (n, -3)), sizes)) for n in (k, v)]
-        k, v = (call(aten.flatten.using_ints, (n, -4, -3)) for n in wide)
-    scaled = call(aten.mul.Scalar, (q, 1 / math.sqrt(shape[-1]) if scale is None else scale))
-    logits = call(aten.matmul.default, (scaled, call(aten.transpose.int, (k, -2, -1))))
-    static = _constant(module, mask)
-    if causal:
-        rows, columns = (call(aten.arange.default, (call(aten.sym_size.int, (n, -2)),)) for n in (q, k))
-        mask = call(aten.le.Tensor, (columns, call(aten.unsqueeze.default, (rows, -1))))
-    elif static is not None and not (~static if static.dtype == torch.bool else static).any():
-        mask = None
-    empty = None
+    call = module.graph.call_function
+    key, value = (_for_each_head(module.graph, operand, attention) for operand in (attention.key, attention.value))
+    scaled = call(aten.mul.Scalar, (attention.query, attention.scale))
+    logits = call(aten.matmul.default, (scaled, call(aten.transpose.int, (key, -2, -1))))
+    mask = _causal_mask(module.graph, attention) if attention.causal else _given_mask(module, attention)
     if mask is not None:
-        if boolean := causal or mask.meta["val"].dtype == torch.bool:
-            hidden = call(aten.logical_not.default, (mask,))
-            lowest = torch.finfo(value.dtype).min
-            bias = call(aten.mul.Scalar, (call(aten.to.dtype, (hidden, value.dtype)), lowest))
-        else:
-            hidden, bias = call(aten.eq.Scalar, (mask, -math.inf)), mask
-        logits = call(aten.add.Tensor, (logits, bias))
-        if not causal and (static is None or (~static if boolean else static == -math.inf).all(-1).any()):
-            empty = call(aten.all.dim, (hidden, -1, True))
-    result = call(aten.matmul.default, (call(aten.softmax.int, (logits, -1)), v))
-    return result if empty is None else call(aten.masked_fill.Scalar, (result, empty, 0.0))
+        logits = call(aten.add.Tensor, (logits, mask.bias))
+    result = call(aten.matmul.default, (call(aten.softmax.int, (logits, -1)), value))
+    if mask is None or mask.empty is None:
+        return result
+    return call(aten.masked_fill.Scalar, (result, mask.empty, 0.0))
 
 
-def _constant(module: fx.GraphModule, node: fx.Node | None) -> torch.Tensor | None:
-    """The value of what depends on no input, but for expansions to a free batch."""
-    while node is not None and node.target is aten.expand.default:
-        node = node.args[0]  # type: ignore[assignment]
-    with contextlib.suppress(FinalizeError):
-        return None if node is None else evaluate(module, node)
-    return None
+def _for_each_head(graph: fx.Graph, operand: fx.Node, attention: _Attention) -> fx.Node:
+    """Keys or values, one for each head of the queries."""
+    if attention.heads_per_key == 1:
+        return operand
+    sizes = [-1] * (attention.rank - 2) + [attention.heads_per_key, -1, -1]
+    repeated = graph.call_function(
+        aten.expand.default, (graph.call_function(aten.unsqueeze.default, (operand, -3)), sizes)
+    )
+    return graph.call_function(aten.flatten.using_ints, (repeated, -4, -3))
 
 
-def _linear(
-    module: fx.GraphModule, node: fx.Node, data: fx.Node, weight: fx.Node, bias: fx.Node | None = None
+def _causal_mask(graph: fx.Graph, attention: _Attention) -> _Mask:
+    """A position sees itself and those before it, so that no row is empty."""
+    call = graph.call_function
+    rows, columns = (
+        call(aten.arange.default, (call(aten.sym_size.int, (operand, -2)),))
+        for operand in (attention.query, attention.key)
+    )
+    seen = call(aten.le.Tensor, (columns, call(aten.unsqueeze.default, (rows, -1))))
+    return _Mask(_hiding(graph, call(aten.logical_not.default, (seen,)), attention.dtype), None)
+
+
+def _given_mask(module: fx.GraphModule, attention: _Attention) -> _Mask | None:
+    """The mask that the call has, boolean (true is seen) or added; None where there is none, or it hides nothing."""
+    mask = attention.mask
+    if mask is None:
+        return None
+    call = module.graph.call_function
+    constant = _constant(module, mask)
+    is_boolean = mask.meta["val"].dtype == torch.bool
+    if constant is not None and not (~constant if is_boolean else constant).any():
+        return None
+    if is_boolean:
+        hidden = call(aten.logical_not.default, (mask,))
+        bias = _hiding(module.graph, hidden, attention.dtype)
+    else:
+        hidden, bias = call(aten.eq.Scalar, (mask, -math.inf)), mask
+    if constant is not None and not (~constant if is_boolean else constant == -math.inf).all(-1).any():
+        return _Mask(bias, None)
+    return _Mask(bias, call(aten.all.dim, (hidden, -1, True)))
+
+
+def _hiding(graph: fx.Graph, hidden: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The lowest number where `hidden` is true, zero elsewhere."""
+    number = graph.call_function(aten.to.dtype, (hidden, dtype))
+    return graph.call_function(aten.mul.Scalar, (number, torch.finfo(dtype).min))
+
+
+def _constant(module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """The value of what depends on no input, but for expansions to a free batch; None of what depends on one."""
+    while node.target is aten.expand.default:
+        (node, *_) = node.args  # type: ignore[assignment]
+    try:
+        return evaluate(module, node)
+    except FinalizeError:
+        return None
+
+
+# ---- linear layers
+
+
+def _on_matrices(
+    graph: fx.Graph, node: fx.Node, data: fx.Node, weight: fx.Node, bias: fx.Node | None = None
 ) -> fx.Node | None:
-    """Let linear layers act on matrices: onnxruntime joins a product and its bias for these alone, 2 % of a ViT-B.
+    """Let a linear layer act on a matrix: onnxruntime joins a product and its bias for these alone, 2 % of a ViT-B.
 
     A shape with more than one free size is left alone, since a single one can be inferred.
     """
-    call = module.graph.call_function
     shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
     if bias is None or len(shape) < 3 or shape.count(-1) > 1:
         return None
-    rows = call(aten.reshape.default, (data, [-1, data.meta["val"].shape[-1]]))
-    product = call(aten.linear.default, (rows, weight, bias))
-    return call(aten.reshape.default, (product, shape))
+    rows = graph.call_function(aten.reshape.default, (data, [-1, data.meta["val"].shape[-1]]))
+    product = graph.call_function(aten.linear.default, (rows, weight, bias))
+    return graph.call_function(aten.reshape.default, (product, shape))
