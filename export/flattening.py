@@ -151,9 +151,10 @@ def _fold(final: TracedModule, graph: fx.Graph) -> dict[str, torch.Tensor]:
                     read = graph.get_attr(name)
                 read.meta["val"] = node.meta["val"]
                 node.replace_all_uses_with(read)
-                del node.meta["fxprune"]  # `erase_dead` keeps what has it
                 continue
         needed.update(node.all_input_nodes)
+    for node in graph.nodes:
+        node.meta.pop("fxprune", None)  # `erase_dead` keeps what has it, read or not
     erase_dead(graph)
     return folded
 

@@ -19,7 +19,8 @@ from torch.onnx import ONNXProgram
 
 import fxprune
 from fxprune.errors import CompareError, ExportError
-from fxprune.export import compare, to_onnx, to_program, to_torchscript
+from fxprune.export import Call, compare, to_onnx, to_program, to_torchscript
+from fxprune.export.node_values import GraphValues
 from tests.networks import NETWORKS
 
 # the node that a wrong weight shows at: in the ONNX file batch norm is part of the convolution
@@ -135,6 +136,25 @@ def test_nothing_to_show(files: Any, tmp_path: Path) -> None:
     report = compare(wrong, script, inputs=x)  # TorchScript keeps no names
     assert (report.ok, report.first_divergence) == (False, None)
     assert not list(tmp_path.glob("*.py"))
+
+
+class Chain(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(1200):
+            x = x + 1
+        return x
+
+
+def test_a_piece_may_be_a_long_chain() -> None:
+    traced = fxprune.trace(Chain(), (torch.zeros(2),), modes=("eval",))
+    values = GraphValues(traced, Call((torch.zeros(2),), {}))
+    last = list(values.computed)[-1]
+    assert values.values[last].tolist() == [1200.0, 1200.0]
+    piece = values.piece(last, {list(values.computed)[99]: torch.full((2,), 7.0)})
+    assert [tensor.tolist() for tensor in piece.tensors.values()] == [[7.0, 7.0]]
+    found: dict[str, Any] = {"torch": torch}
+    exec(piece.code, found)  # the code that a script holds
+    assert found["SIDE"](*piece.tensors.values()).tolist() == [1107.0, 1107.0]
 
 
 # ---- float64

@@ -194,6 +194,9 @@ def test_sizes_that_the_model_cannot_run_are_not_tried(tmp_path: Path) -> None:
     report = to_onnx(traced, tmp_path / "a.onnx")
     assert report.comparison is not None
     assert [row.shape for row in report.comparison.rows] == [(2, 5, 2), (1, 5, 2)]
+    (note,) = report.notes
+    assert note.startswith("not verified at the sizes {0[0]: 3, 0[1]: 6} (input[axis]), which the source cannot run: ")
+    assert "IndexError" in note
 
 
 def test_weights_beside_the_file(small: fxprune.TracedModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +211,13 @@ def test_weights_beside_the_file(small: fxprune.TracedModule, tmp_path: Path, mo
     (other,) = set(tmp_path.iterdir()) - {second.path, bystander}
     assert other != data
     assert compare(small, second.path, inputs=torch.randn(3, 4)).ok
+
+
+def test_what_lies_beside_a_file_that_is_not_onnx_stays(small: fxprune.TracedModule, old: Path) -> None:
+    bystander = old.with_name("model-00000000.onnx.data")
+    bystander.write_text("not of this file")
+    assert to_onnx(small, old, verify=False).path == old
+    assert bystander.read_text() == "not of this file"
 
 
 def test_without_verification_the_file_is_still_checked(small: fxprune.TracedModule, tmp_path: Path) -> None:

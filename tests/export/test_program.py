@@ -63,24 +63,24 @@ def test_every_kind_of_input_and_output(tmp_path: Path, suffix: str) -> None:
 
 
 READER = """
-import sys, torch
-path, x, y = sys.argv[1:]
-model = torch.export.load(path).module() if path.endswith('.pt2') else torch.jit.load(path)
-torch.testing.assert_close(model(torch.load(x)), torch.load(y), rtol=1e-6, atol=1e-6)
+import pathlib, sys, torch
+x, y, *paths = sys.argv[1:]
+for path in paths:
+    model = torch.export.load(path).module() if path.endswith('.pt2') else torch.jit.load(path)
+    torch.testing.assert_close(model(torch.load(x)), torch.load(y), rtol=1e-6, atol=1e-6)
+    print(pathlib.Path(path).name)
 assert not [name for name in sys.modules if name.startswith('fxprune') or name.endswith('tests.networks')]
 """
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-def test_the_file_is_read_without_the_models_code(
-    networks: dict[str, fxprune.TracedModule], tmp_path: Path, suffix: str
-) -> None:
+def test_the_files_are_read_without_the_models_code(networks: dict[str, fxprune.TracedModule], tmp_path: Path) -> None:
     final, x = networks["residual"], torch.randn(3, 3, 6, 6)
-    path = FORMATS[suffix](final, tmp_path / f"model{suffix}").path
+    paths = [export(final, tmp_path / f"model{suffix}").path for suffix, export in FORMATS.items()]
     torch.save(x, tmp_path / "x")
     torch.save(final(x).detach(), tmp_path / "y")
-    command = [sys.executable, "-W", "ignore", "-I", "-c", READER, path, tmp_path / "x", tmp_path / "y"]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    command = [sys.executable, "-W", "ignore", "-I", "-c", READER, tmp_path / "x", tmp_path / "y", *paths]
+    done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["model.pt2", "model.pt"]
 
 
 def test_a_program_keeps_names_and_says_what_it_is(networks: dict[str, fxprune.TracedModule], tmp_path: Path) -> None:
@@ -90,6 +90,17 @@ def test_a_program_keeps_names_and_says_what_it_is(networks: dict[str, fxprune.T
     assert program.state_dict.keys() == {k for k in final.state_dict() if "num_batches" not in k}
     assert json.loads(files["fxprune.json"])["fxprune.version"] == fxprune.__version__
     assert str(Path(__file__).parent).encode() not in path.read_bytes()
+
+
+def test_a_mask_inside_a_norm_folds_to_one_parameter(tmp_path: Path) -> None:
+    traced = fxprune.trace(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(2, 4))
+    fxprune.weight_norm(traced, "0.weight")
+    fxprune.prune.l1_unstructured(traced, "0.parametrizations.weight.original1", 0.5)
+    path = to_program(traced.eval(), tmp_path / "model.pt2").path
+    stored = torch.export.load(path).state_dict
+    assert stored.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert int((stored["0.weight"] == 0).sum()) == 12
+    assert compare(traced, path, inputs=torch.randn(5, 4), rtol=0).ok
 
 
 def test_torchscript_is_frozen(networks: dict[str, fxprune.TracedModule], tmp_path: Path) -> None:
