@@ -185,6 +185,72 @@ def test_a_class_with_one_size_for_all_heads_gets_zeros_where_only_some_can_shri
     assert int((small.query.weight == 0).all(1).sum()) == 4
 
 
+class ConvolvedAttention(Attention):
+    """Its projections are convolutions, which read integers of their own that are ratios of sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Conv1d(12, 16, 5, padding=2) for _ in range(3))
+        self.out = nn.Conv1d(16, 12, 5, padding=2)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], self.num_heads, self.head_dim, x.shape[2]).transpose(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.split(layer(x)) for layer in (self.query, self.key, self.value))
+        y = (q @ k.transpose(2, 3) / 2).softmax(-1) @ v
+        return x + self.out(y.transpose(2, 3).reshape(x.shape[0], self.num_heads * self.head_dim, x.shape[2]))
+
+
+def test_layers_that_get_zeros_back_have_attributes_of_that_size() -> None:
+    model, x = ConvolvedAttention().double().eval(), torch.randn(2, 12, 5, dtype=torch.float64)
+    traced = masked(model, (x,), modes=("eval",))
+    mask_rows(traced, [0, 4, 8, 12], "value.weight", "value.bias")
+    for layer in ("query", "key"):
+        mask_rows(traced, [0, 1, 4, 5, 8, 9, 12, 13], f"{layer}.weight", f"{layer}.bias")
+    small = write_back(fxprune.finalize(traced, align=1), model)
+    agree(traced, small, x)
+    for layer in small.children():
+        assert (layer.out_channels, layer.in_channels) == layer.weight.shape[:2] == (12, 12)
+
+
+class Limited(nn.Module):
+    """Runs out of memory with any size but the model's."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.first, self.last, self.width, self.error = nn.Linear(6, 8), nn.Linear(8, 2), 8, error
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.shape[-1] != 8:
+            raise self.error("no memory")
+        return self.last(x.view(-1, self.width))
+
+
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_a_lack_of_memory_is_no_sign_of_a_wrong_size(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Limited(kind).double(), torch.randn(2, 6, dtype=torch.float64)
+    traced = masked(model, (x,), modes=("eval",))
+    mask_rows(traced, [1, 2], "first.weight", "first.bias")
+    final = fxprune.finalize(traced, align=1)
+    calls: list[int] = []
+    forward = Limited.forward
+    monkeypatch.setattr(Limited, "forward", lambda self, x: (calls.append(1), forward(self, x))[1])
+    with pytest.raises(WriteBackError, match=f"{kind.__name__}: no memory"):
+        write_back(final, model)
+    assert len(calls) == 2  # the model as it is, and once with the new sizes
+
+
+def test_forwards_are_put_back_those_of_instances_too() -> None:
+    model = Attention().double().eval()
+    model.out.forward = forward = lambda x: nn.functional.linear(x, model.out.weight, model.out.bias)  # type: ignore[method-assign]
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    small = write_back(fxprune.finalize(fxprune.trace(model, (x,), modes=("eval",))), model)
+    assert small.out.forward is forward
+    assert not any("forward" in vars(module) for module in small.modules() if module is not small.out)
+
+
 def test_a_size_in_the_code_is_refused_by_module_class_and_line() -> None:
     model = nn.Sequential(Fixed()).double()
     traced = masked(model, (image(),), modes=("eval",))
