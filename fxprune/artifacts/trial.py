@@ -12,11 +12,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxprune.artifacts.attribute_reads import Reads
-from fxprune.artifacts.layer_attributes import layer_attributes
 from fxprune.artifacts.rehearsal import Rehearsal
 from fxprune.artifacts.slots import Slot, candidates, combinations, derived, slots_by_module
 from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.artifacts.zero_channels import Channels, ZeroChannels, ways_to_fill_up
+from fxprune.channels.registry import REGISTRY
 from fxprune.graph.equality import close
 from fxprune.graph.names import tensors_of
 
@@ -85,7 +85,7 @@ class Search:
 
     def _free(self, module: nn.Module) -> list[Slot]:
         """The integers of a module that do not follow from its own parameters, as those of torch's layers do."""
-        known = layer_attributes(module)
+        known = REGISTRY.module_sizes(module)
         return [slot for slot in self.slots[module] if slot.name not in known]
 
     def _read(self, module: nn.Module) -> list[Slot]:

@@ -65,6 +65,8 @@ class OperatorCall(abc.ABC):
 
     # names of arguments that a field may have in the schemas, first match first
     aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # the torch modules that call it, which `module_sizes` describes
+    modules: ClassVar[tuple[type[nn.Module], ...]] = ()
     # whether the operator acts on every element by itself
     is_pointwise: ClassVar[bool] = False
 
@@ -105,7 +107,7 @@ class OperatorCall(abc.ABC):
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> Mapping[str, Any]:
-        """The sizes that a torch module of this operator keeps as attributes, as its parameters have them."""
+        """The sizes that one of `modules` keeps as attributes, as its parameters have them."""
         return {}
 
 
@@ -150,6 +152,21 @@ class Registry:
         if torch.Tag.pointwise in {*target.tags, *getattr(twin, "tags", ())}:
             return self._pointwise
         return None
+
+    def module_sizes(self, module: nn.Module) -> dict[str, Any]:
+        """By name, what the sizes that a layer of torch keeps must be with the parameters that it has now.
+
+        The groups of a convolution do not show in its parameters: they are taken as they are. Modules of other classes
+        have no such attributes.
+
+        Example:
+            >>> REGISTRY.module_sizes(nn.Linear(4, 2))
+            {'out_features': 2, 'in_features': 4}
+        """
+        for rule in dict.fromkeys(self._rules.values()):
+            if rule.modules and isinstance(module, rule.modules):
+                return dict(rule.module_sizes(module))
+        return {}
 
     def call(self, node: fx.Node) -> OperatorCall | None:
         """The record of a node's call, None where there is no rule."""

@@ -10,7 +10,7 @@ import math
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -371,12 +371,22 @@ def _passed(left: Value, right: Value, rank: int, out: tuple[Axis, ...], has_row
 class Linear(Contraction):
     """`input @ weight.T + bias`."""
 
+    modules: ClassVar = (nn.Linear,)
+
     @classmethod
     def parse(cls, node: fx.Node) -> Self:
         given = bound(node)
         left, right = given["input"], given["weight"]
         labels = Labels.of_matmul(_rank(left), _rank(right), transposed=_rank(right) == 2)
         return cls(node, left, right, labels, given["bias"], "bias")
+
+    @property
+    def weight(self) -> fx.Node:
+        return self.right
+
+    def scaled(self, weight: Tensor, factors: Tensor) -> Tensor:
+        """A weight of this call times one factor for each output."""
+        return weight * factors.view(-1, 1)
 
     @property
     def traffic(self) -> Traffic:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,7 @@ from fxprune.channels.registry import Cost, OperatorCall, Traffic, register
 from fxprune.channels.rules.contractions import Layer, read_weight
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result, Walk
+from fxprune.torch_internals import ConvNd
 
 aten = torch.ops.aten
 _TRANSPOSED = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
@@ -34,6 +35,7 @@ class Convolution(OperatorCall):
     padding: Any
     groups: int
     transposed: bool = False
+    modules: ClassVar = (ConvNd,)
 
     @property
     def shift(self) -> fx.Node | None:
@@ -59,6 +61,15 @@ class Convolution(OperatorCall):
     def space(self) -> int:
         """How many axes of space there are."""
         return len(self.weight.meta["val"].shape) - 2
+
+    def scaled(self, weight: Tensor, factors: Tensor) -> Tensor:
+        """A weight of this call times one factor for each output channel."""
+        if not self.is_transposed:
+            return weight * factors.view(-1, *[1] * (weight.dim() - 1))
+        split = weight.unflatten(0, (self.groups, -1))
+        by_group = factors.view(self.groups, 1, -1, *[1] * (weight.dim() - 2))
+        scaled: Tensor = split * by_group
+        return scaled.flatten(0, 1)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -165,7 +176,7 @@ class Convolution(OperatorCall):
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
-        assert isinstance(module, nn.modules.conv._ConvNd)
+        assert isinstance(module, ConvNd)
         first, second = module.weight.shape[:2]
         groups = module.groups
         inputs, outputs = (first, second * groups) if module.transposed else (second * groups, first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fxprune.channels.registry import OperatorCall, register
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Result, Walk
+from fxprune.torch_internals import NormBase
 
 aten = torch.ops.aten
 
@@ -89,6 +90,8 @@ class BatchNorm(_ChannelNorm):
     """By running statistics, in train mode by those of the batch."""
 
     training: bool
+    # instance norms too
+    modules: ClassVar = (NormBase,)
 
     @property
     def over_input(self) -> bool:
@@ -96,7 +99,8 @@ class BatchNorm(_ChannelNorm):
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
-        return channel_count(module)
+        found = module.weight if module.weight is not None else module.running_mean
+        return {} if found is None else {"num_features": len(found)}  # type: ignore[arg-type]
 
 
 @register(aten._native_batch_norm_legit_no_training, aten._batch_norm_no_update)
@@ -122,16 +126,6 @@ class InstanceNorm(_ChannelNorm):
     def normalized(self, value: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor | None:
         # a channel that is constant over space is its own mean
         return torch.zeros_like(value) if self.over_input else super().normalized(value, mean, variance)
-
-    @classmethod
-    def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
-        return channel_count(module)
-
-
-def channel_count(module: nn.Module) -> dict[str, Any]:
-    """`num_features` of a norm with or without a gain."""
-    found = module.weight if module.weight is not None else module.running_mean
-    return {} if found is None else {"num_features": len(found)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,13 +160,15 @@ class LayerNorm(_MixingNorm):
     """Over the last axes."""
 
     normalized_shape: list[Any]
+    modules: ClassVar = (nn.LayerNorm, nn.RMSNorm)
 
     def first_axis(self, rank: int) -> int:
         return rank - len(self.normalized_shape)
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
-        return {"normalized_shape": tuple(module.weight.shape)}  # type: ignore[arg-type]
+        weight = module.weight
+        return {"normalized_shape": tuple(weight.shape)} if isinstance(weight, Tensor) else {}
 
 
 @register(aten.group_norm, aten.native_group_norm)
@@ -180,11 +176,15 @@ class LayerNorm(_MixingNorm):
 class GroupNorm(_MixingNorm):
     """Over space and the channels of a group."""
 
+    modules: ClassVar = (nn.GroupNorm,)
+
     def first_axis(self, rank: int) -> int:
         return 1
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
         assert isinstance(module, nn.GroupNorm)
+        if module.weight is None:
+            return {}
         count = len(module.weight)
         return {"num_channels": count, "num_groups": module.num_groups * count // module.num_channels}

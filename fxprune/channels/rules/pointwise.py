@@ -6,10 +6,10 @@ import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxprune.channels.axes import Axis
 from fxprune.channels.registry import REGISTRY, OperatorCall, register
@@ -126,6 +126,12 @@ class Prelu(OperatorCall):
 
     data: fx.Node
     weight: fx.Node
+    modules: ClassVar = (nn.PReLU,)
+
+    @classmethod
+    def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
+        assert isinstance(module, nn.PReLU)
+        return {"num_parameters": len(module.weight)}
 
     def relate(self, walk: Walk) -> Value:
         value, slope = walk.value(self.data), walk.value(self.weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -31,6 +31,7 @@ class Recurrent(OperatorCall):
     has_biases: bool
     num_layers: int
     bidirectional: bool
+    modules: ClassVar = (nn.RNNBase,)
 
     @property
     def parameters_per_direction(self) -> int:

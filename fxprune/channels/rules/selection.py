@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxprune.channels.axes import Axis, same_size
 from fxprune.channels.edits import Count, Extent, Reindex, ReplaceCall, SetArguments
@@ -256,6 +256,7 @@ class Embedding(OperatorCall):
 
     weight: fx.Node
     indices: fx.Node
+    modules: ClassVar = (nn.Embedding,)
 
     def relate(self, walk: Walk) -> Value:
         table = walk.blur(self.node, walk.value(self.weight), [0], "rows are looked up by data")
@@ -264,7 +265,7 @@ class Embedding(OperatorCall):
         return table.moved(axes, lambda tensor: tensor.reshape([1] * (len(axes) - 1) + [-1]))
 
     @classmethod
-    def module_sizes(cls, module: torch.nn.Module) -> dict[str, Any]:
+    def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
         rows, columns = module.weight.shape  # type: ignore[misc]
         return {"num_embeddings": rows, "embedding_dim": columns}
 
