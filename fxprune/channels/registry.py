@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
@@ -22,6 +23,7 @@ from fxprune.channels.arguments import bound
 from fxprune.channels.axes import Axis
 from fxprune.channels.walk import Result, Walk
 from fxprune.errors import ArgumentError, ArgumentTypeError
+from fxprune.torch_internals import OpOverload, schema_of
 
 # an overload, all overloads of an operator, or a Python function
 Operator: TypeAlias = Any
@@ -76,11 +78,22 @@ class OperatorCall(abc.ABC):
         given = bound(node)
         found: dict[str, Any] = {}
         for item in dataclasses.fields(cls)[1:]:
-            names = cls.aliases.get(item.name) or _ALIASES.get(item.name) or (item.name,)
-            present = [name for name in names if name in given]
+            present = [name for name in cls.names_of(item.name) if name in given]
             if present:
                 found[item.name] = given[present[0]]
         return cls(node, **found)
+
+    @classmethod
+    def names_of(cls, field: str) -> tuple[str, ...]:
+        """The names of arguments that a field stands for, first match first."""
+        return cls.aliases.get(field) or _ALIASES.get(field) or (field,)
+
+    @classmethod
+    def missing(cls, arguments: Collection[str]) -> list[str]:
+        """For each field without default that none of these arguments fills, the names that would."""
+        needed = [item for item in dataclasses.fields(cls)[1:] if item.default is dataclasses.MISSING]
+        names = [cls.names_of(item.name) for item in needed]
+        return [" or ".join(map(repr, each)) for each in names if set(each).isdisjoint(arguments)]
 
     @abc.abstractmethod
     def relate(self, walk: Walk) -> Result:
@@ -217,7 +230,8 @@ def register_operator(operator: Operator, rule: Rule | Operator) -> None:
             subclass of `fxprune.channels.OperatorCall`.
 
     Raises:
-        ArgumentError: the operator has a rule, or the one it is to be like has none.
+        ArgumentError: the operator has a rule, the one it is to be like has none, or the rule needs an argument of a
+            name that the operator has not.
         ArgumentTypeError: `operator` is none of torch's operators, or `rule` is neither of the two.
 
     Example:
@@ -230,7 +244,7 @@ def register_operator(operator: Operator, rule: Rule | Operator) -> None:
     if not isinstance(operator, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         raise ArgumentTypeError(f"{operator!r} is no operator of torch. Define one by torch.library.custom_op.")
     if isinstance(rule, type) and issubclass(rule, OperatorCall):
-        REGISTRY.add(operator, rule)
+        _add(operator, rule)
         return
     if not isinstance(rule, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         raise ArgumentTypeError(f"rule={rule!r}: an operator that is known, or a class of OperatorCall, is needed.")
@@ -238,7 +252,27 @@ def register_operator(operator: Operator, rule: Rule | Operator) -> None:
     known = REGISTRY.rule(overload)
     if known is None:
         raise ArgumentError(f"{rule} has no rule either, so {operator} cannot be like it.")
-    REGISTRY.add(operator, known)
+    _add(operator, known)
+
+
+def _add(operator: Operator, rule: Rule) -> None:
+    """Register a rule that finds its arguments in every overload of the operator, or parses them itself."""
+    parses_itself = inspect.getattr_static(rule, "parse") is not inspect.getattr_static(OperatorCall, "parse")
+    for overload in () if parses_itself else _overloads(operator):
+        schema = schema_of(overload)
+        arguments = [argument.name for argument in schema.arguments] if schema else []
+        if missing := rule.missing(arguments):
+            raise ArgumentError(
+                f"{operator} takes {', '.join(map(repr, arguments))}; its rule {rule.__name__} needs an argument "
+                f"{', and one '.join(missing)}. Name it so, or register a subclass of {rule.__name__} with `aliases`."
+            )
+    REGISTRY.add(operator, rule)
+
+
+def _overloads(operator: Operator) -> list[OpOverload]:
+    if isinstance(operator, OpOverload):
+        return [operator]
+    return [getattr(operator, name) for name in operator.overloads()]
 
 
 def relate(walk: Walk, node: fx.Node) -> Result:
