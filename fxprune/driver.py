@@ -18,7 +18,7 @@ from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import FinalizeError, NonFiniteWarning, PruningError
 from fxprune.graph.containers import provenance_of, set_provenance
-from fxprune.graph.equality import error
+from fxprune.graph.equality import FOLDED_TOLERANCES, error
 from fxprune.graph.masks import masked, named_by_mask, original_name
 from fxprune.graph.names import canonical, has_parametrization, locate, one_name
 from fxprune.graph.reparametrizations import hook_state, reparametrized
@@ -332,8 +332,7 @@ def verify_equal(traced: TracedModule, final: TracedModule, *, exact: bool) -> N
     """Raise FinalizeError unless both compute the same on the sample inputs in eval mode, to the bit or to rounding."""
     for i, (want, got) in enumerate(zip(traced.run_example(), final.run_example(), strict=True)):
         rounds = not exact and isinstance(want, torch.Tensor) and want.is_floating_point()
-        # the rounding of a deep network's sums in another order, as measured in units of the output's own rounding
-        if (difference := error(want, got)) > (1e4 * torch.finfo(want.dtype).eps if rounds else 0):
+        if (difference := error(want, got)) > (FOLDED_TOLERANCES[want.dtype] if rounds else 0):
             raise FinalizeError(
                 f"output {i} of the finalized model differs from the masked one's by {difference:.1e} relative to the "
                 "largest value, which must not happen. The masked model is unharmed; please report the model."

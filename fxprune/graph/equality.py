@@ -17,8 +17,13 @@ TOLERANCES = {
 }  # fmt: skip
 
 # Between a graph and the same graph without its dead channels: every sum is over fewer terms, and constants were added
-# up elsewhere. Only networks too large to be run in float64 are compared in these precisions.
-_REDUCED_TOLERANCES = TOLERANCES | {torch.float32: 2e-4, torch.complex64: 2e-4, torch.float16: 5e-2}
+# up elsewhere. Only networks too large to be run in float64 are compared in less than that.
+REDUCED_TOLERANCES = TOLERANCES | {torch.float32: 2e-4, torch.complex64: 2e-4, torch.float16: 5e-2}
+
+# Between layers in front of batch norms and the same layers with these folded in, where every weight is rounded anew.
+# ResNets, MobileNetV2, DenseNet-121, EfficientNet-B0 and VGG-16 differ by up to 9e-6 in float32, 0.02 in float16 and
+# 0.11 in bfloat16; an output of the wrong sign differs by 2.
+FOLDED_TOLERANCES = TOLERANCES | {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
 _COARSEST = max(TOLERANCES.values())
 
 
@@ -80,5 +85,5 @@ def error(reference: Any, value: Any) -> float:
 def close(reference: Any, value: Any, tolerance: float | None = None) -> bool:
     """Whether two tensors differ by rounding alone: by a relative `tolerance`, None: that of the reference's dtype."""
     if tolerance is None:
-        tolerance = _REDUCED_TOLERANCES.get(getattr(reference, "dtype", torch.float64), _COARSEST)
+        tolerance = REDUCED_TOLERANCES.get(getattr(reference, "dtype", torch.float64), _COARSEST)
     return error(reference, value) <= tolerance

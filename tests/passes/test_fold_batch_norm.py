@@ -82,3 +82,23 @@ def test_a_module_without_an_eval_graph_is_refused() -> None:
     traced = fxprune.trace(FOLDABLE["linear"][0].double(), (torch.randn(3, 5).double(),), modes=("train",))
     with pytest.raises(FinalizeError, match="eval graph"):
         FoldBatchNorm()(traced)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_finalize_notices_a_wrong_fold_in_every_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [part for _ in range(6) for part in (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())]
+    model = _settle(nn.Sequential(*layers)).eval().to(dtype)
+    traced = fxprune.trace(model, (torch.randn(4, 8, dtype=dtype),), modes=("eval",))
+    assert not list(fxprune.finalize(traced, fold_batch_norm=True).graph.find_nodes(
+        op="call_function", target=torch.ops.aten.batch_norm.default
+    ))  # fmt: skip
+    run = FoldBatchNorm.run
+
+    def wrong(self: FoldBatchNorm, module: fxprune.TracedModule) -> bool:
+        modified = run(self, module)
+        module.get_parameter("15.weight").data.neg_()
+        return modified
+
+    monkeypatch.setattr(FoldBatchNorm, "run", wrong)
+    with pytest.raises(FinalizeError, match="must not happen"):
+        fxprune.finalize(traced, fold_batch_norm=True)
