@@ -123,15 +123,20 @@ def _free_name(traced: TracedModule, reader: Reader) -> str:
 
 def add_zero_biases(traced: TracedModule, coupling: Coupling, plan: ChannelPlan) -> None:
     """Create the biases that a stored plan lists, as zeros: what is folded into them depends on the values."""
-    readers = list(coupling.readers())
+    layers: dict[str, tuple[Reader, Reader | None]] = {}
+    for reader, twin in coupling.readers():
+        for layer in (reader.source, reader.node.name):
+            if reader.rows is not None and layer is not None:
+                layers.setdefault(layer, (reader, twin))
     for name, layer in plan.added.items():
-        for reader, twin in readers:
-            if layer in (reader.source, reader.node.name) and reader.rows is not None:
-                like = coupling.tensors[reader.source] if reader.source else reader.node.meta["val"]
-                bias = reader.bias.node
-                value = torch.zeros(reader.rows.size, dtype=like.dtype) if bias is None else evaluate(traced, bias)
-                add_bias(traced, coupling, reader, twin, name, value.clone())
-                break
+        if layer not in layers:
+            continue
+        reader, twin = layers[layer]
+        like = coupling.tensors[reader.source] if reader.source else reader.node.meta["val"]
+        bias = reader.bias.node
+        assert reader.rows is not None
+        value = torch.zeros(reader.rows.size, dtype=like.dtype) if bias is None else evaluate(traced, bias)
+        add_bias(traced, coupling, reader, twin, name, value.clone())
 
 
 def add_bias(

@@ -284,7 +284,7 @@ class Contraction(OperatorCall):
         takes_bias = per_row and self._bias_counts_once
         layer = Layer(
             self.node, left, dim, right, _table(right, row_axis), rows, joined.ids, 1, out_axis.size, joined.size,
-            folds=True, bias=Bias(self.bias_operand, self.bias_argument) if takes_bias else Bias(),
+            folds=self._bias_counts_once, bias=Bias(self.bias_operand, self.bias_argument) if takes_bias else Bias(),
             bias_value=bias if per_row else None, row_axis=max(row_axis, 0),
         )  # fmt: skip
         known = read_weight(walk, layer)

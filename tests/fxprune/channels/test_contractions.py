@@ -1,0 +1,138 @@
+"""Every spelling of a product of matrices is one contraction, and loses the same channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.channels.rules.contractions import Labels
+from tests.fxprune.channels.exactness import error
+
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# x [batch, 6], weight [4, 6], bias [4]
+MATRICES: dict[str, Product] = {
+    "linear": lambda x, weight, bias: nn.functional.linear(x, weight, bias),
+    "addmm": lambda x, weight, bias: torch.addmm(bias, x, weight.t()),
+    "mm": lambda x, weight, bias: torch.mm(x, weight.t()) + bias,
+    "matmul": lambda x, weight, bias: x @ weight.t() + bias,
+    "bmm": lambda x, weight, bias: torch.bmm(x[None], weight.t()[None])[0] + bias,
+    "baddbmm": lambda x, weight, bias: torch.baddbmm(bias.view(1, 1, 4), x[None], weight.t()[None])[0],
+    "einsum": lambda x, weight, bias: torch.einsum("bi,oi->bo", x, weight) + bias,
+    "einsum with the weight turned": lambda x, weight, bias: torch.einsum("bi,io->bo", x, weight.t()) + bias,
+}
+
+
+class Between(nn.Module):
+    """A product between two linear layers."""
+
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(4, 3)
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(4))
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.product(self.first(x), self.weight, self.bias).relu())
+
+
+def assert_equal(model: nn.Module, final: fxprune.TracedModule, x: Tensor) -> None:
+    with torch.no_grad():
+        assert error(model(x), final(x)) < 1e-9
+
+
+@pytest.mark.parametrize("spelling", MATRICES)
+def test_dead_inputs_and_outputs_of_a_product_go(spelling: str) -> None:
+    model = Between(MATRICES[spelling]).double().eval()
+    with torch.no_grad():
+        model.first.weight[:2] = 0
+        model.first.bias[:2] = 0
+        model.weight[1] = 0
+        model.bias[1] = 0
+    traced = fxprune.trace(model, (torch.randn(2, 5).double(),), modes=("eval",))
+    final = fxprune.finalize(traced, align=1)
+    assert final.plan is not None
+    assert len(final.plan.kept["first.weight"][0]) == 4
+    # a batch of matrices is no weight of a layer, whose rows are followed
+    rows = [0, 1, 2, 3] if "bmm" in spelling else [0, 2, 3]
+    assert final.plan.kept["last.weight"][1].tolist() == rows
+    for batch in (1, 2, 5):
+        assert_equal(model, final, torch.randn(batch, 5).double())
+
+
+@pytest.mark.parametrize("spelling", ["linear", "addmm", "mm", "matmul", "einsum"])
+def test_constants_behind_dead_rows_fold(spelling: str) -> None:
+    model = Between(MATRICES[spelling]).double().eval()
+    with torch.no_grad():
+        model.first.weight[:2] = 0  # their biases stay: constants
+    traced = fxprune.trace(model, (torch.randn(2, 5).double(),), modes=("eval",))
+    final = fxprune.finalize(traced, align=1)
+    assert final.plan is not None
+    assert len(final.plan.kept["first.weight"][0]) == 4
+    assert_equal(model, final, torch.randn(3, 5).double())
+
+
+def test_a_scaled_product_keeps_its_scale() -> None:
+    scaled = Between(lambda x, weight, bias: torch.addmm(bias, x, weight.t(), beta=0.5, alpha=2.0)).double().eval()
+    with torch.no_grad():
+        scaled.first.weight[:2] = 0
+    final = fxprune.finalize(fxprune.trace(scaled, (torch.randn(2, 5).double(),), modes=("eval",)), align=1)
+    assert_equal(scaled, final, torch.randn(3, 5).double())
+
+
+def test_weights_that_sum_to_one_are_those_of_the_axis_that_is_contracted() -> None:
+    class Turned(nn.Module):
+        """Attention over queries instead of keys: a constant value channel does not pass it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores, self.values, self.out = nn.Linear(5, 4), nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = self.scores(x).softmax(-1)  # [batch, keys, queries]
+            return self.out(torch.einsum("bkq,bkd->bqd", weights, self.values(x)))
+
+    model = Turned().double().eval()
+    with torch.no_grad():
+        model.values.weight[:3] = 0
+    traced = fxprune.trace(model, (torch.randn(2, 7, 5).double(),), modes=("eval",))
+    final = fxprune.finalize(traced, align=1)
+    assert final.plan is not None
+    assert len(final.plan.kept["values.weight"][0]) == 6
+    assert_equal(model, final, torch.randn(3, 7, 5).double())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "transposed", "labels"),
+    [
+        ((2, 2), False, ("MK", "KN", "MN")),
+        ((2, 2), True, ("MK", "NK", "MN")),
+        ((4, 2), True, ("abMK", "NK", "abMN")),
+        ((3, 4), False, ("bMK", "abKN", "abMN")),
+        ((1, 2), False, ("K", "KN", "N")),
+        ((3, 1), False, ("aMK", "K", "aM")),
+        ((1, 1), False, ("K", "K", "")),
+    ],
+)
+def test_products_are_labelled_as_torch_broadcasts_them(
+    ranks: tuple[int, int], transposed: bool, labels: tuple[str, str, str]
+) -> None:
+    found = Labels.of_matmul(*ranks, transposed)
+    assert (found.left, found.right, found.out) == labels
+
+
+@pytest.mark.parametrize(
+    "equation", ["ij,jk,kl->il", "...i,ij->...j", "ii,ij->j", "ij,kl->ijkl", "ij,ij->", "ijk,jl->il"]
+)
+def test_other_equations_are_not_understood(equation: str) -> None:
+    assert Labels.of_equation(equation) is None
+
+
+def test_an_equation_is_understood_in_any_order() -> None:
+    found = Labels.of_equation("bhqd, bhkd -> bhqk")
+    assert found is not None
+    assert (found.batch, found.outer, found.inner, found.contracted) == ("bh", "q", "k", "d")
