@@ -6,7 +6,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # subprocesses take it from here; it must stand before torch is imported
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -52,3 +53,13 @@ def pytorchcv_model(_torchvision_operators: object) -> Callable[..., nn.Module]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def shared_translations() -> Iterator[None]:
+    """One table of ONNX translations for all exports: torch builds it anew in each, two thirds of a small one."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
