@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 import torch
 
-from fxprune.capture.programs import read_program
+from fxprune.capture.archives import read_program
 from fxprune.errors import CompareError
 from fxprune.graph.macs import counted_macs, flop_counter
 

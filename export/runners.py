@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from fxprune.capture.programs import read_program
+from fxprune.capture.archives import read_program
 from fxprune.errors import CompareError, FxpruneError
 from fxprune.graph.snapshot import preserved
 

@@ -32,6 +32,7 @@ from torch.nn.utils.parametrizations import _Orthogonal as Orthogonal
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from torch.nn.utils.prune import _validate_pruning_amount_init as validate_pruning_amount
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy import functions
 
 __all__ = [
     "LOGGERS_OF_FAILED_CAPTURES",
@@ -63,6 +64,7 @@ __all__ = [
     "pytree_info",
     "schema_of",
     "size_expression",
+    "size_function",
     "state_of_generated_code",
     "step_pre_hooks",
     "symbol_ranges",
@@ -118,6 +120,11 @@ def symbol_ranges(mode: FakeTensorMode, sizes: Iterable[int | torch.SymInt]) -> 
     symbols = [symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols]
     known = mode.shape_env.var_to_range if mode.shape_env is not None else {}
     return {symbol: known[symbol] for symbol in symbols}
+
+
+def size_function(name: str, otherwise: Any = None) -> Any:
+    """What torch takes a name for where it parses the expression of a size, beside sympy's own names."""
+    return getattr(functions, name, otherwise)
 
 
 def derived_dimension(dimension: Any) -> tuple[Dim, int, int] | None:

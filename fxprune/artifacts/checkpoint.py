@@ -19,7 +19,8 @@ from fxprune.artifacts.reading import CPU, read_checkpoint
 from fxprune.artifacts.refitting import refitted
 from fxprune.artifacts.restoring import restored
 from fxprune.artifacts.stored_graphs import written_graph
-from fxprune.capture.programs import from_program, is_program, read_members, read_program
+from fxprune.capture.archives import is_program, read_members, read_program
+from fxprune.capture.programs import from_program
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError
 from fxprune.files import atomic
 from fxprune.graph.traced import TracedModule

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram, exported_program, graph_signature
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec
 
 from fxprune.artifacts.header import StoredGraph
-from fxprune.capture.programs import read_program
+from fxprune.capture.archives import read_program
 from fxprune.capture.unlifting import unlift
 from fxprune.graph.containers import Container
 from fxprune.graph.editing import erase_dead

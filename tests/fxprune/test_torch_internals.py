@@ -6,6 +6,7 @@ import io
 import logging
 
 import pytest
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
@@ -222,6 +223,58 @@ def test_is_inside_step_of_the_same_optimizer_alone() -> None:
     outer.register_step_pre_hook(lambda *_: inner.step())
     outer.step()
     assert found == [False, True, False, False, True]
+
+
+# ---- exported programs
+
+
+@pytest.fixture(scope="module")
+def free_batch() -> torch.export.ExportedProgram:
+    """A program with a free axis that may be 3 to 9."""
+    shapes = {"input": {0: torch.export.Dim("batch", min=3, max=9)}}
+    return torch.export.export(nn.Linear(2, 2), (torch.ones(4, 2),), dynamic_shapes=shapes, strict=False)
+
+
+def test_TrainingIRVerifier_accepts_a_graph_as_it_is_captured(program: torch.export.ExportedProgram) -> None:
+    internals.TrainingIRVerifier().check(program)
+    assert internals.TrainingIRVerifier.dialect == "TRAINING"
+
+
+def test_fake_cpu_tensor_has_no_values_and_everything_else() -> None:
+    like = nn.Parameter(torch.ones(2, 3, dtype=torch.float64).t())
+    fake = internals.fake_cpu_tensor(internals.FakeTensorMode(), like)
+    assert isinstance(fake, internals.FakeTensor)
+    assert (fake.shape, fake.stride(), fake.dtype) == (like.shape, like.stride(), like.dtype)
+    assert fake.device.type == "cpu"
+    assert fake.requires_grad
+
+
+def test_symbol_ranges_are_those_of_the_free_sizes(free_batch: torch.export.ExportedProgram) -> None:
+    value = free_batch.graph.find_nodes(op="placeholder")[-1].meta["val"]
+    ((symbol, found),) = internals.symbol_ranges(value.fake_mode, value.shape).items()
+    assert free_batch.range_constraints[symbol] == found
+    assert (found.lower, found.upper) == (3, 9)
+    assert internals.symbol_ranges(internals.FakeTensorMode(), (2, 3)) == {}
+
+
+def test_size_function_knows_what_torch_writes_into_sizes() -> None:
+    assert issubclass(internals.size_function("FloorDiv"), sympy.Function)
+    assert internals.size_function("no such name") is None
+    assert internals.size_function("no such name", 1) == 1
+
+
+def test_derived_dimension_is_a_linear_function_of_its_root() -> None:
+    root = torch.export.Dim("n")
+    assert internals.derived_dimension(2 * root + 1) == (root, 2, 1)
+    assert internals.derived_dimension(root) is None
+    assert internals.derived_dimension(torch.export.Dim.AUTO) is None
+
+
+def test_dimension_hint_is_the_name_that_Dim_has_it_under() -> None:
+    for name in ("AUTO", "DYNAMIC", "STATIC"):
+        assert internals.dimension_hint(getattr(torch.export.Dim, name)) == name
+    assert internals.dimension_hint(torch.export.Dim.DYNAMIC(min=2)) == "DYNAMIC"
+    assert internals.dimension_hint(torch.export.Dim("n")) is None
 
 
 # ---- pruning methods
