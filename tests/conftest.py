@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # subprocesses take it from here; it must stand before torch is imported
+# Subprocesses take these from here; they must stand before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")  # captures of small graphs are a fifth faster without
 
 import functools
+import gc
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +22,12 @@ from torch import nn
 torch.set_num_threads(1)
 settings.register_profile("fxprune", deadline=None, derandomize=True)
 settings.load_profile("fxprune")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not walk through it during every capture."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +73,14 @@ def shared_translations() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
+
+
+@pytest.fixture(scope="session")
+def pytorchcv_class(_torchvision_operators: object) -> Callable[[str], Any]:
+    """A class of pytorchcv's by the file and the name it has there: `resnet_cifar.CIFARResNet`."""
+
+    def find(dotted: str) -> Any:
+        module, _, name = dotted.partition(".")
+        return getattr(importlib.import_module(f"pytorchcv.models.{module}"), name)
+
+    return find

@@ -29,7 +29,8 @@ def test_carried_system_follows_eager(layer, system):
     def touch(model):
         SYSTEMS[system](*locate(model, name))
 
-    assert_follows_eager(plain, touch, args)
+    free = layer == "linear" or system == "container of three"
+    assert_follows_eager(plain, touch, args, dynamic_shapes="batch" if free else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
