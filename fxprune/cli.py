@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import safetensors.torch
@@ -56,7 +56,7 @@ def demo(
     with demo_.progress(errors, quiet) as step:
         result = demo_.run(output, seed=seed, epochs=epochs, step=step)
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        _print_json(result.to_dict())
     else:
         result.show(Console())
     for failure in result.failures:
@@ -86,9 +86,12 @@ def compare(
     as_json: _Json = False,
 ) -> None:
     """Run models and files on the same inputs and compare all outputs. Exits with 1 when they differ."""
-    models = [_model(text) for text in (reference, *candidates)]
-    report = fxprune.compare(models[0], *models[1:], inputs=_call(inputs), rtol=rtol, atol=atol)
-    print(json.dumps(report.to_dict(), indent=2) if as_json else report.table())
+    items = [_model_or_file(name) for name in (reference, *candidates)]
+    report = fxprune.compare(*items, inputs=_call(inputs), rtol=rtol, atol=atol)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        print(report.table())
     if reproduce and not report.ok:
         report.reproduce(reproduce)
     raise typer.Exit(not report.ok)
@@ -106,7 +109,7 @@ def export(
     as_json: _Json = False,
 ) -> None:
     """Trace a model, finalize it, write it as a file, and verify the file."""
-    source = _model(model)
+    source = _model_or_file(model)
     if isinstance(source, Path):
         raise ArgumentError(f"'{model}' is a file; export takes package.module:factory.")
     writers: dict[str, Callable[..., fxprune.export.FileReport]] = {
@@ -114,34 +117,51 @@ def export(
     }  # fmt: skip
     if output.suffix not in writers:
         raise ArgumentError(f"'{output}': the name must end in .onnx, .pt2 or .pt.")
-    batches = [_call([text]) for text in calibration or ()]
-    options = {"precision": precision, "calibration": batches, "sparse": sparse, "opset": opset}
-    options = {name: value for name, value in options.items() if value and value != "float32"}
+    options = _onnx_options(precision, calibration, sparse, opset)
     if options and output.suffix != ".onnx":
         raise ArgumentError(f"'{output}': precision, calibration, sparse and opset are for files that end in .onnx.")
     final = fxprune.finalize(fxprune.trace(source.eval(), *_call(inputs), modes=("eval",)))
     report = writers[output.suffix](final, output, **options)
     assert report.comparison is not None
-    text = f"{output}: {report.size:,} bytes\n{report.comparison.table()}"
-    print(json.dumps(report.to_dict(), indent=2) if as_json else text)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        print(f"{output}: {report.size:,} bytes\n{report.comparison.table()}")
+
+
+def _onnx_options(
+    precision: str | None, calibration: list[str] | None, sparse: bool, opset: int | None
+) -> dict[str, Any]:
+    """The options that were given and ask for something else than the default."""
+    options: dict[str, Any] = {}
+    if precision not in (None, "", "float32"):
+        options["precision"] = precision
+    if calibration:
+        options["calibration"] = [_call([batch]) for batch in calibration]
+    if sparse:
+        options["sparse"] = True
+    if opset:
+        options["opset"] = opset
+    return options
 
 
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help=".onnx or .pt2")], as_json: _Json = False) -> None:
     """Show a file's tensors and their zeros, its multiply-adds, operators and plan."""
-    found = fxprune.export.inspect(file)
-    entries, zeros = (sum(row[i] for row in found.tensors) for i in (3, 4))  # type: ignore[misc]
+    contents = fxprune.export.inspect(file)
+    entries = sum(size for _, _, _, size, _ in contents.tensors)
+    zeros = sum(zero for *_, zero in contents.tensors)
     if as_json:
-        print(json.dumps(asdict(found) | {"parameters": entries, "zeros": zeros}, indent=2))
+        _print_json(asdict(contents) | {"parameters": entries, "zeros": zeros})
         return
     table = Table("tensor", "shape", "type", "entries", "zeros", box=box.SIMPLE, show_edge=False)
-    for name, shape, kind, size, zero in found.tensors:
+    for name, shape, kind, size, zero in contents.tensors:
         table.add_row(name, "x".join(map(str, shape)), kind, f"{size:,}", f"{zero / max(size, 1):.1%}")
     Console().print(table)
-    macs = "unknown" if found.macs is None else f"{found.macs:,}"
+    macs = "unknown" if contents.macs is None else f"{contents.macs:,}"
     print(f"{entries:,} parameters, {zeros:,} of them zero; {macs} multiply-adds")
-    print("operators: " + ", ".join(f"{count} {name}" for name, count in found.operators.items()))
-    for key, value in found.metadata.items():
+    print("operators: " + ", ".join(f"{count} {name}" for name, count in contents.operators.items()))
+    for key, value in contents.metadata.items():
         print(f"{key}: {value}")
 
 
@@ -156,70 +176,86 @@ def bench(
     as_json: _Json = False,
 ) -> None:
     """Measure the latency of ONNX files in onnxruntime, in turns."""
-    found = fxprune.export.bench(
+    latencies = fxprune.export.bench(
         files, inputs=_call(inputs) if inputs else None, batch=batch, threads=threads, provider=provider, rounds=rounds
     )
     if as_json:
         options = {"batch": batch, "threads": threads, "provider": provider}
-        print(json.dumps(options | {"files": [asdict(item) for item in found]}, indent=2))
+        _print_json(options | {"files": [asdict(latency) for latency in latencies]})
         return
     table = Table("file", "median ms", "quartiles", "ratio", box=box.SIMPLE, show_edge=False)
-    for item in found:
-        low, high = item.quartiles
-        table.add_row(item.name, f"{item.median:.3f}", f"{low:.3f} to {high:.3f}", f"{item.ratio:.3f}")
+    for latency in latencies:
+        low, high = latency.quartiles
+        table.add_row(latency.name, f"{latency.median:.3f}", f"{low:.3f} to {high:.3f}", f"{latency.ratio:.3f}")
     Console().print(table)
 
 
-def _model(text: str) -> nn.Module | Path:
-    module, colon, factory = text.partition(":")
-    if not colon or Path(text).exists():
-        return Path(text)
+def _model_or_file(name: str) -> nn.Module | Path:
+    """The model that package.module:factory returns, or the path of a file."""
+    module, colon, factory = name.partition(":")
+    if not colon or Path(name).exists():
+        return Path(name)
     sys.path.insert(0, "")
     try:
         model = operator.attrgetter(factory)(importlib.import_module(module))()
     except (ImportError, AttributeError) as error:
         raise ArgumentError(
-            f"'{text}' was to be called for a model: {error}. Name it package.module:factory."
+            f"'{name}' was to be called for a model: {error}. Name it package.module:factory."
         ) from error
     finally:
         sys.path.remove("")
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"'{text}' returns a {type(model).__name__}; a torch.nn.Module is needed.")
+        raise ArgumentError(f"'{name}' returns a {type(model).__name__}; a torch.nn.Module is needed.")
     return model
 
 
-def _call(texts: list[str]) -> fxprune.export.Call:
+def _call(inputs: list[str]) -> fxprune.export.Call:
+    """The call that the values of `--inputs` describe: tensors with names by name, all others by order."""
     args: list[torch.Tensor] = []
     kwargs: dict[str, torch.Tensor] = {}
-    for text in texts:
+    for given in inputs:
         try:
-            found = _tensors(text)
+            tensors = _tensors(given)
         except Exception as error:  # of the readers, of torch, or of int
             raise ArgumentError(
-                f"input '{text}' cannot be used: {type(error).__name__}: {error}. Give a shape (2x3x32x32, x=2x3, "
+                f"input '{given}' cannot be used: {type(error).__name__}: {error}. Give a shape (2x3x32x32, x=2x3, "
                 "ids=2x16:int64) or an .npz or .safetensors file."
             ) from error
-        kwargs |= {name: value for name, value in found.items() if not name.startswith("arr_")}
-        args += [value for name, value in found.items() if name.startswith("arr_")]
+        for name, tensor in tensors.items():
+            if name.startswith(_NAMELESS):
+                args.append(tensor)
+            else:
+                kwargs[name] = tensor
     return fxprune.export.Call(tuple(args), kwargs)
 
 
-def _tensors(text: str) -> dict[str, torch.Tensor]:
-    """By name; what has none is called as numpy does it, `arr_0`."""
-    if text.endswith(".safetensors"):
-        return safetensors.torch.load_file(text)
-    if text.endswith(".npz"):
-        with np.load(text, allow_pickle=False) as found:
-            return {name: torch.from_numpy(value) for name, value in found.items()}
-    name, _, shape = text.rpartition("=")
-    sizes, _, kind = shape.partition(":")
-    dtype, size = getattr(torch, kind or "float32"), [int(n) for n in sizes.split("x")]
-    value = torch.randn(size).to(dtype) if dtype.is_floating_point else torch.ones(size, dtype=dtype)
-    return {name or "arr_0": value}
+_NAMELESS = "arr_"  # as numpy begins the name of an array without one
 
 
-def _complain(text: str) -> None:
-    print(f"fxprune: {text}", file=sys.stderr)
+def _tensors(given: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file or of a shape by name."""
+    if given.endswith(".safetensors"):
+        return safetensors.torch.load_file(given)
+    if given.endswith(".npz"):
+        with np.load(given, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    name, _, description = given.rpartition("=")
+    sizes, _, dtype_name = description.partition(":")
+    return {name or f"{_NAMELESS}0": _sample([int(size) for size in sizes.split("x")], dtype_name or "float32")}
+
+
+def _sample(shape: list[int], dtype_name: str) -> torch.Tensor:
+    """Normal numbers, or ones for integers."""
+    dtype = getattr(torch, dtype_name)
+    return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _complain(message: str) -> None:
+    print(f"fxprune: {message}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
