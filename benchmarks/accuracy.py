@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
-import warnings
 
 import torch
-from models import macs, magnitude_pruner
+from command import argument, prepare, rounds
+from models import macs
+from peers import magnitude_pruner
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
@@ -43,15 +43,14 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # Torch-Pruning's own
-    torch.set_num_threads(1)
-    ratio = float(sys.argv[1]) if len(sys.argv) > 1 else 0.6
+    prepare()
+    ratio = argument(1, 0.6)
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
     found: dict[str, list[float]] = {"dense": [], "Torch-Pruning": [], "fxprune": []}
     left: dict[str, list[float]] = {"Torch-Pruning": [], "fxprune": []}
-    for seed in range(int(sys.argv[2]) if len(sys.argv) > 2 else 5):
+    for seed in range(rounds(5, position=2)):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         test, own = order[:600], order[600:]
         torch.manual_seed(seed)

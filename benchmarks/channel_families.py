@@ -15,19 +15,20 @@ import copy
 import io
 import logging
 import signal
-import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from models import cnn, magnitude_pruner
+from command import names, prepare
+from models import cnn
+from peers import magnitude_pruner
 from torch import nn
 
 import fxprune
+from fxprune.graph import equality
 from tests.architectures import ARCHITECTURES, FAMILIES, inputs_of, plain_transformer
 
 LIMIT = 120  # seconds for Torch-Pruning, which does not return on some
@@ -49,8 +50,8 @@ def outputs(value: Any) -> list[torch.Tensor]:
 
 
 def error(expected: Any, got: Any) -> float:
-    pairs = list(zip(outputs(expected), outputs(got), strict=True))
-    return max(float(((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).nan_to_num(1.0)) for a, b in pairs)
+    """The largest difference of an output, relative to its largest value."""
+    return max(equality.difference(a, b).relative for a, b in zip(outputs(expected), outputs(got), strict=True))
 
 
 def ours(model: nn.Module, inputs: dict[str, Any]) -> str:
@@ -122,12 +123,11 @@ def peers(model: nn.Module, inputs: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # the exporter's and Torch-Pruning's own
+    prepare()
     logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
     print("| architecture | MACs left | masked to finalized | finalized to onnxruntime | Torch-Pruning |")
     print("|---|---|---|---|---|", flush=True)
-    for name in sys.argv[1:] or (*FAMILIES, *ARCHITECTURES):
+    for name in names((*FAMILIES, *ARCHITECTURES)):
         model, inputs = load(name)
         try:
             own = ours(model, inputs)

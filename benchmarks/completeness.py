@@ -9,12 +9,11 @@ Run: python benchmarks/completeness.py [network ...]
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterator
 
 import torch
 import torch_pruning
+from command import names, prepare
 from models import cnn
 from torch import nn
 
@@ -87,9 +86,9 @@ class Reference:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # Torch-Pruning's own
+    prepare()
     total = [0, 0]
-    for name in sys.argv[1:] or FAMILIES:
+    for name in names(FAMILIES):
         model = cnn(name).eval().double()
         x = torch.randn(2, 3, *model.in_size).double()  # type: ignore[arg-type]
         mask(model)

@@ -5,14 +5,13 @@ Run: python benchmarks/export_formats.py [network ...] > docs/export-formats.md
 
 from __future__ import annotations
 
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from command import names, prepare
 from models import cnn
 
 import fxprune
@@ -99,8 +98,7 @@ def measure(name: str, folder: Path) -> list[tuple[str, int, float | None, float
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    prepare()
     print(
         "# Export formats\n\nWritten by `benchmarks/export_formats.py`. Networks have random weights, are pruned (a "
         "quarter of the rows of each inner weight, and 80 % of what is left) and finalized. Errors are the largest "
@@ -109,7 +107,7 @@ def main() -> None:
         "to 1e-4, float16 to 1e-2, int8 to 0.1.\n\n"
         "| network | format | bytes | error | torch | |\n|---|---|---|---|---|---|"
     )
-    for name in sys.argv[1:] or [*CNNS, *TRANSFORMERS]:
+    for name in names([*CNNS, *TRANSFORMERS]):
         with tempfile.TemporaryDirectory() as folder:
             for label, size, error, own, note in measure(name, Path(folder)):
                 cells = ["" if v is None else f"{v:.1e}" for v in (error, own)]

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import multiprocessing
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from command import argument, rounds
 from pairs import report
 from torch import nn
 from torch.nn.utils import prune
@@ -63,10 +63,10 @@ def measure(name: str, layers: int) -> tuple[float, float, list[np.ndarray]]:
 
 
 def main() -> None:
-    layers = round((float(sys.argv[1]) if len(sys.argv) > 1 else 100) * 1e6 / WIDTH**2)
+    layers = round(argument(1, 100) * 1e6 / WIDTH**2)
     seconds: dict[str, list[float]] = {"torch": [], "fxprune": []}
     print(f"{layers * WIDTH**2 / 1e6:.1f} million weights, 80 % to be masked")
-    for _ in range(int(sys.argv[2]) if len(sys.argv) > 2 else 3):
+    for _ in range(rounds(3, position=2)):
         masks = {}
         for name in seconds:
             # a process of its own: memory that an earlier run freed would hide what this one takes

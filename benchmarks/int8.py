@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
+from command import prepare, rounds
 from models import cnn
 
 import fxprune
@@ -18,8 +18,7 @@ from fxprune.export import bench, to_onnx
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    prepare()
     traced = fxprune.trace(cnn(sys.argv[1] if len(sys.argv) > 1 else "resnet50").eval(), torch.randn(2, 3, 224, 224))
     for name, weight in list(traced.named_parameters()):
         if weight.dim() == 4:
@@ -29,8 +28,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         full = to_onnx(final, Path(folder, "float32.onnx"))
         small = to_onnx(final, Path(folder, "int8.onnx"), precision="int8", calibration=batches)
-        rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 30
-        for report, latency in zip((full, small), bench([full.path, small.path], rounds=rounds), strict=True):
+        measured = bench([full.path, small.path], rounds=rounds(30, position=2))
+        for report, latency in zip((full, small), measured, strict=True):
             assert report.comparison is not None
             error = max(row.max_rel or 0.0 for row in report.comparison.rows)
             print(

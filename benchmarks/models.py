@@ -1,11 +1,8 @@
-"""Networks with random weights, what they cost, and Torch-Pruning's pruner of them, for the benchmarks."""
+"""Networks with random weights, and what they cost, for the benchmarks."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch_pruning
 from torch import nn
 
 from fxprune.graph.macs import counted_macs, flop_counter
@@ -54,13 +51,3 @@ def macs(model: nn.Module, x: torch.Tensor) -> float:
     with torch.no_grad(), flop_counter() as counter:
         model(x)
     return float(counted_macs(counter))
-
-
-def magnitude_pruner(
-    model: nn.Module, x: Any, ratio: float, ignored: list[nn.Module], **options: Any
-) -> torch_pruning.pruner.BasePruner:
-    """Torch-Pruning's pruner by the L2 norm."""
-    importance = torch_pruning.importance.MagnitudeImportance(p=2)
-    return torch_pruning.pruner.MagnitudePruner(
-        model, x, importance=importance, pruning_ratio=ratio, ignored_layers=ignored, **options
-    )

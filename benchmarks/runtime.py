@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
-from models import macs, magnitude_pruner, sample, vision
+from command import names, prepare, rounds
+from models import macs, sample, vision
 from pairs import alternate
+from peers import classifiers, magnitude_pruner
 from torch import nn
 
 import fxprune
@@ -32,7 +32,7 @@ def peer(model: nn.Module, x: torch.Tensor, ratio: float, round_to: int | None) 
     """Torch-Pruning's model; transformers lose heads and hidden units, not the width of the stream."""
     model = copy.deepcopy(model)
     options: dict[str, Any] = {}
-    ignored = [m for m in model.modules() if getattr(m, "out_features", getattr(m, "out_channels", 0)) == 1000]
+    ignored = classifiers(model)
     projections = [m for n, m in model.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj"))]
     if projections:
         options = {"num_heads": dict.fromkeys(projections, 12), "prune_num_heads": True, "prune_head_dims": False}
@@ -49,7 +49,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def race(name: str, ratio: str, rounds: int, folder: Path) -> None:
+def race(name: str, ratio: str, turns: int, folder: Path) -> None:
     model, x = vision(name).eval(), sample(1)
     peers = {"Torch-Pruning": peer(model, x, 0.5 if ratio == "half" else float(ratio), None)}
     if ratio != "half":
@@ -75,7 +75,7 @@ def race(name: str, ratio: str, rounds: int, folder: Path) -> None:
     feed = x.numpy()
     sessions = {label: session(path) for label, path in files.items()}
     runs = {label: lambda s=s: s.run(None, {s.get_inputs()[0].name: feed}) for label, s in sessions.items()}
-    seconds = alternate(runs, rounds)
+    seconds = alternate(runs, turns)
     print(f"{name}, ratio {ratio}")
     for label, times in seconds.items():
         speed = statistics.median(a / b for a, b in zip(seconds["dense"], times, strict=True))
@@ -88,14 +88,13 @@ def race(name: str, ratio: str, rounds: int, folder: Path) -> None:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # Torch-Pruning's and the exporter's own
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
-    given = sys.argv[2:]
+    prepare()
+    given = names((), position=2)
     ratios = [a for a in given if a == "half" or a.startswith("0.")] or RATIOS
     for name in [a for a in given if a not in ratios] or ("resnet50", "mobilenetv2_w1", "densenet121", "vit_b"):
         for ratio in ratios:
             with tempfile.TemporaryDirectory() as folder:
-                race(name, ratio, rounds, Path(folder))
+                race(name, ratio, rounds(15), Path(folder))
 
 
 if __name__ == "__main__":

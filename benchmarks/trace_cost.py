@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from command import rounds
 from models import cnn
 from pairs import alternate, report
 
@@ -23,8 +24,8 @@ def main() -> None:
         for training in (False, True):
             torch.export.export(model.train(training), (x,), dynamic_shapes=shapes, strict=False)
 
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 7
-    report(alternate({"two exports": exports, "fxprune.trace": lambda: fxprune.trace(model, (x,))}, rounds, warmup=1))
+    candidates = {"two exports": exports, "fxprune.trace": lambda: fxprune.trace(model, (x,))}
+    report(alternate(candidates, rounds(7, position=2), warmup=1))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ Run: python benchmarks/training_step.py [rounds]
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 
 import torch
+from command import rounds
 from models import cnn
 from pairs import alternate, report
 from torch import nn
@@ -39,9 +39,8 @@ def main() -> None:
         if isinstance(module, nn.Conv2d | nn.Linear):
             prune.l1_unstructured(module, "weight", amount=0.8)
             fxprune.prune.l1_unstructured(traced, f"{name}.weight", amount=0.8)
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     models = {"dense eager": dense, "torch prune hooks": hooked, "fxprune mask nodes": traced}
-    report(alternate({name: step(model, x, labels) for name, model in models.items()}, rounds))
+    report(alternate({name: step(model, x, labels) for name, model in models.items()}, rounds(15)))
 
 
 if __name__ == "__main__":

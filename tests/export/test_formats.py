@@ -49,6 +49,7 @@ def test_every_format(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytorchcv_model: Callable[..., nn.Module]
 ) -> None:
     # the benchmark's own module declares torchvision's operators, which the fixture has done
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setitem(sys.modules, "models", types.SimpleNamespace(cnn=pytorchcv_model))  # type: ignore[arg-type]
     rows = runpy.run_path(str(BENCHMARKS / "export_formats.py"))["measure"](name, tmp_path)
     limits = {"float16": 1e-2, "int8": 0.1}

@@ -1,0 +1,30 @@
+"""What every benchmark does before it measures: one thread, no warnings of the peers, arguments of the command line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+
+def prepare() -> None:
+    """Let torch use one thread, and silence Torch-Pruning's and the exporter's warnings."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
+def argument(position: int, default: float) -> float:
+    """A number given at this position (from 1), else the default."""
+    return float(sys.argv[position]) if len(sys.argv) > position else default
+
+
+def rounds(default: int, position: int = 1) -> int:
+    """A count given at this position, else the default."""
+    return int(argument(position, default))
+
+
+def names(default: Sequence[str], position: int = 1) -> list[str]:
+    """The words given from this position on, else the default."""
+    return sys.argv[position:] or list(default)
