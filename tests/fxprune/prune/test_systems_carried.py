@@ -5,12 +5,12 @@ import torch
 from torch.nn.utils import spectral_norm, weight_norm
 
 from fxprune.graph.names import locate
-from tests.systems import CARRIED_ONLY, LAYERS, MASKS, NORMS, X, assert_follows_eager, mlp
+from tests.systems import CARRIED_ONLY, LAYERS, MASKS, NORMS, Parallel, X, assert_follows_eager, mlp
 
 SYSTEMS = {**{k: v[0] for k, v in {**MASKS, **NORMS}.items()}, **CARRIED_ONLY}
 VECTORS = ("bias", "layer norm", "batch norm")
-# every system on a linear layer, every layer under one of each kind
-ROWS = [("linear", system) for system in SYSTEMS] + [
+# every layer under a system of each kind
+ROWS = [
     (layer, system)
     for layer in LAYERS
     for system in (
@@ -18,7 +18,7 @@ ROWS = [("linear", system) for system in SYSTEMS] + [
         if layer in VECTORS
         else ("container of three", "legacy weight norm", "legacy spectral norm", "spectral norm", "orthogonal")
     )
-    if layer != "linear" and (layer, system) != ("encoder layer", "orthogonal")
+    if (layer, system) != ("encoder layer", "orthogonal")
 ]
 
 
@@ -33,21 +33,36 @@ def test_carried_system_follows_eager(layer, system):
     assert_follows_eager(plain, touch, args, dynamic_shapes="batch" if free else None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("system", ["container of three", "legacy weight norm", "weight norm", "weight norm, dim -1",
-                                    "legacy spectral norm", "spectral norm"])  # fmt: skip
-def test_carried_system_follows_eager_in_each_dtype(system, dtype):
-    assert_follows_eager(lambda: mlp().to(dtype), lambda m: SYSTEMS[system](m[0], "weight"), (X[0].to(dtype),))
+def assert_all_follow_eager(systems, dtype=torch.float32, prepare=lambda model: None):
+    """One model with a linear layer for each of the systems."""
 
-
-@pytest.mark.parametrize("system", ["l1", "weight norm", "legacy weight norm", "spectral norm", "legacy spectral norm"])
-def test_frozen_parameter_stays_as_frozen_as_in_eager(system):
     def plain():
-        model = mlp()
-        model[0].weight.requires_grad_(False)
+        model = Parallel(len(systems), dtype)
+        prepare(model)
         return model
 
-    assert_follows_eager(plain, lambda m: SYSTEMS[system](m[0], "weight"), X)
+    def touch(model):
+        for layer, system in zip(model.layers, systems, strict=True):
+            SYSTEMS[system](layer, "weight")
+
+    assert_follows_eager(plain, touch, (X[0].to(dtype),))
+
+
+@pytest.mark.parametrize("systems", [MASKS, NORMS, CARRIED_ONLY], ids=["masks", "norms", "carried only"])
+def test_every_carried_system_follows_eager_beside_others(systems):
+    assert_all_follow_eager(list(systems))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_carried_systems_follow_eager_in_each_dtype(dtype):
+    assert_all_follow_eager(
+        ["container of three", "legacy weight norm", "weight norm", "weight norm, dim -1", "legacy spectral norm",
+         "spectral norm"], dtype)  # fmt: skip
+
+
+def test_frozen_parameters_stay_as_frozen_as_in_eager():
+    systems = ["l1", "weight norm", "legacy weight norm", "spectral norm", "legacy spectral norm"]
+    assert_all_follow_eager(systems, prepare=lambda m: [layer.weight.requires_grad_(False) for layer in m.layers])
 
 
 def test_one_frozen_half_of_a_weight_norm_stays_frozen():

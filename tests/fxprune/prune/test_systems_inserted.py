@@ -10,11 +10,12 @@ import fxprune
 from fxprune import prune
 from fxprune.errors import PruningError
 from fxprune.graph.names import locate
-from tests.systems import LAYERS, MASKS, NORMS, X, assert_follows_eager, call, mlp
+from tests.systems import LAYERS, MASKS, NORMS, Parallel, X, assert_follows_eager, call, mlp
 
 SYSTEMS = {**MASKS, **NORMS}
 VECTORS = ("bias", "layer norm", "batch norm")
-ROWS = [("linear", system) for system in SYSTEMS] + [
+# every layer under a system of each kind
+ROWS = [
     (layer, system)
     for layer in LAYERS
     for system in (
@@ -22,7 +23,6 @@ ROWS = [("linear", system) for system in SYSTEMS] + [
         if layer in VECTORS
         else ("container of three", "weight norm", "weight norm, dim 1", "spectral norm", "spectral norm, options")
     )
-    if layer != "linear"
 ]
 
 
@@ -33,13 +33,28 @@ def test_inserted_system_follows_eager(layer, system):
     assert_follows_eager(plain, lambda m: eager(*locate(m, name)), args, lambda t: traced(t, name))
 
 
+def assert_all_follow_eager(systems, dtype=torch.float32):
+    """One model with a linear layer for each of the systems."""
+
+    def touch(model):
+        for layer, system in zip(model.layers, systems, strict=True):
+            SYSTEMS[system][0](layer, "weight")
+
+    def insert(traced):
+        for i, system in enumerate(systems):
+            SYSTEMS[system][1](traced, f"layers.{i}.weight")
+
+    assert_follows_eager(lambda: Parallel(len(systems), dtype), touch, (X[0].to(dtype),), insert)
+
+
+@pytest.mark.parametrize("systems", [MASKS, NORMS], ids=["masks", "norms"])
+def test_every_inserted_system_follows_eager_beside_others(systems):
+    assert_all_follow_eager(list(systems))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("system", ["container of three", "weight norm", "spectral norm"])
-def test_inserted_system_follows_eager_in_each_dtype(system, dtype):
-    eager, traced = SYSTEMS[system]
-    assert_follows_eager(
-        lambda: mlp().to(dtype), lambda m: eager(m[0], "weight"), (X[0].to(dtype),), lambda t: traced(t, "0.weight")
-    )
+def test_inserted_systems_follow_eager_in_each_dtype(dtype):
+    assert_all_follow_eager(["container of three", "weight norm", "spectral norm"], dtype)
 
 
 def _channels_last():
