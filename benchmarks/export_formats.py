@@ -1,6 +1,6 @@
 """Every export format and precision for pruned networks: file sizes, and errors against a float64 copy.
 
-Run: python benchmarks/export_formats.py [network ...] > docs/export-formats.md
+Run: python benchmarks/export_formats.py [network ...]; it prints the table of docs/export-formats.md
 """
 
 from __future__ import annotations
@@ -99,14 +99,7 @@ def measure(name: str, folder: Path) -> list[tuple[str, int, float | None, float
 
 def main() -> None:
     prepare()
-    print(
-        "# Export formats\n\nWritten by `benchmarks/export_formats.py`. Networks have random weights, are pruned (a "
-        "quarter of the rows of each inner weight, and 80 % of what is left) and finalized. Errors are the largest "
-        "over all outputs of four batches, relative to the output's largest value, against a float64 copy of the "
-        "finalized network; *torch* is its own float32 error. Every file was verified before it got its name: float32 "
-        "to 1e-4, float16 to 1e-2, int8 to 0.1.\n\n"
-        "| network | format | bytes | error | torch | |\n|---|---|---|---|---|---|"
-    )
+    print("| network | format | bytes | error | torch | |\n|---|---|---|---|---|---|")
     for name in names([*CNNS, *TRANSFORMERS]):
         with tempfile.TemporaryDirectory() as folder:
             for label, size, error, own, note in measure(name, Path(folder)):

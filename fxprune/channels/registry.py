@@ -230,8 +230,8 @@ def register_operator(operator: Operator, rule: Rule | Operator) -> None:
             subclass of `fxprune.channels.OperatorCall`.
 
     Raises:
-        ArgumentError: the operator has a rule, the one it is to be like has none, or the rule needs an argument of a
-            name that the operator has not.
+        ArgumentError: the operator has a rule, the one it is to be like has none, or a field of the rule fits no
+            argument of the operator, or has the name of something else in `OperatorCall`.
         ArgumentTypeError: `operator` is none of torch's operators, or `rule` is neither of the two.
 
     Example:
@@ -257,6 +257,11 @@ def register_operator(operator: Operator, rule: Rule | Operator) -> None:
 
 def _add(operator: Operator, rule: Rule) -> None:
     """Register a rule that finds its arguments in every overload of the operator, or parses them itself."""
+    if taken := [item.name for item in dataclasses.fields(rule) if hasattr(OperatorCall, item.name)]:
+        raise ArgumentError(
+            f"{rule.__name__} has a field {taken[0]!r}, which is something else in every OperatorCall. Give it another "
+            f"name, and that of the argument in `aliases`."
+        )
     parses_itself = inspect.getattr_static(rule, "parse") is not inspect.getattr_static(OperatorCall, "parse")
     for overload in () if parses_itself else _overloads(operator):
         schema = schema_of(overload)

@@ -1,40 +1,60 @@
-"""Every python block in docs/ runs as printed, and what its pages name exists."""
+"""Every page in docs/: its python blocks run in order as printed, what it names exists, and it starts like a page."""
 
-import re
+from __future__ import annotations
+
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-import fxprune
+from fxprune.channels.registry import REGISTRY
+from tests.pages import ROOT, Block, blocks, unknown_names
 
-ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-BLOCKS = [
-    pytest.param(page, match[1], text.count("\n", 0, match.start(1)), id=f"{page.name}-{i}")
-    for page in PAGES
-    for text in [page.read_text(encoding="utf-8")]
-    for i, match in enumerate(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
-@pytest.mark.parametrize(("page", "source", "line"), BLOCKS)
-def test_block_runs_as_printed(page, source, line, tmp_path, monkeypatch):
+@pytest.fixture
+def _registrations_undone() -> Iterator[None]:
+    before = dict(REGISTRY).keys()
+    yield
+    for operator in dict(REGISTRY).keys() - before:
+        REGISTRY.remove(operator)
+
+
+@every_page
+@pytest.mark.usefixtures("_registrations_undone")
+def test_the_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    namespace = {"__name__": "__main__"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*weight_norm.* is deprecated", category=FutureWarning)
-        # the leading newlines make a traceback point at the page's own line
-        exec(compile("\n" * line + source, str(page), "exec"), {"__name__": "__main__"})
+        for block in blocks(page):
+            block.run(namespace)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_names_and_files_of_a_page_exist(page):
-    text = page.read_text(encoding="utf-8")
-    for dotted in set(re.findall(r"`fxprune\.([\w.]+)", text)):
-        found = fxprune
-        for part in dotted.split("."):
-            found = getattr(found, part)
-    tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
-    assert set(re.findall(r"\btest_\w+\.py", text)) <= tests
+@every_page
+def test_what_a_page_names_exists(page: Path) -> None:
+    assert list(unknown_names(page)) == []
+
+
+@every_page
+def test_a_page_starts_with_a_title_and_whom_it_is_for(page: Path) -> None:
+    title, empty, first, *_ = page.read_text(encoding="utf-8").splitlines()
+    assert title.startswith("# ")
+    assert empty == ""
+    assert first.startswith("For "), first
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES if page.name != "README.md" and f"]({page.name})" not in index] == []
+
+
+def test_output_that_differs_from_what_is_printed_is_an_error() -> None:
+    Block(ROOT / "README.md", 0, "print(1 + 1)\n", "2\n").run({})
+    with pytest.raises(AssertionError):
+        Block(ROOT / "README.md", 0, "print(1 + 1)\n", "3\n").run({})

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxprune
-from fxprune.channels import ChannelPlan, OperatorCall
+from fxprune.channels import ChannelPlan, OperatorCall, analyze, remove
 from fxprune.channels.registry import REGISTRY
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result, Walk
 from fxprune.errors import ArgumentError, ArgumentTypeError
+from fxprune.graph.text import text
 from tests.fxprune.channels.exactness import error, shrink
 
 DEAD = [1, 4, 5]
@@ -108,6 +109,22 @@ def test_the_call_that_the_plan_shows_is_accepted(registering: Callable[..., Non
     assert kept(swish)[0] == ALIVE
 
 
+def test_an_analysis_leaves_the_graphs_and_parameters_as_they_are() -> None:
+    traced = fxprune.trace(Between(lambda x: x.view(-1, 8, 6, 6)).eval(), (torch.randn(2, 3, 8, 8),))
+
+    def contents() -> tuple[dict[str, str], dict[str, list[float]]]:
+        graphs = {mode: text(graph) for mode, graph in traced.graphs.items()}
+        return graphs, {name: value.tolist() for name, value in traced.state_dict().items()}
+
+    before = contents()
+    analysis = analyze(traced, align=1)
+    edits = analysis.coupling.walks["eval"].edits
+    assert "8 scaled to what is kept" in str(edits[0])
+    assert contents() == before
+    remove(traced, analysis)
+    assert "[-1, 5, 6, 6]" in contents()[0]["eval"]
+
+
 @dataclass(frozen=True, eq=False)
 class Scaled(OperatorCall):
     """Each element times a number; what is zero stays zero."""
@@ -174,6 +191,15 @@ def test_a_class_that_parses_the_call_itself_may_name_its_fields_freely(register
 
     registering(scaled, Parsed)
     assert kept(lambda x: scaled(x, 3.0))[0] == ALIVE
+
+
+def test_a_field_that_would_hide_something_of_every_rule_is_refused(registering: Callable[..., None]) -> None:
+    @dataclass(frozen=True, eq=False)
+    class Hiding(Scaled):
+        gain: float = 2.0  # type: ignore[assignment]
+
+    with pytest.raises(ArgumentError, match=r"Hiding has a field 'gain', .* in `aliases`\."):
+        registering(scaled, Hiding)
 
 
 def test_an_operator_that_has_a_rule_is_refused(registering: Callable[..., None]) -> None:

@@ -1,0 +1,102 @@
+"""Pages of text with code in them: their blocks, what these print, and whether what they name exists."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pkgutil
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+_BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"^(New file|At the end of) `([\w/.-]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_PATH = re.compile(r"\b((?:fxprune|passes|export|tests|benchmarks|docs)/[\w./-]*[\w/])(?:::(\w+))?")
+_LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of python.
+
+    Attributes:
+        page: the file it stands in. line: how many lines of the page come before it.
+        source: its text. printed: the block of text right below it, which is what it prints; None without one.
+    """
+
+    page: Path
+    line: int
+    source: str
+    printed: str | None
+
+    def run(self, namespace: dict[str, Any]) -> None:
+        """Run it as printed, and compare what it prints."""
+        output = io.StringIO()
+        # the leading newlines make a traceback point at the page's own line
+        code = compile("\n" * self.line + self.source, str(self.page), "exec", dont_inherit=True)
+        with contextlib.redirect_stdout(output):
+            exec(code, namespace)
+        found = output.getvalue()
+        if self.printed is not None and found.strip("\n") != self.printed.strip("\n"):
+            raise AssertionError(f"{self.page.name}, the block after line {self.line} prints\n{found}")
+
+
+@dataclass(frozen=True)
+class FileBlock:
+    """A block that is a whole new file, or is to stand at the end of one; `path` as the page gives it."""
+
+    path: str
+    is_new: bool
+    source: str
+
+    def write(self, root: Path) -> None:
+        """Do what the page says in the tree under `root`."""
+        target = root / self.path
+        if self.is_new:
+            assert not target.exists(), f"{self.path} is there already"
+            target.write_text(self.source, encoding="utf-8")
+        else:
+            target.write_text(f"{target.read_text(encoding='utf-8')}\n\n{self.source}", encoding="utf-8")
+
+
+def blocks(page: Path) -> list[Block]:
+    """The blocks of python in a page, those of whole files aside."""
+    text = page.read_text(encoding="utf-8")
+    files = {match.start(3) for match in _FILE.finditer(text)}
+    found = [match for match in _BLOCK.finditer(text) if match.start(1) not in files]
+    return [Block(page, text.count("\n", 0, match.start(1)), match[1], match[2]) for match in found]
+
+
+def file_blocks(text: str) -> list[FileBlock]:
+    """The blocks under "New file `path`:" and "At the end of `path`:"."""
+    return [FileBlock(match[2], match[1] == "New file", match[3]) for match in _FILE.finditer(text)]
+
+
+def sections(text: str) -> dict[str, str]:
+    """The sections of a page by their headings of the second level."""
+    parts = re.split(r"^## (.+)\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def unknown_names(page: Path) -> Iterator[str]:
+    """What a page names and there is not: modules and functions of fxprune, files, tests in files, targets of links."""
+    text = page.read_text(encoding="utf-8")
+    written = {block.path for block in file_blocks(text)}
+    for dotted in sorted(set(re.findall(r"`(fxprune(?:\.\w+)+)", text))):
+        try:
+            pkgutil.resolve_name(dotted)
+        except (ImportError, AttributeError):
+            yield dotted
+    for path, test in sorted(set(_PATH.findall(text))):
+        if path in written:
+            continue
+        if not (ROOT / path).exists():
+            yield path
+        elif test and f"def {test}(" not in (ROOT / path).read_text(encoding="utf-8"):
+            yield f"{path}::{test}"
+    tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")} | {Path(path).name for path in written}
+    yield from sorted(set(re.findall(r"\btest_\w+\.py", text)) - tests)
+    yield from sorted({target for target in _LINK.findall(text) if not (page.parent / target).exists()})
