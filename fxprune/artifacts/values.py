@@ -9,8 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from fxprune.artifacts.layer_attributes import follow_parameters
-from fxprune.artifacts.working_copy import WorkingCopy
+from fxprune.artifacts.working_copy import WorkingCopy, follow_parameters
 from fxprune.errors import WriteBackError
 from fxprune.graph.names import locate, tensors_of
 from fxprune.graph.plan import ChannelPlan

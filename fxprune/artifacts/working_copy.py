@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fxprune.artifacts.slots import Change
+from fxprune.channels.registry import REGISTRY
 from fxprune.graph.names import ModulePaths, join, tensors_of
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.traced import TracedModule
@@ -45,3 +46,8 @@ class WorkingCopy:
             changes.add(self.plan.groups.get(qualified, (0, 0)))
             changes.update(zip(self.shapes.get(qualified, tensor.shape), tensor.shape, strict=True))
         return changes
+
+
+def follow_parameters(module: nn.Module) -> None:
+    """Set the attributes in which a layer of torch keeps sizes to what its parameters have."""
+    vars(module).update(REGISTRY.module_sizes(module))

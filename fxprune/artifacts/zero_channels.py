@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fxprune.artifacts.layer_attributes import follow_parameters
-from fxprune.artifacts.working_copy import WorkingCopy
+from fxprune.artifacts.working_copy import WorkingCopy, follow_parameters
 from fxprune.graph.names import locate, tensor_at
 
 # name of a tensor -> axis -> the channels that are there, in ascending order

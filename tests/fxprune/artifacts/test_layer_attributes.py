@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.artifacts.layer_attributes import follow_parameters, layer_attributes
+from fxprune.artifacts.working_copy import follow_parameters
+from fxprune.channels.registry import REGISTRY
 
 # builds a layer from a number of inputs and of outputs
 LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
     "linear": nn.Linear,
-    "bilinear": lambda i, o: nn.Bilinear(i, i + 1, o),
     "embedding": nn.Embedding,
-    "bag": nn.EmbeddingBag,
     "prelu": lambda i, o: nn.PReLU(o),
     "conv": lambda i, o: nn.Conv2d(i, o, 3),
     "grouped conv": lambda i, o: nn.Conv1d(i, o, 3, groups=2),
@@ -47,7 +46,7 @@ def test_attributes_are_those_of_torchs_constructor(name: str) -> None:
     large._parameters, large._buffers = small._parameters, small._buffers
     follow_parameters(large)
     assert integers(large) == integers(small)
-    assert layer_attributes(small).items() <= vars(small).items()
+    assert REGISTRY.module_sizes(small).items() <= vars(small).items()
 
 
 def test_modules_of_other_classes_have_none() -> None:
@@ -56,4 +55,4 @@ def test_modules_of_other_classes_have_none() -> None:
             super().__init__()
             self.weight, self.in_features = nn.Parameter(torch.ones(2, 2)), 9
 
-    assert layer_attributes(Own()) == {}
+    assert REGISTRY.module_sizes(Own()) == {}
