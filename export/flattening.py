@@ -16,6 +16,7 @@ from fxprune.errors import ArgumentTypeError, ExportError, FinalizeError
 from fxprune.graph.codegen import CodeGen
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.expressions import evaluate
+from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import pytree_info
 
@@ -34,10 +35,7 @@ def check_source(module: object, function: str) -> None:
     """
     if not isinstance(module, TracedModule):
         raise ArgumentTypeError(f"{function} was given a {type(module).__name__}; it takes what fxprune.trace returns.")
-    if "eval" not in module.graphs:
-        raise ExportError(
-            f'the module was captured in {module.modes} only. Trace it again with "eval" among the modes.'
-        )
+    require_eval(module, function, ExportError)
     # a buffer may hold -inf on purpose (an attention mask), never NaN
     bad = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
     bad += [name for name, buffer in module.named_buffers() if buffer.isnan().any()]

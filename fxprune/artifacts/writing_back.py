@@ -13,6 +13,7 @@ from fxprune.artifacts.values import LeftOut, check_same_model, put_values, set_
 from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.errors import ArgumentTypeError, WriteBackError
 from fxprune.graph.reparametrizations import reparametrized
+from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
 
 
@@ -55,12 +56,9 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
             f"write_back was given a {type(final).__name__} and a {type(model).__name__}; it takes what "
             "fxprune.finalize returns, and the eager module that was traced."
         )
-    if "eval" not in final.graphs or (left := reparametrized(final)):
-        raise WriteBackError(
-            'the eval graph is needed; trace the model with modes=("train", "eval").'
-            if "eval" not in final.graphs
-            else f"{', '.join(left[:5])}: still reparametrized. Give what fxprune.finalize returns."
-        )
+    require_eval(final, "write_back", WriteBackError)
+    if left := reparametrized(final):
+        raise WriteBackError(f"{', '.join(left[:5])}: still reparametrized. Give what fxprune.finalize returns.")
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         written = plain_copy(model)

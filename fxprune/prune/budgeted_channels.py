@@ -80,9 +80,9 @@ def channels(
         importance: "l1", "l2", "linf" (norms of a slice, for l2 its square, as DepGraph takes it), "random", "bn"
             (gains of batch norm: Liu et al., "Network Slimming", 2017, https://arxiv.org/abs/1708.06519), "fpgm"
             (distance to the other filters: He et al., 2019, https://arxiv.org/abs/1811.00250), "taylor" (Molchanov et
-            al., 2019, https://arxiv.org/abs/1906.10771; needs `loader` and `loss`), or a function from a
-            `ChannelGroup` to a tensor [units]. "bn" leaves groups without a batch norm alone, and "fpgm" looks at the
-            weights that write a group.
+            al., 2019, https://arxiv.org/abs/1906.10771; needs `loader` and `loss`), a name that was given to a score
+            of entries by `fxprune.importance.register`, or a function from a `ChannelGroup` to a tensor [units]. "bn"
+            leaves groups without a batch norm alone, and "fpgm" looks at the weights that write a group.
         scope: "global" compares units of all groups; "local" takes the same share of every group.
         targets: patterns of parameter or module names; groups that write one of these are pruned, None prunes all.
         ignore: patterns; groups with a member of such a name are left alone.
@@ -97,7 +97,7 @@ def channels(
             not use 2 % of it, the last one may be of another group whose score is at most half as much more.
         speedup: how many times faster in onnxruntime than `traced` finalized as it is, measured on this machine.
         seed: for "random"; None draws from the global generator.
-        loader, loss, batches: for "taylor", as for `fxprune.importance.scores`.
+        loader, loss, batches: for "taylor" and what is registered, as for `fxprune.importance.scores`.
         threads, batch, provider: of the measurement for `speedup`; a batch that is not free is the sample's.
 
     Returns:
