@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,40 +19,10 @@ from fxprune.channels.rules.pointwise import Pointwise
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Walk
 from fxprune.errors import ArtifactError, FinalizeError
-from tests.fxprune.channels.exactness import error, shrink
+from tests.fxprune.channels.exactness import EXACT, error, shrink
+from tests.fxprune.channels.layers import Net, norm, zero_rows
 
 IMAGE = (2, 3, 8, 8)
-
-
-class Net(nn.Module):
-    """Modules and the function that uses them."""
-
-    def __init__(self, forward: Callable[..., Tensor], **modules: Any) -> None:
-        super().__init__()
-        self.call = forward
-        for name, value in modules.items():
-            setattr(self, name, value)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.call(self, *inputs)
-
-
-def zero_rows(layer: Any, *rows: int, bias: bool = False) -> None:
-    with torch.no_grad():
-        layer.weight[list(rows)] = 0
-        if bias and layer.bias is not None:
-            layer.bias[list(rows)] = 0
-
-
-def norm(width: int) -> nn.BatchNorm2d:
-    layer = nn.BatchNorm2d(width)
-    with torch.no_grad():
-        layer.weight.uniform_(0.5, 1.5)
-        layer.bias.copy_(torch.rand(width) + 0.2)
-        assert layer.running_mean is not None and layer.running_var is not None  # noqa: PT018
-        layer.running_mean.normal_()
-        layer.running_var.uniform_(0.5, 1.5)
-    return layer
 
 
 def check(
@@ -65,7 +35,7 @@ def check(
         again = [torch.cat([x] * batch)[:batch] for x in inputs]
         again = [torch.randn_like(x) if x.is_floating_point() else x for x in again]
         with torch.no_grad():
-            assert error(model(*again), traced(*again)) < 1e-9, plan.explain()
+            assert error(model(*again), traced(*again)) < EXACT, plan.explain()
     return traced, plan
 
 
@@ -96,7 +66,7 @@ def test_constants_that_a_zero_padding_layer_reads_merge_into_one_representative
     for size in (1, 2, 5, 11):
         x = torch.randn(2, 3, size, size + 1).double()
         with torch.no_grad():
-            assert error(model(x), traced(x)) < 1e-9
+            assert error(model(x), traced(x)) < EXACT
 
 
 def test_a_constant_padded_by_hand_merges_as_well() -> None:
@@ -231,15 +201,18 @@ def test_a_parameter_of_a_pruned_and_an_unpruned_use_stays_exact() -> None:
     assert len(plan.kept["b.weight"][0]) == 6
 
 
-def test_tied_names_stay_exact() -> None:
+def test_tied_names_lose_what_is_dead_in_every_use() -> None:
     model = Net(
-        lambda self, x: F.linear(self.b(self.a(x).relu()).relu(), self.tied.weight),
-        a=nn.Linear(6, 6), b=nn.Linear(6, 6), tied=nn.Linear(6, 6),
+        lambda self, x: self.out(F.linear(self.b(self.a(x).relu()).relu(), self.tied.weight)),
+        a=nn.Linear(6, 6), b=nn.Linear(6, 6), tied=nn.Linear(6, 6), out=nn.Linear(6, 2),
     )  # fmt: skip
     model.tied.weight = model.b.weight
-    zero_rows(model.a, 0, 1, bias=True)
-    zero_rows(model.b, 3)
-    check(model, torch.randn(3, 6))
+    zero_rows(model.a, 0, 3, bias=True)
+    zero_rows(model.b, 3, 4, bias=True)
+    traced, plan = check(model, torch.randn(3, 6))
+    assert plan.kept["a.weight"][0].tolist() == [0, 1, 2, 4, 5]
+    assert all(plan.kept["b.weight"][axis].tolist() == [0, 1, 2, 4, 5] for axis in (0, 1))
+    assert traced.get_parameter("b.weight") is traced.get_parameter("tied.weight")
 
 
 def test_a_buffer_that_is_a_view_of_a_parameter_keeps_both_whole() -> None:
