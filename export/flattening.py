@@ -16,6 +16,7 @@ from fxprune.errors import ArgumentTypeError, ExportError, FinalizeError
 from fxprune.graph.codegen import CodeGen
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.expressions import evaluate
+from fxprune.graph.metadata import parameter_of, untag
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import pytree_info
@@ -140,10 +141,9 @@ def _fold(final: TracedModule, graph: fx.Graph) -> dict[str, torch.Tensor]:
     for node in reversed(list(graph.nodes)):
         if node not in needed and not node.is_impure():
             continue
-        origin = node.meta.get("fxprune")
-        if origin is not None:
+        name = parameter_of(node)
+        if name is not None:
             with contextlib.suppress(FinalizeError):
-                name = str(origin["parameter"])
                 folded[name] = evaluate(final, node)
                 with graph.inserting_before(node):
                     read = graph.get_attr(name)
@@ -152,7 +152,7 @@ def _fold(final: TracedModule, graph: fx.Graph) -> dict[str, torch.Tensor]:
                 continue
         needed.update(node.all_input_nodes)
     for node in graph.nodes:
-        node.meta.pop("fxprune", None)  # `erase_dead` keeps what has it, read or not
+        untag(node)  # `erase_dead` keeps what has it, read or not
     erase_dead(graph)
     return folded
 

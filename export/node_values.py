@@ -20,7 +20,7 @@ from fxprune.capture.front_end import trace
 from fxprune.errors import CompareError
 from fxprune.graph.arguments import Signature
 from fxprune.graph.interpretation import run
-from fxprune.graph.text import module_path
+from fxprune.graph.metadata import module_path
 from fxprune.graph.traced import TracedModule
 
 from .runners import ModuleRunner, ProgramRunner, Runner

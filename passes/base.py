@@ -43,7 +43,7 @@ class Pass(abc.ABC):
         return run_passes(traced, (self,))
 
     def origin(self, parameter: str) -> dict[str, str]:
-        """The provenance that inserted nodes carry in `meta["fxprune"]`."""
+        """The provenance that inserted nodes carry, for `tag`."""
         return {"pass": self.name, "parameter": parameter}
 
 

@@ -17,8 +17,9 @@ from fxprune.graph.editing import erase_dead
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure, evaluate
 from fxprune.graph.masks import ParameterView, masked, view
+from fxprune.graph.metadata import parameter_of, tag_of, tagged, untag
 from fxprune.graph.names import exists, tensor_at
-from fxprune.graph.reparametrizations import remove_state, reparametrized, tagged
+from fxprune.graph.reparametrizations import remove_state, reparametrized
 from fxprune.graph.traced import TracedModule
 
 from .base import Pass
@@ -68,7 +69,7 @@ class FoldReparametrizations(Pass):
             return places
         wanted = set(self.parameters)
         for name in self.parameters:
-            wanted |= {_parameter(n) for node in places.get(name, ()) for n in closure(node) if "fxprune" in n.meta}
+            wanted |= {_parameter(n) for node in places.get(name, ()) for n in closure(node) if tag_of(n)}
         return {name: nodes for name, nodes in places.items() if name in wanted}
 
     def ensures(self, traced: TracedModule) -> None:
@@ -81,7 +82,8 @@ class FoldReparametrizations(Pass):
 
 
 def _parameter(node: fx.Node) -> str:
-    name: str = node.meta["fxprune"]["parameter"]
+    name = parameter_of(node)
+    assert name is not None, node
     return name
 
 
@@ -123,12 +125,13 @@ def _read_instead(node: fx.Node, name: str) -> None:
     """Let the users of an expression read the parameter that it folded to."""
     with node.graph.inserting_before(node):
         read = node.graph.get_attr(name)
-        read.meta = {k: v for k, v in node.meta.items() if k != "fxprune"}
+        read.meta = dict(node.meta)
+        untag(read)
         if _depends_on_grad_flag(node):
             read = node.graph.call_function(torch.ops.aten.clone.default, (read,))
             read.meta = dict(read.args[0].meta)  # type: ignore[union-attr]
     node.replace_all_uses_with(read)
-    del node.meta["fxprune"]
+    untag(node)
 
 
 def _depends_on_grad_flag(weight: fx.Node) -> bool:

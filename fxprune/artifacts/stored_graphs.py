@@ -19,6 +19,7 @@ from fxprune.capture.archives import read_program
 from fxprune.capture.unlifting import unlift
 from fxprune.graph.containers import Container
 from fxprune.graph.editing import erase_dead
+from fxprune.graph.metadata import tag, tag_of
 from fxprune.graph.names import tensor_at
 from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import (
@@ -43,7 +44,7 @@ def stored_graph(graph: fx.Graph) -> StoredGraph:
     return StoredGraph(
         arguments=pytree_info(graph).orig_args,
         inputs=[node.name for node in graph.find_nodes(op="placeholder")],
-        origins={_key(node): node.meta["fxprune"] for node in graph.nodes if "fxprune" in node.meta},
+        origins={_key(node): origin for node in graph.nodes if (origin := tag_of(node))},
     )
 
 
@@ -66,7 +67,7 @@ def read_graph(content: bytes, root: Container, mode: str, stored: StoredGraph) 
         node.name = node.target = name
     nodes = {_key(node): node for node in graph.nodes}
     for key, origin in stored.origins.items():
-        nodes[key].meta["fxprune"] = origin
+        tag(nodes[key], origin)
     erase_dead(graph)
     return graph
 

@@ -18,6 +18,7 @@ from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.artifacts.zero_channels import Channels, ZeroChannels, ways_to_fill_up
 from fxprune.channels.registry import REGISTRY
 from fxprune.graph.equality import close
+from fxprune.graph.metadata import module_calls
 from fxprune.graph.names import tensors_of
 
 _TRIES = 100  # of values for the integers of one module
@@ -241,4 +242,4 @@ def _without_zeros(tensor: Tensor) -> Tensor:
 
 def _paths(node: fx.Node) -> set[str]:
     """The modules that a node was captured in."""
-    return {str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
+    return {str(path) for path, _ in module_calls(node).values()}

@@ -15,20 +15,14 @@ from fxprune.capture.exporting import Exported, export_modes
 from fxprune.capture.protection import Reads, one_at_a_time
 from fxprune.capture.sample import Sample
 from fxprune.capture.structures import register_dataclasses
+from fxprune.capture.tagging import tag_results
 from fxprune.capture.unlifting import unlift
 from fxprune.errors import ArgumentError, CaptureError
 from fxprune.graph.containers import Container, Provenance, provenance_of, share_contents
 from fxprune.graph.editing import erase_dead, splice
+from fxprune.graph.metadata import tagged_names
 from fxprune.graph.names import join
-from fxprune.graph.reparametrizations import (
-    Carried,
-    carried,
-    hook_tensor,
-    original_order,
-    reparametrized,
-    tag_results,
-    tagged_names,
-)
+from fxprune.graph.reparametrizations import Carried, carried, hook_tensor, original_order, reparametrized
 from fxprune.graph.traced import MODES, TracedModule
 
 _RESERVED = {n for n in dir(TracedModule) if not hasattr(nn.Module, n)} | {*TracedModule.__annotations__, "training"}

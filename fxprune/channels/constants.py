@@ -15,9 +15,9 @@ from fxprune.channels.registry import is_pointwise
 from fxprune.channels.shapes import resized
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result, Walk
+from fxprune.graph.metadata import module_path
 from fxprune.graph.mutation import is_mutating, written
 from fxprune.graph.names import join, tensor_at
-from fxprune.graph.text import module_path
 from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import is_erased
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+_KEY = "fxprune.provenance"  # no name of a child, a parameter or a buffer has a dot
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -43,13 +45,13 @@ class Container(nn.Module):
 
 def provenance_of(module: nn.Module) -> Provenance:
     """What is known of the module that a container or a traced module stands for; defaults for any other module."""
-    known: Provenance = vars(module).get("_provenance") or Provenance()
+    known: Provenance = vars(module).get(_KEY) or Provenance()
     return known
 
 
 def set_provenance(module: nn.Module, provenance: Provenance) -> None:
     """Say what a container or a traced module stands for."""
-    vars(module)["_provenance"] = provenance
+    vars(module)[_KEY] = provenance
 
 
 def share_contents(target: nn.Module, source: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure
+from fxprune.graph.metadata import tag, tag_of
 from fxprune.graph.mutation import is_mutating, written
 
 _aten = torch.ops.aten
@@ -25,8 +26,8 @@ def splice(graph: fx.Graph, source: fx.Graph, rename: Callable[[str], str]) -> l
         copied[node] = graph.node_copy(node, copied.__getitem__)
         if node.op == "get_attr":
             copied[node].target = rename(str(node.target))
-        if origin := node.meta.get("fxprune"):
-            copied[node].meta["fxprune"] = origin | {"parameter": rename(origin["parameter"])}
+        if origin := tag_of(node):
+            tag(copied[node], origin | {"parameter": rename(origin["parameter"])})
     raise AssertionError("a graph without output")
 
 
@@ -76,7 +77,7 @@ def erase_dead(graph: fx.Graph, removed: Callable[[str], bool] = lambda target: 
     """
     changed = False
     for node in reversed(list(graph.nodes)):
-        if node.users or node.op in ("placeholder", "output") or "fxprune" in node.meta:
+        if node.users or node.op in ("placeholder", "output") or tag_of(node):
             continue
         with working_on(node):
             if _has_no_effect(node, removed):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import fx, nn
 
 from fxprune.graph.error_sites import working_on
+from fxprune.graph.metadata import module_calls, set_module_calls, tag
 from fxprune.graph.names import locate
 
 
@@ -53,7 +53,7 @@ class ParameterReads:
         found: dict[str, list[fx.Node]] = {}
         for user in sorted({user for read in self.nodes(target) for user in read.users}):
             with working_on(user):
-                stack = user.meta.get("nn_module_stack") or {}
+                stack = module_calls(user)
                 call = next((key for key, (path, _) in reversed(stack.items()) if path in paths), "")
             found.setdefault(call, []).append(user)
         return list(found.values())
@@ -90,12 +90,14 @@ def _read_expression(
     last = users[0].prev
     with graph.inserting_before(users[0]):
         result = build(graph)
-    stack: dict[str, Any] = dict(users[0].meta.get("nn_module_stack") or {})
+    stack = module_calls(users[0])
     if inner:
         stack[f"{next(reversed(stack), '')}.{inner}"] = (inner, "torch.nn.utils.parametrize.ParametrizationList")
     while (last := last.next) is not users[0]:
-        last.meta["nn_module_stack"] = stack
-    result.meta |= {"fxprune": origin} | ({"val": found[0].meta.get("val")} if found else {})
+        set_module_calls(last, stack)
+    tag(result, origin)
+    if found:
+        result.meta["val"] = found[0].meta.get("val")
     for user in users:
         for read in found:
             user.replace_input_with(read, result)

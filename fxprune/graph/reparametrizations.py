@@ -1,8 +1,7 @@
-"""Reparametrizations: those a model carries, and the ones inserted, as expressions tagged with the name they stand for.
+"""Reparametrizations that modules carry: which there are, what torch stores for them, and the order of parameters.
 
-A node with `meta["fxprune"] = {"pass", "parameter"}` computes the value of that parameter. torch's spellings:
-prune hooks keep `weight_orig` and `weight_mask`, legacy norms `weight_g`/`weight_v` and `weight_orig`/`weight_u`/
-`weight_v`, parametrizations `parametrizations.weight.original*` beside their own state.
+torch's spellings: prune hooks keep `weight_orig` and `weight_mask`, legacy norms `weight_g`/`weight_v` and
+`weight_orig`/`weight_u`/`weight_v`, parametrizations `parametrizations.weight.original*` beside their own state.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fxprune.graph.masks import mask_name, masked, named_by_mask, original_name
-from fxprune.graph.mutation import is_mutating
 from fxprune.graph.names import has_parametrization, join, locate
 from fxprune.torch_internals import flat_weight_names, pruned_tensor
 
@@ -105,77 +103,6 @@ def construction_order(module: nn.Module) -> list[str]:
     return [name for code in codes if code for name in code.co_names]
 
 
-def tag_results(graph: fx.Graph, model: nn.Module) -> None:
-    """Mark the nodes that compute a tensor the model reparametrizes."""
-    items = sorted(carried(model), key=lambda item: item.kind != "parametrization")  # hooks read those too
-    for item in items:
-        if item.kind == "parametrization":
-            paths = [join(i.path, f"parametrizations.{i.tensor}") for i in items if i.parameter == item.parameter]
-            results = _parametrization_results(graph, tuple(paths))
-        else:
-            results = list(_hook_results(graph, item))
-        for node in results:
-            node.meta["fxprune"] = {"pass": item.kind.replace("_", "-"), "parameter": item.parameter}
-
-
-def _parametrization_results(graph: fx.Graph, paths: tuple[str, ...]) -> list[fx.Node]:
-    below = tuple(path + "." for path in paths)
-
-    def inside(node: fx.Node) -> bool:
-        stack = (node.meta.get("nn_module_stack") or {}).values()
-        return any(path in paths or path.startswith(below) for path, _ in stack)
-
-    body = [node for node in graph.nodes if inside(node) and not is_mutating(node)]
-    # a parametrization that returns what it got leaves no node: the read of the original is the result
-    originals = tuple(path + "original" for path in below)
-    body = body or [node for node in graph.find_nodes(op="get_attr") if str(node.target).startswith(originals)]
-    return [node for node in body if any(not inside(user) and not is_mutating(user) for user in node.users)]
-
-
-def _hook_results(graph: fx.Graph, item: Carried) -> Iterator[fx.Node]:
-    """The nodes that compute what a hook computes: products, `_weight_norm`, quotients of its stored state."""
-    state = hook_state(item.kind, item.tensor)
-
-    def reads(operand: object, stored: str) -> bool:
-        return _stands_for(operand, item, stored)
-
-    for node in list(graph.nodes):
-        if item.kind == "prune" and node.target is _aten.mul.Tensor:
-            mask, original = node.args
-            if reads(mask, state[1]) and reads(original, state[0]):
-                if mask.target is _aten.to.dtype and mask.args[1] == mask.args[0].meta["val"].dtype:
-                    # no conversion here; without it the mask follows a later change of the parameter's dtype
-                    node.args = (mask.args[0], original)
-                yield node
-        elif item.kind == "weight_norm" and node.target is _aten._weight_norm.default:
-            if reads(node.args[0], state[1]) and reads(node.args[1], state[0]):
-                yield node
-        elif item.kind == "spectral_norm" and node.target is _aten.div.Tensor and reads(node.args[0], state[0]):
-            yield node
-
-
-def _stands_for(node: object, item: Carried, stored: str) -> bool:
-    """Whether a node is the value of the item's state `stored`, as it is or in another shape or dtype."""
-    while isinstance(node, fx.Node) and node.target in (_aten.reshape.default, _aten.to.dtype):
-        node = node.args[0]
-    if not isinstance(node, fx.Node):
-        return False
-    front = item.parameter.rpartition(".")[0]
-    names = {join(item.path, stored), join(front, stored)}
-    return not names.isdisjoint((node.target, node.meta.get("fxprune", {}).get("parameter")))
-
-
-def tagged(graph: fx.Graph, name: str | None = None) -> list[fx.Node]:
-    """The nodes that compute the parameter `name`; all such nodes without it."""
-    found = [node for node in graph.nodes if "fxprune" in node.meta]
-    return [n for n in found if name is None or n.meta["fxprune"]["parameter"] == name]
-
-
-def tagged_names(graph: fx.Graph) -> set[str]:
-    """The parameters that nodes of the graph compute."""
-    return {node.meta["fxprune"]["parameter"] for node in tagged(graph)}
-
-
 def remove_state(root: nn.Module, name: str) -> None:
     """Take away what reparametrizes the parameter `name`."""
     owner, tensor = locate(root, name)
@@ -202,9 +129,12 @@ def reparametrized(root: nn.Module) -> list[str]:
 def _legacy_norms(module: nn.Module) -> list[str]:
     """The tensors that a legacy norm's state stands for; any part of the state may be masked."""
     held = {*module._parameters, *(name for stored in module._buffers if (name := named_by_mask(stored)) is not None)}
-    weight = [name[:-2] for name in held if name.endswith("_g") and f"{name[:-2]}_v" in held]
-    spectral = [name[:-2] for name in module._buffers if name.endswith("_u") and f"{name[:-2]}_orig" in held]
-    return weight + spectral
+    weight = [name.removesuffix("_g") for name in held if name.endswith("_g")]
+    spectral = [name.removesuffix("_u") for name in module._buffers if name.endswith("_u")]
+    return [
+        *(tensor for tensor in weight if f"{tensor}_v" in held),
+        *(tensor for tensor in spectral if f"{tensor}_orig" in held),
+    ]
 
 
 def _parametrizations(module: nn.Module) -> list[str]:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-
-def module_path(node: fx.Node) -> str:
-    """The path of the source module that a node was captured in, '' at the root or where it is not known."""
-    stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else ""
+from fxprune.graph.metadata import module_path, tag_of
 
 
 def describe(node: fx.Node) -> str:
@@ -25,7 +21,7 @@ def text(graph: fx.Graph) -> str:
 def _line(node: fx.Node) -> str:
     if node.op == "output":
         return f"return {node.args[0]}"
-    origin = node.meta.get("fxprune")
+    origin = tag_of(node)
     note = f"  # {origin['pass']}: {origin['parameter']}" if origin else ""
     if node.op in ("placeholder", "get_attr"):
         return f"%{node.name} = {node.op}[{node.target}]{note}"

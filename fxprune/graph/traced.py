@@ -63,6 +63,10 @@ class TracedModule(fx.GraphModule):
     dynamic_shapes: Any
     _python_code: PythonCode
     _selected: _Generated
+    _generated: dict[str, _Generated]
+    _examples: tuple[tuple[Any, ...], dict[str, Any]]
+    _plan: ChannelPlan | None
+    _origin: Origin | None
 
     def __init__(
         self,
@@ -77,14 +81,13 @@ class TracedModule(fx.GraphModule):
         super().__init__(nn.Module(), fx.Graph(), "TracedModule")
         share_contents(self, root)
         set_provenance(self, provenance_of(root))
-        self._generated: dict[str, _Generated] = {}
+        self._generated = {}
         self.graphs = {mode: graphs[mode] for mode in MODES if mode in graphs}
         for graph in self.graphs.values():
             graph.owning_module = self
         self._examples = (example_args, dict(example_kwargs))
         self.dynamic_shapes = dynamic_shapes
-        self._plan: ChannelPlan | None = None
-        self._origin: Origin | None = None
+        self.record(None)
         self.training = training
         self._select_any()
 

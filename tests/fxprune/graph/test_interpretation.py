@@ -12,8 +12,8 @@ import fxprune
 from fxprune.errors import FinalizeError
 from fxprune.graph.expressions import closure, evaluate
 from fxprune.graph.interpretation import run, run_nodes
+from fxprune.graph.metadata import tagged
 from fxprune.graph.names import tensor_at
-from fxprune.graph.reparametrizations import tagged
 
 
 class Mixed(nn.Module):
