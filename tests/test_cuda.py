@@ -14,7 +14,11 @@ from torch.nn.utils import prune
 import fxprune
 from tests.networks import NETWORKS, Residual
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # a deep copy of a recurrent layer has its weights apart
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

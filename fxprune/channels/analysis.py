@@ -75,7 +75,7 @@ def fill_in(relations: Coupling, alive: Mask, plan: ChannelPlan) -> None:
         shape = tuple(relations.tensors[name].shape)
         plan.shapes[name] = shape
         plan.kept[name] = {
-            axis: torch.arange(shape[axis])
+            axis: torch.arange(shape[axis], device="cpu")
             if ids is None
             else torch.from_numpy(np.flatnonzero(alive[relations.of(ids)]))
             for axis, ids in enumerate(axes)

@@ -142,7 +142,8 @@ def _what_stays(tensor: Tensor, value: Value | None, kept: Kept) -> Tensor:
     for dim, axis in enumerate(value.axes if value is not None else ()):
         mask = _kept_indices(axis, kept)
         if len(mask) == tensor.shape[dim] and not mask.all():
-            tensor = tensor.index_select(dim, torch.from_numpy(mask).nonzero().squeeze(1))
+            index = torch.from_numpy(mask).nonzero().squeeze(1)
+            tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor
 
 

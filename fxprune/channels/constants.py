@@ -133,7 +133,11 @@ def _place(
     constant = torch.zeros(shape) if value.facts is None else value.facts.value.expand(shape)
     users = [names[edge.user] for names in nodes.values()]
     zero = edge.zero or (main.facts and not _what_stays(constant, value.axes, kept).any() and all(map(_adds, users)))
-    name = "" if zero else _register(traced, coupling, node, value.axes, constant.to(node.meta["val"].dtype))
+    name = (
+        ""
+        if zero
+        else _register(traced, coupling, node, value.axes, constant.to(node.meta["val"].device, node.meta["val"].dtype))
+    )
     for mode, walk in coupling.walks.items():
         read, user = nodes[mode][edge.node], nodes[mode][edge.user]
         if zero:

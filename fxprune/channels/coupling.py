@@ -78,7 +78,8 @@ def couple(root: nn.Module, graphs: Mapping[str, fx.Graph], facts: bool = True) 
     read = {str(node.target): None for graph in graphs.values() for node in graph.find_nodes(op="get_attr")}
     tensors = {name: stored[name] for name in read if name in stored and stored[name].numel()}
     parameters = _tied(tensors, ids)
-    with torch.no_grad():
+    # constants are followed on the CPU, wherever the module is
+    with torch.no_grad(), torch.device("cpu"):
         # the eval graph first: reasons are reported in the order in which they were found
         walks = {
             mode: walked(graphs[mode], ids, parameters, facts and mode == "eval")

@@ -44,7 +44,7 @@ class Folding:
     merged: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Fold the constants of every reader of the eval graph."""
+        """Fold the constants of every reader of the eval graph; values are computed on the CPU."""
         for reader, twin in self.coupling.readers():
             if reader.constant is None or reader.folds is None or reader.merges is None or reader.table is None:
                 continue
@@ -79,7 +79,7 @@ class Folding:
             chosen = representative(reader, int(group), alive)
             if chosen is None:  # no row that is alive reads them
                 continue
-            stored = self.coupling.tensors[reader.source].detach()
+            stored = self.coupling.tensors[reader.source].detach().cpu()
             if reader.source not in self.values:
                 self.values[reader.source] = stored.clone()
             table = _like(reader.table, stored, self.values[reader.source])
@@ -94,14 +94,15 @@ class Folding:
         walk = self.coupling.walks["eval"]
         name = str(bias.target) if bias is not None and bias.op == "get_attr" else None
         if name is not None and walk.is_alone(name):
-            old = self.values.get(name, self.coupling.tensors[name]).detach()
+            old = self.values.get(name, self.coupling.tensors[name]).detach().cpu()
             self.values[name] = (old.double() + delta).to(old.dtype)
             return
         assert reader.table is not None
         name = _free_name(self.traced, reader)
         self.added[name] = reader.source or reader.node.name
-        value = delta if bias is None else delta + evaluate(self.traced, bias).double()
-        add_bias(self.traced, self.coupling, reader, twin, name, value.to(reader.table.dtype))
+        value = delta if bias is None else delta + evaluate(self.traced, bias).double().cpu()
+        device = reader.node.meta["val"].device
+        add_bias(self.traced, self.coupling, reader, twin, name, value.to(device, reader.table.dtype))
 
 
 def _like(view: Tensor, base: Tensor, copy: Tensor) -> Tensor:
@@ -135,7 +136,8 @@ def add_zero_biases(traced: TracedModule, coupling: Coupling, plan: ChannelPlan)
         like = coupling.tensors[reader.source] if reader.source else reader.node.meta["val"]
         bias = reader.bias.node
         assert reader.rows is not None
-        value = torch.zeros(reader.rows.size, dtype=like.dtype) if bias is None else evaluate(traced, bias)
+        zeros = torch.zeros(reader.rows.size, dtype=like.dtype, device=like.device)
+        value = zeros if bias is None else evaluate(traced, bias)
         add_bias(traced, coupling, reader, twin, name, value.clone())
 
 

@@ -45,7 +45,8 @@ def remove(traced: TracedModule, analysis: Analysis, *, check: bool = True) -> C
     relations = analysis.coupling
     before = Before.of(traced.graphs["eval"], relations.tensors) if check else None
     folding = Folding(traced, relations, analysis.alive)
-    folding.run()
+    with torch.device("cpu"):
+        folding.run()
     plan = ChannelPlan(stayed=list(analysis.plan.stayed))
     _carry_out(traced, relations, analysis.alive, analysis.plan, plan, folding.values, analysis.names)
     plan.folded, plan.merged, plan.added = folding.folded, folding.merged, folding.added
@@ -145,7 +146,7 @@ def _slice(traced: TracedModule, relations: Coupling, plan: ChannelPlan, values:
     for name in relations.parameters:
         old = relations.tensors[name]
         if id(old) not in replaced:
-            new = plan.slice(name, values.get(name, old.detach()))
+            new = plan.slice(name, values[name].to(old.device) if name in values else old.detach())
             if name not in values and new.shape == old.shape:
                 continue
             replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

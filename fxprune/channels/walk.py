@@ -106,7 +106,7 @@ class Walk:
         if name in self._written:
             self.pin_value(node, Value(axes), "a buffer that the graph writes to")
             return Value(axes)
-        return Value(axes, Known.tensor(tensor.detach()) if self.facts else None, source=name)
+        return Value(axes, Known.tensor(tensor.detach().cpu()) if self.facts else None, source=name)
 
     def is_read_once(self, name: str | None) -> bool:
         """Whether a parameter has one reader in the graph."""
