@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,26 +70,15 @@ class GradientClipping:
             return
         unique = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
         parameters = [p for p in unique if p.grad is not None]
-        for p in parameters:
-            if p.grad.layout is not torch.strided:
-                raise SparseGradientError(
-                    f"clip_gradients cannot clip the gradient of a parameter of shape {tuple(p.shape)}: its layout is "
-                    f"{p.grad.layout}. Build the layer with sparse=False, or give it an optimizer of its own."
-                )
+        _refuse_sparse(parameters)
         scale = getattr(optimizer, "grad_scale", None) if parameters else None
-        if scale is not None:  # GradScaler leaves unscaling to fused steps: do it here, by its own arithmetic
-            scaler = torch.amp.GradScaler(scale.device.type, init_scale=scale.item())
-            scaler.scale(torch.ones((), device=scale.device))  # a scaler makes its scale tensor on first use
-            scaler.unscale_(optimizer)
+        if scale is not None:  # GradScaler leaves unscaling to fused steps
+            _unscale(optimizer, scale)
         try:
             total = get_total_norm([p.grad for p in parameters], self.norm_type, self.error_if_nonfinite, self.foreach)
         except RuntimeError:
             if scale is not None:
-                for p in parameters:
-                    p.grad.mul_(scale)
-                # GradScaler.step, cut short, would multiply the next step's scale by one left behind here.
-                if vars(optimizer).pop("found_inf", None) is not None:
-                    del optimizer.grad_scale  # type: ignore[attr-defined]
+                _scale_again(optimizer, parameters, scale)
             raise
         if scale is not None:
             self._grad_scale, optimizer.grad_scale = scale, None  # type: ignore[attr-defined]
@@ -102,6 +92,32 @@ class GradientClipping:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._grad_scale is not None:
             self._grad_scale, optimizer.grad_scale = None, self._grad_scale  # type: ignore[attr-defined]
+
+
+def _refuse_sparse(parameters: Iterable[Tensor]) -> None:
+    for p in parameters:
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise SparseGradientError(
+                f"clip_gradients cannot clip the gradient of a parameter of shape {tuple(p.shape)}: its layout is "
+                f"{p.grad.layout}. Build the layer with sparse=False, or give it an optimizer of its own."
+            )
+
+
+def _unscale(optimizer: Optimizer, scale: Tensor) -> None:
+    """Unscale all gradients by GradScaler's own arithmetic."""
+    scaler = torch.amp.GradScaler(scale.device.type, init_scale=scale.item())
+    scaler.scale(torch.ones((), device=scale.device))  # a scaler makes its scale tensor on first use
+    scaler.unscale_(optimizer)
+
+
+def _scale_again(optimizer: Optimizer, parameters: Iterable[Tensor], scale: Tensor) -> None:
+    """Leave gradients and optimizer as they were before a step that is refused."""
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.mul_(scale)
+    # GradScaler.step, cut short, would multiply the next step's scale by one left behind here.
+    if vars(optimizer).pop("found_inf", None) is not None:
+        del optimizer.grad_scale  # type: ignore[attr-defined]
 
 
 def clip_gradients(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import prune
 
 import fxprune
@@ -227,3 +227,15 @@ def test_a_finalized_model_trains_and_can_be_traced_and_pruned_again(traced: fxp
     again = fxprune.trace(final, (x,))
     fxprune.prune.l1_unstructured(again, "head.weight", 0.5)
     assert torch.equal(fxprune.finalize(again).eval()(x), again.eval()(x))
+
+
+def test_many_parameters_are_masked_and_unmasked_by_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = fxprune.trace(nn.Sequential(*(nn.Linear(4, 4) for _ in range(6))), (torch.randn(2, 4),))
+    checked: list[fx.Graph] = []
+    lint = fx.Graph.lint
+    monkeypatch.setattr(fx.Graph, "lint", lambda graph: (checked.append(graph), lint(graph))[1])
+    fxprune.prune.l1_unstructured(traced, "*.weight", 0.5)
+    assert checked == list(traced.graphs.values())
+    fxprune.prune.remove(traced, "*.weight")
+    assert checked == 2 * list(traced.graphs.values())
+    assert not fxprune.prune.is_pruned(traced)
