@@ -28,13 +28,13 @@ def slice_scores(grouping: Grouping, score: Callable[[str, int, str], torch.Tens
     """
     count = grouping.found.classes.count
     total, slices = np.zeros(count), np.zeros(count)
-    for name, axis, v in grouping.axes:
-        value = score(name, axis, "reader" if (name, axis) in grouping.readers else "writer")
+    for axis in grouping.axes:
+        value = score(axis.parameter, axis.axis, axis.role)
         if value is not None:
-            vector = grouping.vectors[v]
+            vector = grouping.axes.vector(axis)
             total += np.bincount(vector, value.detach().double().cpu().numpy(), count)
             slices += np.bincount(vector, minlength=count)
-    total, slices = grouping.unit_sums(total), grouping.unit_sums(slices)
+    total, slices = grouping.units.sums(total), grouping.units.sums(slices)
     return np.divide(total, slices, out=np.zeros(count), where=slices > 0)
 
 
@@ -189,10 +189,11 @@ class Staircase:
 
 def masks(grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:
     """For each parameter that holds a dead class its mask, boolean."""
-    dead = [bool((~alive[v]).any()) for v in grouping.vectors]
+    dead = [bool((~alive[vector]).any()) for vector in grouping.axes.vectors]
     found: dict[str, torch.Tensor] = {}
-    for name, axis, v in grouping.axes:
-        if dead[v]:
-            mask = found.setdefault(name, torch.ones(grouping.plain.get_parameter(name).shape, dtype=torch.bool))
-            grouping.mask(name, axis, mask, alive[grouping.vectors[v]])
+    for axis in grouping.axes:
+        if dead[axis.vector]:
+            shape = grouping.plain.get_parameter(axis.parameter).shape
+            mask = found.setdefault(axis.parameter, torch.ones(shape, dtype=torch.bool))
+            grouping.axes.clear(axis, mask, alive)
     return found

@@ -66,3 +66,35 @@ class Relation:
         if some.any():
             found[some] = np.logical_or.reduceat(mask[rights], (np.cumsum(counts) - counts)[some])
         return found
+
+    def signatures(self) -> Vector:
+        """For each left a number; equal ones where the same rights go with it, in the same order, and 0 without any.
+
+        Numbers ascend with the first left that has them.
+        """
+        found = np.zeros(len(self), np.int64)
+        data, width = self.rights.tobytes(), self.rights.itemsize
+        numbers: dict[bytes, int] = {}
+        for left in np.flatnonzero(self.counts).tolist():
+            key = data[width * self.starts[left] : width * self.starts[left + 1]]
+            found[left] = numbers.setdefault(key, len(numbers) + 1)
+        return found
+
+
+def numbered(*columns: Vector | Mask) -> Vector:
+    """For each index the number of its tuple among the distinct ones, in ascending order of the tuples.
+
+    Example:
+        >>> numbered(np.array([7, 5, 7]), np.array([0, 1, 0]))
+        array([1, 0, 1])
+    """
+    rows = np.stack([np.asarray(column, np.int64) for column in columns])
+    return np.unique(rows, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def positions_of(numbers: Vector) -> dict[int, Vector]:
+    """From each number to where it stands, numbers and positions ascending."""
+    order = np.argsort(numbers, kind="stable")
+    values, starts = np.unique(numbers[order], return_index=True)
+    stops = [*starts[1:].tolist(), len(order)]
+    return {value: order[i:j] for value, i, j in zip(values.tolist(), starts.tolist(), stops, strict=False)}

@@ -137,7 +137,7 @@ def _mean_over_slices(
     def of_axis(name: str, axis: int, role: str) -> torch.Tensor | None:
         if name not in values or (only_writers and role == "reader"):
             return None
-        slices, within = grouping.slices(name, axis, values[name])
+        slices, within = grouping.axes.slices(name, axis, values[name])
         return score(slices if slices.dtype == torch.float64 else slices.float(), tuple(within)).flatten()
 
     found = slice_scores(grouping, of_axis)
