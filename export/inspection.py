@@ -55,43 +55,58 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
 
 def _onnx(path: str) -> Contents:
     model = onnx.load(path)
-    graph, tensors = model.graph, []
+    tensors = _stored_tensors(model.graph)
+    shapes = {name: shape for name, shape, *_ in tensors} | _inferred_shapes(model)
+    operators = Counter(node.op_type for node in model.graph.node)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    return Contents(tensors, dict(operators.most_common()), _macs(model.graph, shapes), metadata)
+
+
+def _stored_tensors(graph: onnx.GraphProto) -> list[tuple[str, tuple[int, ...], str, int, int]]:
+    tensors = []
     for tensor in graph.initializer:
         values = onnx.numpy_helper.to_array(tensor)
         tensors.append((tensor.name, values.shape, str(values.dtype), values.size, int((values == 0).sum())))
     for sparse in graph.sparse_initializer:
         kept, shape = onnx.numpy_helper.to_array(sparse.values), tuple(sparse.dims)
-        count = math.prod(shape)
-        tensors.append((sparse.values.name, shape, f"{kept.dtype}, sparse", count, count - int((kept != 0).sum())))
-    for value in graph.input:
+        entries = math.prod(shape)
+        zeros = entries - int((kept != 0).sum())
+        tensors.append((sparse.values.name, shape, f"{kept.dtype}, sparse", entries, zeros))
+    return tensors
+
+
+def _inferred_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """The shapes of all values for one sample, as far as they follow from that; changes the model's free sizes to 1."""
+    for value in model.graph.input:
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_value = 1  # sets the name aside
-    del graph.value_info[:]
+    del model.graph.value_info[:]
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes = {name: shape for name, shape, *_ in tensors}
+    shapes: dict[str, tuple[int, ...]] = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         sizes = value.type.tensor_type.shape.dim
         if all(size.HasField("dim_value") for size in sizes):
             shapes[value.name] = tuple(size.dim_value for size in sizes)
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    return Contents(tensors, dict(Counter(n.op_type for n in graph.node).most_common()), _macs(graph, shapes), metadata)
+    return shapes
 
 
 def _macs(graph: onnx.GraphProto, shapes: dict[str, tuple[int, ...]]) -> int | None:
-    total = 0
     try:
-        for node in graph.node:
-            kind = node.op_type.removeprefix("QLinear").removesuffix("Integer")
-            if kind in ("Conv", "ConvTranspose"):
-                per = shapes[node.output[0] if kind == "Conv" else node.input[0]]
-                total += math.prod(per) * math.prod(shapes[node.input[1]][1:])
-            elif kind in ("Gemm", "MatMul"):
-                flipped = any(a.name == "transA" and a.i for a in node.attribute)
-                total += math.prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if flipped else -1]
-    except KeyError:
+        return sum(_macs_of(node, shapes) for node in graph.node)
+    except KeyError:  # a shape that is not known
         return None
-    return total
+
+
+def _macs_of(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+    kind = node.op_type.removeprefix("QLinear").removesuffix("Integer")
+    if kind in ("Conv", "ConvTranspose"):
+        positions = shapes[node.output[0] if kind == "Conv" else node.input[0]]
+        return math.prod(positions) * math.prod(shapes[node.input[1]][1:])
+    if kind in ("Gemm", "MatMul"):
+        transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+        return math.prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if transposed else -1]
+    return 0
 
 
 def _program(path: str) -> Contents:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from fxprune.errors import ArgumentError
 
 from .session import Session
-from .values import as_calls
+from .values import Call, as_calls
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,30 @@ def bench(
         )
     sessions = [Session(path, [provider], threads) for path in paths]
     call = None if inputs is None else as_calls(inputs)[0]
-    runs = []
-    for session in sessions:
-        feed = session.random(batch) if call is None else session.feed(*call)
-        if call is not None:
-            session.run(*call)  # names inputs that do not fit
-        runs.append(session.bind(feed))
-    seconds = np.empty((warmup + rounds, len(runs)))
-    for i, j in np.ndindex(seconds.shape):
+    runs = [_bound(session, call, batch) for session in sessions]
+    seconds = _seconds_in_turns(runs, warmup + rounds)[warmup:]
+    quartiles = np.quantile(seconds, (0.25, 0.5, 0.75), axis=0) * 1e3
+    ratios = np.median(seconds / seconds[:, :1], axis=0)
+    latencies = []
+    for session, (low, median, high), ratio in zip(sessions, quartiles.T.tolist(), ratios.tolist(), strict=True):
+        latencies.append(Latency(session.name, median, (low, high), ratio, rounds))
+    return latencies
+
+
+def _bound(session: Session, call: Call | None, batch: int) -> Callable[[], object]:
+    """A run of the session on inputs that lie on its device."""
+    if call is None:
+        return session.bind(session.random(batch))
+    session.run(*call)  # names inputs that do not fit
+    return session.bind(session.feed(*call))
+
+
+def _seconds_in_turns(runs: Sequence[Callable[[], object]], rounds: int) -> np.ndarray:
+    """The seconds of each run in each round [rounds, runs]."""
+    seconds = np.empty((rounds, len(runs)))
+    for place in np.ndindex(seconds.shape):
+        run = runs[place[1]]
         start = time.perf_counter()
-        runs[j]()
-        seconds[i, j] = time.perf_counter() - start
-    seconds = seconds[warmup:]
-    low, middle, high = (np.quantile(seconds, (0.25, 0.5, 0.75), axis=0) * 1e3).tolist()
-    ratios = np.median(seconds / seconds[:, :1], axis=0).tolist()
-    return [Latency(s.name, middle[j], (low[j], high[j]), ratios[j], rounds) for j, s in enumerate(sessions)]
+        run()
+        seconds[place] = time.perf_counter() - start
+    return seconds

@@ -26,7 +26,7 @@ from .onnx_files import rewrite, save, side_files
 from .onnx_names import drop_stack_traces, name_ends, name_free_sizes, name_origins, name_weights
 from .precision import float16, int8, sparse_initializers
 from .report import Report
-from .session import RTOL, Session
+from .session import PRECISION_TOLERANCES, Session
 from .translation import translating
 from .values import Call, as_calls, as_captured
 from .verification import Draft, FileReport, other_sizes, verify
@@ -216,9 +216,9 @@ class _Verification:
 
 def _calibration_batches(final: TracedModule, precision: str, calibration: Any) -> list[Call]:
     given = calibration is not None
-    if precision not in RTOL or (given and precision != "int8"):
+    if precision not in PRECISION_TOLERANCES or (given and precision != "int8"):
         asked = f"precision {precision!r} was asked for{' with calibration' if given else ''}"
-        raise ArgumentError(f"{asked}; there are {', '.join(RTOL)}, and calibration is for int8.")
+        raise ArgumentError(f"{asked}; there are {', '.join(PRECISION_TOLERANCES)}, and calibration is for int8.")
     if not given:
         return []
     is_single = isinstance(calibration, tuple | dict | torch.Tensor)

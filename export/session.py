@@ -17,9 +17,9 @@ from fxprune.errors import CompareError, ProviderWarning
 
 from .values import input_tensors, match_inputs
 
-# Relative to the largest value of an output; None: by the output's dtype. float16 rounds at 5e-4; an int8 step is 1/255
+# Of files, relative to the largest value of an output; None: by the output's dtype. float16 rounds at 5e-4; an int8 step is 1/255
 # of a tensor's range, and some ten to a hundred layers add theirs up.
-RTOL: dict[str, float | None] = {"float32": None, "float16": 1e-2, "int8": 0.1}
+PRECISION_TOLERANCES: dict[str, float | None] = {"float32": None, "float16": 1e-2, "int8": 0.1}
 
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}  # of onnxruntime's element types that numpy calls otherwise
 
@@ -89,7 +89,7 @@ class Session:
         self.outputs = [value.name for value in self._session.get_outputs()]
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         precision = self.metadata.get("fxprune.precision", "")
-        self.rtol, self._half = RTOL.get(precision), precision == "float16"
+        self.rtol, self._half = PRECISION_TOLERANCES.get(precision), precision == "float16"
         self.providers: list[str] = self._session.get_providers()
         placement = Counter[str]()
         for part in self._session.get_provider_graph_assignment_info():

@@ -19,6 +19,7 @@ from fxprune.graph.arguments import Arguments, fixed_size
 from fxprune.graph.equality import close, error
 from fxprune.graph.interpretation import Watch, run
 from fxprune.graph.names import tensor_at, tensors_of
+from fxprune.graph.samples import stretched
 
 _FOREIGN = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))  # code that is not the user's
 _WIDE_TOLERANCE = 1e-5  # some code rounds to float32 in any case
@@ -130,15 +131,15 @@ class Rehearsal:
         """The sample inputs with one more in the batch, where that is free: the first free size is the batch's."""
         leaves, structure = pytree.tree_flatten(self.inputs)
         batch: str | None = None
+        larger: dict[tuple[int, int], int] = {}
         for i, node in enumerate(self.graph.find_nodes(op="placeholder")):
             sizes = getattr(node.meta.get("val"), "shape", ())
             if not sizes or not isinstance(leaves[i], Tensor) or fixed_size(sizes[0]) is not None:
                 continue
             batch = batch or str(sizes[0])
             if str(sizes[0]) == batch:
-                count = leaves[i].shape[0]
-                leaves[i] = leaves[i][torch.arange(count + 1) % count]
-        args, kwargs = pytree.tree_unflatten(leaves, structure)
+                larger[i, 0] = leaves[i].shape[0] + 1
+        args, kwargs = pytree.tree_unflatten(stretched(leaves, larger), structure)
         return args, kwargs
 
 

@@ -27,7 +27,7 @@ from fxprune.demo import DigitNet
 from fxprune.errors import ArgumentError, CompareError, ExportError, FxpruneError, InputError, ProviderWarning
 from fxprune.export import ExportReport, Session, compare, onnx_files, to_onnx
 from fxprune.export.metadata import digest
-from fxprune.export.session import RTOL
+from fxprune.export.session import PRECISION_TOLERANCES
 
 
 class Wide(nn.Module):
@@ -301,7 +301,10 @@ def test_the_pruned_demo_runs_in_node(package: str, precision: str, request: pyt
     with torch.no_grad():
         want = digits.final(x).numpy()
     # int8 kernels differ between processors: it is held to what the file states
-    assert np.abs(got - want).max() <= {"float32": 1e-5, "int8": RTOL["int8"]}[precision] * np.abs(want).max()
+    assert (
+        np.abs(got - want).max()
+        <= {"float32": 1e-5, "int8": PRECISION_TOLERANCES["int8"]}[precision] * np.abs(want).max()
+    )
 
 
 # ---- bad input
