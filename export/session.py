@@ -17,8 +17,8 @@ from fxprune.errors import CompareError, ProviderWarning
 
 from .values import input_tensors, match_inputs
 
-# Of files, relative to the largest value of an output; None: by the output's dtype. float16 rounds at 5e-4; an int8 step is 1/255
-# of a tensor's range, and some ten to a hundred layers add theirs up.
+# Of files, relative to the largest value of an output; None: by the output's dtype. float16 rounds at 5e-4; an int8
+# step is 1/255 of a tensor's range, and some ten to a hundred layers add theirs up.
 PRECISION_TOLERANCES: dict[str, float | None] = {"float32": None, "float16": 1e-2, "int8": 0.1}
 
 _NUMPY_NAMES = {"float": "float32", "double": "float64"}  # of onnxruntime's element types that numpy calls otherwise
