@@ -13,7 +13,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
-_FILE = re.compile(r"^(New file|At the end of) `([\w/.-]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(
+    r"^(?:New file|At the end of|In) `([\w/.-]+)`(?:, below `([^`\n]+)`)?:\n\n```\w+\n(.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 _PATH = re.compile(r"\b((?:fxprune|passes|export|tests|benchmarks|docs)/[\w./-]*[\w/])(?:::(\w+))?")
 _LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 
@@ -46,20 +49,27 @@ class Block:
 
 @dataclass(frozen=True)
 class FileBlock:
-    """A block that is a whole new file, or is to stand at the end of one; `path` as the page gives it."""
+    """A block that goes into a file.
+
+    Attributes:
+        path: the file, as the page gives it: a new one, or one that is there.
+        below: the line that it goes below; None for the end of the file.
+        source: its text.
+    """
 
     path: str
-    is_new: bool
+    below: str | None
     source: str
 
     def write(self, root: Path) -> None:
         """Do what the page says in the tree under `root`."""
         target = root / self.path
-        if self.is_new:
-            assert not target.exists(), f"{self.path} is there already"
-            target.write_text(self.source, encoding="utf-8")
+        before = target.read_text(encoding="utf-8") if target.exists() else ""
+        if self.below is None:
+            target.write_text(before + "\n\n" * bool(before) + self.source, encoding="utf-8")
         else:
-            target.write_text(f"{target.read_text(encoding='utf-8')}\n\n{self.source}", encoding="utf-8")
+            assert before.count(f"\n{self.below}\n") == 1, f"{self.path} has no single line {self.below!r}"
+            target.write_text(before.replace(f"\n{self.below}\n", f"\n{self.below}\n{self.source}"), encoding="utf-8")
 
 
 def blocks(page: Path) -> list[Block]:
@@ -71,8 +81,8 @@ def blocks(page: Path) -> list[Block]:
 
 
 def file_blocks(text: str) -> list[FileBlock]:
-    """The blocks under "New file `path`:" and "At the end of `path`:"."""
-    return [FileBlock(match[2], match[1] == "New file", match[3]) for match in _FILE.finditer(text)]
+    """The blocks under "New file `path`:", "At the end of `path`:" and "In `path`, below `line`:"."""
+    return [FileBlock(match[1], match[2], match[3]) for match in _FILE.finditer(text)]
 
 
 def sections(text: str) -> dict[str, str]:

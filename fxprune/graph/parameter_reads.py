@@ -23,7 +23,7 @@ class ParameterReads:
 
     Example:
         >>> ParameterReads(traced, traced.graph).nodes("0.weight")
-        [p_0_weight]
+        [_0_weight]
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -27,8 +26,7 @@ from fxprune.passes import (
     run_passes,
     working_on,
 )
-
-GOLDEN = Path(__file__).parent / "golden"
+from tests.passes.rewrites import assert_golden, assert_rewrites
 
 
 class Twice(nn.Module):
@@ -54,20 +52,8 @@ def traced(captured: fxprune.TracedModule) -> fxprune.TracedModule:
     return copy.deepcopy(captured)
 
 
-def assert_rewrites(traced: fxprune.TracedModule, step: Pass, golden: str) -> None:
-    """The pass gives the golden graphs, says that it modified, and says that it did not when it runs again."""
-    result = step(traced)
-    assert result.modified
-    assert result.graph_module is traced
-    found = "".join(f"{mode}:\n{text(graph)}\n" for mode, graph in sorted(traced.graphs.items()))
-    path = GOLDEN / f"{golden}.txt"
-    assert path.exists(), f"no golden file {path.name}; the graphs are:\n{found}"
-    assert found == path.read_text()
-
-
 def test_capture_gives_the_golden_graphs(traced: fxprune.TracedModule) -> None:
-    found = "".join(f"{mode}:\n{text(graph)}\n" for mode, graph in sorted(traced.graphs.items()))
-    assert found == (GOLDEN / "capture.txt").read_text()
+    assert_golden(traced, "capture")
 
 
 def test_a_mask_is_multiplied_at_each_call_of_the_layer(traced: fxprune.TracedModule) -> None:

@@ -1,0 +1,35 @@
+"""What the tests of every pass share: golden graphs, which are text files beside them."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import fxprune
+from fxprune.graph.text import text
+from fxprune.passes import Pass
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def graphs(traced: fxprune.TracedModule) -> str:
+    """The graphs of both modes as a golden file has them."""
+    return "".join(f"{mode}:\n{text(graph)}\n" for mode, graph in sorted(traced.graphs.items()))
+
+
+def assert_golden(traced: fxprune.TracedModule, golden: str) -> None:
+    """The graphs are those in the golden file of this name; where there is none, the message has its text."""
+    path = GOLDEN / f"{golden}.txt"
+    found = graphs(traced)
+    assert path.exists(), f"no golden file {path.name}; the graphs are:\n{found}"
+    expected = path.read_text(encoding="utf-8")
+    changes = difflib.unified_diff(expected.splitlines(), found.splitlines(), path.name, "the graphs", lineterm="", n=0)
+    assert found == expected, "\n".join(changes)
+
+
+def assert_rewrites(traced: fxprune.TracedModule, step: Pass, golden: str) -> None:
+    """The pass works in place, says that it modified something, and gives the golden graphs."""
+    result = step(traced)
+    assert result.modified
+    assert result.graph_module is traced
+    assert_golden(traced, golden)
