@@ -246,3 +246,18 @@ def test_a_copy_that_cannot_be_made_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.ok
     assert "there is no float64 copy of the reference: RuntimeError: no copies" in report.table()
     assert report.rows[0].error is None
+
+
+class Refuses(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64:
+            raise TypeError("float32 alone")
+        return super().forward(x)
+
+
+def test_a_copy_that_cannot_run_is_said_and_leaves_the_default_dtype() -> None:
+    layer = Refuses(2, 2)
+    report = compare(layer, layer, inputs=[torch.ones(1, 2), torch.zeros(1, 2)])
+    assert report.ok
+    assert "Refuses cannot run these inputs: TypeError: float32 alone" in report.no_float64
+    assert torch.get_default_dtype() == torch.float32
