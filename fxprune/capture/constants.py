@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from fxprune.errors import CaptureError
 from fxprune.graph.containers import Container
-from fxprune.graph.names import join
-from fxprune.graph.reparametrizations import carried
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,13 +17,13 @@ class ConstantKeeper:
     Attributes:
         model: the model that was captured. root: what holds them.
         mode: the mode of the graph, which tells apart what has no name in the model.
-        assigned: the plain attributes that forward assigned tensors to.
+        computed: the names of plain attributes that forwards compute: what they hold now is out of date.
     """
 
     model: nn.Module
     root: Container
     mode: str
-    assigned: frozenset[str]
+    computed: frozenset[str]
 
     def __call__(self, value: Tensor, name: str) -> str:
         """Hold a tensor that the capture calls `name`; returns the name it has from now on.
@@ -33,7 +31,7 @@ class ConstantKeeper:
         Raises:
             CaptureError: an earlier forward computed it, so it would be out of date.
         """
-        if value.grad_fn is not None or name in self.assigned or name in self._computed():
+        if value.grad_fn is not None or name in self.computed:
             raise CaptureError(
                 f"{name!r} is read as a plain tensor that an earlier forward computed: a hook that computes it runs "
                 "too late or never, or forward keeps state in an attribute. What it holds now would be frozen into the "
@@ -51,6 +49,3 @@ class ConstantKeeper:
         assert isinstance(own, Tensor)
         owner.register_buffer(attribute, own, persistent=False)
         return name
-
-    def _computed(self) -> set[str]:
-        return {join(item.path, item.tensor) for item in carried(self.model)}

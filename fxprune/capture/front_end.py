@@ -129,7 +129,8 @@ def _provenance(module: nn.Module, reads: Reads) -> Provenance:
 def _graph(model: nn.Module, root: Container, mode: str, exported: Exported) -> fx.Graph:
     """One mode's graph over the tensors in `root`, with the values of reparametrized parameters marked."""
     names = _argument_names(model, exported.program.call_spec.in_spec)
-    graph = unlift(exported.program, root, mode, names, ConstantKeeper(model, root, mode, exported.assigned))
+    computed = exported.assigned | {join(item.path, item.tensor) for item in carried(model)}
+    graph = unlift(exported.program, root, mode, names, ConstantKeeper(model, root, mode, computed))
     tag_results(graph, model)
     erase_dead(graph)
     return graph
