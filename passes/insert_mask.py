@@ -11,6 +11,7 @@ from torch import fx
 
 from fxprune.errors import PruningError
 from fxprune.graph.masks import mask_name, original_name, view
+from fxprune.graph.names import exists
 from fxprune.graph.parameter_reads import ParameterReads, replace_reads
 from fxprune.graph.traced import TracedModule
 
@@ -37,10 +38,17 @@ class InsertMasks(Pass):
 
     def requires(self, traced: TracedModule) -> None:
         for parameter, mask in self.masks.items():
-            target = view(traced, parameter).original
+            stored = view(traced, parameter)
+            target = stored.original
             if target is None or target.shape != mask.shape:
                 found = "no such parameter" if target is None else f"the parameter's shape is {tuple(target.shape)}"
                 raise PruningError(f"a mask of shape {tuple(mask.shape)} for {parameter!r}: {found}.")
+            taken = [name for name in (mask_name(parameter), original_name(parameter)) if exists(traced, name)]
+            if stored.mask is None and taken:
+                raise PruningError(
+                    f"a mask for {parameter!r} would replace {', '.join(taken)}, which the model has for something "
+                    "else. Rename it there, then trace the model."
+                )
 
     def run(self, traced: TracedModule) -> bool:
         reads: list[tuple[fx.Graph, ParameterReads]] = []

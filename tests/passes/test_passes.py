@@ -365,3 +365,21 @@ class _Idle(_Checked):
 def test_a_result_that_is_not_what_a_pass_ensures_is_an_error(traced: fxprune.TracedModule) -> None:
     with pytest.raises(PassError, match=r"in pass 'idle' \(before it: none\): AssertionError"):
         _Idle(traced)(traced)
+
+
+@pytest.mark.parametrize("taken", ["weight_mask", "weight_orig"])
+def test_a_mask_does_not_replace_what_the_model_has_under_its_name(taken: str) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.layer.register_buffer(taken, torch.full((3,), 7.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x) + getattr(self.layer, taken)
+
+    model, x = Own(), torch.randn(2, 3)
+    traced = fxprune.trace(model, (x,))
+    with pytest.raises(PruningError, match=f"would replace layer.{taken}"):
+        fxprune.prune.l1_unstructured(traced, "layer.weight", amount=2)
+    assert torch.equal(traced(x), model(x))
