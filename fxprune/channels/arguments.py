@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -11,17 +13,18 @@ from fxprune.torch_internals import schema_of
 
 def bound(node: fx.Node) -> dict[str, Any]:
     """Every argument of the call by name, those left out with their defaults; {} for a Python function."""
-    schema = schema_of(node.target)
-    if schema is None:
-        return {}
-    found = {}
-    for position, argument in enumerate(schema.arguments):
-        if position < len(node.args):
-            found[argument.name] = node.args[position]
-        else:
-            default = argument.default_value if argument.has_default_value() else None
-            found[argument.name] = node.kwargs.get(argument.name, default)
+    found = dict(_defaults(node.target))
+    found.update(zip(found, node.args, strict=False))
+    found.update(node.kwargs)
     return found
+
+
+@functools.cache
+def _defaults(target: Any) -> Mapping[str, Any]:
+    """The arguments of an operator in order, with what they are where they are left out."""
+    schema = schema_of(target)
+    arguments = () if schema is None else schema.arguments
+    return {a.name: a.default_value if a.has_default_value() else None for a in arguments}
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:

@@ -13,6 +13,7 @@ from fxprune.channels import rules
 from fxprune.channels.ids import Classes, Ids, Vector
 from fxprune.channels.readers import Reader
 from fxprune.channels.registry import relate
+from fxprune.channels.values import on_cpu
 from fxprune.channels.walk import Parameters, Walk
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.mutation import is_mutating
@@ -78,8 +79,7 @@ def couple(root: nn.Module, graphs: Mapping[str, fx.Graph], facts: bool = True) 
     read = {str(node.target): None for graph in graphs.values() for node in graph.find_nodes(op="get_attr")}
     tensors = {name: stored[name] for name in read if name in stored and stored[name].numel()}
     parameters = _tied(tensors, ids)
-    # constants are followed on the CPU, wherever the module is
-    with torch.no_grad(), torch.device("cpu"):
+    with torch.no_grad(), on_cpu():
         # the eval graph first: reasons are reported in the order in which they were found
         walks = {
             mode: walked(graphs[mode], ids, parameters, facts and mode == "eval")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,12 +77,7 @@ class OperatorCall(abc.ABC):
     def parse(cls, node: fx.Node) -> Self:
         """The record of a call."""
         given = bound(node)
-        found: dict[str, Any] = {}
-        for item in dataclasses.fields(cls)[1:]:
-            present = [name for name in cls.names_of(item.name) if name in given]
-            if present:
-                found[item.name] = given[present[0]]
-        return cls(node, **found)
+        return cls(node, **{field: given[name] for field, name in _arguments_of(cls, tuple(given))})
 
     @classmethod
     def names_of(cls, field: str) -> tuple[str, ...]:
@@ -125,6 +121,18 @@ class OperatorCall(abc.ABC):
 
 
 Rule: TypeAlias = type[OperatorCall]
+
+
+@functools.cache
+def _arguments_of(rule: Rule, names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """For each field of a rule the argument that it is, of those with these names."""
+    found = []
+    for field in dataclasses.fields(rule)[1:]:
+        present = [name for name in rule.names_of(field.name) if name in names]
+        found += [(field.name, present[0])] if present else []
+    return found
+
+
 _Class = TypeVar("_Class", bound=Rule)
 
 

@@ -17,6 +17,7 @@ from fxprune.channels.edits import Kept
 from fxprune.channels.folding import Folding, add_zero_biases
 from fxprune.channels.ids import Mask
 from fxprune.channels.shapes import update_shapes
+from fxprune.channels.values import on_cpu
 from fxprune.errors import FinalizeError
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.mutation import is_mutating
@@ -45,7 +46,7 @@ def remove(traced: TracedModule, analysis: Analysis, *, check: bool = True) -> C
     relations = analysis.coupling
     before = Before.of(traced.graphs["eval"], relations.tensors) if check else None
     folding = Folding(traced, relations, analysis.alive)
-    with torch.device("cpu"):
+    with on_cpu():
         folding.run()
     plan = ChannelPlan(stayed=list(analysis.plan.stayed))
     _carry_out(traced, relations, analysis.alive, analysis.plan, plan, folding.values, analysis.names)

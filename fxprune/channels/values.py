@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -53,8 +54,18 @@ class Known:
         return Known(value, where, None if self.border is None else move(self.border), self.stored)
 
 
+_TRUE = torch.ones((), dtype=torch.bool, device="cpu")
+
+
 def _everywhere(value: Tensor) -> Tensor:
-    return torch.ones((), dtype=torch.bool).expand(value.shape)
+    return _TRUE.expand(value.shape)
+
+
+def on_cpu() -> contextlib.AbstractContextManager[object]:
+    """Where constants are followed: new tensors are on the CPU, whatever torch's default device is."""
+    if torch.get_default_device().type == "cpu":  # entering a device makes every call of torch slower
+        return contextlib.nullcontext()
+    return torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 @register(
-    aten.hardswish, aten.log_sigmoid, aten.copy, aten.bitwise_not, aten.nan_to_num,
+    aten.hardswish, aten.log_sigmoid, aten.bitwise_not, aten.nan_to_num,
     aten.__and__, aten.__or__, aten.__xor__,
     aten.max.other, aten.min.other,
 )  # fmt: skip
@@ -60,6 +60,14 @@ class Pointwise(OperatorCall):
 
 
 REGISTRY.set_pointwise(Pointwise)
+
+
+@register(aten.copy)
+@dataclass(frozen=True, eq=False)
+class CopyInto(Pointwise):
+    """The values of one operand in the shape of another, which a constant of another shape cannot replace."""
+
+    is_pointwise: ClassVar[bool] = False
 
 
 def _reduced(facts: Known | None) -> Tensor:

@@ -378,7 +378,3 @@ ARITHMETIC: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "int": (int, (SIZE,)),
     "float": (float, (SIZE,)),
 }  # fmt: skip
-# What is wrong today.
-WRONG = {
-    "copy": "a constant whose shape an operator takes is put into the graph in its reduced shape",
-}

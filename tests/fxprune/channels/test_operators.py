@@ -23,7 +23,6 @@ from tests.fxprune.channels.operator_samples import (
     SIZE,
     UNREACHED,
     VALUE,
-    WRONG,
     Sample,
 )
 
@@ -105,10 +104,7 @@ def assert_same_with_constants(model: Between, traced: fxprune.TracedModule, sam
     assert_same(model, traced, sample)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.xfail(reason=WRONG[name])) if name in WRONG else name for name in SAMPLES],
-)
+@pytest.mark.parametrize("name", SAMPLES)
 def test_dead_channels_go_through_an_operator_or_are_pinned(name: str) -> None:
     model, traced = captured(SAMPLES[name])
     assert name in names(traced), f"torch.export wrote {sorted(names(traced))} for the sample of {name}"
