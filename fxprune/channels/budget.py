@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fxprune.channels.alignment import fast_multiple
-from fxprune.channels.groups import ChannelGroup, Grouping, Scores, steps_of
+from fxprune.channels.groups import WHOLE_KINDS, ChannelGroup, Grouping, Scores, steps_of
 from fxprune.channels.ids import Mask, Vector
 from fxprune.errors import ArgumentError, PruningError
 
 # what moving an element takes, in MACs: fitted to the layers of a MobileNetV2 in onnxruntime (one thread, AVX2)
 MOVED = 11.0
-# a multiple is asked of the channels within these, not of their number
-_WHOLE = ("attention head", "key-value group", "conv group")
+# the score that a stair of another ladder may have at most, relative to the stair whose place it takes
+ALIKE = 1.5
 
 
 def slice_scores(grouping: Grouping, score: Callable[[str, int, str], torch.Tensor | None]) -> Scores:
@@ -38,30 +39,78 @@ def slice_scores(grouping: Grouping, score: Callable[[str, int, str], torch.Tens
     return np.divide(total, slices, out=np.zeros(count), where=slices > 0)
 
 
-class Ladder:
-    """The order in which groups that are cut together lose their units: a row of `units` is one step.
+@dataclass(frozen=True)
+class Rounding:
+    """How many units of a group stay.
 
-    What stays is rounded to the nearest multiple and `lean` multiples more.
+    Attributes:
+        to: "auto" and "fine" are multiples that run fast for convolutions, 1 elsewhere; an integer, its multiples.
+        most: largest share of the steps that is taken.
+        least: units that every group keeps.
+        timed: a group whose MACs take more time than the average ends a multiple below the nearest, one whose take
+            less a multiple above it: the same MACs in less time.
+    """
+
+    to: int | str
+    most: float
+    least: int
+    timed: bool = False
+
+    def multiple(self, group: ChannelGroup) -> int:
+        """What the number of units that stay should be a multiple of; with heads, that of the channels within."""
+        if group.kind in WHOLE_KINDS:
+            return 1
+        if isinstance(self.to, int):
+            return self.to
+        return fast_multiple(group.size, fine=self.to == "fine") if group.aligned else 1
+
+    def steps_taken(self, groups: Sequence[ChannelGroup], steps: int, lean: float) -> Vector:
+        """How many steps are taken when 1, 2, ... are asked for.
+
+        Args:
+            groups: those that lose units together.
+            steps: how many there are.
+            lean: multiples more (1) or fewer (-1) than the nearest that stay.
+        """
+        stays = max(1, math.ceil(self.least * steps / min(g.size for g in groups)))
+        most = max(0, min(math.floor(self.most * steps + 1e-9), steps - stays))
+        multiples = [self.multiple(group) for group in groups]
+        shares = [max(1, int(group.share[0])) for group in groups]
+        multiple = min(m // math.gcd(m, share) for m, share in zip(multiples, shares, strict=True))
+        wanted = np.minimum(np.arange(1, steps + 1), most)
+        left = multiple * np.maximum(1, np.floor((steps - wanted) / multiple + 0.5 + lean)).astype(np.int64)
+        fewest = -(-(steps - most) // multiple) * multiple
+        left = np.where(steps - left > most, fewest, left)
+        return np.where(left >= steps, 0, steps - left)
+
+
+class Ladder:
+    """The order in which groups that are cut together lose their units.
+
+    A group of 8 units without others is a ladder of 8 steps of one unit each, the lowest score first. Rounded to 4, it
+    takes 0 or 4 steps: 0, 0, 4, 4, 4, 4, 4, 4 where 1, 2, ... 8 are asked for, the nearest multiple that leaves one.
+
+    Args:
+        groups: the groups.
+        scores: for each a score of its units.
+        rounding: how many stay; lean: as in `Rounding.steps_taken`.
+
+    Attributes:
+        units: [steps, width], the units that go with each step.
+        scores: the mean score of each step.
+        taken: how many steps are taken when 1, 2, ... are asked for.
     """
 
     def __init__(
-        self, groups: Sequence[ChannelGroup], scores: Sequence[Scores], round_to: int | str, most: float, least: int,
-        lean: float,
-    ) -> None:  # fmt: skip
+        self, groups: Sequence[ChannelGroup], scores: Sequence[Scores], rounding: Rounding, lean: float = 0.0
+    ) -> None:
         self.units = steps_of(groups, scores)
         self.steps, self.width = self.units.shape
-        every = np.concatenate([g.units for g in groups])
+        every = np.concatenate([group.units for group in groups])
         value = np.zeros(int(every.max()) + 1)
         value[every] = np.concatenate(scores)
         self.scores: Scores = value[self.units].mean(1)
-        stays = max(1, math.ceil(least * self.steps / min(g.size for g in groups)))
-        most = max(0, min(math.floor(most * self.steps + 1e-9), self.steps - stays))
-        multiple = min(m // math.gcd(m, max(1, int(g.share[0]))) for g in groups for m in [_multiple(g, round_to)])
-        wanted = np.minimum(np.arange(1, self.steps + 1), most)
-        left = multiple * np.maximum(1, np.floor((self.steps - wanted) / multiple + 0.5 + lean)).astype(np.int64)
-        left = np.where(self.steps - left > most, -(-(self.steps - most) // multiple) * multiple, left)
-        # how many steps are taken when 1, 2, ... are asked for
-        self.taken: Vector = np.where(left >= self.steps, 0, self.steps - left)
+        self.taken: Vector = rounding.steps_taken(groups, self.steps, lean)
 
 
 def ladders(
@@ -70,47 +119,57 @@ def ladders(
 ) -> list[Ladder]:  # fmt: skip
     """The ladders of the groups, one for those that must be cut together; checks scores and rounding.
 
-    Where MACs are `timed`, a group whose MACs take more time than the average ends a multiple below the nearest, one
-    whose take less a multiple above it: the same MACs in less time.
+    Args:
+        groups: the groups to cut.
+        scores: for each a score of its units.
+        round_to, most, least, timed: as in `Rounding`.
+
+    Raises:
+        PruningError: a score is NaN or infinite.
+        ArgumentError: a group has fewer units than the multiple.
     """
+    rounding = Rounding(round_to, most, least, timed)
+    for group, score in zip(groups, scores, strict=True):
+        _check(group, score, round_to)
     together: dict[int, list[int]] = {}
-    for i, (group, score) in enumerate(zip(groups, scores, strict=True)):
-        if not np.isfinite(score).all():
-            raise PruningError(f"the importance of {group.name!r} ({group.kind}) is NaN or inf; no mask was inserted.")
-        if isinstance(round_to, int) and round_to > group.size and group.kind not in _WHOLE:
-            raise ArgumentError(
-                f"round_to={round_to} is more than the {group.size} units of {group.name!r} ({group.kind}). "
-                'Choose a smaller one, "auto", or put it into `ignore`.'
-            )
+    for i, group in enumerate(groups):
         together.setdefault(group.block if group.block >= 0 else -1 - i, []).append(i)
-
-    def slowness(own: Sequence[ChannelGroup]) -> float:
-        macs = sum(g.macs * g.size for g in own)
-        return (macs + MOVED * sum(g.traffic * g.size for g in own)) / max(macs, 1)
-
-    def lean(own: Sequence[ChannelGroup], average: float = slowness(groups)) -> float:
-        return math.copysign(1, average - slowness(own)) if timed and isinstance(round_to, str) else 0.0
-
-    return [
-        Ladder(own, [scores[i] for i in index], round_to, most, least, lean(own))
-        for index in together.values()
-        for own in [[groups[i] for i in index]]
-    ]
+    average = _slowness(groups)
+    found = []
+    for index in together.values():
+        own = [groups[i] for i in index]
+        lean = math.copysign(1, average - _slowness(own)) if timed and isinstance(round_to, str) else 0.0
+        found.append(Ladder(own, [scores[i] for i in index], rounding, lean))
+    return found
 
 
-def _multiple(group: ChannelGroup, round_to: int | str) -> int:
-    if group.kind in _WHOLE:
-        return 1
-    if isinstance(round_to, int):
-        return round_to
-    return fast_multiple(group.size, fine=round_to == "fine") if group.aligned else 1
+def _check(group: ChannelGroup, score: Scores, round_to: int | str) -> None:
+    if not np.isfinite(score).all():
+        raise PruningError(f"the importance of {group.name!r} ({group.kind}) is NaN or inf; no mask was inserted.")
+    if isinstance(round_to, int) and round_to > group.size and group.kind not in WHOLE_KINDS:
+        raise ArgumentError(
+            f"round_to={round_to} is more than the {group.size} units of {group.name!r} ({group.kind}). "
+            'Choose a smaller one, "auto", or put it into `ignore`.'
+        )
+
+
+def _slowness(groups: Sequence[ChannelGroup]) -> float:
+    """The time that groups take, in MACs, for each of their MACs."""
+    macs = sum(group.macs * group.size for group in groups)
+    return (macs + MOVED * sum(group.traffic * group.size for group in groups)) / max(macs, 1)
 
 
 class Staircase:
-    """All steps of the ladders in one order, each a choice of units that holds the one before.
+    """All steps of the ladders in one order, each stair a choice of units that holds the one before.
 
     Scope "global" orders by score, "local" takes the same share of every ladder at a time; scores that tie are taken
-    like local ones.
+    like local ones. Only steps that take something, once rounded, are stairs: two ladders of 8 units, rounded to 4,
+    make two stairs, one of each ladder.
+
+    Example:
+        >>> stairs = Staircase(ladders(groups, scores, round_to=4, most=1.0, least=1), "global")
+        >>> len(stairs), stairs.total, stairs.units(1)
+        (2, 16, array([0, 1, 2, 3]))
     """
 
     def __init__(self, found: Sequence[Ladder], scope: str) -> None:
@@ -123,7 +182,10 @@ class Staircase:
         taken = np.concatenate([ladder.taken for ladder in found])
         self._sizes = np.cumsum(np.array([ladder.width for ladder in found])[which][order])
         self._rank = np.flatnonzero(taken[order] > before[order])
-        self._which, self._taken, self._score = (values[order][self._rank] for values in (which, taken, level))
+        # by stair: its ladder, the steps of it taken before and then, its score
+        self._which, self._before, self._taken, self._score = (
+            values[order][self._rank] for values in (which, before, taken, level)
+        )
 
     def __len__(self) -> int:
         return len(self._rank)
@@ -140,7 +202,7 @@ class Staircase:
 
     def units(self, stairs: int) -> Vector:
         """The units that go with the first stairs."""
-        return self._units(self._level(stairs))
+        return self._units(self._levels(stairs))
 
     def search(self, fits: Callable[[Vector], bool]) -> int | None:
         """The fewest stairs that fit, None where all of them do not."""
@@ -155,36 +217,51 @@ class Staircase:
     def fill(self, stairs: int, left: Callable[[Vector], int], limit: float) -> Vector:
         """The units that leave the most within a limit, which the first stairs keep and one fewer do not.
 
-        The last stair, or the best next one of another ladder whose score is at most half as much more, without what
-        need not be taken then.
+        The last stair, or the best next one of another ladder whose score is alike, without what need not be taken
+        then.
         """
         if not stairs:
             return self.units(0)
-        next_of = np.unique(self._which[stairs - 1 :], return_index=True)[1] + stairs - 1
-        next_of = next_of[self._score[next_of] <= max(worth := self._score[stairs - 1], 1.5 * worth)]
-        others = [self._level(stairs - 1) for _ in next_of]
-        for level, stair in zip(others, next_of, strict=True):
-            level[self._which[stair]] = self._taken[stair]
-        fitting = [(n, i) for i, level in enumerate(others) if (n := left(self._units(level))) <= limit]
-        last = {ladder: stair for stair, ladder in enumerate(self._which[: stairs - 1].tolist())}
-        found = []
-        for level in (self._level(stairs), others[max(fitting)[1]]):
-            for ladder, stair in sorted(last.items(), key=lambda item: -item[1]):
-                fewer = level.copy()
-                fewer[ladder] = self._level(stair)[ladder]
-                if left(self._units(fewer)) <= limit:
-                    level = fewer
-            found.append(self._units(level))
-        return max(found, key=left)
+        exchanged = self._exchanged(stairs, left, limit)
+        choices = [self._spared(levels, stairs - 1, left, limit) for levels in (self._levels(stairs), exchanged)]
+        return max(choices, key=left)
 
-    def _level(self, stairs: int) -> Vector:
+    def _exchanged(self, stairs: int, left: Callable[[Vector], int], limit: float) -> Vector:
+        """The levels of all but the last stair, and of the next one that leaves the most within the limit."""
+        levels, last = self._levels(stairs - 1), stairs - 1
+        following = np.unique(self._which[last:], return_index=True)[1] + last  # the next stair of every ladder
+        worth = self._score[last]
+        following = following[self._score[following] <= max(worth, ALIKE * worth)]
+        best, chosen = -1, last
+        for stair in following.tolist():
+            remaining = left(self._units(self._at(levels, stair, self._taken)))
+            if best <= remaining <= limit:
+                best, chosen = remaining, stair
+        return self._at(levels, chosen, self._taken)
+
+    def _spared(self, levels: Vector, stairs: int, left: Callable[[Vector], int], limit: float) -> Vector:
+        """The units of some levels without the last stairs of ladders, the latest first, that need not be taken."""
+        latest = dict(zip(self._which[:stairs].tolist(), range(stairs), strict=True))
+        for stair in sorted(latest.values(), reverse=True):
+            fewer = self._at(levels, stair, self._before)
+            if left(self._units(fewer)) <= limit:
+                levels = fewer
+        return self._units(levels)
+
+    def _at(self, levels: Vector, stair: int, steps: Vector) -> Vector:
+        """Levels with that of one stair's ladder as it is before or after the stair."""
+        changed = levels.copy()
+        changed[self._which[stair]] = steps[stair]
+        return changed
+
+    def _levels(self, stairs: int) -> Vector:
         """How many steps of each ladder the first stairs are."""
         taken = np.zeros(len(self._ladders), np.int64)
         np.maximum.at(taken, self._which[:stairs], self._taken[:stairs])
         return taken
 
-    def _units(self, level: Vector) -> Vector:
-        return np.concatenate([x.units[:n].reshape(-1) for x, n in zip(self._ladders, level, strict=True)])
+    def _units(self, levels: Vector) -> Vector:
+        return np.concatenate([x.units[:n].reshape(-1) for x, n in zip(self._ladders, levels, strict=True)])
 
 
 def masks(grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:
