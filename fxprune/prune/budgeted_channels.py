@@ -14,7 +14,7 @@ import torch
 from fxprune import driver
 from fxprune.channels.budget import Staircase, ladders, masks
 from fxprune.channels.groups import ChannelGroup, Grouping, Repair, Scores
-from fxprune.channels.ids import Mask
+from fxprune.channels.ids import Mask, Vector
 from fxprune.errors import PruningError
 from fxprune.graph.masks import view
 from fxprune.graph.traced import TracedModule
@@ -117,37 +117,61 @@ def channels(
     request = ChannelRequest(name, value, importance, scope, round_to, max_per_group, at_least)
     grouping = Grouping(driver.plain_view(traced))
     picked, lacking = scorable(grouping, chosen_groups(grouping.groups, targets, ignore, kinds), importance)
-    scores, repair = _order(traced, grouping, picked, request, Evidence(loader, loss, batches, seed))
+    ranked = _ranked(traced, grouping, picked, request, Evidence(loader, loss, batches, seed))
     with contextlib.ExitStack() as stack:
         budget: Budget
         if name == "amount":
             budget = Amount(value)
         elif name == "speedup":
             measure = stack.enter_context(driver.stopwatch(traced, threads=threads, batch=batch, provider=provider))
-            budget = Speed(grouping, repair.alive, value, lambda alive: _masks(traced, grouping, alive), measure)
+
+            def speedup_of(units: Vector) -> float:
+                return measure(_masks(traced, grouping, ranked.masking.alive(units)))
+
+            budget = Speed(grouping, ranked.counting.alive, value, speedup_of)
         else:
-            budget = (Macs if name == "macs" else Size)(grouping, repair.alive, name, value)
-        choice = _fit(budget, picked, scores, request)
-    alive = repair.alive(choice.units)
+            budget = (Macs if name == "macs" else Size)(grouping, ranked.counting.alive, name, value)
+        choice = _fit(budget, picked, ranked.scores, request)
+    alive = ranked.masking.alive(choice.units)
     driver.insert_masks(traced, _masks(traced, grouping, alive))
-    return _report(grouping, picked, lacking, alive, choice.speedup)
+    left = ranked.counting.alive(choice.units)
+    return _report(grouping, picked, lacking, alive, left, choice.speedup)
 
 
-def _order(
+@dataclass(frozen=True)
+class _Ranked:
+    """The order in which units go, and what that leaves.
+
+    Attributes:
+        scores: for each group of its units, comparable between groups.
+        masking: with what is masked of the groups themselves, for the masks.
+        counting: with all that is masked, for the budget: other groups are left alone, and count.
+    """
+
+    scores: list[Scores]
+    masking: Repair
+    counting: Repair
+
+
+def _ranked(
     traced: TracedModule,
     grouping: Grouping,
     picked: Sequence[ChannelGroup],
     request: ChannelRequest,
     evidence: Evidence,
-) -> tuple[list[Scores], Repair]:
-    """Scores that order the units of all groups, and what keeps the highest where a choice is left."""
+) -> _Ranked:
     found = unit_scores(traced, grouping, picked, request.importance, evidence)
-    gone = masked_units(traced, grouping, picked)
-    scores = comparable(found, gone, request.scope)
+    removable = [group for group in grouping.groups if group.reason is None]
+    gone = dict(zip(map(id, removable), masked_units(traced, grouping, removable), strict=True))
+    scores = comparable(found, [gone[id(group)] for group in picked], request.scope)
     counted = request.round_to == "auto" and request.budget in ("macs", "parameters")
     align = "auto" if counted else 1  # what finalize will keep counts against the budget
-    masked = np.concatenate([group.units[dead] for group, dead in zip(picked, gone, strict=True)])
-    return scores, grouping.repair(masked, list(zip(picked, scores, strict=True)), align)
+
+    def repair(groups: Sequence[ChannelGroup]) -> Repair:
+        masked = np.concatenate([group.units[gone[id(group)]] for group in groups])
+        return grouping.repair(masked, list(zip(picked, scores, strict=True)), align)
+
+    return _Ranked(scores, repair(picked), repair(removable))
 
 
 def _fit(budget: Budget, picked: Sequence[ChannelGroup], scores: Sequence[Scores], request: ChannelRequest) -> Choice:
@@ -191,15 +215,17 @@ def _report(
     picked: Sequence[ChannelGroup],
     lacking: Sequence[ChannelGroup],
     alive: Mask,
+    left: Mask,
     speedup: float | None,
 ) -> ChannelReport:
+    """What was masked, by the classes that `alive` has, and what is left of the whole, by those that `left` has."""
     labels = _labels(grouping.groups)
     stayed = {labels[id(group)]: group.reason for group in grouping.groups if group.reason}
     stayed |= {labels[id(group)]: "no batch norm has its gain" for group in lacking}
     removed = {labels[id(group)]: (int((~alive[group.units]).sum()), group.size) for group in picked}
     macs, parameters, _ = grouping.dense
-    left = (macs, grouping.macs(alive)), (parameters, grouping.parameters(alive))
-    return ChannelReport(removed, stayed, *left, speedup)
+    sizes = (macs, grouping.macs(left)), (parameters, grouping.parameters(left))
+    return ChannelReport(removed, stayed, *sizes, speedup)
 
 
 def _labels(groups: Sequence[ChannelGroup]) -> dict[int, str]:

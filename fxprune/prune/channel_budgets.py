@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
-
-import torch
 
 from fxprune.channels.budget import Staircase
 from fxprune.channels.groups import Grouping
@@ -132,8 +130,7 @@ class Speed(Budget):
         grouping: of the module.
         alive: from a choice of units to the classes that are left.
         wanted: the factor, above 1.
-        masks: from the classes that are left to the masks of the others.
-        measure: from masks to how many times faster the module then runs.
+        measure: from a choice of units to how many times faster the module then runs.
     """
 
     timed: ClassVar[Sequence[bool]] = (True,)
@@ -143,11 +140,9 @@ class Speed(Budget):
         grouping: Grouping,
         alive: Callable[[Vector], Mask],
         wanted: float,
-        masks: Callable[[Mask], Mapping[str, torch.Tensor]],
-        measure: Callable[[Mapping[str, torch.Tensor]], float],
+        measure: Callable[[Vector], float],
     ) -> None:
-        self.grouping, self.alive, self.wanted = grouping, alive, wanted
-        self.masks, self.measure = masks, measure
+        self.grouping, self.alive, self.wanted, self.measure = grouping, alive, wanted, measure
         self.best = 0.0
 
     def fit(self, candidates: Iterator[Staircase]) -> Choice | None:
@@ -158,7 +153,7 @@ class Speed(Budget):
         share, found = 1 / self.wanted, None
         for _ in range(10):
             units, within = self._cut(stairs, share)
-            reached = self.measure(self.masks(self.alive(units)))
+            reached = self.measure(units)
             self.best = max(self.best, reached)
             if reached >= self.wanted * MARGIN:
                 found, fast_enough = Choice(units, reached), share

@@ -231,6 +231,31 @@ def test_kinds_choose_groups(kinds: Any) -> None:
     assert (traced(x) - final(x)).abs().max() <= 1e-9
 
 
+def test_what_is_masked_in_other_groups_counts_too() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double().eval()
+    traced = fxprune.trace(layer, (torch.randn(2, 4, 8).double(),), modes=("eval",))
+    for kind in ("attention head", "head channel"):
+        report = fxprune.prune.channels(traced, 0.5, kinds=kind, round_to=1)
+        assert fxprune.finalize(traced, align=1).plan.macs == report.macs
+
+
+def test_what_is_masked_in_a_group_that_is_not_asked_for_counts_and_stays_as_it_is(
+    traced: fxprune.TracedModule,
+) -> None:
+    fxprune.prune.channels(traced, 0.5, targets="inner", round_to=1)
+    fxprune.prune.remove(traced, "depthwise.bias")
+    with torch.no_grad():
+        traced.get_parameter("depthwise.bias").fill_(1.0)  # of masked units too: constants, which finalize folds
+    mask = traced.get_buffer("depthwise.weight_mask").clone()
+    report = fxprune.prune.channels(traced, macs=0.4, targets="stem", round_to=1)
+    assert report.macs[1] <= 0.4 * report.macs[0]
+    assert list(report.removed) == ["stem.weight (channel)"]
+    assert not fxprune.prune.is_pruned(traced, "depthwise.bias")
+    assert torch.equal(traced.get_buffer("depthwise.weight_mask"), mask)
+    assert _check(traced).plan.macs == report.macs
+
+
 class GroupedQueries(nn.Module):
     """Eight query heads that share two key-value heads, in the ways models write it."""
 
