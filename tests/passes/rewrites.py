@@ -18,10 +18,12 @@ def graphs(traced: fxprune.TracedModule) -> str:
 
 
 def assert_golden(traced: fxprune.TracedModule, golden: str) -> None:
-    """The graphs are those in the golden file of this name; where there is none, the message has its text."""
+    """The graphs are those in the golden file of this name; where there is none, it is written, and the test fails."""
     path = GOLDEN / f"{golden}.txt"
     found = graphs(traced)
-    assert path.exists(), f"no golden file {path.name}; the graphs are:\n{found}"
+    if not path.exists():
+        path.write_text(found, encoding="utf-8")
+        raise AssertionError(f"there was no {path}. It is written now: read it, and run again.")
     expected = path.read_text(encoding="utf-8")
     changes = difflib.unified_diff(expected.splitlines(), found.splitlines(), path.name, "the graphs", lineterm="", n=0)
     assert found == expected, "\n".join(changes)
