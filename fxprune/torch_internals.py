@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch import fx, nn
 from torch._export.verifier import TrainingIRVerifier
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 from torch.export.dynamic_shapes import _DerivedDim as DerivedDim
@@ -42,6 +42,7 @@ __all__ = [
     "FakeTensorMode",
     "NormBase",
     "OpOverload",
+    "OpOverloadPacket",
     "Orthogonal",
     "PyTreeCodeGen",
     "PyTreeInfo",
@@ -53,12 +54,14 @@ __all__ = [
     "fake_cpu_tensor",
     "fake_tensor",
     "flat_weight_names",
+    "functional_twin",
     "fuses_in_eval",
     "has_forward",
     "is_erased",
     "is_inside_step",
     "load_pt2",
     "name_pruning_method",
+    "overload_of_custom_operator",
     "pruned_tensor",
     "pruning_methods",
     "pytree_info",
@@ -68,6 +71,7 @@ __all__ = [
     "state_of_generated_code",
     "step_pre_hooks",
     "symbol_ranges",
+    "symbolic_square_root",
     "validate_pruning_amount",
     "weights_gathered_if",
 ]
@@ -82,6 +86,25 @@ LOGGERS_OF_FAILED_CAPTURES = ("torch._subclasses.fake_tensor", "torch.fx.experim
 def schema_of(target: object) -> torch.FunctionSchema | None:
     """The schema of an operator overload, which tells names, aliases and writes; None of anything else."""
     return target._schema if isinstance(target, OpOverload) else None
+
+
+def functional_twin(target: OpOverload) -> OpOverload | OpOverloadPacket | None:
+    """What computes the value that an in-place operator writes, all its overloads where none fits; None for others."""
+    name = target.overloadpacket.__name__
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    packet = getattr(getattr(torch.ops, target.namespace), name[:-1], None)
+    twin: OpOverload | OpOverloadPacket | None = getattr(packet, target._overloadname, packet)
+    return twin
+
+
+def overload_of_custom_operator(operator: Any) -> Any:
+    """The overload behind what `torch.library.custom_op` returns; anything else as it is."""
+    return getattr(operator, "_opoverload", operator)
+
+
+# takes the root of a size in a graph
+symbolic_square_root: Callable[..., Any] = torch._sym_sqrt  # type: ignore[attr-defined]
 
 
 def pytree_info(graph: fx.Graph) -> PyTreeInfo:

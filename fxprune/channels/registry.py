@@ -24,7 +24,13 @@ from fxprune.channels.arguments import bound
 from fxprune.channels.axes import Axis
 from fxprune.channels.walk import Result, Walk
 from fxprune.errors import ArgumentError, ArgumentTypeError
-from fxprune.torch_internals import OpOverload, schema_of
+from fxprune.torch_internals import (
+    OpOverload,
+    OpOverloadPacket,
+    functional_twin,
+    overload_of_custom_operator,
+    schema_of,
+)
 
 # an overload, all overloads of an operator, or a Python function
 Operator: TypeAlias = Any
@@ -166,7 +172,7 @@ class Registry:
         packet = getattr(target, "overloadpacket", None)
         if packet is None:
             return None
-        twin = _functional_twin(target)
+        twin = functional_twin(target)
         for operator in (packet, twin, getattr(twin, "overloadpacket", None)):
             if operator is not None and operator in self._rules:
                 return self._rules[operator]
@@ -199,16 +205,6 @@ class Registry:
         for node in graph.nodes:
             if node.op == "call_function" and (call := self.call(node)) is not None:
                 yield call
-
-
-def _functional_twin(target: Operator) -> Operator | None:
-    """The overload that computes what an in-place one writes, None for others."""
-    packet = target.overloadpacket
-    name: str = packet.__name__
-    if not name.endswith("_") or name.endswith("__"):
-        return None
-    twin = getattr(getattr(torch.ops, target.namespace), name[:-1], None)
-    return getattr(twin, target._overloadname, twin)
 
 
 REGISTRY = Registry()
@@ -248,15 +244,15 @@ def register_operator(operator: Operator, rule: Rule | Operator) -> None:
         ...     return x * x.sigmoid()
         >>> fxprune.register_operator(gate, torch.ops.aten.silu)
     """
-    operator = getattr(operator, "_opoverload", operator)
-    if not isinstance(operator, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    operator = overload_of_custom_operator(operator)
+    if not isinstance(operator, OpOverload | OpOverloadPacket):
         raise ArgumentTypeError(f"{operator!r} is no operator of torch. Define one by torch.library.custom_op.")
     if isinstance(rule, type) and issubclass(rule, OperatorCall):
         _add(operator, rule)
         return
-    if not isinstance(rule, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if not isinstance(rule, OpOverload | OpOverloadPacket):
         raise ArgumentTypeError(f"rule={rule!r}: an operator that is known, or a class of OperatorCall, is needed.")
-    overload = getattr(rule, rule.overloads()[0]) if isinstance(rule, torch._ops.OpOverloadPacket) else rule
+    overload = getattr(rule, rule.overloads()[0]) if isinstance(rule, OpOverloadPacket) else rule
     known = REGISTRY.rule(overload)
     if known is None:
         raise ArgumentError(f"{rule} has no rule either, so {operator} cannot be like it.")

@@ -44,6 +44,32 @@ def test_OpOverload_is_the_class_of_operators() -> None:
     assert not isinstance(torch.add, internals.OpOverload)
 
 
+def test_OpOverloadPacket_holds_all_overloads_of_a_name() -> None:
+    assert isinstance(torch.ops.aten.add, internals.OpOverloadPacket)
+    assert torch.ops.aten.add.Tensor.overloadpacket is torch.ops.aten.add
+
+
+def test_functional_twin_is_the_same_overload_without_the_write() -> None:
+    aten = torch.ops.aten
+    assert internals.functional_twin(aten.add_.Tensor) is aten.add.Tensor
+    assert internals.functional_twin(aten.bernoulli_.float) is aten.bernoulli  # which has no overload of this name
+    assert internals.functional_twin(aten.add.Tensor) is None
+    assert internals.functional_twin(aten.__and__.Tensor) is None
+
+
+def test_overload_of_custom_operator_is_what_a_graph_calls() -> None:
+    @torch.library.custom_op("fxprune_tests::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x + x
+
+    assert internals.overload_of_custom_operator(twice) is torch.ops.fxprune_tests.twice.default
+    assert internals.overload_of_custom_operator(torch.ops.aten.add.Tensor) is torch.ops.aten.add.Tensor
+
+
+def test_symbolic_square_root_takes_numbers_too() -> None:
+    assert internals.symbolic_square_root(9) == 3.0
+
+
 def test_schema_of_tells_names_writes_and_views() -> None:
     schema = internals.schema_of(aten.copy_.default)
     assert schema is not None

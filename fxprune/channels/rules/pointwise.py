@@ -15,6 +15,8 @@ from fxprune.channels.axes import Axis
 from fxprune.channels.registry import REGISTRY, OperatorCall, register
 from fxprune.channels.values import Known, Value, settled, widened
 from fxprune.channels.walk import Walk
+from fxprune.graph.mutation import is_mutating
+from fxprune.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -77,8 +79,8 @@ def _reduced(facts: Known | None) -> Tensor:
 def run(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Tensor | None:
     """The operator applied to reduced values; None where it cannot take them."""
     target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    if target._schema.is_mutable:
+    assert isinstance(target, OpOverload)
+    if is_mutating(node):
         first = node.args[0]
         shape = torch.broadcast_shapes(*(value.shape for value in values.values()))
         values = {n: value.expand(shape).clone() if n is first else value for n, value in values.items()}

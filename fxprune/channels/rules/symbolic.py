@@ -12,6 +12,7 @@ from torch import fx
 from fxprune.channels.edits import SetArguments
 from fxprune.channels.registry import OperatorCall, register
 from fxprune.channels.walk import Result, Walk
+from fxprune.torch_internals import symbolic_square_root
 
 aten = torch.ops.aten
 
@@ -20,7 +21,7 @@ aten = torch.ops.aten
     aten.sym_size, aten.sym_numel, aten.sym_stride, aten.sym_storage_offset, aten.sym_constrain_range,
     aten.sym_constrain_range_for_size, aten._assert_scalar, aten._assert_async,
     torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_sum, torch.sym_ite,
-    torch._sym_sqrt,  # type: ignore[attr-defined]
+    symbolic_square_root,
     operator.mul, operator.add, operator.sub, operator.floordiv, operator.truediv, operator.mod, operator.neg,
     operator.pow, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_,
     operator.or_, operator.not_, operator.is_, operator.is_not, operator.contains, max, min, int, float,
