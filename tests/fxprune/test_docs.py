@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +54,14 @@ def test_a_page_starts_with_a_title_and_whom_it_is_for(page: Path) -> None:
 def test_the_index_lists_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES if page.name != "README.md" and f"]({page.name})" not in index] == []
+
+
+def test_the_picture_of_the_rooms_has_the_layers_that_imports_are_held_to() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    picture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
+    left = [line[:40] for line in picture.splitlines()]  # the right column says what happens there
+    assert re.findall(r"[a-z_]+", "\n".join(left)) == re.findall(r"[a-z_]+", "\n".join(layers))
 
 
 def test_output_that_differs_from_what_is_printed_is_an_error() -> None:
