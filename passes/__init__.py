@@ -1,6 +1,6 @@
 """Graph passes: one file a pass, and the default pipelines."""
 
-from fxprune.graph.error_sites import working_on
+from fxprune.graph.error_sites import visit, working_on
 
 from .base import Callback, Pass, run_passes
 from .eliminate_dead_code import EliminateDeadCode
@@ -26,5 +26,6 @@ __all__ = [
     "Pass",
     "RemoveChannels",
     "run_passes",
+    "visit",
     "working_on",
 ]

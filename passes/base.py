@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.errors import FxpruneError, PassError
-from fxprune.graph.error_sites import site_of
+from fxprune.graph.error_sites import forget_visits, site_of
 from fxprune.graph.traced import TracedModule
 
 
@@ -22,7 +22,7 @@ class Pass(abc.ABC):
 
     A subclass sets `name` (kebab-case) and implements `run`; one that is not `in_place` is run on a copy. `requires`
     and `ensures` state what must hold of the module before and of the result after; they raise `FxpruneError`. Work on
-    a node stands inside `working_on(node)`, so that an error names it.
+    a node stands inside `working_on(node)`, or in a loop over `visit(graph)`, so that an error names it.
     """
 
     name: ClassVar[str]
@@ -73,6 +73,7 @@ def run_passes(traced: TracedModule, pipeline: Sequence[Pass], after: Callback |
     modified = False
     for i, step in enumerate(pipeline):
         start = time.perf_counter()
+        forget_visits()
         try:
             traced, changed = _apply(step, traced, settles=after is not None)
         except Exception as error:

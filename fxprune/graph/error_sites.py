@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 from torch import fx
 
@@ -28,7 +29,31 @@ def working_on(node: fx.Node) -> Iterator[None]:
         raise
 
 
+_visited: ContextVar[fx.Node | None] = ContextVar("the node that a loop over a graph is at", default=None)
+
+
+def visit(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes of a graph, as they were at first; an error in the loop over them happened at the node it is at.
+
+    An error after the loop was left early would name its last node: leave it by its end, or use `working_on`.
+
+    Example:
+        >>> for node in visit(graph):
+        ...     rewrite(node)
+    """
+    for node in list(graph.nodes):
+        _visited.set(node)
+        yield node
+    _visited.set(None)
+
+
+def forget_visits() -> None:
+    """No loop over a graph is under way."""
+    _visited.set(None)
+
+
 def site_of(error: Exception) -> str | None:
     """The node that was worked on when `error` was raised, as error messages name it; None where none was noted."""
     found: str | None = vars(error).get(_SITE)
-    return found
+    node = _visited.get()
+    return describe(node) if found is None and node is not None else found

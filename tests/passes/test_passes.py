@@ -24,6 +24,7 @@ from fxprune.passes import (
     Pass,
     RemoveChannels,
     run_passes,
+    visit,
     working_on,
 )
 from tests.passes.rewrites import assert_golden, assert_rewrites
@@ -222,6 +223,17 @@ class _Failing(Pass):
     name: ClassVar[str] = "failing"
 
     def run(self, traced: fxprune.TracedModule) -> bool:
+        for node in visit(traced.graph):
+            if node.op == "call_function":
+                raise KeyError("lost")
+        return False
+
+
+@dataclass(frozen=True)
+class _FailingAtOneNode(Pass):
+    name: ClassVar[str] = "failing"
+
+    def run(self, traced: fxprune.TracedModule) -> bool:
         for node in traced.graph.nodes:
             with working_on(node):
                 if node.op == "call_function":
@@ -229,9 +241,28 @@ class _Failing(Pass):
         return False
 
 
-def test_an_error_in_a_pass_names_the_pass_those_before_it_and_the_node(traced: fxprune.TracedModule) -> None:
+@dataclass(frozen=True)
+class _FailingAtNoNode(Pass):
+    name: ClassVar[str] = "failing"
+
+    def run(self, traced: fxprune.TracedModule) -> bool:
+        assert list(visit(traced.graph))
+        raise KeyError("lost")
+
+
+@pytest.mark.parametrize("step", [_Failing(), _FailingAtOneNode()])
+def test_an_error_in_a_pass_names_the_pass_those_before_it_and_the_node(
+    traced: fxprune.TracedModule, step: Pass
+) -> None:
     with pytest.raises(PassError, match=r"'failing' \(before it: eliminate-dead-code\), at node `linear` .*KeyError"):
-        run_passes(traced, (EliminateDeadCode(), _Failing()))
+        run_passes(traced, (EliminateDeadCode(), step))
+
+
+def test_an_error_outside_of_any_node_names_none_of_an_earlier_pass(traced: fxprune.TracedModule) -> None:
+    with pytest.raises(PassError):
+        run_passes(traced, (_Failing(),))
+    with pytest.raises(PassError, match=r"in pass 'failing'[^`]*: KeyError"):
+        run_passes(traced, (_FailingAtNoNode(),))
 
 
 def _wrong_statistics(traced: fxprune.TracedModule) -> None:
