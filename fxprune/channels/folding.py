@@ -101,8 +101,8 @@ class Folding:
         name = _free_name(self.traced, reader)
         self.added[name] = reader.source or reader.node.name
         value = delta if bias is None else delta + evaluate(self.traced, bias).double().cpu()
-        device = reader.node.meta["val"].device
-        add_bias(self.traced, self.coupling, reader, twin, name, value.to(device, reader.table.dtype))
+        result = reader.node.meta["val"]
+        add_bias(self.traced, self.coupling, reader, twin, name, value.to(result.device, result.dtype))
 
 
 def _like(view: Tensor, base: Tensor, copy: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from fxprune.channels.arguments import bound
 from fxprune.channels.axes import Axis
+from fxprune.channels.evaluation import exactly
 from fxprune.channels.walk import Result, Walk
 from fxprune.errors import ArgumentError, ArgumentTypeError
 from fxprune.torch_internals import (
@@ -291,7 +292,7 @@ def relate(walk: Walk, node: fx.Node) -> Result:
         return walk.refuse(
             node, f"no rule for this operator; fxprune.register_operator({_spelled(node.target)}, ...) gives it one"
         )
-    return call.relate(walk)
+    return exactly(walk, node, call.relate(walk))
 
 
 def _spelled(target: Operator) -> str:

@@ -24,7 +24,7 @@ class Known:
         where: which entries are known, in the shape of `value`.
         border: known entries that are surrounded by zeros or averaged with them (a constant channel after zero
             padding): multiples of one map over space, the same for every channel.
-        stored: the values are those of a parameter or buffer, at most moved about.
+        stored: the values are those of a parameter or buffer, or computed from such alone as eager computes them.
     """
 
     value: Tensor
@@ -94,7 +94,7 @@ class Value:
 
     @property
     def stored(self) -> bool:
-        """Whether the value is that of a parameter or buffer, at most moved about."""
+        """Whether the value is that of a parameter or buffer, or computed from such alone."""
         return self.facts is not None and self.facts.stored
 
     @property

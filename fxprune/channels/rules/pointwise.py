@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.channels.axes import Axis
+from fxprune.channels.evaluation import run
 from fxprune.channels.registry import REGISTRY, OperatorCall, register
 from fxprune.channels.values import Known, Value, settled, widened
 from fxprune.channels.walk import Walk
-from fxprune.graph.mutation import is_mutating
-from fxprune.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -74,22 +73,6 @@ class CopyInto(Pointwise):
 
 def _reduced(facts: Known | None) -> Tensor:
     return torch.zeros(()) if facts is None else widened(facts.value)
-
-
-def run(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Tensor | None:
-    """The operator applied to reduced values; None where it cannot take them."""
-    target = node.target
-    assert isinstance(target, OpOverload)
-    if is_mutating(node):
-        first = node.args[0]
-        shape = torch.broadcast_shapes(*(value.shape for value in values.values()))
-        values = {n: value.expand(shape).clone() if n is first else value for n, value in values.items()}
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-    try:
-        result = target(*args, **kwargs)
-    except (RuntimeError, TypeError):  # dtypes or shapes that the reduced form cannot have
-        return None
-    return result if isinstance(result, Tensor) else None
 
 
 @register(

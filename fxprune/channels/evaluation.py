@@ -1,0 +1,58 @@
+"""Operators applied to what is known of their operands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.channels.axes import reduced_shape
+from fxprune.channels.values import Known, Value
+from fxprune.channels.walk import Result, Walk
+from fxprune.graph.mutation import is_mutating
+from fxprune.torch_internals import OpOverload
+
+
+def run(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Tensor | None:
+    """The operator applied to reduced values; None where it cannot take them."""
+    target = node.target
+    assert isinstance(target, OpOverload)
+    if is_mutating(node):
+        first = node.args[0]
+        shape = torch.broadcast_shapes(*(value.shape for value in values.values()))
+        values = {n: value.expand(shape).clone() if n is first else value for n, value in values.items()}
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    try:
+        result = target(*args, **kwargs)
+    except (RuntimeError, TypeError):  # dtypes or shapes that the reduced form cannot have
+        return None
+    return result if isinstance(result, Tensor) else None
+
+
+def exactly(walk: Walk, node: fx.Node, result: Result) -> Result:
+    """The result of an operator on parameters and buffers alone, which is one value: as eager computes it.
+
+    A result whose axes lost their channels on the way is left as its rule has it.
+    """
+    if not walk.facts or not isinstance(result, Value) or result.stored or not _is_fixed(walk, node):
+        return result
+    value = run(node, {operand: _stored(walk, operand) for operand in node.all_input_nodes})
+    if value is None or list(value.shape) != reduced_shape(result.axes):
+        return result
+    return replace(result, facts=Known.tensor(value.detach()))
+
+
+def _is_fixed(walk: Walk, node: fx.Node) -> bool:
+    """Whether an operator has one result, and only reads."""
+    operands = [walk.env.get(operand) for operand in node.all_input_nodes]
+    if not operands or not all(isinstance(operand, Value) and operand.stored for operand in operands):
+        return False
+    return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()) and not is_mutating(node)
+
+
+def _stored(walk: Walk, operand: fx.Node) -> Tensor:
+    facts = walk.value(operand).facts
+    assert facts is not None
+    return facts.value
