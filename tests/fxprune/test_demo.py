@@ -123,6 +123,15 @@ def test_a_seed_fixes_the_result_and_nothing_outside_changes(short, tmp_path, mo
     assert not torch.equal(load_split(5)[1].labels, load_split(6)[1].labels)
 
 
+@pytest.fixture
+def _few_digits(monkeypatch):
+    def few(seed):
+        return tuple(part._replace(images=part.images[:200], labels=part.labels[:200]) for part in load_split(seed))
+
+    monkeypatch.setattr(experiment, "load_split", few)
+
+
+@pytest.mark.usefixtures("_few_digits")
 def test_equality_and_export_fail_by_name(monkeypatch, tmp_path, capsys):
     def broken_export(final, path):
         raise fxprune.errors.ExportError("the disk is full")

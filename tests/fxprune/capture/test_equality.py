@@ -153,6 +153,8 @@ def test_finalized_in_float64_is_the_masked_model_and_has_the_keys_of_the_dense_
     assert list(final.state_dict()) == list(build().state_dict())
 
 
+# one of the public networks: exporting the others shows no more
+@pytest.mark.parametrize("pair", [*NETWORKS, "seresnet_cifar.CIFARSEResNet"], indirect=True)
 @pytest.mark.usefixtures("shared_translations")
 def test_onnxruntime_computes_what_the_masked_model_computes(fresh: Pair, tmp_path: Any) -> None:
     final = fxprune.finalize(fresh.traced.eval())

@@ -24,5 +24,8 @@ TOKENS = (
     291, 186, 121, 239, 193, 180, 517, 77, 478, 452, 316, 25, 229, 182, 241, 307, 310, 140, 549, 99, 108, 457,
 )  # fmt: skip
 
+# so many of the seeds are tried each time, the others with the slow tests
+QUICK_IMAGES, QUICK_TOKENS = 100, 80
+
 # the share of fifty further networks together, which the seeds make differ by a tenth
 IMAGES_SHARE, TOKENS_SHARE = 0.65, 0.85
