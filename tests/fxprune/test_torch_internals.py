@@ -400,6 +400,8 @@ def test_has_forward_is_false_for_containers_without_one() -> None:
     assert not internals.has_forward(nn.Module())
 
 
+# the profiler of some versions of torch says what it keeps
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 @pytest.mark.parametrize(("heads", "kdim", "fused"), [(2, None, True), (1, None, False), (2, 6, False)])
 def test_fuses_in_eval_says_when_eager_takes_the_fused_kernel(heads: int, kdim: int | None, fused: bool) -> None:
     attention = nn.MultiheadAttention(4, heads, kdim=kdim, batch_first=True).eval()

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 @register(
-    aten.hardswish, aten.log_sigmoid, aten.bitwise_not, aten.nan_to_num,
+    aten.hardswish, aten.leaky_relu, aten.log_sigmoid, aten.bitwise_not, aten.nan_to_num,
     aten.__and__, aten.__or__, aten.__xor__,
     aten.max.other, aten.min.other,
 )  # fmt: skip

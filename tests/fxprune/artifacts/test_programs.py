@@ -149,7 +149,8 @@ def test_members_that_run_code_are_refused_before_torch_reads_them(
             warnings.simplefilter("ignore")
             with contextlib.suppress(Exception):  # torch fails later, or not
                 torch.export.load(bad)
-        assert marker.exists()
+        reads_objects = torch.__version__ >= (2, 13)  # before, torch refuses this one itself
+        assert marker.exists() or (kind == "object" and not reads_objects)
 
 
 def test_a_program_inside_a_checkpoint_is_checked_too(path: Path, tmp_path: Path) -> None:

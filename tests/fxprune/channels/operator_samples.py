@@ -91,8 +91,9 @@ def each(names: str, sample: Callable[[Callable[..., Any]], Sample]) -> dict[str
     return {name: sample(getattr(torch, name)) for name in names.split()}
 
 
-# pointwise operators that carry no tag, and one that does
+# pointwise operators that carry no tag (in some version of torch), and one that does
 POINTWISE = {
+    "leaky_relu": image(F.leaky_relu),
     "hardswish": image(F.hardswish),
     "log_sigmoid": image(F.logsigmoid),
     "nan_to_num": image(torch.nan_to_num),
