@@ -33,10 +33,10 @@ class Ids:
         self.size += count
         return np.arange(self.size - count, self.size, dtype=np.int64)
 
-    def unify(self, a: Vector, b: Vector) -> None:
-        """Make a[i] and b[i] the same channel."""
-        if a is not b:
-            self._pairs.append((a, b))
+    def unify(self, first: Vector, second: Vector) -> None:
+        """Make first[i] and second[i] the same channel."""
+        if first is not second:
+            self._pairs.append((first, second))
 
     def pin(self, ids: Vector, reason: Callable[[], str]) -> None:
         """Declare that `ids` cannot be removed; `reason` says why when asked."""
@@ -44,11 +44,11 @@ class Ids:
             self.reasons.append(reason)
         self._pins.append((ids, len(self.reasons) - 1))
 
-    def product(self, a: Vector, b: Vector) -> Vector:
-        """Ids of the row-major flattening of a two-axis grid: position (i, j) exists while a[i] and b[j] do."""
-        key = (a.tobytes(), b.tobytes())
+    def product(self, outer: Vector, inner: Vector) -> Vector:
+        """Ids of the row-major flattening of a grid: position (i, j) exists while outer[i] and inner[j] do."""
+        key = (outer.tobytes(), inner.tobytes())
         if key not in self._product_of:
-            self._relate(self.fresh(len(a) * len(b)), a, b)
+            self._relate(self.fresh(len(outer) * len(inner)), outer, inner)
         return self._product_of[key]
 
     def split(self, ids: Vector, rows: int) -> tuple[Vector, Vector]:
@@ -58,37 +58,42 @@ class Ids:
             self._relate(ids, self.fresh(rows), self.fresh(len(ids) // rows))
         return self._factors_of[key]
 
-    def _relate(self, ids: Vector, a: Vector, b: Vector) -> None:
-        self._product_of[a.tobytes(), b.tobytes()] = ids
-        self._factors_of[ids.tobytes(), len(a)] = (a, b)
-        self._products.append((ids, np.repeat(a, len(b)), np.tile(b, len(a))))
+    def _relate(self, ids: Vector, outer: Vector, inner: Vector) -> None:
+        self._product_of[outer.tobytes(), inner.tobytes()] = ids
+        self._factors_of[ids.tobytes(), len(outer)] = (outer, inner)
+        self._products.append((ids, np.repeat(outer, len(inner)), np.tile(inner, len(outer))))
 
     def solve(self) -> Classes:
-        """Resolve every recorded relation (connected components by hooking and pointer jumping, on arrays)."""
-        parent = np.arange(self.size, dtype=np.int64)
-        a, b = _joined([p[0] for p in self._pairs]), _joined([p[1] for p in self._pairs])
-        while True:
-            a, b = parent[a], parent[b]
-            differ = a != b
-            if not differ.any():
-                break
-            a, b = a[differ], b[differ]
-            parent[np.maximum(a, b)] = np.minimum(a, b)
-            while True:
-                above = parent[parent]
-                if np.array_equal(above, parent):
-                    break
-                parent = above
-        roots, of = np.unique(parent, return_inverse=True)
-        reason = np.full(len(roots), len(self.reasons), dtype=np.int64)
-        if self._pins:
-            pinned = of[_joined([p[0] for p in self._pins])]
-            np.minimum.at(reason, pinned, np.repeat([p[1] for p in self._pins], [len(p[0]) for p in self._pins]))
-        grid = [of[_joined([p[k] for p in self._products])] for k in range(3)]
+        """Resolve every recorded relation."""
+        firsts, seconds = (_joined([pair[side] for pair in self._pairs]) for side in range(2))
+        roots, of = np.unique(_components(self.size, firsts, seconds), return_inverse=True)
+        grid = [of[_joined([product[part] for product in self._products])] for part in range(3)]
         if len(grid[0]):
-            code = np.unique(np.stack(grid), axis=1)
-            grid = [code[0], code[1], code[2]]
-        return Classes(of.astype(np.int64), len(roots), reason, self.reasons, grid[0], grid[1], grid[2])
+            grid = list(np.unique(np.stack(grid), axis=1))
+        return Classes(of.astype(np.int64), len(roots), self._first_reasons(of, len(roots)), self.reasons, *grid)
+
+    def _first_reasons(self, of: Vector, count: int) -> Vector:
+        """By class the first reason that pins it, the number of reasons where none does."""
+        reason = np.full(count, len(self.reasons), dtype=np.int64)
+        if self._pins:
+            pinned = of[_joined([ids for ids, _ in self._pins])]
+            of_pin = np.repeat([number for _, number in self._pins], [len(ids) for ids, _ in self._pins])
+            np.minimum.at(reason, pinned, of_pin)
+        return reason
+
+
+def _components(size: int, firsts: Vector, seconds: Vector) -> Vector:
+    """By id the least one that pairs connect it with: hooking and pointer jumping, on arrays."""
+    parent = np.arange(size, dtype=np.int64)
+    while True:
+        firsts, seconds = parent[firsts], parent[seconds]
+        differ = firsts != seconds
+        if not differ.any():
+            return parent
+        firsts, seconds = firsts[differ], seconds[differ]
+        parent[np.maximum(firsts, seconds)] = np.minimum(firsts, seconds)
+        while not np.array_equal(above := parent[parent], parent):
+            parent = above
 
 
 @dataclass
