@@ -21,7 +21,7 @@ from fxprune.graph.traced import TracedModule
 from .flattening import check_source, flatten
 from .judging import Tolerance
 from .lowering import lower
-from .metadata import metadata
+from .metadata import captured_sizes, metadata
 from .onnx_files import rewrite, save, side_files
 from .onnx_names import drop_stack_traces, name_ends, name_free_sizes, name_origins, name_weights
 from .precision import float16, int8, sparse_initializers
@@ -252,6 +252,7 @@ def _translate(request: _Request) -> _Translation:
     name_free_sizes(program)
     drop_stack_traces(program)
     program.model.metadata_props.update(metadata(request.final, request.precision))
+    program.model.metadata_props.update(captured_sizes(program, request.sample))
     return translation
 
 

@@ -159,7 +159,7 @@ def inspect(file: Annotated[Path, typer.Argument(help=".onnx or .pt2")], as_json
         table.add_row(name, "x".join(map(str, shape)), kind, f"{size:,}", f"{zero / max(size, 1):.1%}")
     Console().print(table)
     macs = "unknown" if contents.macs is None else f"{contents.macs:,}"
-    print(f"{entries:,} parameters, {zeros:,} of them zero; {macs} multiply-adds")
+    print(f"{entries:,} parameters, {zeros:,} of them zero; {macs} multiply-adds for {contents.sample}")
     print("operators: " + ", ".join(f"{count} {name}" for name, count in contents.operators.items()))
     for key, value in contents.metadata.items():
         print(f"{key}: {value}")

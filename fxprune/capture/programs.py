@@ -25,7 +25,7 @@ def from_program(program: ExportedProgram) -> TracedModule:
     if program.example_inputs is None:
         raise ArtifactError("the program has no sample inputs. Store it by torch.export.save with its example_inputs.")
     (args, kwargs), structure = program.example_inputs, program.call_spec.in_spec
-    root, inputs = Container(), _input_nodes(program)
+    root, inputs = Container(), input_nodes(program)
     _hold_tensors(program, root)
     by_position, by_name = pytree.tree_unflatten([node.name for node in inputs], structure)
     names = [name if isinstance(name, str) else f"args_{i}" for i, name in enumerate(by_position)] + list(by_name)
@@ -37,7 +37,7 @@ def from_program(program: ExportedProgram) -> TracedModule:
     return TracedModule(root, {"eval": graph}, args, {name: kwargs[name] for name in by_name}, dynamic, training=False)
 
 
-def _input_nodes(program: ExportedProgram) -> list[fx.Node]:
+def input_nodes(program: ExportedProgram) -> list[fx.Node]:
     """The placeholders that stand for what the program is called with, not for tensors that it holds."""
     nodes = program.graph.find_nodes(op="placeholder")
     specs = program.graph_signature.input_specs

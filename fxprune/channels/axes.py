@@ -16,6 +16,7 @@ import sympy
 import torch
 
 from fxprune.channels.ids import Vector
+from fxprune.graph.batch import Batch
 
 # an integer, a torch.SymInt, or the sympy expression of one
 Size: TypeAlias = Any
@@ -121,14 +122,10 @@ def quotient(dividend: Size, divisor: Size) -> Size | None:
     return int(ratio) if ratio.is_Integer else ratio
 
 
-def integer(size: Size) -> int:
-    """A size as a number: a free one has the value that it was captured with."""
-    return size if isinstance(size, int) else int(size.node.hint)
-
-
 def sizes_of(node: torch.fx.Node) -> list[int]:
-    """The shape of a node's tensor in numbers."""
-    return [integer(size) for size in node.meta["val"].shape]
+    """The shape of a node's tensor in numbers: of one sample where the batch is free, other free sizes as captured."""
+    shape = node.meta["val"].shape
+    return list(shape) if all(isinstance(size, int) for size in shape) else Batch.of(node.graph).shape(node)
 
 
 def _expression(size: Size) -> Any:

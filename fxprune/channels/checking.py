@@ -11,15 +11,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from fxprune.channels.axes import Axis, sizes_of
+from fxprune.channels.axes import Axis
+from fxprune.channels.costs import layer_macs, macs_of_one_sample
 from fxprune.channels.coupling import Coupling
 from fxprune.channels.edits import Kept
-from fxprune.channels.registry import REGISTRY
 from fxprune.channels.values import Value
 from fxprune.errors import FinalizeError
+from fxprune.graph.batch import Batch
 from fxprune.graph.equality import close, error
 from fxprune.graph.interpretation import run
-from fxprune.graph.macs import counted_macs, flop_counter
+from fxprune.graph.macs import NodeMacs
 from fxprune.graph.names import tensor_at
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
@@ -61,7 +62,7 @@ class _Runs:
 
 
 def verify(before: Before, traced: TracedModule, coupling: Coupling, kept: Kept) -> tuple[int, int]:
-    """Compare the outputs of the eval graph before and after at the sample inputs; returns the MACs of both.
+    """Compare the outputs of the eval graph before and after at the sample inputs; returns both's MACs of a sample.
 
     Raises:
         FinalizeError: they differ; names the first node that does.
@@ -75,9 +76,9 @@ def verify(before: Before, traced: TracedModule, coupling: Coupling, kept: Kept)
     def both(dtype: torch.dtype | None) -> _Runs:
         results, macs = [], []
         for each, source in ((before.graph, before.tensors.__getitem__), (graph, tensors)):
-            with flop_counter() as counter:
-                results.append(run(each, source, inputs, dtype))
-            macs.append(counted_macs(counter))
+            with NodeMacs() as counted:
+                results.append(run(each, source, inputs, dtype, counted.watch))
+            macs.append(macs_of_one_sample(each, counted.macs, Batch.of(each)))
         return _Runs(results[0], results[1], (macs[0], macs[1]))
 
     dtype, tolerance = _precision(before)
@@ -101,15 +102,9 @@ def verify(before: Before, traced: TracedModule, coupling: Coupling, kept: Kept)
 def _precision(before: Before) -> tuple[torch.dtype | None, float | None]:
     """What to compute in (None: as it is), and the tolerance (None: that of the dtype)."""
     dtypes = {tensor.dtype for tensor in before.tensors.values()}
-    if torch.float32 in dtypes and _layer_macs(before.graph) < _MOST_MACS_IN_FLOAT64:
+    if torch.float32 in dtypes and layer_macs(before.graph) < _MOST_MACS_IN_FLOAT64:
         return torch.float64, _ROUNDED_BIASES
     return (torch.float64 if torch.float64 in dtypes else None), None
-
-
-def _layer_macs(graph: fx.Graph) -> float:
-    """Multiply-accumulates of layers for one sample."""
-    layers = [call for call in REGISTRY.calls(graph) if call.traffic is not None]
-    return sum(cost.macs / max(1, sizes_of(layer.node)[0]) for layer in layers for cost in layer.costs({}))
 
 
 def _first_difference(

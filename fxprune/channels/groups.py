@@ -18,6 +18,7 @@ from fxprune.channels.relation import Relation, numbered, positions_of
 from fxprune.channels.solver import Costs
 from fxprune.channels.totals import Term, Total, contraction_totals
 from fxprune.channels.units import Place, UnitTable
+from fxprune.graph.batch import Batch
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 
@@ -62,9 +63,10 @@ class ChannelGroup:
         kind: "channel", "attention head", "key-value group", "head channel", "MLP unit" or "conv group".
         size: number of units.
         members: the parameter axes involved, writers first.
-        macs, parameters: multiply-accumulates (at the sample inputs) and parameters that one unit saves.
-        traffic: elements that convolutions and linear layers then neither read nor write (at the sample inputs).
+        macs, parameters: multiply-accumulates (of one sample) and parameters that one unit saves.
+        traffic: elements that convolutions and linear layers then neither read nor write (for one sample).
         reason: why it may not be pruned, None where it may.
+        sample: what is counted, "one sample of 3x224x224".
         aligned: whether a convolution has these channels.
         units: the classes that name its units (`fxprune.channels.units`), ascending.
         cells, share: for each unit its cell and the cell's share; block: that of all (`fxprune.channels.blocks`).
@@ -83,6 +85,7 @@ class ChannelGroup:
     cells: Vector = field(repr=False, compare=False)
     share: Vector = field(repr=False, compare=False)
     block: int = field(repr=False, compare=False)
+    sample: str = field(default="", repr=False, compare=False)
 
 
 class Grouping:
@@ -96,6 +99,7 @@ class Grouping:
         units: which classes die with which unit.
         consistency: what every choice keeps.
         macs, parameters, traffic: what is left, by the classes that are alive; `dense` has all of the whole model.
+        sample: what MACs and traffic are counted for, "one sample of 3x224x224".
     """
 
     def __init__(self, plain: TracedModule) -> None:
@@ -108,6 +112,7 @@ class Grouping:
         classes.close(fixed)
         self.units = UnitTable(classes, self.consistency.balances, fixed)
         self.macs, self.traffic = contraction_totals(self.found)
+        self.sample = str(Batch.of(plain.graphs["eval"]))
         self.parameters = self._parameters()
         everything = np.ones(classes.count, bool)
         self.dense = self.macs(everything), self.parameters(everything), self.traffic(everything)
@@ -189,6 +194,7 @@ class Grouping:
             blocks.cell[units],
             blocks.share[units],
             int(blocks.block[units[0]]),
+            self.sample,
         )
 
     def _members(self, vectors: Vector) -> tuple[Member, ...]:
@@ -275,4 +281,5 @@ def table(groups: Sequence[ChannelGroup]) -> str:
         members = (f"{m.parameter}[{m.axis}]{'' if m.role == 'writer' else ' read'}" for m in g.members)
         what = g.reason or ", ".join(members)
         lines.append(f"{g.name:40} {g.kind:15} {g.size:6} {g.macs:12,} {g.parameters:11,}  {what}")
+    lines += [f"MACs for {text}" for text in dict.fromkeys(g.sample for g in groups) if text]
     return "\n".join(lines) + "\n"

@@ -39,7 +39,7 @@ Operator: TypeAlias = Any
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """Multiply-accumulates at the sample inputs, proportional to how many indices of each axis there are.
+    """Multiply-accumulates at the sizes of `sizes_of`, proportional to how many indices of each axis there are.
 
     Attributes:
         macs: their number.

@@ -19,6 +19,7 @@ from fxprune.channels.ids import Mask
 from fxprune.channels.shapes import update_shapes
 from fxprune.channels.values import on_cpu
 from fxprune.errors import FinalizeError
+from fxprune.graph.batch import Batch
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.mutation import is_mutating
 from fxprune.graph.names import locate, tensors_of
@@ -33,7 +34,7 @@ def remove(traced: TracedModule, analysis: Analysis, *, check: bool = True) -> C
     Args:
         traced: the module that was analyzed, unchanged since.
         analysis: what `analyze` returned for it.
-        check: whether to compare the outputs, and count MACs, at the sample inputs.
+        check: whether to compare the outputs at the sample inputs, and count MACs.
 
     Returns:
         What was carried out; also in `traced.plan`.
@@ -53,6 +54,7 @@ def remove(traced: TracedModule, analysis: Analysis, *, check: bool = True) -> C
     plan.folded, plan.merged, plan.added = folding.folded, folding.merged, folding.added
     if before is not None:
         plan.macs = verify(before, traced, relations, Kept(relations.classes, analysis.alive))
+        plan.sample = str(Batch.of(before.graph))
     return plan
 
 

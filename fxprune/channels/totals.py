@@ -14,6 +14,7 @@ from fxprune.channels.coupling import Coupling
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.relation import Relation
 from fxprune.channels.units import Balanced
+from fxprune.graph.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,21 @@ class Total:
 
 
 def contraction_totals(coupling: Coupling) -> tuple[Total, Total]:
-    """Multiply-accumulates of the eval graph, and the elements that its convolutions and linear layers move."""
+    """Multiply-accumulates of the eval graph and elements that its convolutions and linear layers move, of a sample."""
     walk, of = coupling.walks["eval"], coupling.of
     readers = {reader.node: reader for reader in walk.readers if reader.rows is not None}
     costs: dict[object, Term] = {}
     traffic: list[Term] = []
+    batch = Batch.of(walk.graph)
     for node in (n for n in walk.graph.nodes if n.op == "call_function"):
-        for value, ids in node_costs(node, walk.env):
+        for value, ids in node_costs(node, walk.env, batch):
             reader, within = readers.get(node), None
             if reader is not None and reader.rows is not None and ids is not None:
                 rows, columns = of(reader.rows), of(reader.columns)
                 vectors = [rows.reshape(-1), columns.reshape(-1)]
                 within = (columns, rows) if len(rows) > 1 else None
-                for elements, own in zip(moved(node) or (), (vectors[:1], vectors[1:], vectors), strict=False):
-                    traffic.append(Term(float(elements), own, within if own is vectors else None))
+                for elements, own in zip(moved(node, batch) or (), (vectors[:1], vectors[1:], vectors), strict=False):
+                    traffic.append(Term(elements, own, within if own is vectors else None))
             else:
                 vectors = list({v.tobytes(): v for v in map(of, ids or ())}.values())
             key = (0 if within is None else len(within[0]), *(v.tobytes() for v in vectors))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 _aten = torch.ops.aten
@@ -26,6 +28,31 @@ def flop_counter() -> FlopCounterMode:
 def counted_macs(counter: FlopCounterMode) -> int:
     """The multiply-accumulates that a counter saw: two operations each."""
     return int(counter.get_total_flops()) // 2
+
+
+class NodeMacs(contextlib.AbstractContextManager["NodeMacs"]):
+    """The multiply-accumulates of each node of a graph that is run within, by torch's counter.
+
+    Attributes:
+        macs: by node, of those that have any. Give `watch` to `fxprune.graph.interpretation.run`.
+    """
+
+    def __init__(self) -> None:
+        self.macs: dict[fx.Node, int] = {}
+        self._counter, self._before = flop_counter(), 0
+
+    def __enter__(self) -> NodeMacs:
+        self._counter.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._counter.__exit__(*error)
+
+    def watch(self, node: fx.Node, value: Any) -> None:
+        """A node was computed."""
+        total = counted_macs(self._counter)
+        if total > self._before:
+            self.macs[node], self._before = total - self._before, total
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

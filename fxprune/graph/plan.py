@@ -30,8 +30,9 @@ class ChannelPlan:
         merged: layer -> how many constant channels went into representative columns.
         constants: (node, its reader, whether it is zero) of values that never change and left the graph.
         stayed: (parameter, axis, dead indices, reason) for what is dead and stayed.
-        macs, parameters: (before, after); MACs at the sample inputs, by `torch.utils.flop_counter`, while the outputs
-            were compared; (0, 0) where they were not.
+        macs, parameters: (before, after); MACs of one sample, by `torch.utils.flop_counter`, while the outputs were
+            compared; (0, 0) where they were not.
+        sample: what MACs are counted for, "one sample of 3x224x224"; empty where they are not.
 
     Example:
         >>> plan = fxprune.finalize(traced).plan
@@ -50,6 +51,7 @@ class ChannelPlan:
     stayed: list[tuple[str, int, list[int], str]] = field(default_factory=list)
     macs: tuple[int, int] = (0, 0)
     parameters: tuple[int, int] = (0, 0)
+    sample: str = ""
 
     @property
     def removed(self) -> dict[str, dict[int, int]]:
@@ -83,6 +85,7 @@ class ChannelPlan:
         """What went, what stayed and why, as text."""
         (m0, m1), (p0, p1) = self.macs, self.parameters
         lines = [f"MACs {m0:,} -> {m1:,} ({m1 / max(m0, 1):.3f}), parameters {p0:,} -> {p1:,} ({p1 / max(p0, 1):.3f})"]
+        lines += [f"  MACs for {self.sample}"] if self.sample else []
         removed = self.removed
         for name, axes in removed.items():
             if name.rpartition(".")[2].startswith(("weight", "in_proj")) and name not in self.dropped:
@@ -113,7 +116,7 @@ class ChannelPlan:
             {
                 "format": FORMAT, "kept": kept, "groups": self.groups, "shapes": self.shapes, "dropped": self.dropped,
                 "added": self.added, "folded": self.folded, "merged": self.merged, "constants": self.constants,
-                "stayed": self.stayed, "macs": self.macs, "parameters": self.parameters,
+                "stayed": self.stayed, "macs": self.macs, "parameters": self.parameters, "sample": self.sample,
             }
         )  # fmt: skip
 
@@ -138,6 +141,7 @@ class ChannelPlan:
             plan.dropped, plan.constants = tuple(data["dropped"]), tuple((a, b, z) for a, b, z in data["constants"])
             plan.stayed = [(name, axis, list(index), reason) for name, axis, index, reason in data["stayed"]]
             plan.macs, plan.parameters = tuple(data["macs"]), tuple(data["parameters"])
+            plan.sample = data.get("sample", "")  # files of earlier versions have none
             return plan
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"not a channel plan: {error!r}. Store it with `ChannelPlan.to_json`.") from error

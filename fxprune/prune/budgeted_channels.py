@@ -31,8 +31,9 @@ class ChannelReport:
     Attributes:
         removed: by group, "name (kind)" -> (units masked, units in all).
         stayed: by group that was not considered, why.
-        macs, parameters: (dense, after exact removal without alignment); MACs at the sample inputs.
+        macs, parameters: (dense, after exact removal without alignment); MACs of one sample.
         speedup: measured in onnxruntime, None where it was not asked for.
+        sample: what MACs are counted for, "one sample of 3x224x224".
     """
 
     removed: dict[str, tuple[int, int]]
@@ -40,6 +41,7 @@ class ChannelReport:
     macs: tuple[int, int]
     parameters: tuple[int, int]
     speedup: float | None = None
+    sample: str = ""
 
 
 def channels(
@@ -93,8 +95,9 @@ def channels(
             cannot be kept else, and where `amount` is given; at last all are cut as they fall. Under a budget of MACs
             or speed, "auto" takes a multiple less where memory traffic makes MACs slow, and one more elsewhere.
         max_per_group: largest share of a group that goes. at_least: units that every group keeps.
-        macs, parameters: what may be left, as a fraction of the dense model or as a count. Where whole blocks would
-            not use 2 % of it, the last one may be of another group whose score is at most half as much more.
+        macs, parameters: what may be left, as a fraction of the dense model or as a count, of MACs for one sample.
+            Where whole blocks would not use 2 % of it, the last one may be of another group whose score is at most
+            half as much more.
         speedup: how many times faster in onnxruntime than `traced` finalized as it is, measured on this machine.
         seed: for "random"; None draws from the global generator.
         loader, loss, batches: for "taylor" and what is registered, as for `fxprune.importance.scores`.
@@ -225,7 +228,7 @@ def _report(
     removed = {labels[id(group)]: (int((~alive[group.units]).sum()), group.size) for group in picked}
     macs, parameters, _ = grouping.dense
     sizes = (macs, grouping.macs(left)), (parameters, grouping.parameters(left))
-    return ChannelReport(removed, stayed, *sizes, speedup)
+    return ChannelReport(removed, stayed, *sizes, speedup, grouping.sample)
 
 
 def _labels(groups: Sequence[ChannelGroup]) -> dict[int, str]:

@@ -118,14 +118,15 @@ def test_inspect(run: Any, files: dict[str, str]) -> None:
     assert "3.weight" in out
     assert "90.0%" in out
     macs = 16 * 64 * 27 + 1024 * 5
-    assert f"{macs:,} multiply-adds" in out
+    assert f"{macs:,} multiply-adds for one sample of 3x4x4" in out
     assert "1 Conv" in out
     assert f"fxprune.version: {fxprune.__version__}" in out
     found = [json.loads(run("inspect", name, "--json")[1]) for name in ("a.onnx", "sparse.onnx", "half.onnx", "a.pt2")]
     weights = {row[0]: row for row in found[1]["tensors"]}["3.weight"]
     assert weights == ["3.weight", [5, 1024], "float32, sparse", 5120, 4608]
     assert {item["zeros"] // 100 for item in found} == {46}
-    assert [item["macs"] for item in found] == [macs, macs, macs, 2 * macs]
+    assert [item["macs"] for item in found] == [macs] * 4
+    assert {item["sample"] for item in found} == {"one sample of 3x4x4"}
     assert found[3]["metadata"]["fxprune.precision"] == "float32"
 
 
