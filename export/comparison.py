@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, ArgumentTypeError
 
 from .judging import Tolerance, judge
 from .report import Report
@@ -19,7 +19,7 @@ from .values import as_calls
 def compare(
     reference: nn.Module | str | os.PathLike[str],
     *candidates: nn.Module | str | os.PathLike[str],
-    inputs: Any,
+    inputs: Any = None,
     rtol: float | None = None,
     atol: float | None = None,
     mode: Literal["eval", "train"] = "eval",
@@ -44,8 +44,8 @@ def compare(
     Args:
         reference: a module (eager or traced), or the path of an .onnx, .pt2 (torch.export) or .pt (TorchScript) file.
         candidates: one or more of the same.
-        inputs: a tuple of positional arguments, a dict of keyword arguments, a `Call` of both, one tensor, or a list
-            of several of these, each of which is compared.
+        inputs: needed. A tuple of positional arguments, a dict of keyword arguments, a `Call` of both, one tensor, or
+            a list of several of these, each of which is compared. Labels are none of them.
         rtol: relative tolerance; None: 1e-9 for float64, 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16.
         atol: absolute tolerance; None: 0. With both 0, values must be equal.
         mode: "eval" or "train" (modules only).
@@ -53,7 +53,8 @@ def compare(
 
     Raises:
         CompareError: one of them cannot be run, or not on these inputs.
-        ArgumentError: no candidate, no inputs, an unknown mode, or another number of names.
+        ArgumentError: no candidate, no inputs, an unknown mode, or another number of names. ArgumentTypeError: without
+            `inputs`.
 
     Example:
         >>> layer = torch.nn.Linear(2, 2)
@@ -62,6 +63,10 @@ def compare(
     """
     if mode not in ("eval", "train"):
         raise ArgumentError(f"mode is {mode!r}; it can be 'eval' or 'train'.")
+    if inputs is None:
+        raise ArgumentTypeError(
+            "compare was given no inputs; they have a name: compare(reference, candidate, inputs=(x,))."
+        )
     calls = as_calls(inputs)
     if not candidates or not calls:
         raise ArgumentError(f"{len(candidates)} candidates and {len(calls)} inputs were given; at least one of each.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import keyword
 import operator
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,10 @@ def check_source(module: object, function: str) -> None:
         ExportError: it has no eval graph, or NaN or inf among its parameters.
     """
     if not isinstance(module, TracedModule):
-        raise ArgumentTypeError(f"{function} was given a {type(module).__name__}; it takes what fxprune.trace returns.")
+        cure = "The module comes first, then the path." if isinstance(module, str | os.PathLike) else "Trace it first."
+        raise ArgumentTypeError(
+            f"{function} was given a {type(module).__name__}; it takes what fxprune.trace returns. {cure}"
+        )
     require_eval(module, function, ExportError)
     # a buffer may hold -inf on purpose (an attention mask), never NaN
     bad = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, ArgumentTypeError
 
 from .session import Session
 from .values import Call, as_calls
@@ -53,6 +53,11 @@ def bench(
         >>> bench(["dense.onnx", "pruned.onnx"], batch=8)[1].ratio
         0.52
     """
+    if isinstance(paths, str | os.PathLike) or not all(isinstance(path, str | os.PathLike) for path in paths):
+        raise ArgumentTypeError(
+            "bench takes a list of the paths of ONNX files, such as ['dense.onnx', 'pruned.onnx']; modules are written "
+            "by fxprune.export.to_onnx first."
+        )
     if not paths or min(batch, threads, rounds) < 1 or warmup < 0:
         raise ArgumentError(
             f"{len(paths)} files, batch {batch}, {threads} threads, {rounds} rounds: at least 1 of each."

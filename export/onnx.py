@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, ArgumentTypeError
 from fxprune.files import atomic
 from fxprune.graph.traced import TracedModule
 
@@ -111,6 +111,8 @@ def to_onnx(
         True
     """
     check_source(final, "to_onnx")
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
+        raise ArgumentTypeError(f"opset={opset!r}: a number such as 18 is needed, or None for torch's own choice.")
     request = _Request(
         final,
         opset=opset,
@@ -221,8 +223,10 @@ def _calibration_batches(final: TracedModule, precision: str, calibration: Any) 
         raise ArgumentError(f"{asked}; there are {', '.join(PRECISION_TOLERANCES)}, and calibration is for int8.")
     if not given:
         return []
-    is_single = isinstance(calibration, tuple | dict | torch.Tensor)
-    batches = as_calls(calibration if is_single else list(calibration))
+    is_many = isinstance(calibration, Iterable) and not isinstance(
+        calibration, tuple | dict | torch.Tensor | np.ndarray
+    )
+    batches = as_calls(list(calibration) if is_many else calibration, " among the calibration batches")
     if not batches:
         raise ArgumentError("calibration holds no batch; at least one is needed, or None for dynamic quantization.")
     batches = [as_captured(final.graphs["eval"], batch) for batch in batches]

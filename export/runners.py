@@ -46,8 +46,10 @@ class TorchRunner(ABC):
                 raise
             except Exception as error:  # whatever the model's own code raises
                 given = pytree.tree_map_only(torch.Tensor, lambda t: f"{dtype_name(t)}{list(t.shape)}", (args, kwargs))
+                many = isinstance(error, TypeError) and "positional argument" in str(error)
+                cure = " Labels are no input: give what the model is called with." if many else ""
                 raise CompareError(
-                    f"{self.name} cannot run these inputs: {type(error).__name__}: {error}. Given were {given}."
+                    f"{self.name} cannot run these inputs: {type(error).__name__}: {error}. Given were {given}.{cure}"
                 ) from error
         return _on_cpu(outputs)
 
@@ -121,14 +123,26 @@ def runner_of(item: Any, mode: str) -> Runner:
         return ModuleRunner(item, mode)
     if not isinstance(item, str | os.PathLike):
         raise CompareError(
-            f"a {type(item).__name__} was given to compare; it takes modules and paths of .onnx, .pt2 and .pt files."
+            f"a {type(item).__name__} was given to compare; it takes modules and paths of .onnx, .pt2 and .pt files. "
+            f"{_way_to_a_runner(item)}"
         )
     suffix = Path(item).suffix
     if suffix not in (".onnx", *PROGRAM_SUFFIXES):
-        raise CompareError(f"'{item}' was given to compare; files that it can run end in .onnx, .pt2 or .pt.")
+        raise CompareError(
+            f"'{item}' was given to compare; files that it can run end in .onnx, .pt2 or .pt. Of a file of weights or "
+            "of fxprune.save, give the module: after load_state_dict, or what fxprune.load returns."
+        )
     if mode == "train":
         raise CompareError(f"'{item}' has no train mode: compare it with mode='eval'.")
     return Session(item) if suffix == ".onnx" else ProgramRunner(item)
+
+
+def _way_to_a_runner(item: object) -> str:
+    if isinstance(item, type):
+        return f"Give an instance of {item.__name__}."
+    if isinstance(item, torch.Tensor | tuple | list | dict):
+        return "Inputs are given by name: compare(reference, candidate, inputs=x)."
+    return "Give one of these."
 
 
 def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

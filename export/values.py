@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from torch import fx
+from torch import fx, nn
+from torch.utils.data import DataLoader, Dataset
 
 from fxprune.errors import CompareError
 from fxprune.graph.arguments import Signature
@@ -21,16 +25,27 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
-def as_calls(inputs: Any) -> list[Call]:
-    """What `compare` takes as inputs, as calls.
+def as_calls(inputs: Any, where: str = "") -> list[Call]:
+    """What `compare` takes as inputs, as calls; `where` says in errors what they are, as in " among the samples".
 
     Raises:
-        CompareError: one of them is no tuple, dict, `Call` or tensor.
+        CompareError: one of them is no tuple, dict, `Call` or tensor, or the list is a batch with its labels.
     """
-    return [_as_call(item) for item in (inputs if isinstance(inputs, list) else [inputs])]
+    if not isinstance(inputs, list):
+        return [_as_call(inputs, where)]
+    dtypes = dict.fromkeys(dtype_name(item) for item in inputs if isinstance(item, torch.Tensor))
+    if len(dtypes) > 1:
+        raise CompareError(
+            f"inputs is a list of tensors of several types{where} ({', '.join(dtypes)}), which would be several calls. "
+            f"{_WITHOUT_LABELS} Several arguments of one call stand in a tuple."
+        )
+    return [_as_call(item, where) for item in inputs]
 
 
-def _as_call(item: Any) -> Call:
+_WITHOUT_LABELS = "Of batches with labels give the inputs alone: [inputs for inputs, labels in loader]."
+
+
+def _as_call(item: Any, where: str) -> Call:
     if isinstance(item, Call):
         return item
     if isinstance(item, dict):
@@ -40,8 +55,19 @@ def _as_call(item: Any) -> Call:
     if isinstance(item, tuple):
         return Call(item, {})
     raise CompareError(
-        f"inputs hold a {type(item).__name__}; a tuple, a dict, a Call, a tensor, or a list of these is needed."
+        f"inputs hold a {type(item).__name__}{where}; a tuple, a dict, a Call, a tensor, or a list of these is needed. "
+        f"{_way_to_a_call(item, where)}"
     )
+
+
+def _way_to_a_call(item: object, where: str) -> str:
+    if isinstance(item, np.ndarray):
+        return "Convert it: torch.from_numpy(array)."
+    if isinstance(item, list | DataLoader | Dataset | Iterator):
+        return _WITHOUT_LABELS
+    if not where and isinstance(item, nn.Module | str | os.PathLike):
+        return "Models and files come before, by position: compare(reference, candidate, inputs=x)."
+    return "Give what the model is called with."
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -110,6 +136,9 @@ def match_inputs(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
     by_order, given = input_tensors(args, kwargs)
     by_name = {name: value for name, value in given if name in names}
     by_order += [value for name, value in given if name not in by_name]
+    if len(by_order) + len(by_name) != len(names):
+        hint = " (labels are no input)" if len(by_order) + len(by_name) == len(names) + 1 else ""
+        raise ValueError(f"{len(by_order) + len(by_name)} inputs were given where {len(names)} are taken{hint}")
     found = by_name | dict(zip([name for name in names if name not in by_name], by_order, strict=True))
     return {name: found[name] for name in names}
 

@@ -22,7 +22,7 @@ from fxprune.graph.equality import FOLDED_TOLERANCES, error
 from fxprune.graph.masks import masked, named_by_mask, original_name
 from fxprune.graph.names import canonical, has_parametrization, locate, one_name
 from fxprune.graph.reparametrizations import hook_state, reparametrized
-from fxprune.graph.requirements import require_eval, require_traced
+from fxprune.graph.requirements import require_eval, require_parameter, require_traced
 from fxprune.graph.traced import Origin, TracedModule
 from fxprune.passes import (
     FINALIZE,
@@ -125,6 +125,7 @@ def _parametrize(traced: TracedModule, name: str, build: Callable[[str], InsertP
             f"{name!r} already carries a reparametrization; its parameters are {', '.join(near)}. "
             "Name one of these, or remove the present one first."
         )
+    require_parameter(traced, name)
     insert_norms(traced, [build(one_name(_parameter_names(traced), name))])
     return traced
 

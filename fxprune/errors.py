@@ -15,6 +15,10 @@ class InputError(FxpruneError, ValueError):
     """Inputs do not match the capture. Fix: pass the captured structure, or trace again with `dynamic_shapes`."""
 
 
+class SampleError(CaptureError, InputError):
+    """The sample inputs given to `trace` are none that the model runs on. Fix: give those of one call, labels aside."""
+
+
 class NameLookupError(FxpruneError, LookupError, AttributeError):
     """A parameter name matches nothing, or more than one. Fix: use one of the names the message lists."""
 

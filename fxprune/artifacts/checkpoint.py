@@ -14,6 +14,7 @@ import safetensors.torch
 from torch import nn
 
 from fxprune.artifacts.describing import described
+from fxprune.artifacts.foreign_files import refuse_strangers
 from fxprune.artifacts.header import HEADER, TENSORS, program_member
 from fxprune.artifacts.reading import CPU, read_checkpoint
 from fxprune.artifacts.refitting import refitted
@@ -48,7 +49,11 @@ def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool =
         >>> traced = fxprune.load("model.fxp")
     """
     if not isinstance(traced, TracedModule):
-        raise ArgumentTypeError(f"save takes a traced module, got {type(traced).__name__}. Call fxprune.trace first.")
+        swapped = isinstance(traced, str | os.PathLike)
+        cure = "The module comes first, then the path." if swapped else "Call fxprune.trace first."
+        raise ArgumentTypeError(f"save takes a traced module, got {type(traced).__name__}. {cure}")
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(f"save takes the path of a file, got {type(path).__name__}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates what it calls itself
@@ -91,17 +96,23 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Traced
         A new `TracedModule`.
 
     Raises:
-        ArtifactError: the file is missing, damaged, of a later version, could run code, or belongs to another model
-            (missing, unexpected and differing names are listed).
-        ArgumentTypeError: `model` is no module. ArgumentError: the file needs a model, or must not get one.
+        ArtifactError: the file is missing, damaged, of another format (ONNX, TorchScript or weights alone, and says
+            which), of a later version, could run code, or belongs to another model (missing, unexpected and differing
+            names are listed).
+        ArgumentTypeError: `path` is no path, or `model` no module.
+        ArgumentError: the file needs a model, or must not get one.
         CaptureError: `model` cannot be traced.
 
     Example:
         >>> fxprune.save(traced, "model.fxp")
         >>> again = fxprune.load("model.fxp", model)  # for the same model, dense
     """
+    if not isinstance(path, str | os.PathLike):
+        cure = "The path comes first, then the model." if isinstance(model, str | os.PathLike) else "Give the path."
+        raise ArgumentTypeError(f"load takes the path of a file, got {type(path).__name__}. {cure}")
     if model is not None and not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"load takes an nn.Module to load into, got {type(model).__name__}.")
+        cure = " Give an instance of the class." if isinstance(model, type) else ""
+        raise ArgumentTypeError(f"load takes an nn.Module to load into, got {type(model).__name__}.{cure}")
     try:
         return _loaded_alone(path) if model is None else _loaded_into(path, model)
     except FxpruneError as error:
@@ -111,6 +122,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Traced
 
 def _loaded_alone(path: str | os.PathLike[str]) -> TracedModule:
     with _damage_named(path):
+        refuse_strangers(path)
         members = read_members(path)
         if is_program(members):
             return from_program(read_program(path))
@@ -123,6 +135,7 @@ def _loaded_alone(path: str | os.PathLike[str]) -> TracedModule:
 def _loaded_into(path: str | os.PathLike[str], model: nn.Module) -> TracedModule:
     device = next((parameter.device for parameter in model.parameters()), CPU)
     with _damage_named(path):
+        refuse_strangers(path)
         members = read_members(path)
         if is_program(members):
             raise ArgumentError(f"'{path}' is a program, which is restored without a model: leave it out.")

@@ -54,7 +54,7 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     if not isinstance(final, TracedModule) or not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule):
         raise ArgumentTypeError(
             f"write_back was given a {type(final).__name__} and a {type(model).__name__}; it takes what "
-            "fxprune.finalize returns, and the eager module that was traced."
+            f"fxprune.finalize returns, and the eager module that was traced.{_way_to_both(final, model)}"
         )
     require_eval(final, "write_back", WriteBackError)
     if left := reparametrized(final):
@@ -68,6 +68,14 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     for path, module in written.named_modules():
         module.training = modes[path]
     return written
+
+
+def _way_to_both(final: object, model: object) -> str:
+    if isinstance(model, TracedModule) and isinstance(final, nn.Module) and not isinstance(final, TracedModule):
+        return " They are swapped: write_back(final, model)."
+    if isinstance(model, type):
+        return " Give an instance of the class."
+    return ""
 
 
 def _write(copy: WorkingCopy, flags: dict[str, bool]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from fxprune.capture.explaining import eager_failure, explained
 from fxprune.capture.protection import (
     Reads,
     attributes_kept,
@@ -53,7 +53,7 @@ def export_modes(
     With `dynamic_shapes="batch"` the batch is free in every mode, or in none.
 
     Raises:
-        CaptureError: no mode can be captured, or eval mode cannot.
+        CaptureError: no mode can be captured, or eval mode cannot; SampleError where eager fails on the sample too.
 
     Warns:
         BatchSpecializedWarning, EvalOnlyWarning: as `trace`, whose caller they name.
@@ -74,7 +74,8 @@ def export_modes(
                 current = sample
             exported[mode] = found
         except CaptureError as error:
-            _tolerate(error, exported, stacklevel=4)
+            failure = eager_failure(model, current, mode) and eager_failure(model, sample, mode)  # as it was given
+            _tolerate(failure or error, exported, stacklevel=4)
     return exported, current
 
 
@@ -82,9 +83,9 @@ def _export_each(model: nn.Module, sample: Sample, modes: Sequence[str], shapes:
     exported: dict[str, Exported] = {}
     for mode in _in_order(modes):
         try:
-            exported[mode] = _export(model, sample, mode, shapes)
+            exported[mode] = _export(model, sample, mode, shapes, sizes_given=shapes is not None)
         except CaptureError as error:
-            _tolerate(error, exported, stacklevel=5)
+            _tolerate(eager_failure(model, sample, mode) or error, exported, stacklevel=5)
     return exported
 
 
@@ -112,7 +113,7 @@ def _export_free(model: nn.Module, sample: Sample, mode: str) -> tuple[Exported 
     return exported, ""
 
 
-def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any) -> Exported:
+def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_given: bool = False) -> Exported:
     with (
         attributes_kept(model),
         generators_kept() as drawn,
@@ -130,7 +131,7 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any) -> Exporte
             kwargs = dict(sample.kwargs) or None
             program = torch.export.export(model, sample.args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            raise CaptureError(_explanation(error, model, mode)) from error
+            raise explained(error, model, mode, sizes_given=sizes_given) from error
         draws = drawn()
     if draws:
         raise CaptureError(
@@ -149,26 +150,3 @@ def _assigned(caught: list[warnings.WarningMessage]) -> frozenset[str]:
         elif not issubclass(warning.category, DeprecationWarning | FutureWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return frozenset(names)
-
-
-def _explanation(error: Exception, model: nn.Module, mode: str) -> str:
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return (
-        f"{type(model).__name__} was to be captured in {mode} mode and cannot be{_place(error, model)}: "
-        f"{type(error).__name__}: {reason}. Work around: compute what depends on tensor values by tensor operations "
-        "(torch.where, torch.cond), keep `.item()`, `.numpy()` and Python branches on values out of forward, or trace "
-        "the submodules around it."
-    )
-
-
-def _place(error: Exception, model: nn.Module) -> str:
-    """The innermost module of the model, and its line, that the error passed through; '' where it is not known."""
-    names = {id(module): name for name, module in model.named_modules()}
-    place = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
-        called = frame.f_code.co_name
-        if id(owner) in names and called != "_call_impl" and not called.startswith("_wrapped"):
-            name = names[id(owner)] or "the root module"
-            place = f" at {name} ({type(owner).__name__}), {frame.f_code.co_filename}:{line}"
-    return place

@@ -14,6 +14,7 @@ from fxprune.capture.constants import ConstantKeeper
 from fxprune.capture.exporting import Exported, export_modes
 from fxprune.capture.protection import Reads, one_at_a_time
 from fxprune.capture.sample import Sample
+from fxprune.capture.sample_checks import check_model, check_sample
 from fxprune.capture.structures import register_dataclasses
 from fxprune.capture.tagging import tag_results
 from fxprune.capture.unlifting import unlift
@@ -58,6 +59,7 @@ def trace(
 
     Raises:
         CaptureError: the model cannot be captured faithfully; names module and line.
+        SampleError: the model does not run on the sample: labels, arrays or a loader among it, other shapes, none.
         ArgumentError: `modes` or `dynamic_shapes` are not usable.
 
     Warns:
@@ -69,7 +71,9 @@ def trace(
         >>> traced(torch.randn(8, 4)).shape
         torch.Size([8, 2])
     """
+    check_model(model, args)
     _check(model, dynamic_shapes, modes)
+    check_sample(model, args, kwargs)
     sample = Sample((args,) if isinstance(args, torch.Tensor) else tuple(args), dict(kwargs or {}))
     with one_at_a_time():
         register_dataclasses((sample.args, sample.kwargs))
@@ -86,10 +90,8 @@ def trace(
     return traced
 
 
-def _check(model: object, dynamic_shapes: Any, modes: Sequence[str]) -> None:
+def _check(model: nn.Module, dynamic_shapes: Any, modes: Sequence[str]) -> None:
     """Refuse what cannot be captured, and options out of range."""
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"trace takes an nn.Module, got {type(model).__name__}. Wrap the function in a module.")
     if isinstance(model, TracedModule) and (left := reparametrized(model)):
         raise CaptureError(
             f"the traced module has masks or norms ({', '.join(left)}), which a second trace would not tell from the "
@@ -97,7 +99,7 @@ def _check(model: object, dynamic_shapes: Any, modes: Sequence[str]) -> None:
         )
     if isinstance(modes, str) or not modes or not set(modes) <= set(MODES):
         raise ArgumentError(f'modes={modes!r}: a tuple out of "train" and "eval" is needed.')
-    if isinstance(dynamic_shapes, str) and dynamic_shapes != "batch":
+    if isinstance(dynamic_shapes, bool | int) or (isinstance(dynamic_shapes, str) and dynamic_shapes != "batch"):
         raise ArgumentError(f'dynamic_shapes={dynamic_shapes!r}: "batch", None or torch.export\'s structure is needed.')
     clash = [n for n in (*model._modules, *model._parameters, *model._buffers) if n in _RESERVED]
     if clash:

@@ -130,12 +130,7 @@ class InputCheck:
         """The flattened inputs of a call, in the order of the placeholders."""
         arranged = self.signature.arrange(args, kwargs)
         if arranged is None:
-            given = [f"{len(args)} positional", *(f"{k}=" for k in kwargs)]
-            raise InputError(
-                f"called with {', '.join(given)}; captured with ({', '.join(self.signature.names)}). Arguments left at "
-                "their default at the capture are part of the graph: pass the captured ones, or trace again with the "
-                "others."
-            )
+            raise InputError(self._misfit(args, kwargs))
         leaves, structure = pytree.tree_flatten(arranged)
         captured = self.signature.structure
         if structure != captured:
@@ -143,6 +138,23 @@ class InputCheck:
                 f"inputs have the structure {structure}; captured was {captured}. Pass the captured structure."
             )
         return leaves
+
+    def _misfit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """What is wrong with the number or the names of a call's arguments, and what to do."""
+        names = self.signature.names
+        given = [f"{len(args)} positional", *(f"{k}=" for k in kwargs)]
+        called = f"called with {', '.join(given)}; captured with ({', '.join(names)})."
+        if len(args) == len(names) + 1 and not kwargs:
+            return (
+                f"{called} Labels are no input: of a batch (inputs, labels), give the inputs alone. A further argument "
+                "of the model must be there when it is traced."
+            )
+        if missing := [name for name in names[len(args) :] if name not in kwargs]:
+            called = f"{called} Missing: {', '.join(missing)}."
+        return (
+            f"{called} Arguments left at their default at the capture are part of the graph: pass the captured ones, "
+            "or trace again with the others."
+        )
 
 
 def _check_constant(leaf: Any, expected: Input) -> None:
@@ -156,7 +168,11 @@ def _check_tensor(leaf: Any, expected: Input) -> None:
     """Raise unless the input is a tensor of the captured dtype and kind of device."""
     sample = expected.sample
     if not isinstance(leaf, Tensor):
-        raise InputError(f"input `{expected.name}` is a {type(leaf).__name__}; captured was a tensor {expected.sizes}.")
+        kind = type(leaf).__name__
+        cure = "Convert it: torch.from_numpy(array)." if kind == "ndarray" else "Give the tensor itself."
+        raise InputError(
+            f"input `{expected.name}` is a {kind}; captured was a tensor {list(expected.sizes or ())}. {cure}"
+        )
     if leaf.dtype != sample.dtype or leaf.device.type != sample.device.type:
         raise InputError(
             f"input `{expected.name}` is {leaf.dtype} on {leaf.device}; captured was {sample.dtype} on "

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from fxprune.errors import ArgumentError, PruningError
+from fxprune.graph.masks import named_by_original
+
 _KEY = "fxprune.provenance"  # no name of a child, a parameter or a buffer has a dot
 
 
@@ -32,7 +35,35 @@ class Provenance:
         return self
 
 
-class Container(nn.Module):
+class ReadByName(nn.Module):
+    """A module whose parameters the graphs read by their names, so that torch's functions cannot put others there.
+
+    What `torch.nn.utils` computes in hooks and properties of a module, no graph would read: it is refused before
+    anything has changed.
+    """
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in torch; raises PruningError where `torch.nn.utils.prune` stores a parameter under its second name."""
+        plain = named_by_original(name)
+        if plain is not None and param is not None and self._parameters.get(plain) is param:
+            raise PruningError(
+                f"torch.nn.utils.prune was used on {plain!r} of a traced module, whose graphs run no hooks: the mask "
+                "would be ignored. Use the function of the same name in fxprune.prune, with the whole traced module "
+                f"and the qualified name: fxprune.prune.l1_unstructured(traced, 'conv1.{plain}', amount=0.3)."
+            )
+        super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._parameters:
+            raise ArgumentError(
+                f"the parameter {name!r} of a traced module was to be deleted or parametrized by torch, while its "
+                "graphs read it. For norms use fxprune.weight_norm and fxprune.spectral_norm; for all else change the "
+                "eager model and trace it again."
+            )
+        super().__delattr__(name)
+
+
+class Container(ReadByName):
     """Holds the parameters, buffers and children that stand under one name of the captured model.
 
     It has no attributes of its own beside a module's, since a child may have any name.

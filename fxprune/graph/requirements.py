@@ -4,14 +4,51 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxprune.errors import ArgumentTypeError, FinalizeError, FxpruneError
+from torch import nn
+
+from fxprune.errors import ArgumentTypeError, FinalizeError, FxpruneError, NameLookupError
+from fxprune.graph.containers import Container
+from fxprune.graph.masks import masked, named_by_mask, named_by_original
+from fxprune.graph.names import tensors_of
 from fxprune.graph.traced import TracedModule
 
 
 def require_traced(value: Any) -> None:
     """Raise ArgumentTypeError unless the value is a traced module."""
     if not isinstance(value, TracedModule):
-        raise ArgumentTypeError(f"a traced module is needed, got {type(value).__name__}. Call fxprune.trace first.")
+        raise ArgumentTypeError(f"a traced module is needed, got {type(value).__name__}. {_way_to_a_traced(value)}")
+
+
+def _way_to_a_traced(value: Any) -> str:
+    if isinstance(value, str):
+        return "The traced module comes first, then the name."
+    if isinstance(value, Container):
+        return "Give the whole traced module, and the qualified name: (traced, 'conv1.weight')."
+    if isinstance(value, type):
+        return "Call fxprune.trace with an instance first."
+    if isinstance(value, nn.Module) or not hasattr(value, "traced"):
+        return "Call fxprune.trace first."
+    return "Give its attribute `traced`."
+
+
+def require_parameter(traced: TracedModule, name: Any) -> None:
+    """Raise NameLookupError where a name is that of a tensor that is no parameter of its own; the message says which.
+
+    Args:
+        traced: the module.
+        name: the name, or whatever was given for one; patterns and names of nothing pass.
+    """
+    if not isinstance(name, str):
+        return
+    there = tensors_of(traced)
+    plain = named_by_mask(name) or named_by_original(name)
+    if name in there and plain is not None and plain in masked(traced):
+        raise NameLookupError(f"{name!r} belongs to the masked parameter {plain!r}. Name that.")
+    if name in there and not isinstance(there[name], nn.Parameter):
+        prefix = name.rpartition(".")[0]
+        near = [n for n, tensor in there.items() if isinstance(tensor, nn.Parameter) and n.rpartition(".")[0] == prefix]
+        cure = f"Parameters beside it: {', '.join(near)}." if near else "Name a parameter."
+        raise NameLookupError(f"{name!r} is a buffer, which is not trained and carries no mask or norm. {cure}")
 
 
 def require_eval(traced: Any, what: str, error: type[FxpruneError] = FinalizeError) -> None:

@@ -15,7 +15,7 @@ from torch.fx.graph import PythonCode
 
 from fxprune.errors import ArtifactError, CaptureError
 from fxprune.graph.arguments import InputCheck
-from fxprune.graph.containers import Container, provenance_of, set_provenance, share_contents
+from fxprune.graph.containers import Container, ReadByName, provenance_of, set_provenance, share_contents
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.snapshot import preserved
 from fxprune.graph.spellings import respelled
@@ -48,7 +48,7 @@ class _Generated:
     attributes: Mapping[str, Any]
 
 
-class TracedModule(fx.GraphModule):
+class TracedModule(ReadByName, fx.GraphModule):
     """A model captured by `fxprune.trace`: a `torch.fx.GraphModule` that holds one graph per captured mode.
 
     Parameters and buffers keep eager's names and are the same objects as the source model's. `train()` and

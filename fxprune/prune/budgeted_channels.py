@@ -17,9 +17,10 @@ from fxprune.channels.groups import ChannelGroup, Grouping, Repair, Scores
 from fxprune.channels.ids import Mask, Vector
 from fxprune.errors import PruningError
 from fxprune.graph.masks import view
+from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_budgets import Amount, Budget, Choice, Macs, Size, Speed
-from fxprune.prune.channel_request import ChannelRequest, Importance, chosen_groups, one_budget
+from fxprune.prune.channel_request import DEFAULT_AMOUNT, ChannelRequest, Importance, chosen_groups, one_budget
 from fxprune.prune.channel_scores import comparable, masked_units, plain_names, scorable, unit_scores
 from fxprune.prune.importance_registry import Evidence
 
@@ -46,7 +47,7 @@ class ChannelReport:
 
 def channels(
     traced: TracedModule,
-    amount: float | None = 0.5,
+    amount: float | None = DEFAULT_AMOUNT,
     *,
     importance: Importance = "l2",
     scope: str = "global",
@@ -78,7 +79,8 @@ def channels(
 
     Args:
         traced: the module, changed in place.
-        amount: share of the units (float) or their number (int); one of the budgets below takes its place.
+        amount: share of the units that goes (float) or their number (int); 0.5 where none of the budgets below, of
+            which only one can be given, takes its place.
         importance: "l1", "l2", "linf" (norms of a slice, for l2 its square, as DepGraph takes it), "random", "bn"
             (gains of batch norm: Liu et al., "Network Slimming", 2017, https://arxiv.org/abs/1708.06519), "fpgm"
             (distance to the other filters: He et al., 2019, https://arxiv.org/abs/1811.00250), "taylor" (Molchanov et
@@ -116,6 +118,7 @@ def channels(
         >>> report = fxprune.prune.channels(traced, macs=0.5)
         >>> final = fxprune.finalize(traced)
     """
+    require_traced(traced)
     name, value = one_budget(amount, macs=macs, parameters=parameters, speedup=speedup)
     request = ChannelRequest(name, value, importance, scope, round_to, max_per_group, at_least)
     grouping = Grouping(driver.plain_view(traced))

@@ -15,6 +15,13 @@ from fxprune.prune.importance_registry import IMPORTANCES
 Importance = str | Callable[[ChannelGroup], torch.Tensor]
 
 
+class UnaskedAmount(float):
+    """An amount that nobody gave: what a signature has as its default, told from the same number given by a caller."""
+
+
+DEFAULT_AMOUNT = UnaskedAmount(0.5)
+
+
 @dataclass(frozen=True)
 class ChannelRequest:
     """Options that can be used together; as the arguments of `channels`.
@@ -53,21 +60,30 @@ class ChannelRequest:
 def one_budget(
     amount: float | None, *, macs: float | None, parameters: float | None, speedup: float | None
 ) -> tuple[str, float]:
-    """The budget's name and value: the only one of the three that is given, else `amount`."""
+    """The budget's name and value: the only one that is given; `DEFAULT_AMOUNT` where none is."""
     budgets = {"macs": macs, "parameters": parameters, "speedup": speedup}
     given = {name: value for name, value in budgets.items() if value is not None}
+    if given and amount is not None and not isinstance(amount, UnaskedAmount):
+        name, value = next(iter(given.items()))
+        raise ArgumentError(
+            f"one budget at a time: amount={amount} and {name}={value} were given. amount is the share of the units "
+            f"that goes, {name} {'how many times faster' if name == 'speedup' else 'what stays'}: give one of them."
+        )
     if len(given) > 1:
         raise ArgumentError(f"one budget at a time: {' and '.join(f'{k}={v}' for k, v in given.items())} were given.")
     if given:
         return next(iter(given.items()))
     if amount is None:
         raise ArgumentError("no budget: give amount, macs, parameters or speedup.")
-    return "amount", amount
+    return "amount", float(amount) if isinstance(amount, UnaskedAmount) else amount
 
 
 def _check_budget(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentTypeError(f"{name}={value!r}: a number is needed.")
+        others = (
+            " All but the amount is given by name: targets='conv1', loader=batches, ..." if name == "amount" else ""
+        )
+        raise ArgumentTypeError(f"{name}={value!r}: a number is needed.{others}")
     if name == "speedup":
         allowed = value > 1
     elif isinstance(value, int):
@@ -115,13 +131,21 @@ def chosen_groups(
 
 
 def _listed(patterns: str | Iterable[str]) -> list[str]:
+    if not isinstance(patterns, str | Iterable):
+        raise ArgumentTypeError(
+            f"a {type(patterns).__name__} was given for names; a string such as 'conv1.weight', or several, is needed."
+        )
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def _check_patterns(groups: Sequence[ChannelGroup], patterns: Sequence[object]) -> None:
     names = {member.parameter for group in groups for member in group.members}
     for pattern in patterns:
-        if not isinstance(pattern, str) or not any(_names(pattern, name) for name in names):
+        if not isinstance(pattern, str):
+            raise NameLookupError(
+                f"a parameter is named by a string such as 'conv1.weight', or a pattern; got {type(pattern).__name__}."
+            )
+        if not any(_names(pattern, name) for name in names):
             near = ", ".join(sorted(names)[:6])
             raise NameLookupError(f"{pattern!r} matches no parameter that carries channels. There are {near}, ...")
 

@@ -124,9 +124,12 @@ def _generator(evidence: Evidence) -> torch.Generator | None:
 
 def _taylor(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> dict[str, torch.Tensor]:
     loader, loss, batches, _ = evidence
+    if isinstance(loss, type):
+        raise ArgumentTypeError(f"loss is the class {loss.__name__}; give an object of it: loss={loss.__name__}().")
     if loader is None or loss is None or not isinstance(loader, Iterable) or not callable(loss):
         raise ArgumentError(
-            f'"taylor" needs an iterable loader and a loss function; got loader={loader!r}, loss={loss!r}.'
+            f'"taylor" needs an iterable loader and a loss function; got loader={loader!r}, loss={loss!r}. Batches are '
+            "pairs (inputs, target), as a torch.utils.data.DataLoader gives them; loss takes outputs and target."
         )
     if batches is not None and (not isinstance(batches, int) or batches < 1):
         raise ArgumentError(f"batches={batches!r}: a count of 1 or more is needed, or None for the whole loader.")
@@ -175,7 +178,8 @@ def _outputs(traced: TracedModule, batch: Any) -> tuple[Any, Any]:
         return traced(**batch), batch
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise ArgumentError(
-            f"the loader yielded a {type(batch).__name__}; a pair (inputs, target) or a mapping is needed."
+            f"the loader yielded a {type(batch).__name__}; a pair (inputs, target) or a mapping is needed. For "
+            "one batch, loader=[(inputs, target)]."
         )
     inputs, target = batch
     if isinstance(inputs, Mapping):

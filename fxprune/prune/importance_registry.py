@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fxprune.channels.groups import ChannelGroup
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, ArgumentTypeError
 from fxprune.graph.traced import TracedModule
 
 
@@ -114,7 +114,7 @@ def register(name: str) -> Callable[[Score], Score]:
         A decorator of a function `(traced, names, evidence) -> {name: tensor}`, as `scores` takes it.
 
     Raises:
-        ArgumentError: the name is taken.
+        ArgumentError: the name is taken. ArgumentTypeError: it is no string, at once.
 
     Example:
         >>> @fxprune.importance.register("deviation")
@@ -123,6 +123,12 @@ def register(name: str) -> Callable[[Score], Score]:
         ...     return {name: (value - value.mean()).abs() for name, value in values.items()}
         >>> fxprune.prune.channels(traced, amount=0.5, importance="deviation")
     """
+
+    if not isinstance(name, str):
+        raise ArgumentTypeError(
+            f"an importance is registered under a name, a string; got {type(name).__name__}. As a decorator: "
+            '@fxprune.importance.register("deviation").'
+        )
 
     def decorate(score: Score) -> Score:
         SCORES[name] = score

@@ -23,7 +23,7 @@ from fxprune.graph.containers import provenance_of
 from fxprune.graph.masks import ParameterView, masked, original_name, view
 from fxprune.graph.names import ModulePaths, canonical, has_parametrization, locate, match_names, one_name
 from fxprune.graph.reparametrizations import reparametrized
-from fxprune.graph.requirements import require_traced
+from fxprune.graph.requirements import require_parameter, require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.methods import BlockStructured, NMStructured
 from fxprune.prune.selection import keep_largest
@@ -64,7 +64,10 @@ def computed(
     for name, method in methods.items():
         if not isinstance(method, BasePruningMethod):
             found = f"class {method.__name__}" if isinstance(method, type) else type(method).__name__
-            raise ArgumentTypeError(f"an instance of BasePruningMethod is needed, got {found}.")
+            raise ArgumentTypeError(
+                f"an instance of BasePruningMethod is needed, got {found}. Give one such as "
+                "torch.nn.utils.prune.L1Unstructured(amount=0.3)."
+            )
         if type(method).apply_mask is not BasePruningMethod.apply_mask:
             raise PruningError(
                 f"{type(method).__name__} overrides apply_mask, so its result is more than a mask-multiply. Write it "
@@ -72,6 +75,7 @@ def computed(
             )
         found = state(traced, name)
         for step in pruning_methods(method):
+            _refuse_bool(step)
             found = dataclasses.replace(found, mask=_mask(found, step, importance_scores))
         mask = found.mask
         assert mask is not None, "an empty container"
@@ -134,6 +138,16 @@ def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> Tra
     Example:
         >>> fxprune.prune.custom_from_mask(traced, "0.weight", torch.ones(2, 4).bool())
     """
+    if not isinstance(mask, torch.Tensor):
+        raise ArgumentTypeError(
+            f"mask is a {type(mask).__name__}; a tensor of the parameter's shape is needed: torch.as_tensor(mask)."
+        )
+    for found in find(traced, name):
+        if (shape := original(traced, found).shape) != mask.shape:
+            raise PruningError(
+                f"the mask has shape {tuple(mask.shape)}, and {found!r} has {tuple(shape)}. Give a mask of that shape, "
+                "as in mask.expand_as(parameter)."
+            )
     return apply(traced, name, constructed(torch_prune.CustomFromMask, mask))
 
 
@@ -242,7 +256,10 @@ def global_unstructured(
     """
     found = find_all(traced, names)
     if not (isinstance(pruning_method, type) and issubclass(pruning_method, BasePruningMethod)):
-        raise ArgumentTypeError(f"pruning_method={pruning_method!r}: a subclass of BasePruningMethod is needed.")
+        raise ArgumentTypeError(
+            f"pruning_method={pruning_method!r}: a subclass of BasePruningMethod is needed. Give the class, and its "
+            "arguments by name: (traced, names, torch.nn.utils.prune.L1Unstructured, amount=0.5)."
+        )
     method = constructed(pruning_method, **kwargs)
     kind = getattr(method, "PRUNING_TYPE", "of no type")
     if kind != "unstructured":
@@ -315,6 +332,8 @@ def _names(traced: TracedModule) -> list[str]:
 def find(traced: TracedModule, pattern: str) -> list[str]:
     """The parameters that a name or a pattern stands for; raises NameLookupError, or PruningError for computed ones."""
     names = _names(traced)
+    if pattern not in names:
+        require_parameter(traced, pattern)
     computed = [n for n in reparametrized(traced) if n not in names]
     pattern = canonical(traced, pattern) if isinstance(pattern, str) else pattern
     if pattern in computed:
@@ -328,6 +347,9 @@ def find(traced: TracedModule, pattern: str) -> list[str]:
 
 def find_all(traced: TracedModule, names: str | Iterable[str]) -> list[str]:
     """The parameters that several names or patterns stand for, each once; raises ArgumentError where none is given."""
+    require_traced(traced)
+    if not isinstance(names, str | Iterable):
+        raise ArgumentTypeError(f"names is a {type(names).__name__}; names of parameters, or patterns, are needed.")
     patterns = [names] if isinstance(names, str) else list(names)
     if not patterns:
         raise ArgumentError("no names were given. Name at least one parameter.")
@@ -352,13 +374,23 @@ def original(traced: TracedModule, name: str) -> nn.Parameter:
 def constructed(kind: type[BasePruningMethod], *args: Any, **kwargs: Any) -> BasePruningMethod:
     """A method object; what its constructor raises becomes ArgumentError or ArgumentTypeError."""
     try:
-        return kind(*args, **kwargs)
+        method = kind(*args, **kwargs)
     except FxpruneError:
         raise
     except TypeError as error:
         raise ArgumentTypeError(f"{kind.__name__}: {error}") from error
     except Exception as error:
         raise ArgumentError(f"{kind.__name__}: {error}") from error
+    _refuse_bool(method)
+    return method
+
+
+def _refuse_bool(method: BasePruningMethod) -> None:
+    """Raise ArgumentTypeError where the amount is True or False, which torch takes as a count of 1 or 0."""
+    if isinstance(amount := vars(method).get("amount"), bool):
+        raise ArgumentTypeError(
+            f"{type(method).__name__}: amount={amount}: a fraction (float) or a count (int) is needed, no bool."
+        )
 
 
 def _mask(found: ParameterView, method: BasePruningMethod, importance_scores: torch.Tensor | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, PruningError
 from fxprune.graph.masks import ParameterView
+from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.mirror import computed, constructed, find_all, global_unstructured, is_pruned, state
 
@@ -122,15 +124,24 @@ class Schedule:
         scope: str = "local",
         **kwargs: Any,
     ) -> None:
+        require_traced(traced)
+        if callable(names):
+            raise ArgumentTypeError(
+                f"names is {_called(names)}: the names come first, None for a function that needs none, then the "
+                "method or the function: fxprune.Schedule(traced, names, request, amount)."
+            )
         self.traced, self.request, self.scope, self.kwargs = traced, request, scope, kwargs
         self._whole, self.names = names is None, find_all(traced, "*" if names is None else names)
         self._class = request if isinstance(request, type) and issubclass(request, BasePruningMethod) else None
         if scope not in ("local", "global"):
             raise ArgumentError(f'scope={scope!r}: "local" or "global" is needed.')
-        if not self._class and (not callable(request) or isinstance(request, type)):
-            raise ArgumentTypeError(f"request={request!r}: a subclass of BasePruningMethod or a function is needed.")
+        if not self._class:
+            _check_function(request)
         if self._class and self._whole:
-            raise ArgumentError(f"names=None is for functions; {self._class.__name__} needs names.")
+            raise ArgumentError(
+                f"names=None is for functions; {self._class.__name__} needs names, such as '*.weight', or in its place "
+                "a function: lambda gone: fxprune.prune.channels(traced, macs=1 - gone)."
+            )
         if self._class and scope == "global" and getattr(request, "PRUNING_TYPE", None) != "unstructured":
             raise ArgumentTypeError(f"{self._class.__name__} is not unstructured; a global selection needs that.")
         if not self._class and (kwargs or scope != "local"):
@@ -222,6 +233,49 @@ class Schedule:
         if not isinstance(calls, int) or calls < 0:
             raise ArtifactError(f"the state of a schedule has calls={calls!r}; a count is needed.")
         self._calls, self._plan = calls, plan
+
+
+def _check_function(request: object) -> None:
+    """Raise ArgumentTypeError unless the request, which is no method class, is a function of one number."""
+    needed = "a subclass of BasePruningMethod or a function is needed."
+    if isinstance(request, BasePruningMethod):
+        name = type(request).__name__
+        raise ArgumentTypeError(
+            f"request is an object of {name}, whose amount is fixed; {needed} Give the class, {name}, and its other "
+            "arguments by name: the schedule makes an object at each step."
+        )
+    if not callable(request) or isinstance(request, type):
+        short = repr(request) if len(repr(request)) < 80 else f"a {type(request).__name__}"
+        raise ArgumentTypeError(
+            f"request={short}: {needed} A function is given, not called: lambda gone: "
+            "fxprune.prune.channels(traced, macs=1 - gone)."
+        )
+    try:
+        signature = inspect.signature(request)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return
+    first = next(iter(signature.parameters), None)
+    try:
+        signature.bind(0.5)
+    except TypeError:
+        fits = False
+    else:
+        fits = first not in ("traced", "module", "model")
+    if not fits:
+        raise ArgumentTypeError(
+            f"request is {_called(request)}, called with ({_arguments(signature)}); a function of the fraction alone "
+            "is needed, such as lambda gone: fxprune.prune.channels(traced, macs=1 - gone), or a class such as "
+            "torch.nn.utils.prune.L1Unstructured."
+        )
+
+
+def _arguments(signature: inspect.Signature) -> str:
+    names = list(signature.parameters)
+    return ", ".join(names[:3] + ["..."] * (len(names) > 3))
+
+
+def _called(function: object) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _refuse_revival(name: str, before: torch.Tensor | None, after: torch.Tensor | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,7 +170,7 @@ def clip_gradients(
     if not isinstance(optimizer, Optimizer) or hooks is None:
         raise ArgumentTypeError(
             f"clip_gradients needs a torch.optim.Optimizer with step hooks, got {type(optimizer).__name__}. "
-            "Pass the optimizer itself; of a wrapper, the optimizer inside it."
+            f"{_way_to_an_optimizer(optimizer)}"
         )
     if not any(group["params"] for group in optimizer.param_groups):
         raise ArgumentError(
@@ -202,12 +203,29 @@ def clip_gradients(
     return clip
 
 
+def _way_to_an_optimizer(value: object) -> str:
+    if isinstance(value, type):
+        return f"Pass an instance of {value.__name__}, made of the parameters."
+    if isinstance(value, torch.nn.Module | Tensor | Iterator | list | tuple):
+        return (
+            "It clips at every step of an optimizer: pass the one that holds these parameters. To clip once, call "
+            "torch.nn.utils.clip_grad_norm_."
+        )
+    if isinstance(value, torch.optim.lr_scheduler.LRScheduler):
+        return "Pass the scheduler's optimizer."
+    if isinstance(value, torch.amp.GradScaler):
+        return "Pass the optimizer that it scales for; unscaling happens by itself."
+    return "Pass the optimizer itself; of a wrapper, the optimizer inside it."
+
+
 def _number(name: str, value: object, least: float) -> float:
     accepted = f"{name} must be a number" + (" >= 0 (inf is allowed)" if least == 0 else ' or "inf"')
     try:
         if isinstance(value, bool):
             raise TypeError
         number = float(value)  # type: ignore[arg-type]
+        if isinstance(value, str) and math.isfinite(number):
+            raise TypeError
     except TypeError:
         raise ArgumentTypeError(f"{accepted}, got {value!r} of type {type(value).__name__}.") from None
     except (ValueError, OverflowError, RuntimeError):  # the last: a tensor with several elements

@@ -56,6 +56,7 @@ def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> to
         raise ArgumentTypeError(
             "optimizer_after takes what fxprune.finalize returned and a torch optimizer, got "
             f"{type(final).__name__} and {type(optimizer).__name__}."
+            f"{' They are swapped.' if isinstance(final, torch.optim.Optimizer) else ''}"
         )
     if final.origin is None:
         raise ArgumentError(

@@ -1,0 +1,117 @@
+"""What `trace` refuses before it captures: things that are no model, and sample inputs that no model takes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fxprune.errors import CaptureError, SampleError
+
+
+def check_model(model: object, args: object) -> None:
+    """Raise CaptureError unless the value is an eager module; the message has the way to one."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"trace was given TorchScript ({model.original_name}), which torch.export cannot read. Trace the eager "
+            "module that was scripted."
+        )
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"trace takes an nn.Module, got {type(model).__name__}. {_way_to_a_module(model, args)}")
+
+
+def _way_to_a_module(model: object, args: object) -> str:
+    if any(isinstance(leaf, nn.Module) for leaf in (args if isinstance(args, tuple | list) else [args])):
+        return "The arguments are swapped: fxprune.trace(model, inputs)."
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        return f"Give an instance of the class: fxprune.trace({model.__name__}(...), inputs)."
+    if isinstance(model, str | os.PathLike):
+        return "Build the model and load its weights first; fxprune.load reads files of fxprune.save and .pt2 programs."
+    if isinstance(model, Mapping):
+        return "Build the model and give it these with load_state_dict, then trace it."
+    if callable(model):
+        return "Wrap the function in a module."
+    return "Give the model itself."
+
+
+def check_sample(model: nn.Module, args: object, kwargs: object) -> None:
+    """Raise SampleError unless the values are arguments of one call of the model's forward.
+
+    Args:
+        model: the module.
+        args: what `trace` was given as positional inputs.
+        kwargs: what it was given as keyword inputs.
+    """
+    if isinstance(args, nn.Module):
+        raise SampleError(f"trace was given two modules; inputs are needed: {_example(model)}.")
+    if isinstance(args, Mapping):
+        raise SampleError(
+            f"args is a {type(args).__name__}; inputs by name are kwargs: fxprune.trace(model, (), batch)."
+        )
+    if not isinstance(args, tuple | list | Tensor):
+        raise SampleError(_no_input(args, "args"))
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise SampleError(
+            f"kwargs is a {type(kwargs).__name__}; it takes inputs by name: fxprune.trace(model, (), {{...}})."
+        )
+    given = (args,) if isinstance(args, Tensor) else tuple(args)
+    by_name = dict(kwargs or {})
+    for leaf in pytree.tree_leaves((given, by_name)):
+        if isinstance(leaf, np.ndarray | np.generic | DataLoader | Dataset | Iterator):
+            raise SampleError(_no_input(leaf, "an input"))
+    _check_signature(model, given, by_name)
+
+
+def _no_input(value: object, what: str) -> str:
+    kind = type(value).__name__
+    if isinstance(value, np.ndarray | np.generic):
+        return f"{what} is a numpy {kind}; tensors are needed: torch.from_numpy(array), in the dtype of the model."
+    if isinstance(value, DataLoader | Dataset | Iterator):
+        return (
+            f"{what} is a {kind}; trace takes the inputs of one call. Take one batch of it, without its labels: "
+            "inputs, labels = next(iter(loader)); fxprune.trace(model, (inputs,))."
+        )
+    return (
+        f"{what} is a {kind}; trace takes a tensor, or a tuple of positional inputs: fxprune.trace(model, (inputs,))."
+    )
+
+
+def _check_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise SampleError(_misfit(model, signature, args, kwargs, error)) from None
+
+
+def _misfit(
+    model: nn.Module, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], error: TypeError
+) -> str:
+    taken = f"{type(model).__name__}.forward takes {signature}"
+    if not args and not kwargs:
+        return f"no inputs were given; {taken}. Give a sample of each: {_example(model)}."
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    room = sum(parameter.kind in kinds for parameter in signature.parameters.values())
+    if len(args) <= room:
+        return f"the sample inputs do not fit: {error}; {taken}. Give the inputs that it needs, by these names."
+    given = f"{len(args)} inputs were given by position; {taken}"
+    if all(isinstance(arg, int) for arg in args):
+        return f"{given}. For a shape, give a tensor of it: fxprune.trace(model, (torch.randn{args},))."
+    if len(args) == room + 1 and isinstance(args[0], Tensor):
+        return f"{given}. Labels are no input: for a batch (inputs, labels), {_example(model)}."
+    return f"{given}. Give one call's inputs in a tuple: {_example(model)}."
+
+
+def _example(model: nn.Module) -> str:
+    """How the model is traced, with the names of what it must be given."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty] or ["inputs"]
+    return f"fxprune.trace(model, ({', '.join(names)}{',' if len(names) == 1 else ''}))"
