@@ -100,7 +100,8 @@ def _reached(walk: Walk, edges: list[Constant]) -> set[fx.Node]:
     cut = {(edge.node, edge.user) for edge in edges}
     seen: set[fx.Node] = set()
     for node in reversed(walk.graph.nodes):
-        if node.op in ("output", "placeholder") or not _is_private(walk, node):
+        # a write that nothing reads stays in the graph
+        if node.op in ("output", "placeholder") or not _is_private(walk, node) or (written(node) and not node.users):
             seen.add(node)
         if node in seen:
             seen.update(operand for operand in node.all_input_nodes if (operand.name, node.name) not in cut)

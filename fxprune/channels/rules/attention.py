@@ -102,7 +102,7 @@ class Attention(OperatorCall):
         uniform = key.zeros.all(-2)
         if key.facts is not None:
             first = key.facts.value[..., :1, :]
-            uniform = uniform | (key.facts.where & (key.facts.value == first)).all(-2)
+            uniform = uniform | (key.facts.inner & (key.facts.value == first)).all(-2)
         return uniform
 
     def _passed(self, value: Value, axes: tuple[Axis, ...]) -> Value:
@@ -111,7 +111,7 @@ class Attention(OperatorCall):
         if facts is None or self.enable_gqa or self.dropout_p:
             return Value(axes)
         # a mask may leave a row without weights
-        where = facts.where if self.attn_mask is None else facts.zeros
+        where = facts.inner if self.attn_mask is None else facts.zeros
         return settled(axes, where, facts.value)
 
     def costs(self, env: Mapping[fx.Node, Result]) -> Sequence[Cost]:

@@ -43,8 +43,8 @@ class RowFacts(NamedTuple):
 
     def spread(self, axes: Sequence[Axis], shape: Sequence[int]) -> Value:
         """The result with these axes, whose rows are laid out by `shape`."""
-        value = torch.where(self.known, self.value, 0).view(*shape)
-        return settled(axes, self.known.view(*shape), value)
+        value = torch.where(self.known, self.value, 0).reshape(list(shape))
+        return settled(axes, self.known.reshape(list(shape)), value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +100,7 @@ def read_weight(walk: Walk, layer: Layer) -> RowFacts | None:
     rows, columns, name = layer.rows, layer.columns, layer.weight.source
     if columns is None:
         columns = walk.ids.fresh(layer.groups * layer.column_count)
+        walk.pin(layer.call, columns, "inputs that carry no channels")
     if rows is None:
         rows = walk.ids.fresh(layer.groups * layer.row_count)
         walk.pin(layer.call, rows, "a single output")

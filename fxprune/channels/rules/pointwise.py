@@ -152,13 +152,21 @@ class Glu(OperatorCall):
         dim = self.dim % value.rank
         value, ids = walk.merged(self.node, value, dim)
         if ids is None:
-            return Value(tuple(Axis.plain(size) for size in walk.shape(self.node)))
+            axes = value.replaced_axis(dim, Axis.plain(walk.shape(self.node)[dim]))
+            return self._gated(axes, value, value)
         half = len(ids) // 2
         walk.ids.unify(ids[:half], ids[half:])
         axes = value.replaced_axis(dim, walk.taken(self.node, ids[:half]))
-        if value.facts is None:
+        passed, gate = (
+            value.moved(axes, functools.partial(torch.narrow, dim=dim, start=at, length=half)) for at in (0, half)
+        )
+        return self._gated(axes, passed, gate)
+
+    @staticmethod
+    def _gated(axes: tuple[Axis, ...], passed: Value, gate: Value) -> Value:
+        """One half times the sigmoid of the other: known where both are, and where zeros pass."""
+        if passed.facts is None or gate.facts is None:
             return Value(axes)
-        passed, gate = value.facts.value.split(half, dim)
-        passed_known, gate_known = value.facts.where.split(half, dim)
-        known = (passed_known & gate_known) | (passed_known & (passed == 0))
-        return settled(axes, known, torch.where(known, passed * torch.sigmoid(gate), 0))
+        known = passed.facts.inner & (gate.facts.inner | (passed.facts.value == 0))
+        product = passed.facts.value * torch.sigmoid(gate.facts.value)
+        return settled(axes, known, torch.where(known, product, 0))

@@ -46,7 +46,9 @@ class Recurrent(OperatorCall):
 
     def relate(self, walk: Walk) -> Result:
         why = "hidden units of a recurrent layer"
-        data = walk.flat(self.node, walk.value(self.data), walk.value(self.data).rank - 1)
+        data = walk.value(self.data)
+        data = walk.blur(self.node, data, range(data.rank - 1), "steps of a recurrent layer")
+        data = walk.flat(self.node, data, data.rank - 1)
         contracted = {weight for weight, _ in self.first_layer}
         for operand in self.node.all_input_nodes:
             if operand is not self.data and operand not in contracted:

@@ -224,7 +224,9 @@ class ExpandAs(OperatorCall):
     def relate(self, walk: Walk) -> Value:
         value = walk.viewed(self.node, self.data)
         axes, (laid, _) = walk.broadcast(self.node, [value, walk.value(self.other)])
-        return Value(axes) if laid.facts is None else settled(axes, laid.facts.where, laid.facts.value)
+        return (
+            Value(axes) if laid.facts is None else settled(axes, laid.facts.where, laid.facts.value, laid.facts.border)
+        )
 
 
 @register(aten.repeat, aten.tile)
