@@ -25,6 +25,7 @@ from fxprune.prune import importance
 from fxprune.prune.schedule import Schedule
 from fxprune.training.clipping import clip_gradients
 from fxprune.training.continuation import optimizer_after
+from fxprune.training.freezing import freeze_batch_norms
 from fxprune.version import __version__
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ __all__ = [
     "diagnose",
     "export",
     "finalize",
+    "freeze_batch_norms",
     "importance",
     "load",
     "optimizer_after",

@@ -14,9 +14,11 @@ from fxprune.artifacts.header import Header
 from fxprune.artifacts.reading import Checkpoint
 from fxprune.capture.front_end import trace
 from fxprune.errors import ArtifactError, FxpruneError
+from fxprune.graph.containers import Provenance
 from fxprune.graph.masks import mask_name
 from fxprune.graph.names import exists, join, tensor_at, tensors_of
 from fxprune.graph.reparametrizations import reparametrized
+from fxprune.graph.switching import is_frozen, set_options
 from fxprune.graph.traced import TracedModule
 from fxprune.passes import InsertSpectralNorm, InsertWeightNorm
 from fxprune.passes.insert_parametrization import InsertParametrization
@@ -43,6 +45,7 @@ def refitted(checkpoint: Checkpoint, model: nn.Module) -> TracedModule:
                 "once is restored without a model only."
             ) from error
     _check_same_tensors(checkpoint, traced)
+    _switch(checkpoint, traced)
     for stored in checkpoint.header.modules:
         if stored.is_first:
             checkpoint.fill(traced.get_submodule(stored.path), stored)
@@ -69,6 +72,16 @@ def _rebuilt(checkpoint: Checkpoint, traced: TracedModule) -> TracedModule:
         driver.fold(traced, *alien)
     _insert(checkpoint, traced)
     return traced
+
+
+def _switch(checkpoint: Checkpoint, traced: TracedModule) -> None:
+    """Modes and numbers that were set on modules below by themselves; parents stand before their children."""
+    for stored in (stored for stored in checkpoint.header.modules if stored.is_first and stored.path):
+        part, wanted = traced.get_submodule(stored.path), Provenance(options=stored.options)
+        if is_frozen(wanted) != is_frozen(part):
+            traced.switch(part, not is_frozen(wanted))
+        for name, value in set_options(wanted).items():
+            traced.set_option(part, name, value)
 
 
 def _insert(checkpoint: Checkpoint, traced: TracedModule) -> None:

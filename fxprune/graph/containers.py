@@ -10,6 +10,7 @@ from torch import nn
 
 from fxprune.errors import ArgumentError, PruningError
 from fxprune.graph.masks import named_by_original
+from fxprune.graph.parts import Part
 
 _KEY = "fxprune.provenance"  # no name of a child, a parameter or a buffer has a dot
 
@@ -23,7 +24,8 @@ class Provenance:
         parameter_order: its parameters as they are without reparametrizations, so that removing a mask or a norm
             restores the order that optimizers and `parameters_to_vector` go by.
         reads: by parameter, how often one forward read it, in train mode where that was captured.
-        options: how the parametrization that the container belongs to was inserted; empty for all others.
+        options: how the parametrization that the container belongs to was inserted; what was set on a part since the
+            capture (`fxprune.graph.switching`); empty for all others.
     """
 
     source_class: type[nn.Module] = nn.Module
@@ -63,7 +65,7 @@ class ReadByName(nn.Module):
         super().__delattr__(name)
 
 
-class Container(ReadByName):
+class Container(ReadByName, Part):
     """Holds the parameters, buffers and children that stand under one name of the captured model.
 
     It has no attributes of its own beside a module's, since a child may have any name.

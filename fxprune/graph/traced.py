@@ -16,9 +16,12 @@ from torch.fx.graph import PythonCode
 from fxprune.errors import ArtifactError, CaptureError
 from fxprune.graph.arguments import InputCheck
 from fxprune.graph.containers import Container, ReadByName, provenance_of, set_provenance, share_contents
+from fxprune.graph.names import join
+from fxprune.graph.parts import adopt, refuse_replacement
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.snapshot import preserved
 from fxprune.graph.spellings import respelled
+from fxprune.graph.switching import is_frozen, set_option, switch
 from fxprune.torch_internals import state_of_generated_code
 
 # The order in which graphs are kept and worked on: what is decided by the eval graph, the train graph follows.
@@ -89,6 +92,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         self.dynamic_shapes = dynamic_shapes
         self.record(None)
         self.training = training
+        adopt(self, self)
         self._select_any()
 
     @property
@@ -137,9 +141,56 @@ class TracedModule(ReadByName, fx.GraphModule):
                 f"{name} mode was asked for; captured: {', '.join(self.graphs)}. Trace the model again with "
                 f'modes=("train", "eval"), or stay in {next(iter(self.graphs))} mode.'
             )
-        super().train(mode)
+        for module in self.modules():
+            vars(module)["training"] = mode and not is_frozen(module)
         self._select(name)
         return self
+
+    def switch(self, part: nn.Module, mode: bool) -> None:
+        """Let the train graph compute one module below as in eval mode, or as in train mode again.
+
+        What `traced.bn.eval()` and `traced.bn.train()` do: a batch norm uses its running statistics and leaves them as
+        they are, dropouts are off. It stays so, through `train()` and `eval()` of the whole, copies, `finalize`, `save`
+        and `load`, until that module's own `train()`. Eval mode of the whole is eval mode of all.
+
+        Raises:
+            CaptureError: the graph cannot express it: the module's forward runs other operators in train mode; or train
+                mode of one module was asked for while the whole is in eval mode. Nothing has changed then.
+        """
+        if mode and not self.training and not is_frozen(part):
+            raise CaptureError(
+                "one module of a traced one was to be in train mode while the whole is in eval mode. Call "
+                "traced.train(), and eval() of the modules that are to stay in eval mode."
+            )
+        switch(self, self.graphs, part, mode)
+        for module in part.modules():
+            vars(module)["training"] = mode and self.training
+        self.recompile()
+
+    def set_option(self, part: nn.Module, name: str, value: Any) -> None:
+        """Set a number of a module below in every graph: what `traced.drop.p = 0.1` does.
+
+        `p` of dropouts, `momentum` and `eps` of norms.
+
+        Raises:
+            CaptureError: the graphs have no such number of it. ArgumentError: the value is none for it.
+        """
+        if isinstance(value, nn.Module) or isinstance(part._modules.get(name), nn.Module):
+            path = next(path for path, module in self.named_modules() if module is part)
+            refuse_replacement(join(path, name))
+        set_option(self, self.graphs, part, name, value)
+        self.recompile()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_selected" not in vars(self):
+            super().__setattr__(name, value)
+        elif name == "training":
+            if value != self.training:
+                self.train(value)
+        elif isinstance(self._modules.get(name), nn.Module) and value is not self._modules[name]:
+            refuse_replacement(name)
+        else:
+            super().__setattr__(name, value)
 
     def keep_modes(self, *modes: str) -> None:
         """Drop the graphs of all other modes, and select one of those that are left."""
@@ -167,6 +218,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         """Regenerate the code of every mode; call it after editing a graph."""
         if "graphs" not in self.__dict__:
             return super().recompile()
+        adopt(self, self)
         self._generated.clear()
         self._select("train" if self.training else "eval")
         return self._python_code
