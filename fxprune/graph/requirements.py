@@ -8,7 +8,7 @@ from torch import nn
 
 from fxprune.errors import ArgumentTypeError, FinalizeError, FxpruneError, NameLookupError
 from fxprune.graph.containers import Container
-from fxprune.graph.masks import masked, named_by_mask, named_by_original
+from fxprune.graph.masks import masked, named_by_mask
 from fxprune.graph.names import tensors_of
 from fxprune.graph.traced import TracedModule
 
@@ -41,8 +41,7 @@ def require_parameter(traced: TracedModule, name: Any) -> None:
     if not isinstance(name, str):
         return
     there = tensors_of(traced)
-    plain = named_by_mask(name) or named_by_original(name)
-    if name in there and plain is not None and plain in masked(traced):
+    if name in there and (plain := named_by_mask(name)) in masked(traced):
         raise NameLookupError(f"{name!r} belongs to the masked parameter {plain!r}. Name that.")
     if name in there and not isinstance(there[name], nn.Parameter):
         prefix = name.rpartition(".")[0]

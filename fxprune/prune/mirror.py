@@ -18,9 +18,9 @@ from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from fxprune import driver
-from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, PruningError
+from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, NameLookupError, PruningError
 from fxprune.graph.containers import provenance_of
-from fxprune.graph.masks import ParameterView, masked, original_name, view
+from fxprune.graph.masks import ParameterView, masked, named_by_original, original_name, view
 from fxprune.graph.names import ModulePaths, canonical, has_parametrization, locate, match_names, one_name
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.requirements import require_parameter, require_traced
@@ -334,6 +334,7 @@ def find(traced: TracedModule, pattern: str) -> list[str]:
     names = _names(traced)
     if pattern not in names:
         require_parameter(traced, pattern)
+        _refuse_original(pattern, names)
     computed = [n for n in reparametrized(traced) if n not in names]
     pattern = canonical(traced, pattern) if isinstance(pattern, str) else pattern
     if pattern in computed:
@@ -343,6 +344,12 @@ def find(traced: TracedModule, pattern: str) -> list[str]:
         kind = "a parametrization" if has_parametrization(owner, tensor) else "a norm"
         raise PruningError(f"{pattern!r} is computed by {kind}; prune what it is computed from: {', '.join(near)}.")
     return list(dict.fromkeys(map(ModulePaths(traced).canonical, match_names(names, pattern))))
+
+
+def _refuse_original(name: str, names: Sequence[str]) -> None:
+    """Raise NameLookupError where a name is that of the unmasked values of a parameter."""
+    if isinstance(name, str) and (plain := named_by_original(name)) in names:
+        raise NameLookupError(f"{name!r} belongs to the masked parameter {plain!r}. Name that.")
 
 
 def find_all(traced: TracedModule, names: str | Iterable[str]) -> list[str]:
