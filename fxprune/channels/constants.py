@@ -100,8 +100,7 @@ def _reached(walk: Walk, edges: list[Constant]) -> set[fx.Node]:
     cut = {(edge.node, edge.user) for edge in edges}
     seen: set[fx.Node] = set()
     for node in reversed(walk.graph.nodes):
-        # a write that nothing reads stays in the graph
-        if node.op in ("output", "placeholder") or not _is_private(walk, node) or (written(node) and not node.users):
+        if node.op in ("output", "placeholder") or not _is_private(walk, node):
             seen.add(node)
         if node in seen:
             seen.update(operand for operand in node.all_input_nodes if (operand.name, node.name) not in cut)
@@ -114,12 +113,19 @@ def _is_private(walk: Walk, node: fx.Node) -> bool:
 
 
 def place(traced: TracedModule, coupling: Coupling, kept: Kept, constants: Sequence[Constant]) -> list[Constant]:
-    """Replace the reads; returns them with `zero` set. Without facts the values are zeros, to be loaded later."""
+    """Replace the reads, and erase what writes a value that nothing reads.
+
+    Returns the constants with `zero` set. Without facts the values are zeros, to be loaded later.
+    """
     nodes = {mode: {node.name: node for node in walk.env} for mode, walk in coupling.walks.items()}
     placed = []
     for edge in constants:
         zero = _place(traced, coupling, kept, edge, nodes)
         placed.append(Constant(edge.node, edge.user, zero))
+    for walk in coupling.walks.values():
+        for node in reversed(list(walk.graph.nodes)):
+            if not is_erased(node) and written(node):
+                _erase(walk, node)
     return placed
 
 

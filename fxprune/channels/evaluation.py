@@ -36,12 +36,21 @@ def exactly(walk: Walk, node: fx.Node, result: Result) -> Result:
 
     A result whose axes lost their channels on the way is left as its rule has it.
     """
-    if not walk.facts or not isinstance(result, Value) or result.stored or not _is_fixed(walk, node):
+    if not walk.facts or not isinstance(result, Value):
+        return result
+    if result.stored and result.facts is not None:
+        return result if _is_whole(result) else replace(result, facts=replace(result.facts, stored=False))
+    if not _is_fixed(walk, node):
         return result
     value = run(node, {operand: _stored(walk, operand) for operand in node.all_input_nodes})
     if value is None or list(value.shape) != reduced_shape(result.axes):
         return result
     return replace(result, facts=Known.tensor(value.detach()))
+
+
+def _is_whole(value: Value) -> bool:
+    """Whether the reduced form is the whole value: a row that is looked up for every token is not."""
+    return all(factor.ids is not None for axis in value.axes for factor in axis)
 
 
 def _is_fixed(walk: Walk, node: fx.Node) -> bool:

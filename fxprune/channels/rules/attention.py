@@ -44,15 +44,21 @@ class Attention(OperatorCall):
                 query, key, value = self._relate_shared_heads(walk, query, key, value)
                 batch.append(query.axes[dim])
             else:
-                batch.append(walk.join(self.node, [operand.axes[dim] for operand in (query, key, value)]))
+                joined, (query, key, value) = self._joined(walk, dim, query, key, value)
+                batch.append(joined)
         query, key, value = (walk.flat(self.node, operand, rank - 1) for operand in (query, key, value))
-        walk.join(self.node, [query.axes[-1], key.axes[-1]])
+        _, (query, key) = self._joined(walk, rank - 1, query, key)
         query, key, value = (
             walk.blur(self.node, operand, [rank - 2], "positions of an attention") for operand in (query, key, value)
         )
         self._relate_mask(walk, batch)
         self._read(walk, query, key, batch)
         return self._passed(value, (*batch, query.axes[-2], value.axes[-1]))
+
+    def _joined(self, walk: Walk, dim: int, *operands: Value) -> tuple[Axis, list[Value]]:
+        """An axis of the operands unified, and the operands laid out that way."""
+        joined = walk.join(self.node, [operand.axes[dim] for operand in operands])
+        return joined, [value if value.axes[dim].is_one else value.relayout(dim, joined) for value in operands]
 
     def _relate_shared_heads(self, walk: Walk, query: Value, key: Value, value: Value) -> tuple[Value, Value, Value]:
         """Each key-value head with the query heads that share it."""

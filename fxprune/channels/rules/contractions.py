@@ -278,14 +278,14 @@ class Contraction(OperatorCall):
             right, rows = walk.merged(self.node, right, row_axis)
             out_axis = right.axes[row_axis]
         bias = None if self.bias_operand is None else walk.value(self.bias_operand)
-        per_row = bias is None or bias.rank == 1
+        per_row = bias is None or (bias.rank == 1 and (out_axis.is_one or not bias.axes[0].is_one))
         if bias is not None and per_row and not bias.axes[0].is_one:
             axis = walk.join(self.node, [out_axis, bias.axes[0]])
             bias, rows = bias.relayout(0, axis), axis.ids
         takes_bias = per_row and self._bias_counts_once
         layer = Layer(
             self.node, left, dim, right, _table(right, row_axis), rows, joined.ids, 1, out_axis.size, joined.size,
-            folds=self._bias_counts_once, bias=Bias(self.bias_operand, self.bias_argument) if takes_bias else Bias(),
+            folds=self._scale == 1, bias=Bias(self.bias_operand, self.bias_argument) if takes_bias else Bias(),
             bias_value=bias if per_row else None, row_axis=max(row_axis, 0),
         )  # fmt: skip
         known = read_weight(walk, layer)
@@ -295,6 +295,11 @@ class Contraction(OperatorCall):
         if known is None or not takes_bias:
             return Value(axes)
         return known.spread(axes, [-1] if labels.inner else [])
+
+    @property
+    def _scale(self) -> Any:
+        """What the product is multiplied with."""
+        return self.node.kwargs.get("alpha", 1)
 
     @property
     def _bias_counts_once(self) -> bool:
@@ -361,7 +366,9 @@ def _passed(left: Value, right: Value, rank: int, out: tuple[Axis, ...], has_row
     facts = right.facts
     if facts is None or facts.border is not None or right.axes[rank].carries:
         return Value(out)
-    where, value = facts.where if left.sums else facts.zeros, facts.value
+    # an equation repeats a single column
+    averaged = left.sums and left.axes[-1].is_one == right.axes[rank].is_one
+    where, value = facts.where if averaged else facts.zeros, facts.value
     if not has_rows:
         where, value = where.squeeze(rank), value.squeeze(rank)
     return settled(out, where, value)

@@ -89,7 +89,7 @@ class Copy(OperatorCall):
         value = walk.viewed(self.node, self.data)
         dtype = self.node.meta["val"].dtype
         facts = value.facts
-        if facts is not None and facts.value.is_floating_point() != dtype.is_floating_point:
+        if facts is not None and dtype != self.data.meta["val"].dtype:
             return replace(value, facts=replace(facts, value=facts.value.to(dtype)), source=None)
         same_memory = self.node.target in _SAME_MEMORY
         return value if same_memory else value.without_source()

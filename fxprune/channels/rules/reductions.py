@@ -208,8 +208,11 @@ class Softmax(OperatorCall):
         value = walk.value(self.data)
         dim = self.dim % value.rank
         value = walk.blur(self.node, value, [dim], "softmax over it")
-        logarithm = self.node.target in (aten.log_softmax.int, aten._log_softmax.default)
-        return Value(value.axes, sums=dim == value.rank - 1 and not logarithm)
+        return Value(value.axes, sums=dim == value.rank - 1 and self.node.target in _SUM_TO_ONE)
+
+
+# `_safe_softmax` gives zeros where everything is masked
+_SUM_TO_ONE = (aten.softmax.int, aten._softmax.default)
 
 
 @register(aten.cumsum, aten.cumprod, aten.logcumsumexp)

@@ -88,9 +88,73 @@ def test_a_constant_times_a_vector_is_a_number_for_each_sample() -> None:
     finalized(model, 3)
 
 
-def test_a_layer_whose_result_is_written_and_not_read_still_runs() -> None:
+def test_a_layer_whose_result_is_written_and_not_read_leaves() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         self.unread(x).mul_(0.5)
         return self.out(x)
 
-    finalized(Net(forward, unread=nn.Conv1d(3, 4, 3), out=nn.Conv1d(3, 2, 1)), 3, 8)
+    final = finalized(Net(forward, unread=nn.Conv1d(3, 4, 3), out=nn.Conv1d(3, 2, 1)), 3, 8)
+    assert list(final.state_dict()) == ["out.weight", "out.bias"]
+
+
+def test_shared_keys_without_channels_meet_queries_with_channels() -> None:
+    def attend(self: Any, x: Tensor) -> Tensor:
+        query = self.query(x).view(-1, 5, 4, 2).transpose(1, 2)
+        key = functional.linear(x, torch.cat([self.row, self.row])).view(-1, 5, 1, 2).transpose(1, 2)
+        value = self.value(x).view(-1, 5, 1, 2).transpose(1, 2)
+        return functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    model = Net(attend, query=nn.Linear(3, 8), value=nn.Linear(3, 2), row=nn.Parameter(torch.randn(1, 3)))
+    finalized(model, 5, 3)
+
+
+def repeated_column(self: Any, x: Tensor) -> Tensor:
+    weights = functional.softmax(x[..., :1], -1)
+    return self.out(torch.einsum("bqk,bkd->bqd", weights, self.first(x)))
+
+
+def masked_row(self: Any, x: Tensor) -> Tensor:
+    logits = (x @ x.mT).masked_fill(torch.eye(5)[:, :1].bool(), float("-inf"))
+    return self.out(torch.ops.aten._safe_softmax.default(logits, -1) @ self.first(x))
+
+
+@pytest.mark.parametrize("forward", [repeated_column, masked_row])
+def test_constants_pass_only_weights_that_sum_to_one(forward: Callable[..., Tensor]) -> None:
+    model = Net(forward, first=nn.Linear(3, 4), out=nn.Linear(4, 2))
+    zero_rows(model.first, 0, 1, 2)
+    finalized(model, 5, 3)
+
+
+def rounded_parameter(self: Any, x: Tensor) -> Tensor:
+    return functional.linear(self.first(x), self.out.weight.half().double())
+
+
+def rounded_value(self: Any, x: Tensor) -> Tensor:
+    return self.out(self.first(x).half().double())
+
+
+@pytest.mark.parametrize("forward", [rounded_parameter, rounded_value])
+def test_constants_are_rounded_where_the_graph_rounds(forward: Callable[..., Tensor]) -> None:
+    model = Net(forward, first=nn.Linear(3, 4), out=nn.Linear(4, 2))
+    zero_rows(model.first, 0, 1, 2)
+    assert len(finalized(model, 3).plan.kept["first.weight"][0]) == 1
+
+
+@pytest.mark.parametrize(("size", "beta"), [(1, 1), (5, 0.5)])
+def test_a_bias_that_is_not_added_row_by_row_stays(size: int, beta: float) -> None:
+    model = Net(
+        lambda self, x: torch.addmm(self.bias, self.first(x), self.table, beta=beta),
+        first=nn.Linear(3, 4), table=nn.Parameter(torch.randn(4, 5)), bias=nn.Parameter(torch.randn(size)),
+    )  # fmt: skip
+    zero_rows(model.first, 0, 1, 2)
+    final = finalized(model, 3)
+    assert torch.equal(final.bias, model.bias)
+    assert len(final.plan.kept["first.weight"][0]) == 1
+
+
+def test_the_only_row_of_a_table_is_looked_up_for_every_token() -> None:
+    model = Net(
+        lambda self, x: self.out(self.table[(x > 9).long()].sum(1)) + x[:, :1],
+        table=nn.Parameter(torch.randn(1, 4)), out=nn.Linear(4, 2),
+    )  # fmt: skip
+    finalized(model, 3)
