@@ -70,6 +70,8 @@ def compare(
     calls = as_calls(inputs)
     if not candidates or not calls:
         raise ArgumentError(f"{len(candidates)} candidates and {len(calls)} inputs were given; at least one of each.")
+    if isinstance(names, str):
+        raise ArgumentTypeError(f"names={names!r}: a list is needed, a name for each model.")
     if names is not None and len(names) != len(candidates) + 1:
         raise ArgumentError(f"{len(names)} names were given for 1 reference and {len(candidates)} candidates.")
     runners = [runner_of(item, mode) for item in (reference, *candidates)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fxprune.errors import CompareError
+from fxprune.errors import ArgumentTypeError, CompareError
 from fxprune.graph.equality import TOLERANCES, difference
 
 from .divergence import Search, find
@@ -31,6 +31,11 @@ class Tolerance:
 
     rtol: float | None = None
     atol: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ArgumentTypeError(f"{name}={value!r}: a number is needed, or None for that of the dtype.")
 
     @property
     def is_default(self) -> bool:

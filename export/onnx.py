@@ -113,6 +113,14 @@ def to_onnx(
     check_source(final, "to_onnx")
     if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
         raise ArgumentTypeError(f"opset={opset!r}: a number such as 18 is needed, or None for torch's own choice.")
+    for name, strings in (("providers", providers), ("input_names", input_names), ("output_names", output_names)):
+        if isinstance(strings, str):
+            raise ArgumentTypeError(f"{name}={strings!r}: a list is needed, [{strings!r}].")
+    if isinstance(dynamic_shapes, str) and dynamic_shapes != "captured":
+        raise ArgumentError(
+            f'dynamic_shapes={dynamic_shapes!r}: "captured", None or torch.export\'s structure is needed. '
+            "A free batch is asked for when the model is traced."
+        )
     request = _Request(
         final,
         opset=opset,

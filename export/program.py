@@ -91,7 +91,7 @@ def to_torchscript(final: TracedModule, path: str | os.PathLike[str]) -> FileRep
 
 
 def _check_suffix(path: str | os.PathLike[str], suffix: str) -> None:
-    if Path(path).suffix != suffix:
+    if isinstance(path, str | os.PathLike) and Path(path).suffix != suffix:
         raise ExportError(
             f"'{path}' was to be written; the name must end in {suffix}, by which readers know the format."
         )

@@ -16,7 +16,7 @@ from torch import nn
 
 from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroup, Grouping
-from fxprune.errors import FinalizeError, NonFiniteWarning, PruningError
+from fxprune.errors import ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
 from fxprune.graph.containers import provenance_of, set_provenance
 from fxprune.graph.equality import FOLDED_TOLERANCES, error
 from fxprune.graph.masks import masked, named_by_mask, original_name
@@ -173,7 +173,9 @@ def remove_spectral_norm(traced: TracedModule, name: str) -> TracedModule:
 def _remove_norm(traced: TracedModule, name: str, norm: _Norm) -> TracedModule:
     require_traced(traced)
     there = reparametrized(traced)
-    found = one_name(there or ["(none)"], canonical(traced, name), "reparametrized parameter")
+    if not there:
+        raise PruningError(f"{name!r} carries no {norm.name} to remove: no parameter is reparametrized.")
+    found = one_name(there, canonical(traced, name), "reparametrized parameter")
     if not norm.stands_on(*locate(traced, found)):
         raise PruningError(f"{name!r} carries no {norm.name}. Reparametrized: {', '.join(there)}.")
     fold(traced, found)
@@ -306,6 +308,15 @@ def finalize(
         >>> print(final.plan.explain())
     """
     require_eval(traced, "finalize")
+    for name, value in (("shrink", shrink), ("fold_batch_norm", fold_batch_norm), ("verify", verify)):
+        if not isinstance(value, bool):
+            raise ArgumentTypeError(f"{name}={value!r}: True or False is needed.")
+    if plan is not None and not isinstance(plan, ChannelPlan):
+        raise ArgumentTypeError(
+            f"plan is a {type(plan).__name__}; a ChannelPlan is needed: final.plan, or ChannelPlan.from_json of a text."
+        )
+    if after is not None and not callable(after):
+        raise ArgumentTypeError(f"after={after!r}: a function of (pass, module, modified, seconds) is needed.")
     steps: list[Pass] = [*FINALIZE]
     if shrink or plan is not None:
         steps.append(RemoveChannels(align, plan, verify))

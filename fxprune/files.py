@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fxprune.errors import ExportError
+from fxprune.errors import ArgumentTypeError, ExportError
 
 _REASONS = {
     errno.ENOSPC: "the disk is full; free space there, or write elsewhere",
@@ -40,6 +40,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         >>> with atomic("report.json") as name:
         ...     _ = name.write_text("{}")
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(f"the path of a file is needed, got {type(path).__name__}.")
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         kind = "folder" if target.is_dir() else "device or pipe"

@@ -25,6 +25,8 @@ def _stranger(path: str | os.PathLike[str]) -> str | None:
     suffix = Path(path).suffix.lower()
     with open(path, "rb") as file:
         head = file.read(16)
+    if not head:
+        return "is empty. A file that is truncated or altered must be written again."
     if zipfile.is_zipfile(path):
         return _torch_archive(path)
     if suffix == ".onnx" or (head[:1] == b"\x08" and head[2:3] in _ONNX):

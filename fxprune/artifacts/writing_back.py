@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx, nn
 
@@ -73,6 +75,8 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
 def _way_to_both(final: object, model: object) -> str:
     if isinstance(model, TracedModule) and isinstance(final, nn.Module) and not isinstance(final, TracedModule):
         return " They are swapped: write_back(final, model)."
+    if isinstance(model, Mapping):
+        return " Build the model, and load these into it."
     if isinstance(model, type):
         return " Give an instance of the class."
     return ""

@@ -26,6 +26,8 @@ _ON_SIZES = (
     "give `dynamic_shapes` in torch.export's structure, one entry for each argument, with sizes that the model leaves "
     'free; "batch" frees axis 0, None fixes all.'
 )
+_ON_OUTPUTS = "return tensors in tuples, lists and dicts, or register the class with torch.export.register_dataclass."
+_ON_INFERENCE = "give inputs and parameters that were made outside torch.inference_mode, as inputs.clone() is."
 _ON_OTHERS = "trace the submodules around it, or rewrite that line by tensor operations."
 
 # what torch says of values that are not known at the capture: by the name of the error's class, and by its text
@@ -53,6 +55,10 @@ def _advice(error: Exception, sizes_given: bool) -> str:
     kind, text = type(error).__name__, str(error)
     if "Unsupported input type" in text:
         return _ON_INPUTS
+    if "in output, which is not a known type" in text:
+        return _ON_OUTPUTS
+    if "Inference tensors" in text:
+        return _ON_INFERENCE
     if kind in _VALUE_CLASSES or any(part in text for part in _VALUE_TEXTS):
         return _ON_VALUES
     if sizes_given and ("dynamic_shapes" in text or "Constraint" in kind or "constraint" in text):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def _check(model: nn.Module, dynamic_shapes: Any, modes: Sequence[str]) -> None:
             f"the traced module has masks or norms ({', '.join(left)}), which a second trace would not tell from the "
             "rest of the graph. Finalize it first, trace the eager model again, or copy it with copy.deepcopy."
         )
-    if isinstance(modes, str) or not modes or not set(modes) <= set(MODES):
+    if isinstance(modes, str) or not isinstance(modes, Iterable) or not modes or not set(modes) <= set(MODES):
         raise ArgumentError(f'modes={modes!r}: a tuple out of "train" and "eval" is needed.')
     if isinstance(dynamic_shapes, bool | int) or (isinstance(dynamic_shapes, str) and dynamic_shapes != "batch"):
         raise ArgumentError(f'dynamic_shapes={dynamic_shapes!r}: "batch", None or torch.export\'s structure is needed.')

@@ -30,6 +30,8 @@ def check_model(model: object, args: object) -> None:
 def _way_to_a_module(model: object, args: object) -> str:
     if any(isinstance(leaf, nn.Module) for leaf in (args if isinstance(args, tuple | list) else [args])):
         return "The arguments are swapped: fxprune.trace(model, inputs)."
+    if isinstance(getattr(model, "__self__", None), nn.Module):
+        return "Give the module itself; a method such as eval is called before."
     if isinstance(model, type) and issubclass(model, nn.Module):
         return f"Give an instance of the class: fxprune.trace({model.__name__}(...), inputs)."
     if isinstance(model, str | os.PathLike):
@@ -57,6 +59,10 @@ def check_sample(model: nn.Module, args: object, kwargs: object) -> None:
         )
     if not isinstance(args, tuple | list | Tensor):
         raise SampleError(_no_input(args, "args"))
+    if isinstance(kwargs, Tensor):
+        raise SampleError(
+            "kwargs is a Tensor; it takes inputs by name. Several by position stand in a tuple; labels are no input."
+        )
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise SampleError(
             f"kwargs is a {type(kwargs).__name__}; it takes inputs by name: fxprune.trace(model, (), {{...}})."

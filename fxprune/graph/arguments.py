@@ -134,21 +134,29 @@ class InputCheck:
         leaves, structure = pytree.tree_flatten(arranged)
         captured = self.signature.structure
         if structure != captured:
-            raise InputError(
-                f"inputs have the structure {structure}; captured was {captured}. Pass the captured structure."
-            )
+            raise InputError(self._other_structure(arranged, structure))
         return leaves
+
+    def _other_structure(self, arranged: Arguments, structure: pytree.TreeSpec) -> str:
+        """What is wrong with the nesting of a call's arguments: of one that should be a tensor, or of the whole."""
+        captured = self.signature.structure
+        specs = [child for part in range(2) for child in captured.child(part).children()]
+        for name, value, spec in zip(self.signature.names, (*arranged[0], *arranged[1].values()), specs, strict=True):
+            if spec.is_leaf() and isinstance(value, list | tuple | dict):
+                form = f"a {type(value).__name__} of {len(value)}"
+                cure = "traced(**batch)" if isinstance(value, dict) else "traced(inputs), labels aside"
+                return f"input `{name}` is {form}; captured was another structure, one value. Unpack it: {cure}."
+        return f"inputs have the structure {structure}; captured was {captured}. Pass the captured structure."
 
     def _misfit(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
         """What is wrong with the number or the names of a call's arguments, and what to do."""
         names = self.signature.names
         given = [f"{len(args)} positional", *(f"{k}=" for k in kwargs)]
         called = f"called with {', '.join(given)}; captured with ({', '.join(names)})."
-        if len(args) == len(names) + 1 and not kwargs:
-            return (
-                f"{called} Labels are no input: of a batch (inputs, labels), give the inputs alone. A further argument "
-                "of the model must be there when it is traced."
-            )
+        if len(args) > len(names) and not kwargs:
+            if len(args) == len(names) + 1:
+                called = f"{called} Labels are no input: of a batch (inputs, labels), give the inputs alone."
+            return f"{called} A further argument of the model must be there when it is traced."
         if missing := [name for name in names[len(args) :] if name not in kwargs]:
             called = f"{called} Missing: {', '.join(missing)}."
         return (

@@ -20,7 +20,14 @@ from fxprune.graph.masks import view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_budgets import Amount, Budget, Choice, Macs, Size, Speed
-from fxprune.prune.channel_request import DEFAULT_AMOUNT, ChannelRequest, Importance, chosen_groups, one_budget
+from fxprune.prune.channel_request import (
+    DEFAULT_AMOUNT,
+    ChannelRequest,
+    Importance,
+    check_evidence,
+    chosen_groups,
+    one_budget,
+)
 from fxprune.prune.channel_scores import comparable, masked_units, plain_names, scorable, unit_scores
 from fxprune.prune.importance_registry import Evidence
 
@@ -121,9 +128,11 @@ def channels(
     require_traced(traced)
     name, value = one_budget(amount, macs=macs, parameters=parameters, speedup=speedup)
     request = ChannelRequest(name, value, importance, scope, round_to, max_per_group, at_least)
+    evidence = Evidence(loader, loss, batches, seed)
+    check_evidence(importance, evidence)
     grouping = Grouping(driver.plain_view(traced))
     picked, lacking = scorable(grouping, chosen_groups(grouping.groups, targets, ignore, kinds), importance)
-    ranked = _ranked(traced, grouping, picked, request, Evidence(loader, loss, batches, seed))
+    ranked = _ranked(traced, grouping, picked, request, evidence)
     with contextlib.ExitStack() as stack:
         budget: Budget
         if name == "amount":

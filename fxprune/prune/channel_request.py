@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.prune import BasePruningMethod
 
 from fxprune.channels.groups import ChannelGroup
 from fxprune.errors import ArgumentError, ArgumentTypeError, NameLookupError, PruningError
-from fxprune.prune.importance_registry import IMPORTANCES
+from fxprune.prune.importance_registry import IMPORTANCES, Evidence
 
 Importance = str | Callable[[ChannelGroup], torch.Tensor]
 
@@ -41,6 +42,12 @@ class ChannelRequest:
 
     def __post_init__(self) -> None:
         _check_budget(self.budget, self.value)
+        if isinstance(self.importance, type | BasePruningMethod) or not isinstance(self.importance, str | Callable):
+            raise ArgumentTypeError(
+                f"importance is a {_kind(self.importance)}: one of {', '.join(IMPORTANCES)} is needed, or a function "
+                "from a ChannelGroup to a tensor [units]. Scores of entries are given by a function under a name: "
+                "fxprune.importance.register."
+            )
         if not callable(self.importance) and (
             not isinstance(self.importance, str) or self.importance not in IMPORTANCES
         ):
@@ -51,10 +58,30 @@ class ChannelRequest:
             raise ArgumentError(f'scope={self.scope!r}: "global" or "local" is needed.')
         if self.round_to != "auto" and not _is_count(self.round_to):
             raise ArgumentError(f'round_to={self.round_to!r}: "auto" or a positive integer is needed.')
+        if isinstance(self.max_per_group, bool) or not isinstance(self.max_per_group, int | float):
+            raise ArgumentTypeError(f"max_per_group={self.max_per_group!r}: a fraction from 0 to 1 is needed.")
         if not 0 <= self.max_per_group <= 1 or not _is_count(self.at_least):
             raise ArgumentError(
                 f"max_per_group={self.max_per_group}, at_least={self.at_least}: 0 to 1, and 1 or more, are needed."
             )
+
+
+def _kind(value: object) -> str:
+    return f"class, {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def check_evidence(importance: Importance, evidence: Evidence) -> None:
+    """Raise where data is given to an importance that looks at none, or a seed is no integer."""
+    if evidence.seed is not None and (isinstance(evidence.seed, bool) or not isinstance(evidence.seed, int)):
+        raise ArgumentTypeError(f"seed={evidence.seed!r}: an integer is needed, or None.")
+    given = [name for name in ("loader", "loss", "batches") if getattr(evidence, name) is not None]
+    blind = callable(importance) or importance == "random" or IMPORTANCES[importance].slices is not None
+    if given and blind:
+        name = "a function of a ChannelGroup" if callable(importance) else f'"{importance}"'
+        raise ArgumentError(
+            f"{' and '.join(given)} would be ignored: {name} looks at no data. Leave them out, or ask for an "
+            'importance that does, such as "taylor".'
+        )
 
 
 def one_budget(

@@ -41,7 +41,7 @@ class NMStructured(BasePruningMethod):
     PRUNING_TYPE = "global"
 
     def __init__(self, n: int = 2, m: int = 4, dim: int = 1) -> None:
-        if not all(isinstance(v, Integral) for v in (n, m, dim)) or not 0 < n < m:
+        if not all(isinstance(v, Integral) and not isinstance(v, bool) for v in (n, m, dim)) or not 0 < n < m:
             raise ArgumentError(
                 f"n={n!r}, m={m!r}, dim={dim!r}: integers with 0 < n < m are needed, such as 2:4 or 4:8."
             )

@@ -201,7 +201,10 @@ def remove(traced: TracedModule, name: str) -> TracedModule:
     Example:
         >>> fxprune.prune.remove(traced, "0.weight")
     """
-    matched = match_names([*_names(traced), *reparametrized(traced)], name)
+    available = [*_names(traced), *reparametrized(traced)]
+    if name not in available:
+        require_parameter(traced, name)
+    matched = match_names(available, name)
     names = dict.fromkeys(map(ModulePaths(traced).canonical, matched))
     there = masked(traced)
     found = names.keys() & set(there)
@@ -219,6 +222,7 @@ def is_pruned(traced: TracedModule, name: str | None = None) -> bool:
         >>> fxprune.prune.is_pruned(traced, "0.weight")
         False
     """
+    require_traced(traced)
     if name is None:
         return bool(masked(traced))
     return canonical(traced, one_name([*_names(traced), *reparametrized(traced)], name)) in masked(traced)
@@ -404,8 +408,10 @@ def _mask(found: ParameterView, method: BasePruningMethod, importance_scores: to
     parameter = found.original
     assert parameter is not None, found.name
     scores = found.value() if importance_scores is None else importance_scores
-    if not isinstance(scores, torch.Tensor) or scores.shape != parameter.shape:
-        shape = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+    if not isinstance(scores, torch.Tensor):
+        raise PruningError(f"importance scores of {found.name!r} are a {type(scores).__name__}; a tensor is needed.")
+    if scores.shape != parameter.shape:
+        shape = tuple(scores.shape)
         raise PruningError(
             f"importance scores of {found.name!r} have shape {shape}; its shape is {tuple(parameter.shape)}."
         )

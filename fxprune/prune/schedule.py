@@ -55,7 +55,7 @@ def _checked(amount: Any, curve: Any, start: Any, stop: Any, every: Any, initial
             raise ArgumentTypeError(f"{name}={value!r}: a float is needed, the fraction of entries that is masked.")
     if not 0 <= initial <= amount <= 1:
         raise ArgumentError(f"amount={amount}, initial={initial}: 0 <= initial <= amount <= 1 is needed.")
-    if curve not in CURVES:
+    if not isinstance(curve, str) or curve not in CURVES:
         raise ArgumentError(f"curve={curve!r}: one of {', '.join(CURVES)} is needed.")
     if curve == "exponential" and amount == 1:
         raise ArgumentError("an exponential curve never reaches amount=1.0. Use a lower amount or another curve.")

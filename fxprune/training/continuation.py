@@ -56,7 +56,7 @@ def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> to
         raise ArgumentTypeError(
             "optimizer_after takes what fxprune.finalize returned and a torch optimizer, got "
             f"{type(final).__name__} and {type(optimizer).__name__}."
-            f"{' They are swapped.' if isinstance(final, torch.optim.Optimizer) else ''}"
+            f"{_way_to_an_optimizer(final, optimizer)}"
         )
     if final.origin is None:
         raise ArgumentError(
@@ -78,6 +78,16 @@ def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> to
         message = f"training does not go on step for step as with masks. {'; '.join(texts)}."
         warnings.warn(message, FxpruneWarning, stacklevel=2)
     return _build(optimizer, members, state)
+
+
+def _way_to_an_optimizer(final: object, optimizer: object) -> str:
+    if isinstance(final, torch.optim.Optimizer):
+        return " They are swapped."
+    if isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):
+        return " Give the scheduler's optimizer."
+    if isinstance(optimizer, type):
+        return " Give the optimizer that trained, not its class."
+    return ""
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,12 @@ TRACE: dict[str, Case] = {
         lambda m: fxprune.trace(Tokens(), (torch.randn(2, 3),)), SampleError, "Long, Int.*float32", "runs on"),
     "a list of modules": (
         lambda m: fxprune.trace(nn.ModuleList([m]), IMAGES), SampleError, "missing the required", "has no forward"),
+    "a method of the model": (lambda m: fxprune.trace(m.eval, IMAGES), CaptureError, "got method", "the module itself"),
+    "inputs one after another": (
+        lambda m: fxprune.trace(m, IMAGES, LABELS), SampleError, "kwargs is a Tensor", "in a tuple.*labels are no"),
+    "labels by name": (
+        lambda m: fxprune.trace(m, (), {"input": IMAGES, "labels": LABELS}), SampleError, "argument 'labels'", "names"),
+    "True for the modes": (lambda m: fxprune.trace(m, IMAGES, modes=True), ArgumentError, "modes=True", "a tuple"),
     "True for the dynamic shapes": (
         lambda m: fxprune.trace(m, IMAGES, dynamic_shapes=True), ArgumentError, "dynamic_shapes=True", "structure"),
 }  # fmt: skip
@@ -273,6 +279,34 @@ PRUNE: dict[str, Case] = {
         lambda t: fxprune.prune.channels(
             t, importance="taylor", loader=(IMAGES, LABELS), loss=nn.functional.cross_entropy),
         ArgumentError, "yielded a Tensor", r"loader=\[\(inputs, target\)\]"),
+    "scores of entries as importance": (
+        lambda t: fxprune.prune.channels(t, importance=fxprune.importance.scores(t, "*.weight")), ArgumentTypeError,
+        "importance is a dict:", "a function from a ChannelGroup"),
+    "a class of methods as importance": (
+        lambda t: fxprune.prune.channels(t, importance=L1), ArgumentTypeError, "class, L1Unstructured", "ChannelGroup"),
+    "a method object as importance": (
+        lambda t: fxprune.prune.channels(t, importance=L1(0.5)), ArgumentTypeError, "is a L1Unstr", "ChannelGroup"),
+    "data for an importance that looks at none": (
+        lambda t: fxprune.prune.channels(t, loader=LOADER, loss=nn.functional.cross_entropy), ArgumentError,
+        'loader and loss would be ignored: "l2"', '"taylor"'),
+    "a percentage as text": (
+        lambda t: fxprune.prune.channels(t, max_per_group="all"), ArgumentTypeError, "max_per_group='all'", "0 to 1"),
+    "a seed as text": (
+        lambda t: fxprune.prune.channels(t, importance="random", seed="0"), ArgumentTypeError, "seed='0'", "integer"),
+    "scores in numpy": (
+        lambda t: fxprune.prune.l1_unstructured(t, "0.weight", 0.5, IMAGES.numpy()), PruningError, "a nda", "tensor"),
+    "True for a count of entries": (
+        lambda t: fxprune.prune.nm_structured(t, "0.weight", True, 4), ArgumentError, "n=True", "integers"),
+    "the state of an eager model": (
+        lambda t: fxprune.prune.is_pruned(_model()), ArgumentTypeError, "got Sequential", "fxprune.trace"),
+    "removal of a norm that is not there": (
+        lambda t: fxprune.remove_weight_norm(t, "0.weight"), PruningError, "no weight norm", "no parameter is rep"),
+    "text for a switch": (lambda t: fxprune.finalize(t, shrink="no"), ArgumentTypeError, "shrink='no'", "True or"),
+    "a dictionary for a plan": (
+        lambda t: fxprune.finalize(t, plan={"0.weight": [0]}), ArgumentTypeError, "plan is a dict", "final.plan"),
+    "a name for a callback": (lambda t: fxprune.finalize(t, after="print"), ArgumentTypeError, "'print'", "a function"),
+    "a list for a curve": (
+        lambda t: fxprune.Schedule(t, "0.weight", L1, 0.5, curve=["cubic"]), ArgumentError, "curve=", "cubic"),
     "a decorator without its name": (
         lambda t: fxprune.importance.register(lambda *given: {}), ArgumentTypeError, "got function", "As a decorator"),
     "a report for the module": (
@@ -372,6 +406,20 @@ FILES: dict[str, Case] = {
         lambda f: fxprune.export.to_onnx("m.onnx", f), ArgumentTypeError, "given a str", "module comes first"),
     "an operator set as text": (
         lambda f: fxprune.export.to_onnx(f, "m.onnx", opset="18"), ArgumentTypeError, "opset='18'", "a number"),
+    "a provider that is no list": (
+        lambda f: fxprune.export.to_onnx(f, "m.onnx", providers="CPUExecutionProvider"), ArgumentTypeError,
+        "providers='CPUEx", r"\['CPUExecutionProvider'\]"),
+    "a name that is no list": (
+        lambda f: fxprune.export.to_onnx(f, "m.onnx", input_names="image"), ArgumentTypeError, "'image'", "a list"),
+    "the shapes of trace for those of a file": (
+        lambda f: fxprune.export.to_onnx(f, "m.onnx", dynamic_shapes="batch"), ArgumentError, "'batch'", "is traced"),
+    "no path": (lambda f: fxprune.export.to_program(f, None), ArgumentTypeError, "got NoneType", "the path of a file"),
+    "a tolerance as text": (
+        lambda f: fxprune.compare(f, f, inputs=IMAGES, rtol="1e-3"), ArgumentTypeError, "rtol='1e-3'", "a number"),
+    "names that are one text": (
+        lambda f: fxprune.compare(f, f, inputs=IMAGES, names="ab"), ArgumentTypeError, "names='ab'", "a list"),
+    "a shape for an input": (
+        lambda f: fxprune.compare(f, f, inputs=(4, 3, 8, 8)), InputError, "4 positional", r"captured with \(input\)"),
     "comparison with labels": (
         lambda f: fxprune.compare(f, f, inputs=(IMAGES, LABELS)), InputError, "2 positional", "Labels are no input"),
     "comparison with a labelled batch": (
@@ -400,6 +448,10 @@ FILES: dict[str, Case] = {
     "a module to inspect": (lambda f: fxprune.export.inspect(f), ArgumentTypeError, "got TracedModule", "the path"),
     "a call with labels": (lambda f: f(IMAGES, LABELS), InputError, "2 positional", "Labels are no input"),
     "a call with an array": (lambda f: f(IMAGES.numpy()), InputError, "is a ndarray", "torch.from_numpy"),
+    "a call with a batch": (
+        lambda f: f([IMAGES, LABELS]), InputError, "`input` is a list of 2", r"traced\(inputs\), labels aside"),
+    "a call with a mapping": (
+        lambda f: f({"input": IMAGES}), InputError, "`input` is a dict of 1", r"traced\(\*\*batch\)"),
     "save with swapped arguments": (
         lambda f: fxprune.save("m.fxp", f), ArgumentTypeError, "got str", "module comes first"),
     "save without a path": (lambda f: fxprune.save(f, None), ArgumentTypeError, "got NoneType", "path of a file"),
@@ -413,6 +465,10 @@ FILES: dict[str, Case] = {
         lambda f: fxprune.write_back(f, Tokens), ArgumentTypeError, "a type", "instance of the class"),
     "write_back into another model": (
         lambda f: fxprune.write_back(f, Tokens()), WriteBackError, "Tokens has no 0.weight", "another model"),
+    "write_back into weights": (
+        lambda f: fxprune.write_back(f, f.state_dict()), ArgumentTypeError, "OrderedDict", "load these into it"),
+    "optimizer_after with a scheduler": (
+        lambda f: fxprune.optimizer_after(f, _scheduler()), ArgumentTypeError, "and StepLR", "the scheduler's"),
     "optimizer_after with swapped arguments": (
         lambda f: fxprune.optimizer_after(torch.optim.SGD(f.parameters(), 0.1), f), ArgumentTypeError,
         "got SGD and TracedModule", "swapped"),
@@ -452,6 +508,12 @@ STRANGERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "m.safetensors": (
         lambda path: safetensors.torch.save_file(_model().state_dict(), path), "of safetensors", "load_state_dict"),
 }  # fmt: skip
+
+
+def test_load_says_of_an_empty_file_that_it_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "m.fxp").touch()
+    with pytest.raises(ArtifactError, match=r"is empty\. .* must be written again"):
+        fxprune.load(tmp_path / "m.fxp")
 
 
 @pytest.mark.parametrize("name", STRANGERS)
