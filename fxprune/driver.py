@@ -16,7 +16,7 @@ from torch import nn
 
 from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroup, Grouping
-from fxprune.errors import ArgumentTypeError, FinalizeError, NonFiniteWarning, PruningError
+from fxprune.errors import ArgumentTypeError, EvalConstantWarning, FinalizeError, NonFiniteWarning, PruningError
 from fxprune.graph.containers import provenance_of, set_provenance
 from fxprune.graph.equality import FOLDED_TOLERANCES, error
 from fxprune.graph.masks import masked, named_by_mask, original_name
@@ -232,7 +232,9 @@ def stopwatch(
         files = [Path(folder, "dense.onnx"), Path(folder, "pruned.onnx")]
 
         def write(module: TracedModule, path: Path) -> None:
-            export.to_onnx(finalize(module, verify=False), path, verify=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", EvalConstantWarning)  # nobody trains it on
+                export.to_onnx(finalize(module, verify=False), path, verify=False)
 
         def measure(masks: Mapping[str, torch.Tensor]) -> float:
             candidate = copy.deepcopy(traced)
@@ -272,6 +274,7 @@ def finalize(
     fold_batch_norm: bool = False,
     plan: ChannelPlan | None = None,
     verify: bool = True,
+    keep_for_training: bool = False,
     after: Callback | None = None,
 ) -> TracedModule:
     """A copy of `traced` without masks, norms, parametrizations and dead channels, that computes the same.
@@ -291,6 +294,9 @@ def finalize(
         fold_batch_norm: scale the layers before batch norms instead of running these; the result has no train graph.
         plan: a stored plan to carry out instead of an analysis: the result has its architecture.
         verify: compare the outputs on the sample inputs in eval mode, and count MACs on the way.
+        keep_for_training: whether channels stay that are constant in eval mode alone, so that train mode computes the
+            same, too: behind a batch norm, whose running statistics make a constant of a masked row that its statistics
+            of a batch make another one of.
         after: called after each pass with (pass, module, modified, seconds).
 
     Returns:
@@ -302,13 +308,16 @@ def finalize(
 
     Warns:
         NonFiniteWarning: a parameter holds NaN or inf.
+        EvalConstantWarning: channels went that are constant in eval mode alone, and there is a train graph, which
+            computes something else without them. `final.plan.eval_only` has them.
 
     Example:
         >>> final = fxprune.finalize(traced)
         >>> print(final.plan.explain())
     """
     require_eval(traced, "finalize")
-    for name, value in (("shrink", shrink), ("fold_batch_norm", fold_batch_norm), ("verify", verify)):
+    flags = {"shrink": shrink, "fold_batch_norm": fold_batch_norm, "verify": verify}
+    for name, value in (flags | {"keep_for_training": keep_for_training}).items():
         if not isinstance(value, bool):
             raise ArgumentTypeError(f"{name}={value!r}: True or False is needed.")
     if plan is not None and not isinstance(plan, ChannelPlan):
@@ -319,7 +328,7 @@ def finalize(
         raise ArgumentTypeError(f"after={after!r}: a function of (pass, module, modified, seconds) is needed.")
     steps: list[Pass] = [*FINALIZE]
     if shrink or plan is not None:
-        steps.append(RemoveChannels(align, plan, verify))
+        steps.append(RemoveChannels(align, plan, verify, keep_for_training))
     if fold_batch_norm:
         steps.append(FoldBatchNorm())
     final = run_passes(copy.deepcopy(traced), tuple(steps), after).graph_module
@@ -327,10 +336,24 @@ def finalize(
     final.record(final.plan, Origin(None if final.plan is traced.plan else final.plan, _sources(traced)))
     if broken := [name for name, p in final.named_parameters() if p.is_floating_point() and not p.isfinite().all()]:
         warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=2)
-    removed = final.plan is not None and bool(final.plan.removed)  # the removal has compared the outputs itself
+    if plan is None and final.plan is not None and final.plan.eval_only and "train" in final.graphs:
+        warnings.warn(_text_of(final.plan.eval_only), EvalConstantWarning, stacklevel=2)
+    # what was removed, the removal has compared itself
+    removed = final.plan is not None and bool(final.plan.removed or final.plan.constants or final.plan.dropped)
     if verify and plan is None and (fold_batch_norm or not removed):
         verify_equal(traced, final, exact=not fold_batch_norm)
     return final
+
+
+def _text_of(eval_only: Mapping[str, Sequence[int]]) -> str:
+    """What to say of channels that went and are constant in eval mode alone."""
+    first = ", ".join(f"{len(index)} of {norm}" for norm, index in list(eval_only.items())[:5])
+    more = ", ..." if len(eval_only) > 5 else ""
+    return (
+        f"channels that went are constant in eval mode alone, by running statistics: {first}{more}. In train mode the "
+        "result computes something else than the masked module. To train on, use finalize(..., "
+        "keep_for_training=True); for inference nothing is to be done."
+    )
 
 
 def _sources(traced: TracedModule) -> dict[str, weakref.ref[nn.Parameter]]:

@@ -79,5 +79,9 @@ class NonFiniteWarning(FxpruneWarning):
     """A parameter holds NaN or inf; it is carried through as torch does."""
 
 
+class EvalConstantWarning(FxpruneWarning):
+    """Channels went that are constant in eval mode alone: train mode changes. `keep_for_training` keeps them."""
+
+
 class ProviderWarning(FxpruneWarning):
     """onnxruntime does not run a file on the provider that was asked for, but on another one."""

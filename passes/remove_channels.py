@@ -19,7 +19,8 @@ class RemoveChannels(Pass):
 
     Masks must be folded before. The plan is left in `traced.plan`. `align` is "auto" (counts at convolutions stay
     multiples that run fast, exactness is untouched), 1 for the least, or the multiple to keep. With `plan` the sizes
-    are those of a stored plan, and no constants are folded. `check` compares the outputs and counts MACs.
+    are those of a stored plan, and no constants are folded. `check` compares the outputs and counts MACs. With
+    `keep_for_training` channels stay that are constant in eval mode alone.
 
     Example:
         >>> RemoveChannels(align=1)(traced).modified
@@ -29,6 +30,7 @@ class RemoveChannels(Pass):
     align: str | int = "auto"
     plan: ChannelPlan | None = None
     check: bool = True
+    keep_for_training: bool = False
     name: ClassVar[str] = "remove-channels"
 
     def requires(self, traced: TracedModule) -> None:
@@ -38,7 +40,8 @@ class RemoveChannels(Pass):
 
     def run(self, traced: TracedModule) -> bool:
         if self.plan is None:
-            plan = remove(traced, analyze(traced, align=self.align), check=self.check)
+            analysis = analyze(traced, align=self.align, keep_for_training=self.keep_for_training)
+            plan = remove(traced, analysis, check=self.check)
         else:
             plan = impose(traced, self.plan)
         return bool(plan.removed or plan.dropped)

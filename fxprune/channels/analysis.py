@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fxprune.channels import constants
+from fxprune.channels import constants, eval_only
 from fxprune.channels.coupling import Coupling, couple
 from fxprune.channels.ids import Mask
 from fxprune.channels.liveness import Liveness
@@ -36,12 +36,14 @@ class Analysis:
     names: frozenset[str]
 
 
-def analyze(traced: TracedModule, *, align: str | int = "auto") -> Analysis:
+def analyze(traced: TracedModule, *, align: str | int = "auto", keep_for_training: bool = False) -> Analysis:
     """Find the channels whose removal does not change what the eval graph computes.
 
     Args:
         traced: a module with an eval graph; masks folded into its parameters.
         align: "auto" keeps dead channels where counts at convolutions then run faster; an integer n, multiples of n.
+
+        keep_for_training: whether what is constant in eval mode alone stays.
 
     Returns:
         The analysis, its plan in `plan`; `remove` carries it out on the same module.
@@ -58,7 +60,16 @@ def analyze(traced: TracedModule, *, align: str | int = "auto") -> Analysis:
     relations = couple(traced, traced.graphs)
     fixed, reached = constants.find(relations)
     live = Liveness(relations, align, reached)
+    passing = eval_only.find(relations, live.alive, reached, fixed)
+    left_alone: list[constants.Constant] = []
+    while keep_for_training and passing.channels:
+        left_alone += passing.constants
+        relations = eval_only.pinned(relations, passing)
+        fixed, reached = constants.find(relations, left_alone)
+        live = Liveness(relations, align, reached)
+        passing = eval_only.find(relations, live.alive, reached, fixed)
     plan = ChannelPlan(parameters=(parameter_count(traced), 0), constants=tuple(fixed))
+    plan.eval_only = dict(passing.channels)
     fill_in(relations, live.alive, plan)
     plan.stayed = _dead_that_stay(relations, live)
     return Analysis(traced, plan, relations, live.alive, frozenset(relations.parameters))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,12 +30,12 @@ class Constant(NamedTuple):
     zero: bool
 
 
-def find(coupling: Coupling) -> tuple[list[Constant], set[fx.Node]]:
+def find(coupling: Coupling, left_alone: Collection[Constant] = ()) -> tuple[list[Constant], set[fx.Node]]:
     """The reads that a buffer can replace so that a branch dies, and the nodes of all graphs that stay.
 
     A read is replaced where (1) the value depends on the input's shape at most and is finite; (2) the reader is
     pointwise and does not write into it; (3) another operand has the result's full shape; (4) every graph has the same
-    two nodes; (5) nothing else needs the value.
+    two nodes; (5) nothing else needs the value; and those are not that are left alone.
     """
     walk = coupling.walks["eval"]
     candidates = [
@@ -46,6 +46,7 @@ def find(coupling: Coupling) -> tuple[list[Constant], set[fx.Node]]:
         if _is_replaceable(walk, node, user)  # (2), (3)
     ]
     nodes = {mode: {node.name: node for node in each.env} for mode, each in coupling.walks.items()}
+    candidates = [edge for edge in candidates if edge not in left_alone]
     edges = [edge for edge in candidates if all(_has(names, edge) for names in nodes.values())]  # (4)
     while True:
         reached = {node for each in coupling.walks.values() for node in _reached(each, edges)}

@@ -89,9 +89,9 @@ def couple(root: nn.Module, graphs: Mapping[str, fx.Graph], facts: bool = True) 
     return Coupling(walks, ids.solve(), parameters)
 
 
-def walked(graph: fx.Graph, ids: Ids, parameters: Parameters, facts: bool) -> Walk:
-    """The walk over a graph, node by node."""
-    walk = Walk(graph, ids, parameters, facts)
+def walked(graph: fx.Graph, ids: Ids, parameters: Parameters, facts: bool, *, training: bool = False) -> Walk:
+    """The walk over a graph, node by node; the arguments are those of `Walk`."""
+    walk = Walk(graph, ids, parameters, facts, training=training)
     for node in graph.nodes:
         with working_on(node):
             _visit(walk, node)

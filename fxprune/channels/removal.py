@@ -49,7 +49,7 @@ def remove(traced: TracedModule, analysis: Analysis, *, check: bool = True) -> C
     folding = Folding(traced, relations, analysis.alive)
     with on_cpu():
         folding.run()
-    plan = ChannelPlan(stayed=list(analysis.plan.stayed))
+    plan = ChannelPlan(stayed=list(analysis.plan.stayed), eval_only=dict(analysis.plan.eval_only))
     _carry_out(traced, relations, analysis.alive, analysis.plan, plan, folding.values, analysis.names)
     plan.folded, plan.merged, plan.added = folding.folded, folding.merged, folding.added
     if before is not None:

@@ -46,6 +46,8 @@ class Walk:
         parameters: likewise.
         facts: whether constants are followed; else ids are related only, for a graph that shares its parameters with
             one that is analyzed.
+        training: whether constants are followed through what train mode does to them, to be compared, not removed: a
+            channel that is the same everywhere is its own mean, and dropouts keep it on average.
         env: the value of every node.
         readers, balances: the contractions met.
         edits: what removal changes in the graph.
@@ -55,8 +57,11 @@ class Walk:
         uses: how often each parameter is read.
     """
 
-    def __init__(self, graph: fx.Graph, ids: Ids, parameters: Parameters, facts: bool) -> None:
+    def __init__(
+        self, graph: fx.Graph, ids: Ids, parameters: Parameters, facts: bool, *, training: bool = False
+    ) -> None:
         self.graph, self.ids, self.facts, self.parameters = graph, ids, facts, parameters
+        self.training = training
         self.env: dict[fx.Node, Result] = {}
         self.readers: list[Reader] = []
         self.balances: list[Balance] = []

@@ -32,6 +32,8 @@ class ChannelPlan:
         stayed: (parameter, axis, dead indices, reason) for what is dead and stayed.
         macs, parameters: (before, after); MACs of one sample, by `torch.utils.flop_counter`, while the outputs were
             compared; (0, 0) where they were not.
+        eval_only: module of a batch norm -> its channels that went, and were constant in eval mode alone: in train mode
+            they were another constant, or none.
         sample: what MACs are counted for, "one sample of 3x224x224"; empty where they are not.
 
     Example:
@@ -52,6 +54,7 @@ class ChannelPlan:
     macs: tuple[int, int] = (0, 0)
     parameters: tuple[int, int] = (0, 0)
     sample: str = ""
+    eval_only: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def removed(self) -> dict[str, dict[int, int]]:
@@ -99,6 +102,11 @@ class ChannelPlan:
             f"  {node}: always {'zero' if zero else 'the same'}, its layers left the graph"
             for node, _, zero in self.constants
         ]
+        lines += [
+            f"  {norm}: {len(index)} ({_short(index)}) constant in eval mode alone; train mode changes (finalize has "
+            "keep_for_training)"
+            for norm, index in self.eval_only.items()
+        ]
         if self.dropped:
             lines.append(f"  dropped, nothing reads them: {', '.join(self.dropped)}")
         if self.stayed:
@@ -117,6 +125,7 @@ class ChannelPlan:
                 "format": FORMAT, "kept": kept, "groups": self.groups, "shapes": self.shapes, "dropped": self.dropped,
                 "added": self.added, "folded": self.folded, "merged": self.merged, "constants": self.constants,
                 "stayed": self.stayed, "macs": self.macs, "parameters": self.parameters, "sample": self.sample,
+                "eval_only": self.eval_only,
             }
         )  # fmt: skip
 
@@ -141,7 +150,8 @@ class ChannelPlan:
             plan.dropped, plan.constants = tuple(data["dropped"]), tuple((a, b, z) for a, b, z in data["constants"])
             plan.stayed = [(name, axis, list(index), reason) for name, axis, index, reason in data["stayed"]]
             plan.macs, plan.parameters = tuple(data["macs"]), tuple(data["parameters"])
-            plan.sample = data.get("sample", "")  # files of earlier versions have none
+            plan.sample = data.get("sample", "")  # files of earlier versions have none of these
+            plan.eval_only = {name: list(index) for name, index in data.get("eval_only", {}).items()}
             return plan
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"not a channel plan: {error!r}. Store it with `ChannelPlan.to_json`.") from error

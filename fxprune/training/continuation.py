@@ -46,7 +46,8 @@ def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> to
 
     Warns:
         FxpruneWarning: training goes on differently, and why: a live constant was folded away (names the layers),
-            masked entries stayed and have no mask now, or a parameter that a norm computed starts with fresh state.
+            channels went that were constant in eval mode alone, masked entries stayed and have no mask now, or a
+            parameter that a norm computed starts with fresh state.
 
     Example:
         >>> final = fxprune.finalize(traced)
@@ -193,6 +194,8 @@ def _changes(
         "what masks held at zero stayed, and is free to move (align=1 removes all dead channels; masks can be put on "
         "again)": [heir.name for heir in optimized if _is_loose(heir, plan)],
         "batch norms were folded into weights, which changed their scale": _folded_norms(final, plan, sources, heirs),
+        "constant in eval mode alone, so that train mode computes something else without them (finalize has "
+        "keep_for_training=True)": [] if plan is None or "train" not in final.graphs else list(plan.eval_only),
         "constants that training would have changed were folded into biases": _live_constants(plan),
     }
     return [f"{', '.join(names)}: {why}" for why, names in reasons.items() if names]

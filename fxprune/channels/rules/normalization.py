@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.channels.axes import reduced_shape
 from fxprune.channels.registry import OperatorCall, register
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Result, Walk
@@ -54,7 +56,7 @@ class _ChannelNorm(OperatorCall):
         ]
         axis = walk.join(self.node, [value.axes[1], *(part.axes[0] for part in parts if part is not None)])
         value = self.separated(walk, value.relayout(1, axis))
-        result = self._constants(value, parts) if walk.facts and axis.carries else Value(value.axes)
+        result = self._constants(walk, value, parts) if walk.facts and axis.carries else Value(value.axes)
         several = self.node.meta["val"]
         return [result, *(Value((axis,)) for _ in several[1:])] if isinstance(several, list | tuple) else result
 
@@ -62,8 +64,9 @@ class _ChannelNorm(OperatorCall):
         """The value with the axes opaque that statistics are taken over."""
         return value
 
-    def _constants(self, value: Value, parts: list[Value | None]) -> Value:
-        if not all(part is None or part.stored for part in parts):
+    def _constants(self, walk: Walk, value: Value, parts: list[Value | None]) -> Value:
+        levelled = walk.training and self.over_input and all(n == 1 for n in _others(reduced_shape(value.axes)))
+        if not all(part is None or part.stored for part in (parts[:2] if levelled else parts)):
             return Value(value.axes)
         column = [1, -1] + [1] * (value.rank - 2)
         gain, shift, mean, variance = (
@@ -72,7 +75,8 @@ class _ChannelNorm(OperatorCall):
         known, constant = torch.zeros([1] * value.rank, dtype=torch.bool), torch.zeros([1] * value.rank)
         if value.facts is not None:
             known, constant = value.facts.inner, value.facts.value
-        normalized = self.normalized(constant.double(), mean, variance)
+        zeros = torch.zeros_like(constant).double()
+        normalized = zeros if levelled else self.normalized(constant.double(), mean, variance)
         if normalized is None:
             return Value(value.axes)
         if gain is not None:
@@ -82,6 +86,11 @@ class _ChannelNorm(OperatorCall):
         if shift is not None:
             normalized = normalized + shift
         return settled(value.axes, known, torch.where(known, normalized, 0))
+
+
+def _others(shape: Sequence[int]) -> Sequence[int]:
+    """All sizes but that of the channels."""
+    return [*shape[:1], *shape[2:]]
 
 
 @register(aten.batch_norm, aten.native_batch_norm)

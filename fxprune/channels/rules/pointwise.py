@@ -109,7 +109,7 @@ class Dropout(OperatorCall):
 
     def relate(self, walk: Walk) -> Value:
         value = walk.viewed(self.node, self.data)
-        return Value(value.axes) if self.train else value.without_source()
+        return Value(value.axes) if self.train and not walk.training else value.without_source()
 
 
 @register(aten.prelu)

@@ -134,6 +134,7 @@ def test_layers_and_attributes_follow_and_the_given_model_stays() -> None:
         assert p.data_ptr() != q.data_ptr()
 
 
+@pytest.mark.filterwarnings("ignore::fxprune.errors.EvalConstantWarning")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_mode_flags_and_train_behaviour_are_kept(name: str) -> None:
     build, inputs, names = NETWORKS[name]
