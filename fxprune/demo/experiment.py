@@ -7,6 +7,7 @@ import copy
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.errors import ArgumentError, ExportError, FxpruneError
+from fxprune.errors import ArgumentError, EvalConstantWarning, ExportError, FxpruneError
 from fxprune.files import atomic
 
 from .data import Digits, load_split
@@ -105,7 +106,9 @@ def _carry_out(
     variant.prepare(traced)
     train(traced, train_digits, variant, result.seed, result.epochs, step)
     step(f"{variant.name}: deploy", 0, 1)
-    final = fxprune.finalize(traced.eval())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EvalConstantWarning)  # it is deployed, and not trained on
+        final = fxprune.finalize(traced.eval())
     items: dict[str, nn.Module | Path] = {
         "eager": eager_twin(traced, model).eval(), "traced": traced, "finalized": final
     }  # fmt: skip
