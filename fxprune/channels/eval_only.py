@@ -128,7 +128,7 @@ def _differs(walk: Walk, norm: BatchNorm | InstanceNorm, value: Result, count: i
     known, constant = value.facts.where.expand(shape), value.facts.value.expand(shape)
     if known.numel() != count:  # other axes carry channels too
         return np.zeros(count, bool)
-    shift = torch.zeros(count).double()
+    shift = torch.zeros(count, dtype=torch.float64, device="cpu")
     if norm.bias is not None and (facts := walk.value(norm.bias).facts) is not None:
         shift = facts.value.double()
     same = torch.isclose(constant.reshape(-1).double(), shift, rtol=_RELATIVE, atol=_ABSOLUTE)
