@@ -7,10 +7,11 @@ import dataclasses
 import functools
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -344,3 +345,16 @@ CARRIED_ONLY: dict[str, Eager] = {
     "orthogonal, cayley": lambda m, n: parametrizations.orthogonal(m, n, "cayley"),
     "orthogonal, householder": lambda m, n: parametrizations.orthogonal(m, n, "householder", use_trivialization=False),
 }
+
+
+# the layers that every system is tried on each time; on the others it is with the slow tests
+QUICK_LAYERS = ("linear", "bias", "conv2d", "transposed2d", "embedding", "lstm", "attention")
+QUICK_SYSTEMS = ("container of three", "random", "spectral norm")
+
+
+def rows(pairs: Iterable[tuple[str, str]]) -> list[Any]:
+    """Pairs of layer and system, those marked slow that show little that the others do not."""
+    return [
+        pair if pair[0] in QUICK_LAYERS or pair[1] in QUICK_SYSTEMS else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in pairs
+    ]

@@ -25,7 +25,7 @@ TOKENS = (
 )  # fmt: skip
 
 # so many of the seeds are tried each time, the others with the slow tests
-QUICK_IMAGES, QUICK_TOKENS = 100, 80
+QUICK_IMAGES, QUICK_TOKENS = 60, 50
 
 # the share of fifty further networks together, which the seeds make differ by a tenth
 IMAGES_SHARE, TOKENS_SHARE = 0.65, 0.85

@@ -5,7 +5,7 @@ import torch
 from torch.nn.utils import spectral_norm, weight_norm
 
 from fxprune.graph.names import locate
-from tests.systems import CARRIED_ONLY, LAYERS, MASKS, NORMS, Parallel, X, assert_follows_eager, mlp
+from tests.systems import CARRIED_ONLY, LAYERS, MASKS, NORMS, Parallel, X, assert_follows_eager, mlp, rows
 
 SYSTEMS = {**{k: v[0] for k, v in {**MASKS, **NORMS}.items()}, **CARRIED_ONLY}
 VECTORS = ("bias", "layer norm", "batch norm")
@@ -22,7 +22,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("layer", "system"), ROWS)
+@pytest.mark.parametrize(("layer", "system"), rows(ROWS))
 def test_carried_system_follows_eager(layer, system):
     plain, args, name = LAYERS[layer]
 

@@ -10,7 +10,7 @@ import fxprune
 from fxprune import prune
 from fxprune.errors import PruningError
 from fxprune.graph.names import locate
-from tests.systems import LAYERS, MASKS, NORMS, Parallel, X, assert_follows_eager, call, mlp
+from tests.systems import LAYERS, MASKS, NORMS, Parallel, X, assert_follows_eager, call, mlp, rows
 
 SYSTEMS = {**MASKS, **NORMS}
 VECTORS = ("bias", "layer norm", "batch norm")
@@ -26,7 +26,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("layer", "system"), ROWS)
+@pytest.mark.parametrize(("layer", "system"), rows(ROWS))
 def test_inserted_system_follows_eager(layer, system):
     plain, args, name = LAYERS[layer]
     eager, traced = SYSTEMS[system]
