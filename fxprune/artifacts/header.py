@@ -105,8 +105,7 @@ class Header:
     """All that a checkpoint says of a module beside its tensors and graphs.
 
     `masked` and `reparametrized` are names of parameters, `plan` is the JSON text of a channel plan, and `sha256` has
-    the digest of every other member of the file. `decided` are axes of parameters, as in `TracedModule.decided`; it is
-    left out where there are none.
+    the digest of every other member of the file.
     """
 
     version: str
@@ -121,15 +120,11 @@ class Header:
     dynamic_shapes: StoredTree
     plan: str | None
     sha256: dict[str, str]
-    decided: tuple[tuple[str, int], ...] = ()
 
     def to_json(self) -> str:
         """The header as JSON text."""
         modules = [module.to_json() for module in self.modules]
-        fields = {"format": FORMAT} | asdict(self) | {"modules": modules}
-        if not self.decided:
-            del fields["decided"]
-        return json.dumps(fields)
+        return json.dumps({"format": FORMAT} | asdict(self) | {"modules": modules})
 
     @classmethod
     def from_json(cls, data: Json) -> Header:
@@ -144,6 +139,5 @@ class Header:
                 "tensors": {name: StoredTensor(**tensor) for name, tensor in data["tensors"].items()},
                 "inputs": StoredTree(**data["inputs"]),
                 "dynamic_shapes": StoredTree(**data["dynamic_shapes"]),
-                "decided": tuple((name, int(axis)) for name, axis in data.get("decided", ())),
             }
         )

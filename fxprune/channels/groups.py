@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -119,11 +119,7 @@ class Grouping:
         self.groups = self._groups()
 
     def repair(
-        self,
-        gone: Vector | None = None,
-        ranks: Sequence[tuple[ChannelGroup, Scores]] = (),
-        align: int | str = 1,
-        decided: Collection[tuple[str, int]] = (),
+        self, gone: Vector | None = None, ranks: Sequence[tuple[ChannelGroup, Scores]] = (), align: int | str = 1
     ) -> Repair:
         """What makes choices consistent.
 
@@ -131,14 +127,12 @@ class Grouping:
             gone: units that are masked whatever is chosen.
             ranks: groups with scores of their units; where a choice is left, those with high scores stay.
             align: as in `finalize`.
-            decided: axes whose counts it does not round.
         """
         costs = np.zeros(self.found.classes.count)
         for group, scores in ranks:
             costs[group.units] = 1 - np.argsort(np.argsort(scores, kind="stable")) / len(scores)
         gone = np.zeros(0, np.int64) if gone is None else gone
-        nothing = np.zeros(len(costs), bool)
-        return Repair(self, self.consistency.aligned(align, decided), gone, costs, nothing, nothing)
+        return Repair(self, self.consistency.aligned(align), gone, costs)
 
     def _parameters(self) -> Total:
         of = self.found.of
@@ -255,31 +249,17 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Repair:
-    """Brings back what cannot go without others.
-
-    Attributes:
-        grouping: of the module.
-        consistency: what every choice keeps.
-        gone, costs: as from the arguments of `Grouping.repair`.
-        stays, lost: by class, what stays whatever is chosen, and what is gone.
-    """
+    """Brings back what cannot go without others. Attributes as the arguments of `Grouping.repair`."""
 
     grouping: Grouping
     consistency: Consistency
     gone: Vector
     costs: Costs
-    stays: Mask
-    lost: Mask
 
     def alive(self, units: Vector) -> Mask:
         """The classes that are left when `units` are masked."""
-        dead = self.grouping.units.dead(np.concatenate([units, self.gone])) | self.lost
-        return self.consistency.settle(~dead | self.stays, self.costs)
-
-    def with_known(self, stays: Mask, lost: Mask | None = None) -> Repair:
-        """The same with more that stays, and that is gone."""
-        lost = self.lost if lost is None else self.lost | lost
-        return replace(self, stays=self.stays | stays, lost=lost & ~stays)
+        dead = self.grouping.units.dead(np.concatenate([units, self.gone]))
+        return self.consistency.settle(~dead, self.costs)
 
 
 def steps_of(groups: Sequence[ChannelGroup], scores: Sequence[Scores] | None = None) -> Vector:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,6 @@ class TracedModule(ReadByName, fx.GraphModule):
     _examples: tuple[tuple[Any, ...], dict[str, Any]]
     _plan: ChannelPlan | None
     _origin: Origin | None
-    _decided: frozenset[tuple[str, int]]
 
     def __init__(
         self,
@@ -92,7 +91,6 @@ class TracedModule(ReadByName, fx.GraphModule):
         self._examples = (example_args, dict(example_kwargs))
         self.dynamic_shapes = dynamic_shapes
         self.record(None)
-        self.decide(())
         self.training = training
         adopt(self, self)
         self._select_any()
@@ -125,15 +123,6 @@ class TracedModule(ReadByName, fx.GraphModule):
     def record(self, plan: ChannelPlan | None, origin: Origin | None = None) -> None:
         """Say what was removed, and what the module comes from; for those who finalize and restore modules."""
         self._plan, self._origin = plan, origin
-
-    @property
-    def decided(self) -> frozenset[tuple[str, int]]:
-        """Parameters and axes whose counts of channels were decided with their masks: `finalize` rounds no further."""
-        return self._decided
-
-    def decide(self, axes: Iterable[tuple[str, int]]) -> None:
-        """Say which counts of channels are decided, instead of what was said before; for those who choose channels."""
-        self._decided = frozenset(axes)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -275,7 +264,6 @@ class TracedModule(ReadByName, fx.GraphModule):
         graphs = {mode: copy.deepcopy(graph) for mode, graph in self.graphs.items()}
         clone = TracedModule(root, graphs, *self._examples, self.dynamic_shapes, training=self.training)
         clone.record(self.plan, self.origin)
-        clone.decide(self.decided)
         memo[id(self)] = clone
         return clone
 

@@ -39,7 +39,6 @@ class ChannelRequest:
     round_to: int | str
     max_per_group: float
     at_least: int
-    normalize: bool | None = None
 
     def __post_init__(self) -> None:
         _check_budget(self.budget, self.value)
@@ -55,8 +54,6 @@ class ChannelRequest:
             raise ArgumentError(
                 f"importance={self.importance!r}: one of {', '.join(IMPORTANCES)} or a function is needed."
             )
-        if self.normalize not in (None, True, False):
-            raise ArgumentError(f"normalize={self.normalize!r}: True, False or None is needed.")
         if self.scope not in ("global", "local"):
             raise ArgumentError(f'scope={self.scope!r}: "global" or "local" is needed.')
         if self.round_to != "auto" and not _is_count(self.round_to):

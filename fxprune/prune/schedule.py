@@ -16,7 +16,6 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, Prun
 from fxprune.graph.masks import ParameterView
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
-from fxprune.prune.budgeted_channels import ChannelReport
 from fxprune.prune.mirror import computed, constructed, find_all, global_unstructured, is_pruned, state
 
 __all__ = ["CURVES", "Schedule"]
@@ -149,7 +148,6 @@ class Schedule:
             raise ArgumentError(f"scope={scope!r} and {kwargs} are for a method class; the function decides by itself.")
         self._plan = _checked(amount, curve, start, start if stop is None else stop, every, initial)
         self._calls = 0
-        self._reports: list[ChannelReport] = []
         if self._class:
             # a parameter that the class cannot prune shows now, and draws no random numbers
             with torch.random.fork_rng(devices=[]):
@@ -161,18 +159,8 @@ class Schedule:
         return self._plan.at(self._calls - 1)
 
     @property
-    def reports(self) -> list[ChannelReport]:
-        """What `fxprune.prune.channels` returned, by the calls that pruned with it."""
-        return list(self._reports)
-
-    @property
     def reached(self) -> float:
-        """What is gone now: with reports, of what they are a budget of (MACs, parameters, units), as the last one says.
-
-        Else the fraction of the entries that is masked; tied parameters with one mask count once.
-        """
-        if self._reports:
-            return self._reports[-1].gone
+        """The fraction of the entries that is masked now; tied parameters with one mask count once."""
         views = (state(self.traced, name) for name in self.names)
         counts = {(id(found.original), id(found.mask)): _counts(found) for found in views}
         dense, zeros = map(sum, zip(*counts.values(), strict=True))
@@ -196,38 +184,31 @@ class Schedule:
         return self.reached
 
     def _prune(self, total: float) -> None:
-        before, decided = {name: state(self.traced, name) for name in self.names}, self.traced.decided
+        before = {name: state(self.traced, name) for name in self.names}
         try:
-            report = self._request(total, {name: _counts(found) for name, found in before.items()})
+            self._request(total, {name: _counts(found) for name, found in before.items()})
             for name, found in before.items():
                 _refuse_revival(name, found.mask, state(self.traced, name).mask)
         except BaseException:
             pruned = [found for name, found in before.items() if is_pruned(self.traced, name)]
             driver.insert_masks(self.traced, {found.name: _mask_or_ones(found) for found in pruned})
-            self.traced.decide(decided)
             raise
-        if isinstance(report, ChannelReport):
-            self._reports.append(report)
 
-    def _request(self, total: float, counts: Mapping[str, tuple[int, int]]) -> object:
-        """Ask for so many masked entries, given by name how many entries there are and how many are masked.
-
-        Returns what a function returned.
-        """
+    def _request(self, total: float, counts: Mapping[str, tuple[int, int]]) -> None:
+        """Ask for so many masked entries, given by name how many entries there are and how many are masked."""
         if self._class and self.scope == "local":
             fractions = {name: _increment(total, *found) for name, found in counts.items()}
             methods = {name: self._with(fraction) for name, fraction in fractions.items() if fraction}
             driver.insert_masks(self.traced, computed(self.traced, methods))
-            return None
+            return
         dense, zeros = map(sum, zip(*counts.values(), strict=True))
         fraction = _increment(total, dense, zeros)
         if self._class and fraction:
             global_unstructured(self.traced, self.names, self._class, amount=fraction, **self.kwargs)
         elif self._whole:
-            return self.request(total)  # type: ignore[call-arg]
+            self.request(total)  # type: ignore[call-arg]
         elif fraction:
-            return self.request(fraction)  # type: ignore[call-arg]
-        return None
+            self.request(fraction)  # type: ignore[call-arg]
 
     def _with(self, fraction: float) -> BasePruningMethod:
         assert self._class

@@ -25,12 +25,12 @@ def group(
 
 def ladder(size: int, to: int | str = 1, *, most: float = 1.0, least: int = 1, lean: float = 0.0) -> Ladder:
     own = group(np.arange(size), aligned=True)
-    return Ladder([own], [np.arange(size, dtype=float)], [Rounding(to, most, least)], lean)
+    return Ladder([own], [np.arange(size, dtype=float)], Rounding(to, most, least), lean)
 
 
 def test_the_lowest_scores_go_first() -> None:
     own = group(np.arange(4))
-    assert Ladder([own], [np.array([3.0, 1.0, 2.0, 0.0])], [Rounding(1, 1.0, 1)]).units[:, 0].tolist() == [3, 1, 2, 0]
+    assert Ladder([own], [np.array([3.0, 1.0, 2.0, 0.0])], Rounding(1, 1.0, 1)).units[:, 0].tolist() == [3, 1, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -47,14 +47,7 @@ def test_the_lowest_scores_go_first() -> None:
     ],
 )
 def test_steps_are_rounded_so_that_multiples_stay(found: Ladder, taken: list[int]) -> None:
-    assert [own.tolist() for own in found.taken] == [taken]
-
-
-def test_a_finer_rounding_goes_on_where_a_coarser_one_ends() -> None:
-    own = group(np.arange(8), aligned=True)
-    found = Ladder([own], [np.arange(8, dtype=float)], [Rounding(to, 1.0, 1) for to in (4, 1)])
-    assert [taken.tolist() for taken in found.taken] == [[0, 0, 4, 4, 4, 4, 4, 4], [4, 4, 4, 4, 5, 6, 7, 7]]
-    assert found.multiples == [4, 1]
+    assert found.taken.tolist() == taken
 
 
 def test_cells_lose_their_share_at_a_time() -> None:
@@ -63,19 +56,17 @@ def test_cells_lose_their_share_at_a_time() -> None:
     cells = [np.full(4, 1), np.full(2, 2)]
     vars(ones).update(cells=cells[0], share=np.full(4, 2))
     vars(pairs).update(cells=cells[1])
-    found = Ladder([ones, pairs], [np.array([1.0, 4, 2, 3]), np.array([2.0, 1])], [Rounding(1, 1.0, 1)])
+    found = Ladder([ones, pairs], [np.array([1.0, 4, 2, 3]), np.array([2.0, 1])], Rounding(1, 1.0, 1))
     assert [sorted(row) for row in found.units.tolist()] == [[0, 2, 5], [1, 3, 4]]
 
 
-def stairs(
-    scope: str, *scores: list[float], macs: list[int] | None = None, round_to: tuple[int, ...] = (1,)
-) -> tuple[Staircase, Callable[[Units], int]]:
+def stairs(scope: str, *scores: list[float], macs: list[int] | None = None) -> tuple[Staircase, Callable[[Units], int]]:
     """Groups of consecutive units, and what is left of the MACs of one for each unit, or of as many as a group says."""
     starts = np.cumsum([0, *map(len, scores)])
     each = macs or [1] * len(scores)
     groups = [group(np.arange(start, start + len(s))) for start, s in zip(starts, scores, strict=False)]
     cost = np.repeat(each, [len(s) for s in scores])
-    found = Staircase(ladders(groups, [np.array(s) for s in scores], round_to, 1.0, 1), scope)
+    found = Staircase(ladders(groups, [np.array(s) for s in scores], 1, 1.0, 1), scope)
     return found, lambda units: int(cost.sum() - cost[units].sum())
 
 
@@ -89,6 +80,7 @@ def test_every_choice_holds_the_one_before() -> None:
     found, _ = stairs("global", [0.5, 0.1, 0.9], [0.2, 0.3, 0.4, 0.8])
     choices = [set(found.units(n).tolist()) for n in range(len(found) + 1)]
     assert all(a < b for a, b in itertools.pairwise(choices))
+    assert found.total == 7
     assert len(found) == 5  # one of each group stays
 
 
@@ -98,44 +90,18 @@ def test_search_gives_the_fewest_stairs_that_fit() -> None:
     assert found.search(lambda units: left(units) <= 1) is None
 
 
-def test_whole_blocks_stay_where_they_use_a_limit_up() -> None:
-    found, left = stairs("global", [*map(float, range(32))], round_to=(16, 1))
-    assert found.land(left, [16], 0.97, (8, 4, 1)).tolist() == list(range(16))
+def test_a_last_stair_that_takes_too_much_gives_way_to_one_of_a_like_score() -> None:
+    found, left = stairs("global", [0.5, 1.0], [0.7, 3.0], macs=[5, 2])
+    assert sorted(found.units(1).tolist()) == [0]
+    assert found.fill(1, left, limit=12).tolist() == [2]  # 12 of 14 are left, not 9
+    found, left = stairs("global", [0.5, 1.0], [1.2, 3.0], macs=[5, 2])
+    assert found.fill(1, left, limit=12).tolist() == [0]  # 1.2 is more than half as much again as 0.5
 
 
-@pytest.mark.parametrize(("limit", "gone"), [(24.2, 8), (20.1, 12), (22.9, 10)])
-def test_the_last_block_is_cut_by_the_coarsest_multiple_that_uses_a_limit_up(limit: float, gone: int) -> None:
-    found, left = stairs("global", [*map(float, range(32))], round_to=(16, 1))
-    assert found.land(left, [limit], 0.95, (8, 4, 1)).tolist() == list(range(gone))
-
-
-def test_units_of_another_ladder_are_given_back_where_one_of_the_last_is_too_large() -> None:
-    small = [0.01 * i for i in range(40)]
-    found, left = stairs("global", [0.395, 1.0], [*small, 3.0], macs=[5, 1])
-    assert found.search(lambda units: left(units) <= 10) == 41
-    assert left(found.units(41)) == 6
-    taken = found.land(left, [20, 10], 0.98, ())
-    assert taken is not None
-    assert left(taken) == 10
-    assert 0 in taken.tolist()
-
-
-def test_what_is_gone_goes_first_and_leaves_the_order_of_the_others() -> None:
-    own, scores = group(np.arange(4)), np.array([3.0, 1.0, 2.0, 0.0])
-    found = Ladder([own], [scores], [Rounding(1, 1.0, 1)], gone=[np.array([True, False, True, False])])
-    assert found.units[:, 0].tolist() == [2, 0, 3, 1]
-    assert found.scores.tolist() == [0, 0, 0, 1]
-
-
-def test_what_a_larger_limit_takes_a_smaller_one_takes_too() -> None:
-    found, left = stairs("global", [0.1, 0.3, 0.5, 0.7, 3.0], [0.2, 0.4, 0.6, 0.8, 3.0], macs=[3, 1])
-    taken = [set(found.land(left, [limit], 0.98, ()).tolist()) for limit in (18, 16, 14, 12, 10, 8, 6, 5)]
-    assert all(more <= less for more, less in itertools.pairwise(taken))
-
-
-def test_no_choice_is_made_where_all_stairs_leave_too_much() -> None:
-    found, left = stairs("global", [0.0, 1.0, 2.0])
-    assert found.land(left, [0], 0.98, ()) is None
+def test_stairs_that_need_not_be_taken_are_given_back() -> None:
+    found, left = stairs("global", [0.5, 1.0], [0.6, 3.0], macs=[2, 5])
+    assert found.units(2).tolist() == [0, 2]
+    assert found.fill(2, left, limit=9).tolist() == [2]
 
 
 def test_scores_that_are_not_finite_and_multiples_that_are_too_large_are_refused() -> None:
