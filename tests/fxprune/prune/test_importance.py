@@ -22,17 +22,6 @@ from tests.networks import Residual
 NAMES = ["stem.weight", "inner.weight", "head.weight"]
 
 
-@pytest.fixture(scope="module")
-def captured() -> fxprune.TracedModule:
-    torch.manual_seed(0)
-    return fxprune.trace(Residual(), (torch.randn(2, 3, 6, 6),))
-
-
-@pytest.fixture
-def traced(captured: fxprune.TracedModule) -> fxprune.TracedModule:
-    return copy.deepcopy(captured)
-
-
 @pytest.fixture
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(4, 3, 6, 6), torch.randint(5, (4,))) for _ in range(4)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,18 +19,6 @@ from fxprune.errors import (
     NonFiniteWarning,
     PruningError,
 )
-from tests.networks import Residual
-
-
-@pytest.fixture(scope="module")
-def captured() -> fxprune.TracedModule:
-    torch.manual_seed(0)
-    return fxprune.trace(Residual(), (torch.randn(2, 3, 6, 6),))
-
-
-@pytest.fixture
-def traced(captured: fxprune.TracedModule) -> fxprune.TracedModule:
-    return copy.deepcopy(captured)
 
 
 def _snapshot(traced: fxprune.TracedModule) -> tuple[str, list[tuple[str, torch.Tensor]]]:
