@@ -1,6 +1,7 @@
 """Files for deployment, and the proof that they compute what they came from."""
 
 from .comparison import compare
+from .divergence import Divergence
 from .inspection import Contents, inspect
 from .latency import Latency, bench
 from .onnx import ExportReport, to_onnx
@@ -13,6 +14,7 @@ from .verification import FileReport
 __all__ = [
     "Call",
     "Contents",
+    "Divergence",
     "ExportReport",
     "FileReport",
     "Latency",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fxprune import passes, prune
+from fxprune import channels, errors, passes, prune
 from fxprune.artifacts.checkpoint import load, save
 from fxprune.artifacts.writing_back import write_back
-from fxprune.capture.diagnosis import diagnose
+from fxprune.capture.diagnosis import Fault, Faults, diagnose
 from fxprune.capture.front_end import trace
-from fxprune.channels import register_operator
+from fxprune.channels import ChannelGroup, ChannelPlan, OperatorCall, register_operator
 from fxprune.driver import (
     channel_groups,
     finalize,
@@ -21,9 +21,9 @@ from fxprune.driver import (
 )
 from fxprune.errors import FxpruneError, FxpruneWarning
 from fxprune.graph.traced import TracedModule
-from fxprune.prune import importance
+from fxprune.prune import ChannelReport, importance
 from fxprune.prune.schedule import Schedule
-from fxprune.training.clipping import clip_gradients
+from fxprune.training.clipping import GradientClipping, clip_gradients
 from fxprune.training.continuation import optimizer_after
 from fxprune.training.freezing import freeze_batch_norms
 from fxprune.version import __version__
@@ -32,32 +32,47 @@ if TYPE_CHECKING:
     from fxprune import export
     from fxprune.export import compare
 
-__all__ = [
+# grouped, in the order in which a model meets them
+__all__ = [  # noqa: RUF022
+    "__version__",
+    # capture
+    "trace",
+    "TracedModule",
+    "diagnose",
+    "Fault",
+    "Faults",
+    # masks, norms and channels
+    "prune",
+    "importance",
+    "Schedule",
+    "ChannelReport",
+    "channel_groups",
+    "ChannelGroup",
+    "channels",
+    "register_operator",
+    "OperatorCall",
+    "weight_norm",
+    "remove_weight_norm",
+    "spectral_norm",
+    "remove_spectral_norm",
+    # training
+    "clip_gradients",
+    "GradientClipping",
+    "freeze_batch_norms",
+    "optimizer_after",
+    # deployment
+    "finalize",
+    "ChannelPlan",
+    "passes",
+    "write_back",
+    "save",
+    "load",
+    "export",
+    "compare",
+    # errors
+    "errors",
     "FxpruneError",
     "FxpruneWarning",
-    "Schedule",
-    "TracedModule",
-    "__version__",
-    "channel_groups",
-    "clip_gradients",
-    "compare",
-    "diagnose",
-    "export",
-    "finalize",
-    "freeze_batch_norms",
-    "importance",
-    "load",
-    "optimizer_after",
-    "passes",
-    "prune",
-    "register_operator",
-    "remove_spectral_norm",
-    "remove_weight_norm",
-    "save",
-    "spectral_norm",
-    "trace",
-    "weight_norm",
-    "write_back",
 ]
 
 

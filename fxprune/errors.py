@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "ArtifactError",
+    "BatchSpecializedWarning",
+    "CaptureError",
+    "CompareError",
+    "EvalConstantWarning",
+    "EvalOnlyWarning",
+    "ExportError",
+    "FinalizeError",
+    "FxpruneError",
+    "FxpruneWarning",
+    "InputError",
+    "NameLookupError",
+    "NonFiniteWarning",
+    "PassError",
+    "ProviderWarning",
+    "PruningError",
+    "SampleError",
+    "SparseGradientError",
+    "WriteBackError",
+]
+
 
 class FxpruneError(Exception):
     """Base of every error that fxprune raises on purpose; the argument it was raised for is left as it was."""

@@ -7,14 +7,17 @@
 
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.channels.coupling import Coupling, coupling
+from fxprune.channels.groups import ChannelGroup, Member
 from fxprune.channels.registry import OperatorCall, register_operator
 from fxprune.channels.removal import impose, remove
 from fxprune.graph.plan import ChannelPlan
 
 __all__ = [
     "Analysis",
+    "ChannelGroup",
     "ChannelPlan",
     "Coupling",
+    "Member",
     "OperatorCall",
     "analyze",
     "coupling",
