@@ -6,6 +6,7 @@ A row of a table is a call, the class of its error, what the message must say of
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -58,9 +59,19 @@ class Tokens(nn.Module):
         return self.head(self.words(ids))
 
 
-@pytest.fixture
-def traced() -> fxprune.TracedModule:
+@pytest.fixture(scope="module")
+def captured() -> fxprune.TracedModule:
     return fxprune.trace(_model(), (IMAGES,))
+
+
+@pytest.fixture
+def traced(captured: fxprune.TracedModule) -> fxprune.TracedModule:
+    return copy.deepcopy(captured)
+
+
+@pytest.fixture(scope="module")
+def finalized(captured: fxprune.TracedModule) -> fxprune.TracedModule:
+    return fxprune.finalize(captured)
 
 
 @contextlib.contextmanager
@@ -477,10 +488,10 @@ FILES: dict[str, Case] = {
 
 @pytest.mark.parametrize("case", FILES.values(), ids=FILES)
 def test_what_export_comparison_and_files_cannot_take_is_named_and_nothing_is_written(
-    traced: fxprune.TracedModule, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finalized: fxprune.TracedModule, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    final = fxprune.finalize(traced)
+    final = copy.deepcopy(finalized)
     with _unchanged(final):
         _refused(case, final)
     assert not list(tmp_path.iterdir())

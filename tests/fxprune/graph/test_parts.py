@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,17 @@ class Net(nn.Module):
 X = torch.randn(6, 3, 5, 5)
 
 
-def _pair() -> tuple[Net, fxprune.TracedModule]:
+@functools.cache
+def _captured() -> tuple[Net, fxprune.TracedModule]:
     torch.manual_seed(0)
     model = Net()
     return model, fxprune.trace(copy.deepcopy(model), (X,))
+
+
+def _pair() -> tuple[Net, fxprune.TracedModule]:
+    """A network and its capture, each test's own."""
+    model, traced = _captured()
+    return copy.deepcopy(model), copy.deepcopy(traced)
 
 
 def _trains_as(traced: nn.Module, model: nn.Module) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch.nn.utils import spectral_norm, weight_norm
 
 from fxprune.graph.names import locate
-from tests.systems import CARRIED_ONLY, LAYERS, MASKS, NORMS, Parallel, X, assert_follows_eager, mlp, rows
+from tests.systems import CARRIED_ONLY, FREE, LAYERS, MASKS, NORMS, Parallel, X, assert_follows_eager, mlp, rows
 
 SYSTEMS = {**{k: v[0] for k, v in {**MASKS, **NORMS}.items()}, **CARRIED_ONLY}
 VECTORS = ("bias", "layer norm", "batch norm")
@@ -29,8 +29,7 @@ def test_carried_system_follows_eager(layer, system):
     def touch(model):
         SYSTEMS[system](*locate(model, name))
 
-    free = layer == "linear" or system == "container of three"
-    assert_follows_eager(plain, touch, args, dynamic_shapes="batch" if free else None)
+    assert_follows_eager(plain, touch, args, dynamic_shapes="batch" if layer in FREE else None)
 
 
 def assert_all_follow_eager(systems, dtype=torch.float32, prepare=lambda model: None):

@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ METHOD = st.one_of(
     st.tuples(st.just("identity"), st.just(())),
 )
 MODES = st.lists(st.sampled_from(["train", "eval"]), min_size=1, max_size=3)
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def _plain(layer):
     torch.manual_seed(0)
     plain, args, _ = LAYERS[layer]
     model = plain()
-    return fxprune.trace(model, args), model.state_dict()
+    return fxprune.trace(model, args, dynamic_shapes=None), model.state_dict()
 
 
 def _twins(layer):
@@ -46,9 +47,7 @@ def _twins(layer):
     return eager, clone.train()
 
 
-@given(layer=LAYER, methods=st.lists(METHOD, min_size=1, max_size=3), seed=st.integers(0, 99), modes=MODES)
-@SETTINGS
-def test_masks_agree_with_torch_and_so_do_their_refusals(layer, methods, seed, modes):
+def assert_masks_agree(layer, methods, seed, modes):
     _, args, name = LAYERS[layer]
     eager, traced = _twins(layer)
     module, attribute = locate(eager, name)
@@ -81,14 +80,7 @@ def test_masks_agree_with_torch_and_so_do_their_refusals(layer, methods, seed, m
         assert_same_calls(traced, eager, args, modes)
 
 
-@given(
-    layer=LAYER.filter(lambda layer: layer not in ("bias", "layer norm", "batch norm")),
-    system=st.sampled_from(list(NORMS)),
-    seed=st.integers(0, 99),
-    modes=MODES,
-)
-@settings(SETTINGS, max_examples=30)
-def test_norms_agree_with_torch(layer, system, seed, modes):
+def assert_norms_agree(layer, system, seed, modes):
     _, args, name = LAYERS[layer]
     eager, traced = _twins(layer)
     in_eager, in_traced = NORMS[system]
@@ -105,14 +97,7 @@ def test_norms_agree_with_torch(layer, system, seed, modes):
     assert list(final.state_dict()) == list(_plain(layer)[0].state_dict())
 
 
-@given(
-    names=st.lists(st.sampled_from(["0.weight", "0.bias", "2.weight", "2.bias"]), min_size=1, max_size=4, unique=True),
-    method=st.sampled_from([torch_prune.L1Unstructured, torch_prune.RandomUnstructured]),
-    amounts=st.lists(st.floats(0, 1), min_size=1, max_size=3),
-    seed=st.integers(0, 99),
-)
-@settings(SETTINGS, max_examples=40)
-def test_global_selection_agrees_with_torch(names, method, amounts, seed):
+def assert_global_selection_agrees(names, method, amounts, seed):
     eager, traced = _twins("linear")
     torch.manual_seed(seed)
     for amount in amounts:
@@ -123,3 +108,57 @@ def test_global_selection_agrees_with_torch(names, method, amounts, seed):
         prune.global_unstructured(traced, iter(names), method, amount=amount)
     assert generators() == after
     assert_same_state(traced, eager, "pruned")
+
+
+MASKED = given(layer=LAYER, methods=st.lists(METHOD, min_size=1, max_size=3), seed=st.integers(0, 99), modes=MODES)
+NORMED = given(
+    layer=LAYER.filter(lambda layer: layer not in ("bias", "layer norm", "batch norm")),
+    system=st.sampled_from(list(NORMS)),
+    seed=st.integers(0, 99),
+    modes=MODES,
+)
+SELECTED = given(
+    names=st.lists(st.sampled_from(["0.weight", "0.bias", "2.weight", "2.bias"]), min_size=1, max_size=4, unique=True),
+    method=st.sampled_from([torch_prune.L1Unstructured, torch_prune.RandomUnstructured]),
+    amounts=st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+)
+
+
+@MASKED
+@settings(SETTINGS, max_examples=25)
+def test_masks_agree_with_torch_and_so_do_their_refusals(layer, methods, seed, modes):
+    assert_masks_agree(layer, methods, seed, modes)
+
+
+@NORMED
+@settings(SETTINGS, max_examples=8)
+def test_norms_agree_with_torch(layer, system, seed, modes):
+    assert_norms_agree(layer, system, seed, modes)
+
+
+@SELECTED
+@settings(SETTINGS, max_examples=20)
+def test_global_selection_agrees_with_torch(names, method, amounts, seed):
+    assert_global_selection_agrees(names, method, amounts, seed)
+
+
+@pytest.mark.slow
+@MASKED
+@settings(SETTINGS, max_examples=300)
+def test_masks_agree_in_many_more_draws(layer, methods, seed, modes):
+    assert_masks_agree(layer, methods, seed, modes)
+
+
+@pytest.mark.slow
+@NORMED
+@settings(SETTINGS, max_examples=100)
+def test_norms_agree_in_many_more_draws(layer, system, seed, modes):
+    assert_norms_agree(layer, system, seed, modes)
+
+
+@pytest.mark.slow
+@SELECTED
+@settings(SETTINGS, max_examples=200)
+def test_global_selection_agrees_in_many_more_draws(names, method, amounts, seed):
+    assert_global_selection_agrees(names, method, amounts, seed)
