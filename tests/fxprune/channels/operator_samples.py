@@ -31,7 +31,7 @@ class Sample:
         over: what the layers work on: images [N, 8, 6, 6], sequences [N, 8, 6], volumes [N, 8, 4, 4, 4], tokens
             [N, 6, 8] or a matrix [N, 8].
         kept: how many rows of the first layer stay.
-        free: whether the batch is captured as a free size.
+        free: whether the batch can be captured as a free size.
     """
 
     call: Callable[..., Any]

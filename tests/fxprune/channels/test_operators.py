@@ -17,16 +17,18 @@ from tests.fxprune.channels.exactness import EXACT, error
 from tests.fxprune.channels.operator_samples import (
     ARITHMETIC,
     CHANNELS,
+    CREATION,
     DEAD,
     FLAG,
     SAMPLES,
+    SHAPES,
     SIZE,
     UNREACHED,
     VALUE,
     Sample,
 )
 
-SHAPES = {
+INPUTS = {
     "image": (3, 6, 6), "sequence": (3, 6), "volume": (3, 4, 4, 4), "tokens": (6, 3), "matrix": (3,)
 }  # fmt: skip
 LAYERS: dict[str, Any] = {
@@ -54,7 +56,7 @@ class Between(nn.Module):
                 self.register_buffer(f"own{i}", value)
         self.double().eval()
         with torch.no_grad():
-            width = self.middle(torch.randn(2, *SHAPES[sample.over]).double()).shape[CHANNELS[sample.over]]
+            width = self.middle(torch.randn(2, *INPUTS[sample.over]).double()).shape[CHANNELS[sample.over]]
         self.last = LAYERS[sample.over](width, 2).double()
 
     def middle(self, x: Tensor) -> Tensor:
@@ -70,10 +72,10 @@ def label(target: Any) -> str:
     return str(target.__name__) if packet is None else f"{packet.__name__}.{target._overloadname}"
 
 
-def captured(sample: Sample) -> tuple[Between, fxprune.TracedModule]:
+def captured(sample: Sample, free: bool = False) -> tuple[Between, fxprune.TracedModule]:
     model = Between(sample)
-    x = torch.randn(2, *SHAPES[sample.over]).double()
-    return model, fxprune.trace(model, (x,), modes=("eval",), dynamic_shapes="batch" if sample.free else None)
+    x = torch.randn(2, *INPUTS[sample.over]).double()
+    return model, fxprune.trace(model, (x,), modes=("eval",), dynamic_shapes="batch" if free else None)
 
 
 def names(traced: fxprune.TracedModule) -> set[str]:
@@ -82,35 +84,44 @@ def names(traced: fxprune.TracedModule) -> set[str]:
     return labels | {name.partition(".")[0] for name in labels}
 
 
-def assert_kept(model: Between, traced: fxprune.TracedModule, sample: Sample) -> None:
+def assert_kept(model: Between, traced: fxprune.TracedModule, sample: Sample, free: bool = False) -> None:
     plan = remove(traced, analyze(traced, align=1))
     assert len(plan.kept["first.weight"][0]) == sample.kept, plan.explain()
-    assert_same(model, traced, sample)
+    assert_same(model, traced, sample, free)
 
 
-def assert_same(model: Between, traced: fxprune.TracedModule, sample: Sample) -> None:
-    for batch in (1, 3) if sample.free else (2,):
-        x = torch.randn(batch, *SHAPES[sample.over]).double()
+def assert_same(model: Between, traced: fxprune.TracedModule, sample: Sample, free: bool) -> None:
+    for batch in (1, 3) if free else (2,):
+        x = torch.randn(batch, *INPUTS[sample.over]).double()
         with torch.no_grad():
             assert error(model(x), traced(x)) < EXACT
 
 
-def assert_same_with_constants(model: Between, traced: fxprune.TracedModule, sample: Sample) -> None:
+def assert_same_with_constants(model: Between, traced: fxprune.TracedModule, sample: Sample, free: bool) -> None:
     """Nothing that a rule takes for constant changes, however much or little goes."""
     with torch.no_grad():
         for bias in (model.first.bias, traced.get_parameter("first.bias")):
             bias[list(DEAD)] = torch.tensor([0.5, -1.25, 2.0, 0.75]).double()
     remove(traced, analyze(traced, align=1))
-    assert_same(model, traced, sample)
+    assert_same(model, traced, sample, free)
 
 
-@pytest.mark.parametrize("name", SAMPLES)
-def test_dead_channels_go_through_an_operator_or_are_pinned(name: str) -> None:
-    model, traced = captured(SAMPLES[name])
+# a free batch is written among the arguments of those that take sizes; for the others it is tried with the slow tests
+FREE = [name for name, sample in SAMPLES.items() if sample.free]
+SIZED = {*CREATION, *SHAPES}.intersection(FREE)
+CASES = [
+    *((name, name in SIZED) for name in SAMPLES),
+    *(pytest.param(name, True, marks=pytest.mark.slow) for name in FREE if name not in SIZED),
+]
+
+
+@pytest.mark.parametrize(("name", "free"), CASES)
+def test_dead_channels_go_through_an_operator_or_are_pinned(name: str, free: bool) -> None:
+    model, traced = captured(SAMPLES[name], free)
     assert name in names(traced), f"torch.export wrote {sorted(names(traced))} for the sample of {name}"
     copied = copy.deepcopy(traced)
-    assert_kept(model, traced, SAMPLES[name])
-    assert_same_with_constants(model, copied, SAMPLES[name])
+    assert_kept(model, traced, SAMPLES[name], free)
+    assert_same_with_constants(model, copied, SAMPLES[name], free)
 
 
 @pytest.mark.parametrize("name", ARITHMETIC)
