@@ -52,7 +52,12 @@ def _pruned_pair(model: nn.Module, sample: Callable[[int], torch.Tensor], names:
     return Pair(model, traced, sample, start)
 
 
-@pytest.fixture(scope="session", params=[*NETWORKS, *CNNS])
+# the public networks consist of the same layers, so that one of them is tried each time
+QUICK_CNN = "seresnet_cifar.CIFARSEResNet"
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in CNNS if name != QUICK_CNN]
+
+
+@pytest.fixture(scope="session", params=[*NETWORKS, QUICK_CNN, *OTHERS])
 def pair(request: pytest.FixtureRequest) -> Pair:
     torch.manual_seed(0)
     if request.param in NETWORKS:
@@ -153,8 +158,12 @@ def test_finalized_in_float64_is_the_masked_model_and_has_the_keys_of_the_dense_
     assert list(final.state_dict()) == list(build().state_dict())
 
 
-# one of the public networks: exporting the others shows no more
-@pytest.mark.parametrize("pair", [*NETWORKS, "seresnet_cifar.CIFARSEResNet"], indirect=True)
+# the others are exported by the tests of divergence; one of the public networks shows as much as all
+@pytest.mark.parametrize(
+    "pair",
+    ["lstm", QUICK_CNN, *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name != "lstm")],
+    indirect=True,
+)
 @pytest.mark.usefixtures("shared_translations")
 def test_onnxruntime_computes_what_the_masked_model_computes(fresh: Pair, tmp_path: Any) -> None:
     final = fxprune.finalize(fresh.traced.eval())
