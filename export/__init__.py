@@ -3,7 +3,7 @@
 from .comparison import compare
 from .divergence import Divergence
 from .inspection import Contents, inspect
-from .latency import Latency, bench
+from .latency import Latencies, Latency, bench
 from .onnx import ExportReport, to_onnx
 from .program import to_program, to_torchscript
 from .report import Report, Row
@@ -17,6 +17,7 @@ __all__ = [
     "Divergence",
     "ExportReport",
     "FileReport",
+    "Latencies",
     "Latency",
     "Report",
     "Row",

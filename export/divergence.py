@@ -7,20 +7,22 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save
 
 from fxprune.files import atomic
+from fxprune.reports import Readable, columns, plain
 
 from .node_values import NodeValues, Piece, node_values
 from .runners import Runner
 from .values import Call
 
 
-@dataclass(frozen=True)
-class Divergence:
+@dataclass(frozen=True, repr=False)
+class Divergence(Readable):
     """The first node whose value differs by more than the tolerance.
 
     Attributes:
@@ -49,6 +51,14 @@ class Divergence:
             f"{self.found_operator}), shape {list(self.shape)}, at {list(self.index)}: {self.reference:.9g} in the "
             f"reference, {self.found:.9g} here"
         )
+
+    def table(self) -> str:
+        """The node, and the values on both sides, a line each."""
+        return columns([(name.replace("_", " "), str(value)) for name, value in self.to_dict().items()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The node and the values in JSON's types."""
+        return {name: plain(value) for name, value in vars(self).items() if name != "pieces"}
 
     def reproduce(self, path: str | os.PathLike[str]) -> None:
         """Write a script of the smallest subgraph that differs; its inputs and weights go beside it."""

@@ -9,6 +9,7 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch.utils._pytree as pytree
@@ -21,19 +22,21 @@ from fxprune.errors import ArgumentTypeError, CompareError
 from fxprune.graph.batch import Batch
 from fxprune.graph.interpretation import run
 from fxprune.graph.macs import NodeMacs
+from fxprune.reports import Readable, columns, first_of, plain
 
 from .metadata import SIZES
 
 
-@dataclass(frozen=True)
-class Contents:
-    """The contents of a file.
+@dataclass(frozen=True, repr=False)
+class Contents(Readable):
+    """The contents of a file; `table()` has every tensor, `str` the sums.
 
     Attributes:
         tensors: (name, shape, dtype, entries, zeros) of each stored tensor. operators: how often each occurs.
         macs: multiply-adds of convolutions and matrix products for one sample; None where shapes are not known.
         metadata: what the file says of itself, the plan of what was removed included.
         sample: what is counted, "one sample of 3x224x224".
+        parameters, zeros: entries of all tensors, and those of them that are zero.
     """
 
     tensors: list[tuple[str, tuple[int, ...], str, int, int]]
@@ -41,6 +44,34 @@ class Contents:
     macs: int | None
     metadata: dict[str, str]
     sample: str = ""
+
+    @property
+    def parameters(self) -> int:
+        return sum(entries for _, _, _, entries, _ in self.tensors)
+
+    @property
+    def zeros(self) -> int:
+        return sum(zeros for *_, zeros in self.tensors)
+
+    def __str__(self) -> str:
+        macs = "unknown" if self.macs is None else f"{self.macs:,}"
+        counts = first_of(f"{count} {name}" for name, count in self.operators.items())
+        sizes = f"{self.parameters:,} parameters, {self.zeros:,} of them zero"
+        return f"{sizes}; {macs} multiply-adds for {self.sample}\noperators: {counts}"
+
+    def table(self) -> str:
+        """Every tensor with its zeros, then the sums, all operators, and what the file says of itself."""
+        rows = [("tensor", "shape", "type", "entries", "zeros")]
+        for name, shape, kind, entries, zeros in self.tensors:
+            rows.append((name, "x".join(map(str, shape)), kind, f"{entries:,}", f"{zeros / max(entries, 1):.1%}"))
+        operators = ", ".join(f"{count} {name}" for name, count in self.operators.items())
+        told = [f"{key}: {value}" for key, value in self.metadata.items()]
+        return "\n".join([columns(rows), str(self).splitlines()[0], f"operators: {operators}", *told])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents in JSON's types; a tensor is [name, shape, dtype, entries, zeros]."""
+        found: dict[str, Any] = plain(vars(self))
+        return found | {"parameters": self.parameters, "zeros": self.zeros}
 
 
 def inspect(path: str | os.PathLike[str]) -> Contents:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from fxprune.errors import ArgumentError, ArgumentTypeError
+from fxprune.reports import Readable, columns, counted
 
 from .session import Session
 from .values import Call, as_calls
 
 
-@dataclass(frozen=True)
-class Latency:
+@dataclass(frozen=True, repr=False)
+class Latency(Readable):
     """How long a file runs: median and quartiles in milliseconds; `ratio` to the first file, paired by round."""
 
     name: str
@@ -25,6 +26,43 @@ class Latency:
     quartiles: tuple[float, float]
     ratio: float
     rounds: int
+
+    def __str__(self) -> str:
+        low, high = self.quartiles
+        return f"{self.name}: {self.median:.3f} ms ({low:.3f} to {high:.3f}), ratio {self.ratio:.3f}"
+
+    def table(self) -> str:
+        """A table of this file alone."""
+        return Latencies([self]).table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, median and quartiles in milliseconds, ratio, rounds."""
+        times = {"median_ms": self.median, "quartiles_ms": list(self.quartiles)}
+        return {"name": self.name, **times, "ratio": self.ratio, "rounds": self.rounds}
+
+
+class Latencies(Readable, list[Latency]):
+    """What `bench` measured: a `Latency` for each file, in the order in which they were given."""
+
+    def __str__(self) -> str:
+        lines = [*map(str, self[:_SHOWN])]
+        lines += [f"and {counted(len(self) - _SHOWN, 'file')} more: table() has all"] if len(self) > _SHOWN else []
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """A line for each file."""
+        rows = [("file", "median ms", "quartiles", "ratio")]
+        for latency in self:
+            low, high = latency.quartiles
+            rows.append((latency.name, f"{latency.median:.3f}", f"{low:.3f} to {high:.3f}", f"{latency.ratio:.3f}"))
+        return columns(rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The files in order."""
+        return {"files": [latency.to_dict() for latency in self]}
+
+
+_SHOWN = 6  # of the files that were measured, where they are printed
 
 
 def bench(
@@ -36,7 +74,7 @@ def bench(
     provider: str = "CPUExecutionProvider",
     rounds: int = 50,
     warmup: int = 5,
-) -> list[Latency]:
+) -> Latencies:
     """Run several ONNX files in turns, so that what else the machine does meets all of them.
 
     Inputs are copied to the provider's device before the clock starts, and outputs stay there.
@@ -45,6 +83,9 @@ def bench(
         paths: the files. inputs: one call, as for `compare`; None: random values in the shapes that each file states.
         batch: for free sizes at axis 0 of random inputs; other free sizes are 1. threads: within operators.
         provider: onnxruntime's execution provider. rounds: runs of each file that count; warmup: before them.
+
+    Returns:
+        A list of `Latency`, one for each file; its `table()` has a line each.
 
     Raises:
         CompareError: a file or the provider cannot be run, or not on these inputs. ArgumentError: nothing to measure.
@@ -68,7 +109,7 @@ def bench(
     seconds = _seconds_in_turns(runs, warmup + rounds)[warmup:]
     quartiles = np.quantile(seconds, (0.25, 0.5, 0.75), axis=0) * 1e3
     ratios = np.median(seconds / seconds[:, :1], axis=0)
-    latencies = []
+    latencies = Latencies()
     for session, (low, median, high), ratio in zip(sessions, quartiles.T.tolist(), ratios.tolist(), strict=True):
         latencies.append(Latency(session.name, median, (low, high), ratio, rounds))
     return latencies

@@ -32,7 +32,7 @@ from .values import Call, as_calls, as_captured
 from .verification import Draft, FileReport, other_sizes, verify
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportReport(FileReport):
     """What `to_onnx` wrote.
 
@@ -47,6 +47,10 @@ class ExportReport(FileReport):
     outputs: tuple[str, ...]
     precision: str
     dense_size: int
+
+    def _kind(self) -> tuple[str, ...]:
+        sparse = () if self.dense_size == self.size else (f"{self.dense_size:,} without sparse initializers",)
+        return (f"opset {self.opset}", self.precision, *sparse)
 
 
 def to_onnx(

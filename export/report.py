@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fxprune.errors import CompareError
+from fxprune.reports import Readable, columns, counted, number, plain
 
 from .divergence import Divergence
 
@@ -41,9 +41,9 @@ class Row:
     reference_error: float | None = None
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `compare` found: `ok`, `rows`, `table()`, `to_dict()` (plain JSON types).
+@dataclass(frozen=True, repr=False)
+class Report(Readable):
+    """What `compare` found: `ok`, `rows`, `table()`, `to_dict()` (plain JSON types); `str` says it in short.
 
     Attributes:
         first_divergence: the first node that differs, for the first output that does; None when all agree, or where
@@ -64,18 +64,30 @@ class Report:
         """Whether every output of every candidate agrees."""
         return all(row.ok for row in self.rows)
 
+    def __str__(self) -> str:
+        worst = self._worst()
+        differing = [row for row in worst if not row.ok]
+        against = f"against {self.reference}, {self.mode} mode"
+        if not differing:
+            largest = max((row.max_rel or 0.0 for row in worst), default=0.0)
+            names = ", ".join(dict.fromkeys(row.candidate for row in worst))
+            text = f"{names} agree{'' if ',' in names else 's'} {against}: {counted(len(worst), 'output')}"
+            return f"{text}, largest difference {number(largest)} of the largest value"
+        first = differing[0]
+        what = f"{len(differing)} of {len(worst)} outputs differ {against}"
+        lines = [f"{what}: {first.candidate}, {first.output}: {_difference(first)}"]
+        lines += [str(self.first_divergence)] if self.first_divergence else []
+        return "\n".join(lines)
+
     def table(self) -> str:
         """The rows as text, one line an output: the worst of its calls."""
         rows = self._worst()
         lines = [_HEAD, *map(_cells, rows)]
         has_float64 = any(row.error is not None for row in rows)
         if has_float64:
-            errors = [_HEAD_FLOAT64, *((_number(row.error), _number(row.reference_error)) for row in rows)]
+            errors = [_HEAD_FLOAT64, *((number(row.error), number(row.reference_error)) for row in rows)]
             lines = [(*line[:-1], *pair, line[-1]) for line, pair in zip(lines, errors, strict=True)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [f"against {self.reference}, {self.mode} mode"]
-        for line in lines:
-            text.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        text = [f"against {self.reference}, {self.mode} mode", columns(lines)]
         if has_float64:
             text.append("error, reference's: relative to a float64 copy of the reference")
         if self.no_float64:
@@ -96,8 +108,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
-        first = self.first_divergence and asdict(replace(self.first_divergence, pieces=()))
-        return {"ok": self.ok, **asdict(replace(self, first_divergence=None)), "first_divergence": first}
+        first = self.first_divergence and self.first_divergence.to_dict()
+        found = {name: plain(value) for name, value in vars(self).items() if name != "first_divergence"}
+        return {"ok": self.ok, **found, "first_divergence": first}
 
     def reproduce(self, path: str | os.PathLike[str]) -> None:
         """Write a script that runs the smallest subgraph that differs on both sides; its tensors go beside it.
@@ -118,13 +131,11 @@ def _cells(row: Row) -> tuple[str, ...]:
     shape = "x".join(map(str, row.shape)) or "scalar"
     verdict = f"{'yes' if row.ok else 'NO'} {row.note}".rstrip()
     return (
-        row.candidate, str(row.call), row.output, shape, row.dtype, _number(row.max_abs), _number(row.max_rel), verdict
+        row.candidate, str(row.call), row.output, shape, row.dtype, number(row.max_abs), number(row.max_rel), verdict
     )  # fmt: skip
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    if value == 0:
-        return "0"
-    return f"{value:.1e}" if math.isfinite(value) else str(value)
+def _difference(row: Row) -> str:
+    if row.max_abs is None:
+        return row.note
+    return f"{number(row.max_rel)} of the largest value{f' ({row.note})' if row.note else ''}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fxprune.errors import CompareError, ExportError, InputError
 from fxprune.files import atomic
 from fxprune.graph.samples import stretched
 from fxprune.graph.traced import TracedModule
+from fxprune.reports import Readable, counted, number, plain
 from fxprune.torch_internals import size_expression
 
 from .judging import Tolerance, judge
@@ -27,9 +28,9 @@ from .runners import ModuleRunner, Runner
 from .values import Call
 
 
-@dataclass(frozen=True)
-class FileReport:
-    """What an export wrote.
+@dataclass(frozen=True, repr=False)
+class FileReport(Readable):
+    """What an export wrote; `str` says what and how it was verified, `table()` with every output.
 
     Attributes:
         path: the file. size: its bytes, external data included.
@@ -42,9 +43,41 @@ class FileReport:
     comparison: Report | None
     notes: tuple[str, ...]
 
+    def __str__(self) -> str:
+        head = ", ".join([f"{self.path}: {self.size:,} bytes", *self._kind()])
+        return "\n".join([head, self._verdict(), *(f"note: {note}" for note in self.notes[:_NOTES_SHOWN])])
+
+    def table(self) -> str:
+        """The file, its comparison output by output, and what is to be known of it."""
+        head = str(self).splitlines()[0] if self.comparison else f"{self}"
+        compared = [self.comparison.table()] if self.comparison else []
+        notes = [f"note: {note}" for note in (self.notes if self.comparison else self.notes[_NOTES_SHOWN:])]
+        return "\n".join([head, *compared, *notes])
+
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types."""
-        return asdict(self) | {"path": str(self.path), "comparison": self.comparison and self.comparison.to_dict()}
+        """The report as plain JSON types; `size` is the same number as `size_bytes`."""
+        found = {name: plain(value) for name, value in vars(self).items() if name != "comparison"}
+        comparison = self.comparison and self.comparison.to_dict()
+        sizes = {f"{name}_bytes": found[name] for name in ("size", "dense_size") if name in found}
+        return found | sizes | {"comparison": comparison}
+
+    def _kind(self) -> tuple[str, ...]:
+        """What the file is, beside its size."""
+        return ()
+
+    def _verdict(self) -> str:
+        """How it was verified, and what came out."""
+        if self.comparison is None:
+            return "not verified: it was not run"
+        rows = self.comparison.rows
+        calls = counted(len({row.call for row in rows}), "call")
+        outputs = counted(len({row.output for row in rows}), "output")
+        largest = max((row.max_rel or 0.0 for row in rows), default=0.0)
+        difference = f"largest difference {number(largest)} of an output's largest value"
+        return f"verified: run on {calls}, {outputs} compared with the module; {difference}"
+
+
+_NOTES_SHOWN = 2  # of the notes of a file, where it is printed
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fxprune.artifacts.checkpoint import load, save
 from fxprune.artifacts.writing_back import write_back
 from fxprune.capture.diagnosis import Fault, Faults, diagnose
 from fxprune.capture.front_end import trace
-from fxprune.channels import ChannelGroup, ChannelPlan, OperatorCall, register_operator
+from fxprune.channels import ChannelGroup, ChannelGroups, ChannelPlan, OperatorCall, register_operator
 from fxprune.driver import (
     channel_groups,
     finalize,
@@ -48,6 +48,7 @@ __all__ = [  # noqa: RUF022
     "ChannelReport",
     "channel_groups",
     "ChannelGroup",
+    "ChannelGroups",
     "channels",
     "register_operator",
     "OperatorCall",

@@ -15,9 +15,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import fxprune
@@ -149,20 +147,10 @@ def _onnx_options(
 def inspect(file: Annotated[Path, typer.Argument(help=".onnx or .pt2")], as_json: _Json = False) -> None:
     """Show a file's tensors and their zeros, its multiply-adds, operators and plan."""
     contents = fxprune.export.inspect(file)
-    entries = sum(size for _, _, _, size, _ in contents.tensors)
-    zeros = sum(zero for *_, zero in contents.tensors)
     if as_json:
-        _print_json(asdict(contents) | {"parameters": entries, "zeros": zeros})
-        return
-    table = Table("tensor", "shape", "type", "entries", "zeros", box=box.SIMPLE, show_edge=False)
-    for name, shape, kind, size, zero in contents.tensors:
-        table.add_row(name, "x".join(map(str, shape)), kind, f"{size:,}", f"{zero / max(size, 1):.1%}")
-    Console().print(table)
-    macs = "unknown" if contents.macs is None else f"{contents.macs:,}"
-    print(f"{entries:,} parameters, {zeros:,} of them zero; {macs} multiply-adds for {contents.sample}")
-    print("operators: " + ", ".join(f"{count} {name}" for name, count in contents.operators.items()))
-    for key, value in contents.metadata.items():
-        print(f"{key}: {value}")
+        _print_json(contents.to_dict())
+    else:
+        print(contents.table())
 
 
 @app.command()
@@ -181,13 +169,10 @@ def bench(
     )
     if as_json:
         options = {"batch": batch, "threads": threads, "provider": provider}
-        _print_json(options | {"files": [asdict(latency) for latency in latencies]})
-        return
-    table = Table("file", "median ms", "quartiles", "ratio", box=box.SIMPLE, show_edge=False)
-    for latency in latencies:
-        low, high = latency.quartiles
-        table.add_row(latency.name, f"{latency.median:.3f}", f"{low:.3f} to {high:.3f}", f"{latency.ratio:.3f}")
-    Console().print(table)
+        # `median` and `quartiles` are keys of earlier versions
+        _print_json(options | {"files": [asdict(latency) | latency.to_dict() for latency in latencies]})
+    else:
+        print(latencies.table())
 
 
 def _model_or_file(name: str) -> nn.Module | Path:

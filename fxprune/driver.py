@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fxprune.channels import ChannelPlan
-from fxprune.channels.groups import ChannelGroup, Grouping
+from fxprune.channels.groups import ChannelGroups, Grouping
 from fxprune.errors import ArgumentTypeError, EvalConstantWarning, FinalizeError, NonFiniteWarning, PruningError
 from fxprune.graph.containers import provenance_of, set_provenance
 from fxprune.graph.equality import FOLDED_TOLERANCES, error
@@ -246,15 +246,15 @@ def stopwatch(
         yield measure
 
 
-def channel_groups(traced: TracedModule) -> list[ChannelGroup]:
+def channel_groups(traced: TracedModule) -> ChannelGroups:
     """The groups of slices that must be masked together, those that may be pruned first; changes nothing.
 
     Args:
         traced: a module with an eval graph.
 
     Returns:
-        `ChannelGroup` objects: kind, size, members, what a unit saves, and why it may not be pruned. As text:
-        `fxprune.channels.groups.table(groups)`.
+        A list of `ChannelGroup` objects: kind, size, members, what a unit saves, and why it may not be pruned; its
+        `table()` has one a line, its `to_dict()` the same as data.
 
     Raises:
         FinalizeError: there is no eval graph.
@@ -263,7 +263,7 @@ def channel_groups(traced: TracedModule) -> list[ChannelGroup]:
         >>> [(g.name, g.kind, g.size) for g in fxprune.channel_groups(traced)]
         [('0.weight', 'channel', 16), ('2.weight', 'channel', 10)]
     """
-    return Grouping(plain_view(traced)).groups
+    return ChannelGroups(Grouping(plain_view(traced)).groups)
 
 
 def finalize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,11 +17,12 @@ from fxprune.errors import ArgumentTypeError
 from fxprune.graph.masks import mask_name, named_by_mask, original_name
 from fxprune.graph.names import join
 from fxprune.graph.reparametrizations import construction_order, hook_state, hook_tensor
+from fxprune.reports import Readable, counted, first_of
 from fxprune.torch_internals import Orthogonal, fuses_in_eval, has_forward
 
 
-@dataclass(frozen=True)
-class Fault:
+@dataclass(frozen=True, repr=False)
+class Fault(Readable):
     """One fault: its kind, the qualified name of the parameter (or module), what goes wrong, and what to do."""
 
     kind: str
@@ -32,14 +33,37 @@ class Fault:
     def __str__(self) -> str:
         return f"{self.parameter}: {self.kind}\n    cause: {self.cause}\n    cure:  {self.cure}"
 
+    def table(self) -> str:
+        """The same as `str`."""
+        return str(self)
 
-class Faults(tuple[Fault, ...]):
-    """The faults of a model, in the order of its modules; prints as text."""
+    def to_dict(self) -> dict[str, str]:
+        """The four texts by name."""
+        return asdict(self)
 
-    __slots__ = ()
+
+class Faults(Readable, tuple[Fault, ...]):
+    """The faults of a model, in the order of its modules; prints the first of them, `table()` has all."""
 
     def __str__(self) -> str:
+        shown = [*map(str, self[:_SHOWN])]
+        if (more := len(self) - _SHOWN) > 0:
+            shown.append(f"and {counted(more, 'fault')} more: table() has all")
+        return "\n".join(shown) or "no faults found"
+
+    def __repr__(self) -> str:
+        return f"<Faults: {first_of(f'{fault.parameter}: {fault.kind}' for fault in self) or 'none'}>"
+
+    def table(self) -> str:
+        """Every fault with its cause and its cure."""
         return "\n".join(map(str, self)) or "no faults found"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The faults in order."""
+        return {"count": len(self), "faults": [fault.to_dict() for fault in self]}
+
+
+_SHOWN = 3  # of the faults of a model, where they are printed
 
 
 def diagnose(model: nn.Module) -> Faults:
@@ -52,7 +76,8 @@ def diagnose(model: nn.Module) -> Faults:
         model: any eager module.
 
     Returns:
-        A tuple of `Fault` (`kind`, `parameter`, `cause`, `cure`), empty for a sound model. Kinds: "stacked hooks",
+        A tuple of `Fault` (`kind`, `parameter`, `cause`, `cure`), empty for a sound model; it prints as text, and has
+        `table()` and `to_dict()`. Kinds: "stacked hooks",
         "hook never runs", "tied and reparametrized", "no hook left", "stale value", "unfrozen", "half precision",
         "parameter order", "fused inference".
 

@@ -7,7 +7,7 @@
 
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.channels.coupling import Coupling, coupling
-from fxprune.channels.groups import ChannelGroup, Member
+from fxprune.channels.groups import ChannelGroup, ChannelGroups, Member
 from fxprune.channels.registry import OperatorCall, register_operator
 from fxprune.channels.removal import impose, remove
 from fxprune.graph.plan import ChannelPlan
@@ -15,6 +15,7 @@ from fxprune.graph.plan import ChannelPlan
 __all__ = [
     "Analysis",
     "ChannelGroup",
+    "ChannelGroups",
     "ChannelPlan",
     "Coupling",
     "Member",

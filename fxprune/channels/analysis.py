@@ -17,7 +17,7 @@ from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Analysis:
     """What `analyze` found in one module; `remove` carries it out.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from fxprune.channels.units import Place, UnitTable
 from fxprune.graph.batch import Batch
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
+from fxprune.reports import Readable, counted, plain
 
 Scores = Costs
 
@@ -53,9 +56,12 @@ class Member:
     axis: int
     role: str
 
+    def __str__(self) -> str:
+        return f"{self.parameter}[{self.axis}]{'' if self.role == 'writer' else ' read'}"
 
-@dataclass(frozen=True)
-class ChannelGroup:
+
+@dataclass(frozen=True, repr=False)
+class ChannelGroup(Readable):
     """Channels that are alike; each of its units is a set of slices that is masked, and removed, as a whole.
 
     Attributes:
@@ -86,6 +92,50 @@ class ChannelGroup:
     share: Vector = field(repr=False, compare=False)
     block: int = field(repr=False, compare=False)
     sample: str = field(default="", repr=False, compare=False)
+
+    def __str__(self) -> str:
+        what = f"{self.name}: {self.size} of the kind {self.kind}"
+        if self.reason:
+            return f"{what}, which stay: {self.reason}"
+        return f"{what}, each of {self.macs:,} MACs and {counted(self.parameters, 'parameter')}"
+
+    def table(self) -> str:
+        """The group with its members."""
+        return "\n".join([str(self), *(f"  {member}" for member in self.members)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The group and its members in JSON's types, without the classes of its units."""
+        hidden = ("units", "cells", "share", "block")
+        found = {name: plain(value) for name, value in vars(self).items() if name not in hidden}
+        return found | {"traffic_elements": found.pop("traffic")}
+
+
+class ChannelGroups(Readable, list[ChannelGroup]):
+    """What `channel_groups` found: those that may be pruned, then those that may not.
+
+    Example:
+        >>> groups = fxprune.channel_groups(traced)
+        >>> print(groups)
+        2 groups with 26 units; 2 of the groups may be pruned, with 26 units
+    """
+
+    def __str__(self) -> str:
+        free = [group for group in self if group.reason is None]
+        units, usable = (sum(group.size for group in groups) for groups in (self, free))
+        lines = [f"{counted(len(self), 'group')} with {counted(units, 'unit')}"]
+        lines[0] += f"; {len(free)} of the groups may be pruned, with {counted(usable, 'unit')}" if self else ""
+        kinds = Counter(group.kind for group in self)
+        lines += [", ".join(f"{count} of the kind {kind}" for kind, count in kinds.items())] if len(kinds) > 1 else []
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """The groups, one a line: what their units save, and their members or why they stay."""
+        return table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The groups in order; multiply-adds are for one of `sample`."""
+        samples = dict.fromkeys(group.sample for group in self)
+        return {"sample": next(iter(samples), ""), "groups": [group.to_dict() for group in self]}
 
 
 class Grouping:
@@ -278,8 +328,7 @@ def table(groups: Sequence[ChannelGroup]) -> str:
     """The groups as text, one a line."""
     lines = [f"{'group':40} {'kind':15} {'units':>6} {'MACs each':>12} {'parameters':>11}  members, or why it stays"]
     for g in groups:
-        members = (f"{m.parameter}[{m.axis}]{'' if m.role == 'writer' else ' read'}" for m in g.members)
-        what = g.reason or ", ".join(members)
+        what = g.reason or ", ".join(map(str, g.members))
         lines.append(f"{g.name:40} {g.kind:15} {g.size:6} {g.macs:12,} {g.parameters:11,}  {what}")
     lines += [f"MACs for {text}" for text in dict.fromkeys(g.sample for g in groups) if text]
     return "\n".join(lines) + "\n"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from fxprune.reports import Readable, counted
 
 POINT = 0.01  # how far below the dense accuracy a pruned one may be
 FLOOR = 0.95  # below it the dense network has not learned, and a comparison with it says nothing
@@ -38,8 +41,8 @@ class Stage:
     max_difference: float | None = None
 
 
-@dataclass
-class Result:
+@dataclass(repr=False)
+class Result(Readable):
     """What the demo measured; without `failures` it succeeded.
 
     Attributes:
@@ -60,6 +63,19 @@ class Result:
     def variants(self) -> list[str]:
         """The names of the variants, in the order in which they ran."""
         return list(dict.fromkeys(stage.variant for stage in self.stages))
+
+    def __str__(self) -> str:
+        outcome = "; ".join(self.failures) or "all stages agree"
+        lines = [f"{counted(len(self.variants), 'variant')} in {self.output}, {self.seconds:.0f} s: {outcome}"]
+        for variant, left in self.ratios.items():
+            lines.append(f"{variant}: " + ", ".join(f"{value:.2f} of the {what}" for what, value in left.items()))
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """What `show` prints, as text."""
+        text = io.StringIO()
+        self.show(Console(file=text, width=120))
+        return text.getvalue()
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain JSON types."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import ArtifactError
+from fxprune.reports import Readable, change, columns, counted, first_of, plain
 
 FORMAT = 1
 
 
-@dataclass
-class ChannelPlan:
-    """What `finalize` removed, what stayed and why.
+@dataclass(repr=False)
+class ChannelPlan(Readable):
+    """What `finalize` removed, what stayed and why; `explain()` and `table()` tell all, `str` the sums.
 
     Attributes:
         kept: qualified name -> {axis: int64 indices that stay}, for every parameter and buffer. The weight of a
@@ -84,18 +84,55 @@ class ChannelPlan:
         view = index.view(len(index), 1, -1, *[1] * (tensor.dim() - 2))
         return per_group.gather(2, view.expand(-1, per_group.shape[1], -1, *tensor.shape[2:])).flatten(0, 1)
 
+    def __str__(self) -> str:
+        """MACs and parameters before and after, how much went, and how much stayed though it is dead."""
+        macs = f"MACs {change(*self.macs)}" if any(self.macs) else "MACs not counted"
+        lines = [f"{macs}, parameters {change(*self.parameters)}" + (f", for {self.sample}" if self.sample else "")]
+        cut = [(self.shapes[name], axes.get(0)) for name, axes in self._cut_weights]
+        rows = [(gone, shape[0]) for shape, gone in cut if gone and len(shape) > 1]
+        gone, before = map(sum, zip(*rows, strict=True)) if rows else (0, 0)
+        went = [f"{gone:,} of {before:,} rows of {counted(len(rows), 'weight')} removed" if rows else "no rows removed"]
+        constants = sum(self.folded.values()) + sum(self.merged.values())
+        went += [f"{counted(constants, 'constant channel')} folded or merged"] if constants else []
+        went += [f"{counted(len(self.dropped), 'tensor')} dropped"] if self.dropped else []
+        lines.append(", ".join(went))
+        if self.eval_only:
+            norms = first_of(self.eval_only, 3)
+            lines.append(f"constant in eval mode alone, so that train mode changes: channels of {norms}")
+        if self.stayed:
+            dead = sum(len(index) for _, _, index, _ in self.stayed)
+            lines.append(f"{counted(dead, 'dead slice')} stayed; explain() says why")
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """Every axis that lost indices and every one that keeps dead ones, a line each, under the sums."""
+        rows = [("parameter", "axis", "before", "kept", "why")]
+        for name, axes in self.removed.items():
+            for axis, gone in axes.items():
+                full = self.shapes[name][axis]
+                rows.append((name, str(axis), str(full), str(full - gone), "dropped" if name in self.dropped else ""))
+        for name, axis, index, reason in self.stayed:
+            size = self.shapes[name][axis] if name in self.shapes else len(index)
+            rows.append((name, str(axis), str(size), f"{len(index)} dead", reason))
+        return f"{self}\n\n{columns(rows)}" if len(rows) > 1 else str(self)
+
+    @property
+    def _cut_weights(self) -> list[tuple[str, dict[int, int]]]:
+        """The weights that lost indices and are still read, and how many, by axis."""
+        return [
+            (name, axes)
+            for name, axes in self.removed.items()
+            if name.rpartition(".")[2].startswith(("weight", "in_proj")) and name not in self.dropped
+        ]
+
     def explain(self) -> str:
         """What went, what stayed and why, as text."""
-        (m0, m1), (p0, p1) = self.macs, self.parameters
-        lines = [f"MACs {m0:,} -> {m1:,} ({m1 / max(m0, 1):.3f}), parameters {p0:,} -> {p1:,} ({p1 / max(p0, 1):.3f})"]
+        lines = [f"MACs {change(*self.macs)}, parameters {change(*self.parameters)}"]
         lines += [f"  MACs for {self.sample}"] if self.sample else []
-        removed = self.removed
-        for name, axes in removed.items():
-            if name.rpartition(".")[2].startswith(("weight", "in_proj")) and name not in self.dropped:
-                text = ", ".join(
-                    f"axis {a}: {self.shapes[name][a] - n} of {self.shapes[name][a]} kept" for a, n in axes.items()
-                )
-                lines.append(f"  {name}: {text}")
+        for name, axes in self._cut_weights:
+            sizes = self.shapes[name]
+            text = ", ".join(f"axis {axis}: {sizes[axis] - gone} of {sizes[axis]} kept" for axis, gone in axes.items())
+            lines.append(f"  {name}: {text}")
         lines += [f"  {layer}: {n} constant channels folded into its bias" for layer, n in self.folded.items()]
         lines += [f"  {layer}: {n} constant channels merged into representatives" for layer, n in self.merged.items()]
         lines += [
@@ -103,7 +140,7 @@ class ChannelPlan:
             for node, _, zero in self.constants
         ]
         lines += [
-            f"  {norm}: {len(index)} ({_short(index)}) constant in eval mode alone; train mode changes (finalize has "
+            f"  {norm}: {len(index)} ({first_of(index)}) constant in eval mode alone; train mode changes (finalize has "
             "keep_for_training)"
             for norm, index in self.eval_only.items()
         ]
@@ -112,15 +149,15 @@ class ChannelPlan:
         if self.stayed:
             lines.append("dead, but stayed:")
         for name, axis, index, reason in self.stayed:
-            lines.append(f"  {name}, axis {axis}, {len(index)} ({_short(index)}): {reason}")
+            lines.append(f"  {name}, axis {axis}, {len(index)} ({first_of(index)}): {reason}")
         return "\n".join(lines) + "\n"
 
-    def to_json(self) -> str:
-        """The plan as JSON text; `from_json` restores it."""
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in JSON's types; kept indices are None where all of an axis stay."""
         kept = {
             name: {str(a): _pack(i, self.shapes[name][a]) for a, i in axes.items()} for name, axes in self.kept.items()
         }
-        return json.dumps(
+        found: dict[str, Any] = plain(
             {
                 "format": FORMAT, "kept": kept, "groups": self.groups, "shapes": self.shapes, "dropped": self.dropped,
                 "added": self.added, "folded": self.folded, "merged": self.merged, "constants": self.constants,
@@ -128,6 +165,11 @@ class ChannelPlan:
                 "eval_only": self.eval_only,
             }
         )  # fmt: skip
+        return found
+
+    def to_json(self) -> str:
+        """`to_dict` as text; `from_json` restores the plan."""
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> ChannelPlan:
@@ -163,7 +205,3 @@ def _pack(index: Tensor, full: int) -> Any:
 
 def _unpack(stored: Any, full: int) -> Tensor:
     return torch.arange(full) if stored is None else torch.tensor(stored, dtype=torch.int64)
-
-
-def _short(index: Sequence[int]) -> str:
-    return ", ".join(map(str, index[:6])) + (", ..." if len(index) > 6 else "")

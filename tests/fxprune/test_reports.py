@@ -1,0 +1,167 @@
+"""Every result prints in a few lines, has a full table, and is plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune as eager_prune
+from torch.nn.utils import weight_norm
+
+import fxprune
+from fxprune.demo.results import Result, Stage
+from fxprune.export import Report, Row
+from fxprune.reports import Readable, change, columns, counted, first_of, number, plain
+
+pytestmark = pytest.mark.usefixtures("shared_translations")
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LINES, WIDTH = 10, 300
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 16, 3), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(256, 5)).eval()
+
+
+def _results(folder: Path) -> dict[str, Readable]:
+    model = network()
+    traced = fxprune.trace(model, IMAGES)
+    groups = fxprune.channel_groups(traced)
+    fxprune.prune.channels(traced, macs=0.5)
+    final = fxprune.finalize(traced)
+    assert final.plan is not None
+    onnx = fxprune.export.to_onnx(final, folder / "model.onnx")
+    program = fxprune.export.to_program(final, folder / "model.pt2")
+    agreeing = fxprune.compare(traced, final, onnx.path, inputs=IMAGES)
+    with torch.no_grad():
+        model[5].bias += 1
+    differing = fxprune.compare(traced, onnx.path, inputs=IMAGES)
+    times = fxprune.export.bench([onnx.path] * 9, rounds=2, warmup=0)
+    eager = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
+    for layer in eager:
+        eager_prune.l1_unstructured(weight_norm(layer), "weight_v", amount=0.5)  # type: ignore[no-untyped-call]
+    assert differing.first_divergence is not None
+    stages = [Stage("dense", "eager", 0.99, 100), Stage("pruned", "onnx", 0.98, 50, file_bytes=10)]
+    return {
+        "groups": groups, "group": groups[0], "group that stays": groups[-1], "plan": final.plan,
+        "empty plan": fxprune.ChannelPlan(), "onnx": onnx, "program": program, "agreeing": agreeing,
+        "unverified": replace(onnx, comparison=None, notes=("one", "two", "three")),
+        "differing": differing, "divergence": differing.first_divergence,
+        "not finite": Report("a", "eval", (Row("b", 0, "y", (2,), "float32", float("nan"), float("inf"), False),)),
+        "times": times, "time": times[0], "contents": fxprune.export.inspect(onnx.path),
+        "faults": fxprune.diagnose(eager), "fault": fxprune.diagnose(eager)[0], "no faults": fxprune.Faults(),
+        "demo": Result(0, 1, "folder", stages, ratios={"pruned": {"MACs": 0.5}}),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, shared_translations: None) -> dict[str, Readable]:
+    return _results(tmp_path_factory.mktemp("results"))
+
+
+def test_every_result_prints_in_a_few_lines_and_repr_in_one(results: dict[str, Readable]) -> None:
+    for name, result in results.items():
+        text = str(result)
+        assert text, name
+        assert len(text.splitlines()) <= LINES, f"{name}:\n{text}"
+        assert "\n" not in repr(result), name
+        assert len(repr(result)) <= WIDTH, f"{name}: {result!r}"
+        assert repr(result).startswith(f"<{type(result).__name__}: "), name
+
+
+def test_every_result_has_a_table_of_text(results: dict[str, Readable]) -> None:
+    for name, result in results.items():
+        text = result.table()
+        assert text.strip(), name
+        assert len(text) >= len(str(result).splitlines()[0]), name
+
+
+def test_every_result_is_plain_data(results: dict[str, Readable]) -> None:
+    for name, result in results.items():
+        data = result.to_dict()
+        assert json.loads(json.dumps(data, allow_nan=False)) == data, name
+
+
+def test_every_class_with_the_three_methods_is_shown_here(results: dict[str, Readable]) -> None:
+    def below(kind: type) -> set[type]:
+        return {kind}.union(*map(below, kind.__subclasses__()))
+
+    shown = {type(result) for result in results.values()}
+    own = {kind for kind in below(Readable) if kind.__module__.startswith("fxprune")}
+    assert own - shown <= {Readable}
+
+
+def test_the_plan_prints_the_sums_and_its_table_every_axis(results: dict[str, Readable]) -> None:
+    plan = results["plan"]
+    assert isinstance(plan, fxprune.ChannelPlan)
+    (before, after), (dense, left) = plan.macs, plan.parameters
+    assert f"MACs {before:,} -> {after:,} ({after / before:.3f})" in str(plan)
+    assert f"parameters {dense:,} -> {left:,}" in str(plan)
+    assert "one sample of 3x8x8" in str(plan)
+    gone = plan.removed
+    assert f"{gone['0.weight'][0] + gone['3.weight'][0]} of 48 rows of 2 weights removed" in str(plan)
+    lines = [line.split() for line in plan.table().splitlines()]
+    for name, axes in gone.items():
+        for axis, count in axes.items():
+            full = plan.shapes[name][axis]
+            assert [name, str(axis), str(full), str(full - count)] in lines
+    assert fxprune.ChannelPlan.from_json(json.dumps(plan.to_dict())).to_dict() == plan.to_dict()
+    assert json.loads(plan.to_json()) == plan.to_dict()
+
+
+def test_the_export_prints_file_size_opset_and_how_it_was_verified(results: dict[str, Readable]) -> None:
+    report = results["onnx"]
+    assert isinstance(report, fxprune.export.ExportReport)
+    head, verdict, *_ = str(report).splitlines()
+    assert head == f"{report.path}: {report.path.stat().st_size:,} bytes, opset {report.opset}, float32"
+    assert report.comparison is not None
+    worst = max(row.max_rel or 0 for row in report.comparison.rows)
+    calls = len({row.call for row in report.comparison.rows})
+    assert f"run on {calls} calls, 1 output" in verdict
+    assert number(worst) in verdict
+    assert report.comparison.table() in report.table()
+    assert report.to_dict()["size_bytes"] == report.to_dict()["size"] == report.path.stat().st_size
+    assert "not verified" in str(results["unverified"])
+    assert "note: three" in results["unverified"].table()
+    assert "note: three" not in str(results["unverified"])
+
+
+def test_a_comparison_prints_its_verdict(results: dict[str, Readable]) -> None:
+    assert "model.onnx agree against TracedModule (0), eval mode: 2 outputs, largest difference " in str(
+        results["agreeing"]
+    )
+    assert "1 of 1 outputs differ against TracedModule, eval mode: model.onnx, output: " in str(results["differing"])
+    assert "first difference of model.onnx" in str(results["differing"])
+    assert str(results["divergence"]) in results["differing"].table()
+
+
+def test_many_faults_and_files_print_the_first_of_them(results: dict[str, Readable]) -> None:
+    faults, times = results["faults"], results["times"]
+    assert isinstance(faults, fxprune.Faults)
+    assert isinstance(times, fxprune.export.Latencies)
+    assert f"and {len(faults) - 3} faults more" in str(faults)
+    assert faults.table().count("cause:") == len(faults) > 3
+    assert "and 3 files more" in str(times)
+    assert len(times.table().splitlines()) == 1 + len(times)
+    assert times.to_dict()["files"][0]["median_ms"] == times[0].median
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        (columns([("a", "b"), ("long", "")]), "a     b\nlong"),
+        (change(0, 0), "0 -> 0 (0.000)"),
+        (first_of("abc", 2), "a, b, ..."),
+        (counted(1, "file") + counted(0, "file"), "1 file0 files"),
+        (plain({1: (torch.ones(2), Path("x"), float("inf"), {2})}), {"1": [[1.0, 1.0], "x", "inf", [2]]}),
+    ],
+)
+def test_how_results_are_written(found: object, wanted: Callable[..., object]) -> None:
+    assert found == wanted
