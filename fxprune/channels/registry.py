@@ -148,13 +148,16 @@ class Registry:
 
     def __init__(self) -> None:
         self._rules: dict[Operator, Rule] = {}
+        self._models: dict[Operator, Operator] = {}
         self._pointwise: Rule | None = None
 
-    def add(self, operator: Operator, rule: Rule) -> None:
-        """Raises ArgumentError where the operator has a rule."""
+    def add(self, operator: Operator, rule: Rule, model: Operator | None = None) -> None:
+        """Raises ArgumentError where the operator has a rule; `model` is the operator that it is to be like."""
         if operator in self._rules:
             raise ArgumentError(f"{operator} already has a rule: {self._rules[operator].__name__}.")
         self._rules[operator] = rule
+        if model is not None:
+            self._models[operator] = self.model(model)
 
     def set_pointwise(self, rule: Rule) -> None:
         """The rule of operators that torch tags as pointwise and that have no other."""
@@ -162,6 +165,12 @@ class Registry:
 
     def remove(self, operator: Operator) -> None:
         del self._rules[operator]
+        self._models.pop(operator, None)
+
+    def model(self, target: Operator) -> Operator:
+        """The operator that one was registered to be like; itself where there is none."""
+        packet = getattr(target, "overloadpacket", None)
+        return self._models.get(target) or self._models.get(packet) or target
 
     def __iter__(self) -> Iterator[tuple[Operator, Rule]]:
         return iter(self._rules.items())
@@ -257,10 +266,10 @@ def register_operator(operator: Operator, rule: Rule | Operator) -> None:
     known = REGISTRY.rule(overload)
     if known is None:
         raise ArgumentError(f"{rule} has no rule either, so {operator} cannot be like it.")
-    _add(operator, known)
+    _add(operator, known, overload)
 
 
-def _add(operator: Operator, rule: Rule) -> None:
+def _add(operator: Operator, rule: Rule, model: Operator | None = None) -> None:
     """Register a rule that finds its arguments in every overload of the operator, or parses them itself."""
     if taken := [item.name for item in dataclasses.fields(rule) if hasattr(OperatorCall, item.name)]:
         raise ArgumentError(
@@ -276,7 +285,7 @@ def _add(operator: Operator, rule: Rule) -> None:
                 f"{operator} takes {', '.join(map(repr, arguments))}; its rule {rule.__name__} needs an argument "
                 f"{', and one '.join(missing)}. Name it so, or register a subclass of {rule.__name__} with `aliases`."
             )
-    REGISTRY.add(operator, rule)
+    REGISTRY.add(operator, rule, model)
 
 
 def _overloads(operator: Operator) -> list[OpOverload]:

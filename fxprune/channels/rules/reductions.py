@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxprune.channels.axes import ONE, Axis, reduced_shape
 from fxprune.channels.readers import Reader
-from fxprune.channels.registry import OperatorCall, register
+from fxprune.channels.registry import REGISTRY, OperatorCall, register
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Result, Walk
 
@@ -100,16 +101,23 @@ class Ordering(OperatorCall):
         return [Value(axes)] * len(result) if isinstance(result, list | tuple) else Value(axes)
 
 
+@register(
+    aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.max_pool1d_with_indices, aten.max_pool2d_with_indices,
+    aten.max_pool3d_with_indices, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten._adaptive_avg_pool2d,
+    aten.adaptive_avg_pool3d, aten.adaptive_max_pool1d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d,
+    aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d, aten._upsample_nearest_exact1d,
+    aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d, aten.upsample_linear1d, aten.upsample_bilinear2d,
+    aten.upsample_bicubic2d, aten.upsample_trilinear3d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa,
+)  # fmt: skip
 @dataclass(frozen=True, eq=False)
-class _Resampling(OperatorCall):
-    """Space in another resolution; `space` axes of it are last."""
+class Resampling(OperatorCall):
+    """Lines, images or volumes in another resolution: pooling and interpolation."""
 
     data: fx.Node
-    space: ClassVar[int]
 
     def relate(self, walk: Walk) -> Result:
         value, shape = walk.value(self.data), walk.shape(self.node)
-        first = value.rank - self.space
+        first = value.rank - self._space()
         value = walk.blur(self.node, value, range(first, value.rank), "space of a pooling")
         axes = (*value.axes[:first], *(Axis.plain(size) for size in shape[first:]))
         facts = value.facts
@@ -120,47 +128,20 @@ class _Resampling(OperatorCall):
             known = settled(axes, facts.inner, facts.value, border)
         return [known, Value(axes)] if isinstance(self.node.meta["val"], list | tuple) else known
 
+    def _space(self) -> int:
+        """How many axes of space come last: the operator's name says so, `max_pool2d` and the like."""
+        found = re.search(r"([123])d", str(REGISTRY.model(self.node.target)))
+        assert found is not None, self.node
+        return int(found.group(1))
+
     def _averages_zeros(self) -> bool:
         """Whether a constant comes out smaller at the border."""
         return False
 
 
-@register(
-    aten.max_pool1d, aten.max_pool1d_with_indices, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d,
-    aten.upsample_nearest1d, aten.upsample_linear1d, aten._upsample_nearest_exact1d,
-)  # fmt: skip
+@register(aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d)
 @dataclass(frozen=True, eq=False)
-class Resampling1d(_Resampling):
-    """Pooling and interpolation along a line."""
-
-    space: ClassVar[int] = 1
-
-
-@register(
-    aten.max_pool2d, aten.max_pool2d_with_indices, aten.adaptive_avg_pool2d, aten._adaptive_avg_pool2d,
-    aten.adaptive_max_pool2d, aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d,
-    aten._upsample_nearest_exact2d, aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa,
-)  # fmt: skip
-@dataclass(frozen=True, eq=False)
-class Resampling2d(_Resampling):
-    """Pooling and interpolation of images."""
-
-    space: ClassVar[int] = 2
-
-
-@register(
-    aten.max_pool3d, aten.max_pool3d_with_indices, aten.adaptive_avg_pool3d, aten.adaptive_max_pool3d,
-    aten.upsample_nearest3d, aten.upsample_trilinear3d, aten._upsample_nearest_exact3d,
-)  # fmt: skip
-@dataclass(frozen=True, eq=False)
-class Resampling3d(_Resampling):
-    """Pooling and interpolation of volumes."""
-
-    space: ClassVar[int] = 3
-
-
-@dataclass(frozen=True, eq=False)
-class _AveragePooling(_Resampling):
+class AveragePooling(Resampling):
     """Means of windows, which may count the zeros around."""
 
     padding: Any = 0
@@ -170,30 +151,6 @@ class _AveragePooling(_Resampling):
     def _averages_zeros(self) -> bool:
         padded = any(self.padding) if isinstance(self.padding, list | tuple) else bool(self.padding)
         return (padded and self.count_include_pad) or self.divisor_override is not None
-
-
-@register(aten.avg_pool1d)
-@dataclass(frozen=True, eq=False)
-class AveragePooling1d(_AveragePooling):
-    """Means along a line."""
-
-    space: ClassVar[int] = 1
-
-
-@register(aten.avg_pool2d)
-@dataclass(frozen=True, eq=False)
-class AveragePooling2d(_AveragePooling):
-    """Means of images."""
-
-    space: ClassVar[int] = 2
-
-
-@register(aten.avg_pool3d)
-@dataclass(frozen=True, eq=False)
-class AveragePooling3d(_AveragePooling):
-    """Means of volumes."""
-
-    space: ClassVar[int] = 3
 
 
 @register(aten.softmax, aten._softmax, aten._safe_softmax, aten.log_softmax, aten._log_softmax)

@@ -40,8 +40,19 @@ def contiguous(input: Tensor) -> Tensor:
     return input.flip(1)
 
 
+@torch.library.custom_op("registered::halved", mutates_args=())
+def halved(input: Tensor) -> Tensor:
+    """Images of half the height and width, as `aten.max_pool2d` computes them."""
+    return nn.functional.max_pool2d(input, 2)
+
+
 swish.register_fake(torch.empty_like)
 contiguous.register_fake(torch.empty_like)
+
+
+@halved.register_fake
+def _(input: Tensor) -> Tensor:
+    return nn.functional.max_pool2d(input, 2)
 
 
 @scaled.register_fake
@@ -93,6 +104,15 @@ def test_channels_go_through_an_operator_that_is_registered_like_a_pointwise_one
 ) -> None:
     registering(operator, like)
     assert kept(swish)[0] == ALIVE
+
+
+@pytest.mark.parametrize("operator", [halved, torch.ops.registered.halved])
+@pytest.mark.parametrize("like", [torch.ops.aten.max_pool2d, torch.ops.aten.max_pool2d.default])
+def test_channels_go_through_an_operator_that_is_registered_like_a_pooling_of_images(
+    registering: Callable[..., None], operator: object, like: object
+) -> None:
+    registering(operator, like)
+    assert kept(halved)[0] == ALIVE
 
 
 def test_an_operator_that_is_not_registered_keeps_its_channels_and_the_plan_shows_the_call_to_make() -> None:
