@@ -31,8 +31,9 @@ class Kept:
         return self._alive[self._classes.of[ids]]
 
     def count(self, ids: Vector) -> int:
-        """How many of these ids stay."""
-        return int(self.alive(ids).sum())
+        """How many of these ids stay; of rows [n, m], how many in which any stays."""
+        alive = self.alive(ids)
+        return int((alive if alive.ndim == 1 else alive.any(1)).sum())
 
     def ratio(self, axis: Axis) -> tuple[int, int]:
         """How many indices the factors with ids had, and how many stay."""
@@ -58,7 +59,7 @@ class Pending(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class Count(Pending):
-    """How many of these ids stay."""
+    """How many of these ids stay; of groups [n, ids of each], how many in which any stays."""
 
     ids: Vector
 
@@ -66,21 +67,7 @@ class Count(Pending):
         return kept.count(self.ids)
 
     def __str__(self) -> str:
-        return f"kept of {len(self.ids)}"
-
-
-@dataclass(frozen=True, eq=False)
-class Groups(Pending):
-    """How many groups of a convolution stay, of ids [groups, inputs of each] and [groups, outputs of each]."""
-
-    inputs: Vector
-    outputs: Vector
-
-    def resolve(self, kept: Kept, node: fx.Node) -> int:
-        return int((kept.alive(self.inputs).any(1) | kept.alive(self.outputs).any(1)).sum())
-
-    def __str__(self) -> str:
-        return f"kept of {len(self.inputs)} groups"
+        return f"kept of {len(self.ids)}" + (" groups" if self.ids.ndim > 1 else "")
 
 
 @dataclass(frozen=True, eq=False)

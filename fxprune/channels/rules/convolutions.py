@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from fxprune.channels.axes import ONE, Axis, sizes_of
-from fxprune.channels.edits import Groups, SetArguments
+from fxprune.channels.edits import Count, SetArguments
 from fxprune.channels.ids import Vector
 from fxprune.channels.readers import Balance, Bias
 from fxprune.channels.registry import Cost, OperatorCall, Traffic, register
@@ -133,7 +134,7 @@ class Convolution(OperatorCall):
             walk.balances.append(Balance(self.node, *shaped, weight.source, self.is_transposed))
         if columns is not None and rows is not None:
             shaped = columns.reshape(self.groups, inputs), rows.reshape(self.groups, outputs)
-            walk.edits.append(SetArguments(self.node, {"groups": Groups(*shaped)}))
+            walk.edits.append(SetArguments(self.node, {"groups": Count(np.concatenate(shaped, axis=1))}))
 
     def _joined_bias(self, walk: Walk, rows: Vector | None) -> tuple[Value | None, Vector | None]:
         if self.bias is None:

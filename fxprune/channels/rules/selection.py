@@ -22,30 +22,50 @@ aten = torch.ops.aten
 _END = 2**63 - 1
 
 
-@register(aten.slice.Tensor)
 @dataclass(frozen=True, eq=False)
-class Slice(OperatorCall):
-    """A range of indices."""
+class _Parts(OperatorCall):
+    """Parts of one axis, as views of the operand."""
 
     data: fx.Node
     dim: int
+
+    def _operand(self, walk: Walk) -> tuple[Value, int]:
+        """The operand's value, and the axis counted from the first."""
+        value = walk.viewed(self.node, self.data)
+        return value, self.dim % value.rank
+
+    def _opened(
+        self, walk: Walk, value: Value, dim: int, *positions: Any, free: str = ""
+    ) -> tuple[Value, Vector | None]:
+        """The value with the factors of the axis merged, and the ids of its indices.
+
+        Where it carries none, or a position is no number, the axis is opaque, and its ids None: `free` says why.
+        """
+        value, ids = walk.merged(self.node, value, dim)
+        if ids is not None and all(position is None or isinstance(position, int) for position in positions):
+            return value, ids
+        return walk.blur(self.node, value, [dim], free), None
+
+
+@register(aten.slice.Tensor)
+@dataclass(frozen=True, eq=False)
+class Slice(_Parts):
+    """A range of indices."""
+
     start: Any
     end: Any
     step: Any
 
     def relate(self, walk: Walk) -> Value:
-        value = walk.viewed(self.node, self.data)
-        dim = self.dim % value.rank
+        value, dim = self._operand(walk)
         axis, size = value.axes[dim], walk.shape(self.node)[dim]
         if same_size(axis.size, size) and self.step == 1:
             if axis.carries and (self.start, self.end) != (0, _END):
                 walk.edits.append(SetArguments(self.node, {"start": 0, "end": _END}))
             return value.without_source()
-        if not axis.carries:
+        value, ids = self._opened(walk, value, dim, self.start, self.end, free="sliced at a free position")
+        if ids is None:
             return value.cut(dim, Axis.plain(size))
-        value, ids = walk.merged(self.node, value, dim)
-        if ids is None or not all(bound is None or isinstance(bound, int) for bound in (self.start, self.end)):
-            return sliced_freely(walk, self.node, value, dim)
         taken = slice(self.start, self.end, self.step)
         first, last, _ = taken.indices(len(ids))
         if self.step == 1:
@@ -59,12 +79,6 @@ class Slice(OperatorCall):
         return taken_from(walk, self.node, value, dim, ids, np.arange(len(ids))[taken])
 
 
-def sliced_freely(walk: Walk, node: fx.Node, value: Value, dim: int) -> Value:
-    """A range whose ends are no numbers: the axis keeps all it has."""
-    value = walk.blur(node, value, [dim], "sliced at a free position")
-    return value.cut(dim, Axis.plain(walk.shape(node)[dim]))
-
-
 def taken_from(walk: Walk, node: fx.Node, value: Value, dim: int, ids: Vector, index: Vector) -> Value:
     """The indices `index` of an axis that carries `ids`."""
     axes = value.replaced_axis(dim, walk.taken(node, ids[index]))
@@ -74,26 +88,21 @@ def taken_from(walk: Walk, node: fx.Node, value: Value, dim: int, ids: Vector, i
 
 @register(aten.narrow)
 @dataclass(frozen=True, eq=False)
-class Narrow(OperatorCall):
+class Narrow(_Parts):
     """A range of indices by its start and length."""
 
-    data: fx.Node
-    dim: int
     start: Any
     length: Any
 
     def relate(self, walk: Walk) -> Value:
-        value = walk.viewed(self.node, self.data)
-        dim = self.dim % value.rank
+        value, dim = self._operand(walk)
         axis, size = value.axes[dim], walk.shape(self.node)[dim]
         if same_size(axis.size, size):
             walk.edits.append(SetArguments(self.node, {"length": Extent(self.length, axis)}))
             return value.without_source()
-        if not axis.carries:
+        value, ids = self._opened(walk, value, dim, self.start, self.length, free="sliced at a free position")
+        if ids is None:
             return value.cut(dim, Axis.plain(size))
-        value, ids = walk.merged(self.node, value, dim)
-        if ids is None or not isinstance(self.start, int) or not isinstance(self.length, int):
-            return sliced_freely(walk, self.node, value, dim)
         first = self.start % len(ids)
         last = first + self.length
         counts = {"start": Count(ids[:first]), "length": Count(ids[first:last])}
@@ -103,20 +112,16 @@ class Narrow(OperatorCall):
 
 @register(aten.select.int)
 @dataclass(frozen=True, eq=False)
-class Select(OperatorCall):
+class Select(_Parts):
     """A single index, whose axis goes."""
 
-    data: fx.Node
-    dim: int
     index: Any
 
     def relate(self, walk: Walk) -> Value:
-        value = walk.viewed(self.node, self.data)
-        dim = self.dim % value.rank
+        value, dim = self._operand(walk)
         rest = value.replaced_axis(dim)
-        value, ids = walk.merged(self.node, value, dim)
-        if ids is None or not isinstance(self.index, int):
-            value = walk.blur(self.node, value, [dim], "selected at a free position")
+        value, ids = self._opened(walk, value, dim, self.index, free="selected at a free position")
+        if ids is None:
             return value.moved(rest, lambda tensor: tensor.squeeze(dim))
         index = self.index % len(ids)
         walk.pin(self.node, ids[index : index + 1], "a single index is taken")
@@ -129,17 +134,13 @@ class Select(OperatorCall):
     aten.tensor_split,
 )  # fmt: skip
 @dataclass(frozen=True, eq=False)
-class Split(OperatorCall):
+class Split(_Parts):
     """An axis in consecutive parts; their sizes may become unequal."""
 
-    data: fx.Node
-    dim: int
-
     def relate(self, walk: Walk) -> list[Value]:
-        value = walk.viewed(self.node, self.data)
-        dim = self.dim % value.rank
+        value, dim = self._operand(walk)
         sizes = [part.shape[dim] for part in self.node.meta["val"]]
-        value, ids = walk.merged(self.node, value, dim)
+        value, ids = self._opened(walk, value, dim)
         if ids is None:
             return [value.cut(dim, Axis.plain(size)) for size in sizes]
         ends = np.cumsum(sizes)
@@ -154,19 +155,15 @@ class Split(OperatorCall):
 
 @register(aten.unbind)
 @dataclass(frozen=True, eq=False)
-class Unbind(OperatorCall):
+class Unbind(_Parts):
     """Every index of an axis as a tensor of its own."""
 
-    data: fx.Node
-    dim: int
-
     def relate(self, walk: Walk) -> list[Value]:
-        value = walk.viewed(self.node, self.data)
-        dim = self.dim % value.rank
+        value, dim = self._operand(walk)
         rest = value.replaced_axis(dim)
-        value = walk.flat(self.node, value, dim)
-        walk.pin_axis(self.node, value.axes[dim], "each index is taken")
-        places = [index if value.axes[dim].carries else 0 for index in range(len(self.node.meta["val"]))]
+        value, ids = self._opened(walk, value, dim)
+        walk.pin(self.node, ids, "each index is taken")
+        places = [0 if ids is None else index for index in range(len(self.node.meta["val"]))]
         return [value.moved(rest, functools.partial(torch.select, dim=dim, index=place)) for place in places]
 
 

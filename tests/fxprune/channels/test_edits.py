@@ -10,7 +10,7 @@ from torch import fx
 
 from fxprune.channels.arguments import bound, set_argument
 from fxprune.channels.axes import Axis, Factor
-from fxprune.channels.edits import Count, Extent, Groups, Kept, ReplaceCall, SetArguments
+from fxprune.channels.edits import Count, Extent, Kept, ReplaceCall, SetArguments
 from fxprune.channels.ids import Ids, Mask
 
 aten = torch.ops.aten
@@ -82,4 +82,6 @@ def test_groups_stay_where_an_input_or_an_output_does() -> None:
     node = call(aten.conv2d.default)
     dead_in_both, alive_in_inputs = [False, False], [False, True]
     alive = [*dead_in_both, *alive_in_inputs, *dead_in_both, False, False, True]
-    assert Groups(inputs, outputs).resolve(kept_of(ids, alive), node) == 2
+    groups = Count(np.concatenate([inputs, outputs], axis=1))
+    assert str(groups) == "kept of 3 groups"
+    assert groups.resolve(kept_of(ids, alive), node) == 2
