@@ -1,4 +1,4 @@
-"""What an operator costs in multiply-accumulates for one sample, and which channels that is proportional to."""
+"""What an operator costs for one sample in multiply-accumulates, and in elements that it moves."""
 
 from __future__ import annotations
 
@@ -6,29 +6,23 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from fxprune.channels.ids import Vector
 from fxprune.channels.macs import measured_macs, scale
-from fxprune.channels.registry import REGISTRY, Cost
+from fxprune.channels.registry import REGISTRY, Cost, Traffic
 from fxprune.channels.walk import Result
 from fxprune.graph.batch import Batch
 
 
-def moved(node: fx.Node, batch: Batch) -> tuple[float, float, float] | None:
-    """Elements of the output, the input and the weight that a convolution or linear layer moves, None for others."""
+def node_traffic(node: fx.Node, batch: Batch) -> Traffic | None:
+    """The elements that a convolution or linear layer moves for one sample, None for others."""
     call = REGISTRY.call(node) if node.op == "call_function" else None
-    if call is None or call.traffic is None:
-        return None
+    traffic = None if call is None else call.traffic
+    return None if traffic is None else traffic.scaled(batch.share(node))
+
+
+def node_costs(node: fx.Node, env: Mapping[fx.Node, Result], batch: Batch) -> list[Cost]:
+    """Multiply-accumulates of one sample by torch's formulas, in parts."""
     share = batch.share(node)
-    return call.traffic.output * share, call.traffic.data * share, float(call.traffic.weight)
-
-
-def node_costs(node: fx.Node, env: Mapping[fx.Node, Result], batch: Batch) -> list[tuple[float, list[Vector] | None]]:
-    """Multiply-accumulates of one sample by torch's formulas, in parts, each with the ids it is proportional to.
-
-    None stands for what is proportional to nothing that can go.
-    """
-    share = batch.share(node)
-    return [(cost.macs * share, _ids(cost)) for cost in _costs(node, env)]
+    return [cost.scaled(share) for cost in _costs(node, env)]
 
 
 def layer_macs(graph: fx.Graph) -> float:
@@ -61,9 +55,3 @@ def _costs(node: fx.Node, env: Mapping[fx.Node, Result]) -> list[Cost]:
         return list(call.costs(env))
     macs = measured_macs(node)
     return [Cost(macs, None)] if macs else []
-
-
-def _ids(cost: Cost) -> list[Vector] | None:
-    if cost.axes is None:
-        return None
-    return [factor.ids for axis in cost.axes for factor in axis if factor.ids is not None]

@@ -23,6 +23,7 @@ from torch import fx, nn
 from fxprune.channels.arguments import bound
 from fxprune.channels.axes import Axis
 from fxprune.channels.evaluation import exactly
+from fxprune.channels.ids import Vector
 from fxprune.channels.walk import Result, Walk
 from fxprune.errors import ArgumentError, ArgumentTypeError
 from fxprune.torch_internals import (
@@ -49,14 +50,29 @@ class Cost:
     macs: float
     axes: tuple[Axis, ...] | None
 
+    @property
+    def ids(self) -> list[Vector] | None:
+        """The ids of each factor of the axes that carries any."""
+        if self.axes is None:
+            return None
+        return [factor.ids for axis in self.axes for factor in axis if factor.ids is not None]
+
+    def scaled(self, share: float) -> Cost:
+        """The cost of a share of the batch."""
+        return dataclasses.replace(self, macs=self.macs * share)
+
 
 @dataclass(frozen=True)
 class Traffic:
     """Numbers of elements that a layer writes and reads."""
 
-    output: int
-    data: int
-    weight: int
+    output: float
+    data: float
+    weight: float
+
+    def scaled(self, share: float) -> Traffic:
+        """The traffic of a share of the batch: all of the weight is read for it."""
+        return Traffic(self.output * share, self.data * share, self.weight)
 
 
 # the schemas' names of what a call acts on

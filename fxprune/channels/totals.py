@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fxprune.channels.costs import moved, node_costs
+from fxprune.channels.costs import node_costs, node_traffic
 from fxprune.channels.coupling import Coupling
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.relation import Relation
@@ -96,19 +96,20 @@ def contraction_totals(coupling: Coupling) -> tuple[Total, Total]:
     traffic: list[Term] = []
     batch = Batch.of(walk.graph)
     for node in (n for n in walk.graph.nodes if n.op == "call_function"):
-        for value, ids in node_costs(node, walk.env, batch):
-            reader, within = readers.get(node), None
+        for cost in node_costs(node, walk.env, batch):
+            reader, within, ids = readers.get(node), None, cost.ids
             if reader is not None and reader.rows is not None and ids is not None:
                 rows, columns = of(reader.rows), of(reader.columns)
                 vectors = [rows.reshape(-1), columns.reshape(-1)]
                 within = (columns, rows) if len(rows) > 1 else None
-                for elements, own in zip(moved(node, batch) or (), (vectors[:1], vectors[1:], vectors), strict=False):
-                    traffic.append(Term(elements, own, within if own is vectors else None))
+                if (moved := node_traffic(node, batch)) is not None:
+                    sides = Term(moved.output, vectors[:1], None), Term(moved.data, vectors[1:], None)
+                    traffic += [*sides, Term(moved.weight, vectors, within)]
             else:
                 vectors = list({v.tobytes(): v for v in map(of, ids or ())}.values())
             key = (0 if within is None else len(within[0]), *(v.tobytes() for v in vectors))
             before = costs[key].value if key in costs else 0.0
-            costs[key] = Term(value + before, vectors, within)
+            costs[key] = Term(cost.macs + before, vectors, within)
     count = coupling.classes.count
     return Total(list(costs.values()), count), Total(traffic, count)
 
