@@ -73,7 +73,8 @@ class Walk:
         for read in graph.find_nodes(op="get_attr"):
             self.uses[str(read.target)] = self.uses.get(str(read.target), 0) + len(read.users)
         self._storage = _Storage()
-        self._written = _written_targets(graph)
+        self._written = _written_nodes(graph)
+        self._written_names = {str(node.target) for node in self._written if node.op == "get_attr"}
 
     # ---- values of nodes
 
@@ -108,7 +109,7 @@ class Walk:
             Axis.plain(size) if ids is None else Axis.of(ids)
             for size, ids in zip(tensor.shape, self.parameters.axes[name], strict=True)
         )
-        if name in self._written:
+        if name in self._written_names:
             self.pin_value(node, Value(axes), "a buffer that the graph writes to")
             return Value(axes)
         return Value(axes, Known.tensor(tensor.detach().cpu()) if self.facts else None, source=name)
@@ -249,6 +250,10 @@ class Walk:
         """Whether `node` may share its memory with another value."""
         return self._storage.is_shared(node)
 
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether the graph writes to the value of `node`, through views as well."""
+        return node in self._written
+
     def mutate(self, node: fx.Node) -> None:
         """Forget what was known of values that `node` writes to; what it returns is their new value."""
         result = self.env[node]
@@ -298,17 +303,13 @@ def _overwritten(node: fx.Node) -> list[fx.Node]:
     return [] if node.target is torch.ops.aten.detach_.default else written(node)
 
 
-def _written_targets(graph: fx.Graph) -> set[str]:
-    """The parameters and buffers that the graph writes to, through views as well."""
-    found = set()
-    for node in graph.nodes:
-        if not is_mutating(node):
-            continue
-        pending = _overwritten(node)
-        while pending:
-            base = pending.pop()
-            if base.op == "get_attr":
-                found.add(str(base.target))
-            elif base.op == "call_function":
-                pending += base.all_input_nodes[:1]
+def _written_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose values the graph writes to, through views as well."""
+    found: set[fx.Node] = set()
+    pending = [target for node in graph.nodes if is_mutating(node) for target in _overwritten(node)]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes[:1]
     return found

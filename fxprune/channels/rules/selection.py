@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxprune.channels.axes import Axis, same_size
 from fxprune.channels.edits import Count, Extent, Reindex, ReplaceCall, SetArguments
 from fxprune.channels.ids import Vector
-from fxprune.channels.registry import OperatorCall, register
+from fxprune.channels.registry import REGISTRY, OperatorCall, register
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result, Walk
 
@@ -145,12 +145,27 @@ class Split(_Parts):
             return [value.cut(dim, Axis.plain(size)) for size in sizes]
         ends = np.cumsum(sizes)
         parts = np.split(ids, ends[:-1])
-        counts = [Count(part) for part in parts]
-        walk.edits.append(ReplaceCall(self.node, aten.split_with_sizes.default, (self.data, counts, dim)))
+        walk.edits.append(self._in_parts(walk, dim, parts))
         return [
             taken_from(walk, self.node, value, dim, ids, np.arange(int(end) - len(part), int(end)))
             for part, end in zip(parts, ends, strict=True)
         ]
+
+    def _in_parts(self, walk: Walk, dim: int, parts: list[Vector]) -> ReplaceCall:
+        """The call with the sizes that stay, by an operator that allows what the captured one does.
+
+        The parts of `tensor_split` and `unsafe_split` may be written to where gradients are recorded, others may not.
+        """
+        target = REGISTRY.model(self.node.target)
+        if target in _AT_POSITIONS and walk.is_written(self.node):
+            ends = [Count(np.concatenate(parts[:i])) for i in range(1, len(parts))]
+            return ReplaceCall(self.node, aten.tensor_split.indices, (self.data, ends, dim))
+        split = aten.unsafe_split_with_sizes if target in _UNSAFE else aten.split_with_sizes
+        return ReplaceCall(self.node, split.default, (self.data, [Count(part) for part in parts], dim))
+
+
+_AT_POSITIONS = (aten.tensor_split.sections, aten.tensor_split.indices, aten.tensor_split.tensor_indices_or_sections)
+_UNSAFE = (aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default, aten.unsafe_chunk.default)
 
 
 @register(aten.unbind)

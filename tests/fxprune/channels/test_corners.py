@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -122,3 +122,35 @@ def test_a_layer_loses_the_same_channels_written_as_linear_and_as_addmm() -> Non
         final = fxprune.finalize(traced, align=1)
         kept.append({name: [i.tolist() for i in axes.values()] for name, axes in final.plan.kept.items()})
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda x: x.tensor_split(2, 1),
+        lambda x: x.tensor_split((4,), 1),
+        lambda x: x.unsafe_split(4, 1),
+        lambda x: x.unsafe_split_with_sizes([4, 4], 1),
+        lambda x: x.unsafe_chunk(2, 1),
+    ],
+    ids=["sections", "positions", "unsafe split", "unsafe sizes", "unsafe chunk"],
+)
+def test_parts_that_may_be_written_to_in_training_may_be_after_removal(cut: Callable[[Tensor], list[Tensor]]) -> None:
+    def forward(self: Net, x: Tensor) -> Tensor:
+        parts = cut(self.first(x))
+        parts[0].mul_(3)
+        return self.out(torch.cat(list(parts), 1))
+
+    model = Net(forward, first=nn.Linear(3, 8), out=nn.Linear(8, 2)).double().eval()
+    zero_rows(model.first, 1, 5, 6, bias=True)
+    inputs = torch.randn(4, 3).double()
+    final = fxprune.finalize(fxprune.trace(model, (inputs,), modes=("eval",)), align=1)
+    assert final.get_parameter("first.weight").shape[0] < 8
+    outputs, gradients = [], []
+    for network in (model, final):
+        x = inputs.clone().requires_grad_()
+        output = network(x)
+        outputs.append(output.detach())
+        gradients += torch.autograd.grad(output.sum(), x)
+    assert error(*outputs) < EXACT
+    assert error(*gradients) < EXACT
