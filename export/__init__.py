@@ -1,5 +1,7 @@
 """Files for deployment, and the proof that they compute what they came from."""
 
+from fxprune.graph.calls import Call
+
 from .comparison import compare
 from .divergence import Divergence
 from .inspection import Contents, inspect
@@ -8,7 +10,6 @@ from .onnx import ExportReport, to_onnx
 from .program import to_program, to_torchscript
 from .report import Report, Row
 from .session import Session
-from .values import Call
 from .verification import FileReport
 
 __all__ = [

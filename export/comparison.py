@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fxprune.errors import ArgumentError, ArgumentTypeError
+from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
+from fxprune.graph.calls import as_calls
 
 from .judging import Tolerance, judge
 from .report import Report
 from .runners import runner_of
-from .values import as_calls
 
 
 def compare(
@@ -44,8 +44,8 @@ def compare(
     Args:
         reference: a module (eager or traced), or the path of an .onnx, .pt2 (torch.export) or .pt (TorchScript) file.
         candidates: one or more of the same.
-        inputs: needed. A tuple of positional arguments, a dict of keyword arguments, a `Call` of both, one tensor, or
-            a list of several of these, each of which is compared. Labels are none of them.
+        inputs: needed. A tensor, a tuple of positional arguments, a dict of keyword arguments, a `Call` of both, or
+            a list, a loader or another iterable of these, each of which is compared. Labels are none of them.
         rtol: relative tolerance; None: 1e-9 for float64, 1e-4 for float32, 1e-2 for float16, 5e-2 for bfloat16.
         atol: absolute tolerance; None: 0. With both 0, values must be equal.
         mode: "eval" or "train" (modules only).
@@ -67,7 +67,12 @@ def compare(
         raise ArgumentTypeError(
             "compare was given no inputs; they have a name: compare(reference, candidate, inputs=(x,))."
         )
-    calls = as_calls(inputs)
+    if isinstance(inputs, nn.Module | str | os.PathLike):
+        raise CompareError(
+            f"inputs hold a {type(inputs).__name__}. Models and files come before, by position: "
+            "compare(reference, candidate, inputs=x)."
+        )
+    calls = as_calls(inputs, error=CompareError)
     if not candidates or not calls:
         raise ArgumentError(f"{len(candidates)} candidates and {len(calls)} inputs were given; at least one of each.")
     if isinstance(names, str):

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save
 
 from fxprune.files import atomic
+from fxprune.graph.calls import Call
 from fxprune.reports import Readable, columns, plain
 
 from .node_values import NodeValues, Piece, node_values
 from .runners import Runner
-from .values import Call
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 
 from fxprune.errors import ArgumentTypeError, CompareError
+from fxprune.graph.calls import Call
 from fxprune.graph.equality import TOLERANCES, difference
 
 from .divergence import Search, find
 from .float64 import Float64Runner, float64_runner
 from .report import Report, Row
 from .runners import ModuleRunner, Runner
-from .values import Call, dtype_name
+from .values import dtype_name
 
 _ROUNDING = 2.0  # times the reference's own error that a candidate's may be, where no tolerance is asked for
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fxprune.errors import ArgumentError, ArgumentTypeError
+from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
+from fxprune.graph.calls import Call, as_calls
 from fxprune.reports import Readable, columns, counted
 
 from .session import Session
-from .values import Call, as_calls
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,7 +80,8 @@ def bench(
     Inputs are copied to the provider's device before the clock starts, and outputs stay there.
 
     Args:
-        paths: the files. inputs: one call, as for `compare`; None: random values in the shapes that each file states.
+        paths: the files. inputs: those of one call: a tensor, a tuple of positional arguments, a dict of keyword
+            arguments, or a `Call` of both; None: random values in the shapes that each file states.
         batch: for free sizes at axis 0 of random inputs; other free sizes are 1. threads: within operators.
         provider: onnxruntime's execution provider. rounds: runs of each file that count; warmup: before them.
 
@@ -103,8 +104,11 @@ def bench(
         raise ArgumentError(
             f"{len(paths)} files, batch {batch}, {threads} threads, {rounds} rounds: at least 1 of each."
         )
+    calls = [] if inputs is None else as_calls(inputs, error=CompareError)
+    if len(calls) > 1:
+        raise ArgumentError(f"{len(calls)} calls were given as inputs; one is measured, the same for all files.")
+    call = calls[0] if calls else None
     sessions = [Session(path, [provider], threads) for path in paths]
-    call = None if inputs is None else as_calls(inputs)[0]
     runs = [_bound(session, call, batch) for session in sessions]
     seconds = _seconds_in_turns(runs, warmup + rounds)[warmup:]
     quartiles = np.quantile(seconds, (0.25, 0.5, 0.75), axis=0) * 1e3

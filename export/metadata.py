@@ -9,11 +9,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch.onnx import ONNXProgram
 
+from fxprune.graph.calls import Call
 from fxprune.graph.text import text
 from fxprune.graph.traced import TracedModule
 from fxprune.version import __version__
-
-from .values import Call
 
 SIZES = "fxprune.sizes"  # of the free axes, in the sample
 

@@ -19,13 +19,13 @@ from torch import fx, nn
 from fxprune.capture.front_end import trace
 from fxprune.errors import CompareError
 from fxprune.graph.arguments import Signature
+from fxprune.graph.calls import Call
 from fxprune.graph.interpretation import run
 from fxprune.graph.metadata import module_path
 from fxprune.graph.traced import TracedModule
 
 from .runners import ModuleRunner, ProgramRunner, Runner
 from .session import Session, session_options
-from .values import Call
 
 ORIGIN = "fxprune.node"  # metadata of an ONNX node: the traced node whose value it computes
 

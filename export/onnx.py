@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +14,12 @@ import torch
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
-from fxprune.errors import ArgumentError, ArgumentTypeError
+from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.files import atomic
+from fxprune.graph.calls import Call, as_calls
 from fxprune.graph.traced import TracedModule
 
 from .flattening import check_source, flatten
-from .judging import Tolerance
 from .lowering import lower
 from .metadata import captured_sizes, metadata
 from .onnx_files import rewrite, save, side_files
@@ -28,8 +28,8 @@ from .precision import float16, int8, sparse_initializers
 from .report import Report
 from .session import PRECISION_TOLERANCES, Session
 from .translation import translating
-from .values import Call, as_calls, as_captured
-from .verification import Draft, FileReport, other_sizes, verify
+from .values import as_captured
+from .verification import Draft, FileReport, Proof, other_sizes, verified
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,7 +67,7 @@ def to_onnx(
     dynamic_shapes: Any = "captured",
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-    inputs: Any = (),
+    inputs: Any = None,
     rtol: float | None = None,
     atol: float | None = None,
 ) -> ExportReport:
@@ -89,8 +89,9 @@ def to_onnx(
         opset: ONNX operator set; None: the one torch's exporter prefers.
         precision: "float32" leaves the types as they are; "float16" (onnxruntime.transformers.float16) and "int8"
             (onnxruntime.quantization) are held to an error of 1e-2 and 0.1 of an output's largest value.
-        calibration: for "int8", batches like the data to come, in the forms that `compare` takes: static quantization
-            of weights and activations, verified on these batches. None: dynamic quantization of the weights.
+        calibration: for "int8", batches like the data to come, without labels, in the forms that `compare` takes:
+            static quantization of weights and activations, verified on these batches. None: dynamic quantization of the
+            weights.
         sparse: store weights as sparse initializers where these are smaller (float32: below a third non-zero).
         verify: False skips the run in onnxruntime.
         keep_io: leave inputs and outputs float32 in a file of precision "float16".
@@ -99,7 +100,7 @@ def to_onnx(
             `torch.export`'s structure.
         input_names: one per tensor input; None: the names of the forward's arguments, as in `x`, `batch_ids`.
         output_names: one per tensor output; None: their paths, as in `logits`, `output_0`; `output` if there is one.
-        inputs: more inputs to verify on, as for `compare`.
+        inputs: more inputs to verify on, in the forms that `compare` takes; None: none.
         rtol, atol: as for `compare`.
 
     Raises:
@@ -131,14 +132,12 @@ def to_onnx(
         precision=precision,
         calibration=tuple(_calibration_batches(final, precision, calibration)),
         sparse=sparse,
-        verify=verify,
         keep_io=keep_io,
         providers=tuple(providers),
         dynamic_shapes=final.dynamic_shapes if dynamic_shapes == "captured" else dynamic_shapes,
         input_names=input_names,
         output_names=output_names,
-        inputs=tuple(as_calls(inputs)) if inputs != () else (),
-        tolerance=Tolerance(rtol, atol),
+        proof=Proof.of(verify, inputs, rtol, atol),
     )
     with atomic(path) as file:
         draft = Draft(file, path)
@@ -148,7 +147,9 @@ def to_onnx(
         with draft.usable():
             written = _convert(request, draft)
             onnx.checker.check_model(os.fspath(file))
-            verification = _verify(request, draft, translation.exported) if request.verify else _Verification(None, ())
+            verification = (
+                _verify(request, draft, translation.exported) if request.proof.is_wanted else _Verification(None, ())
+            )
         size = draft.size
     for part in stale:
         part.unlink(missing_ok=True)
@@ -174,14 +175,12 @@ class _Request:
     precision: str
     calibration: tuple[Call, ...]
     sparse: bool
-    verify: bool
     keep_io: bool
     providers: tuple[str, ...]
     dynamic_shapes: Any
     input_names: Sequence[str] | None
     output_names: Sequence[str] | None
-    inputs: tuple[Call, ...]
-    tolerance: Tolerance
+    proof: Proof
 
     @property
     def sample(self) -> Call:
@@ -235,10 +234,7 @@ def _calibration_batches(final: TracedModule, precision: str, calibration: Any) 
         raise ArgumentError(f"{asked}; there are {', '.join(PRECISION_TOLERANCES)}, and calibration is for int8.")
     if not given:
         return []
-    is_many = isinstance(calibration, Iterable) and not isinstance(
-        calibration, tuple | dict | torch.Tensor | np.ndarray
-    )
-    batches = as_calls(list(calibration) if is_many else calibration, " among the calibration batches")
+    batches = as_calls(calibration, error=CompareError, where=" among the calibration batches")
     if not batches:
         raise ArgumentError("calibration holds no batch; at least one is needed, or None for dynamic quantization.")
     batches = [as_captured(final.graphs["eval"], batch) for batch in batches]
@@ -303,8 +299,8 @@ def _verify(request: _Request, draft: Draft, exported: ExportedProgram) -> _Veri
     given = request.calibration or (request.sample,)
     others = other_sizes(exported, given[0], request.final)
     session = Session(draft.file, request.providers)
-    calls = [*given, *others.calls, *request.inputs]
-    comparison = verify(draft, request.final, session, calls, request.tolerance)
+    calls = [*given, *others.calls, *request.proof.calls]
+    comparison = verified(draft, request.final, session, calls, request.proof.tolerance)
     notes = list(others.notes)
     if set(session.placement) - {request.providers[0]}:
         notes.append(f"operators by provider: {session.placement}")

@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -14,19 +15,26 @@ from torch.export import ExportedProgram
 
 from fxprune.errors import ExportError
 from fxprune.files import atomic
+from fxprune.graph.calls import Call
 from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import OpOverload
 
 from .flattening import check_source, flatten
-from .judging import Tolerance
 from .metadata import metadata
 from .runners import ProgramRunner
 from .translation import translating
-from .values import Call
-from .verification import Draft, FileReport, other_sizes, verify
+from .verification import Draft, FileReport, Proof, other_sizes, verified
 
 
-def to_program(final: TracedModule, path: str | os.PathLike[str]) -> FileReport:
+def to_program(
+    final: TracedModule,
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    inputs: Any = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> FileReport:
     """Write the eval graph as a `torch.export` program, which `torch.export.load` reads without the model's code.
 
     Free axes stay free; the state dict's keys are those of `final`, but for an underscore at Python's keywords; outputs
@@ -36,6 +44,8 @@ def to_program(final: TracedModule, path: str | os.PathLike[str]) -> FileReport:
 
     Args:
         final: a traced module with an eval graph, finalized or not. path: the file to write, `.pt2`.
+        verify: False skips the run. inputs: more inputs to verify on, in the forms that `compare` takes; None: none.
+        rtol, atol: as for `compare`.
 
     Raises:
         ExportError: torch cannot store the graph, the path cannot be written, or the file computes something else.
@@ -45,9 +55,9 @@ def to_program(final: TracedModule, path: str | os.PathLike[str]) -> FileReport:
         >>> fxprune.export.to_program(final, "model.pt2").comparison.ok
         True
     """
-
     check_source(final, "to_program")
     _check_suffix(path, ".pt2")
+    proof = Proof.of(verify, inputs, rtol, atol)
     module = flatten(final, structured=True).module
     with atomic(path) as file:
         draft = Draft(file, path)
@@ -56,10 +66,18 @@ def to_program(final: TracedModule, path: str | os.PathLike[str]) -> FileReport:
             for node in program.graph.nodes:
                 node.meta.pop("stack_trace", None)  # absolute paths of this machine's sources
             torch.export.save(program, file, extra_files={"fxprune.json": json.dumps(metadata(final))})
-        return _verified(draft, final, program)
+        return _reported(draft, final, program, proof)
 
 
-def to_torchscript(final: TracedModule, path: str | os.PathLike[str]) -> FileReport:
+def to_torchscript(
+    final: TracedModule,
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    inputs: Any = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> FileReport:
     """Write the eval graph as TorchScript, frozen and with its batch norms folded, for `torch.jit.load`.
 
     The program takes the tensor inputs in the order of the capture, nested ones flattened, and returns one tensor or
@@ -69,6 +87,8 @@ def to_torchscript(final: TracedModule, path: str | os.PathLike[str]) -> FileRep
 
     Args:
         final: a traced module with an eval graph, finalized or not. path: the file to write, `.pt`.
+        verify: False skips the run. inputs: more inputs to verify on, in the forms that `compare` takes; None: none.
+        rtol, atol: as for `compare`.
 
     Raises:
         ExportError: torch cannot script the graph, the path cannot be written, or the file computes something else.
@@ -78,16 +98,16 @@ def to_torchscript(final: TracedModule, path: str | os.PathLike[str]) -> FileRep
         >>> fxprune.export.to_torchscript(final, "model.pt").comparison.ok
         True
     """
-
     check_source(final, "to_torchscript")
     _check_suffix(path, ".pt")
+    proof = Proof.of(verify, inputs, rtol, atol)
     module = flatten(final).module
     with atomic(path) as file:
         draft = Draft(file, path)
         with translating("write the model as .pt"):
             program = _exported(module, final)
             _frozen_script(_scriptable(module, final)).save(os.fspath(file))
-        return _verified(draft, final, program)
+        return _reported(draft, final, program, proof)
 
 
 def _check_suffix(path: str | os.PathLike[str], suffix: str) -> None:
@@ -129,9 +149,13 @@ def _frozen_script(module: fx.GraphModule) -> torch.jit.ScriptModule:
     return script
 
 
-def _verified(draft: Draft, final: TracedModule, program: ExportedProgram) -> FileReport:
+def _reported(draft: Draft, final: TracedModule, program: ExportedProgram, proof: Proof) -> FileReport:
+    """What was written, verified as was asked for."""
+    if not proof.is_wanted:
+        return FileReport(Path(draft.target), draft.size, None, ())
     sample = Call(final.example_args, final.example_kwargs)
     with draft.usable():
         others = other_sizes(program, sample, final)
-        comparison = verify(draft, final, ProgramRunner(draft.file), [sample, *others.calls], Tolerance())
+        calls = [sample, *others.calls, *proof.calls]
+        comparison = verified(draft, final, ProgramRunner(draft.file), calls, proof.tolerance)
     return FileReport(Path(draft.target), draft.size, comparison, tuple(others.notes))

@@ -14,10 +14,11 @@ from torch import nn
 
 from fxprune.capture.archives import read_program
 from fxprune.errors import CompareError, FxpruneError
+from fxprune.graph.calls import Call
 from fxprune.graph.snapshot import preserved
 
 from .session import Session
-from .values import Call, as_captured, dtype_name, match_inputs, output_tensors
+from .values import as_captured, dtype_name, match_inputs, output_tensors
 
 PROGRAM_SUFFIXES = (".pt2", ".pt")
 

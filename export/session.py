@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import onnxruntime
 import torch
 
 from fxprune.errors import CompareError, ProviderWarning
+from fxprune.graph.calls import as_call
 
 from .values import input_tensors, match_inputs
 
@@ -70,7 +71,7 @@ class Session:
         ProviderWarning: onnxruntime dropped a provider that was asked for, or placed no operator on the first one.
 
     Example:
-        >>> Session("linear.onnx").run((torch.randn(1, 4),), {})["output"].shape
+        >>> Session("linear.onnx").run(torch.randn(1, 4))["output"].shape
         torch.Size([1, 2])
     """
 
@@ -108,37 +109,43 @@ class Session:
                 stacklevel=3,
             )
 
-    def feed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
-        """The arrays by input name; float32 is rounded where a file of precision float16 takes it.
+    def feed(self, inputs: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+        """The arrays by input name, of inputs as `run` takes them; float32 is rounded where the file takes float16.
 
         They are matched as `match_inputs` says; what is not a tensor was fixed when the file was written.
 
         Raises:
             CompareError: the number or a type of the inputs differs from the file's.
         """
+        args, by_name = as_call(inputs, kwargs, error=CompareError)
         try:
-            found = match_inputs(list(self.inputs), args, kwargs)
+            found = match_inputs(list(self.inputs), args, by_name)
             for name, value in found.items():
                 if self._half and value.dtype == torch.float32 and self.inputs[name].startswith("tensor(float16)"):
                     found[name] = value.half()
             return {name: value.detach().cpu().numpy() for name, value in found.items()}
         except (ValueError, TypeError) as error:
-            raise self._refusal(error, args, kwargs) from error
+            raise self._refusal(error, args, by_name) from error
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def run(self, inputs: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
         """Run the file and return its outputs by name, on the CPU, those of precision float16 widened to float32.
+
+        Args:
+            inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a `Call` of both.
+            kwargs: keyword arguments beside these.
 
         Raises:
             CompareError: number, type or shape of the inputs differ from the file's (see `feed`).
         """
-        feed = self.feed(args, kwargs)
+        call = as_call(inputs, kwargs, error=CompareError)
+        feed = self.feed(*call)
         try:
             if self._device == "cpu":
                 values = self._session.run(None, feed)
             else:
                 values = [value.numpy() for value in self.bind(feed)()]
         except Exception as error:  # onnxruntime's classes share no base of their own
-            raise self._refusal(error, args, kwargs) from error
+            raise self._refusal(error, *call) from error
         outputs: dict[str, torch.Tensor] = {}
         for name, value in zip(self.outputs, values, strict=True):
             if not isinstance(value, np.ndarray | np.generic):

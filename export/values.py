@@ -1,73 +1,18 @@
-"""The inputs and outputs of a call: the forms that callers write them in, and tensors by name."""
+"""The inputs and outputs of a call: their tensors by name."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import fx
 
 from fxprune.errors import CompareError
 from fxprune.graph.arguments import Signature
-
-
-class Call(NamedTuple):
-    """The inputs of one call: `model(*args, **kwargs)`."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-def as_calls(inputs: Any, where: str = "") -> list[Call]:
-    """What `compare` takes as inputs, as calls; `where` says in errors what they are, as in " among the samples".
-
-    Raises:
-        CompareError: one of them is no tuple, dict, `Call` or tensor, or the list is a batch with its labels.
-    """
-    if not isinstance(inputs, list):
-        return [_as_call(inputs, where)]
-    dtypes = dict.fromkeys(dtype_name(item) for item in inputs if isinstance(item, torch.Tensor))
-    if len(dtypes) > 1:
-        raise CompareError(
-            f"inputs is a list of tensors of several types{where} ({', '.join(dtypes)}), which would be several calls. "
-            f"{_WITHOUT_LABELS} Several arguments of one call stand in a tuple."
-        )
-    return [_as_call(item, where) for item in inputs]
-
-
-_WITHOUT_LABELS = "Of batches with labels give the inputs alone: [inputs for inputs, labels in loader]."
-
-
-def _as_call(item: Any, where: str) -> Call:
-    if isinstance(item, Call):
-        return item
-    if isinstance(item, dict):
-        return Call((), item)
-    if isinstance(item, torch.Tensor):
-        return Call((item,), {})
-    if isinstance(item, tuple):
-        return Call(item, {})
-    raise CompareError(
-        f"inputs hold a {type(item).__name__}{where}; a tuple, a dict, a Call, a tensor, or a list of these is needed. "
-        f"{_way_to_a_call(item, where)}"
-    )
-
-
-def _way_to_a_call(item: object, where: str) -> str:
-    if isinstance(item, np.ndarray):
-        return "Convert it: torch.from_numpy(array)."
-    if isinstance(item, list | DataLoader | Dataset | Iterator):
-        return _WITHOUT_LABELS
-    if not where and isinstance(item, nn.Module | str | os.PathLike):
-        return "Models and files come before, by position: compare(reference, candidate, inputs=x)."
-    return "Give what the model is called with."
+from fxprune.graph.calls import Call
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -15,8 +15,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 
-from fxprune.errors import CompareError, ExportError, InputError
+from fxprune.errors import ArgumentTypeError, CompareError, ExportError, InputError
 from fxprune.files import atomic
+from fxprune.graph.calls import Call, as_calls
 from fxprune.graph.samples import stretched
 from fxprune.graph.traced import TracedModule
 from fxprune.reports import Readable, counted, number, plain
@@ -25,7 +26,6 @@ from fxprune.torch_internals import size_expression
 from .judging import Tolerance, judge
 from .report import Report
 from .runners import ModuleRunner, Runner
-from .values import Call
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,7 +119,37 @@ class Draft:
             raise ExportError(f"the exported file cannot be used: {told}") from error
 
 
-def verify(draft: Draft, final: TracedModule, candidate: Runner, calls: Sequence[Call], tolerance: Tolerance) -> Report:
+@dataclass(frozen=True)
+class Proof:
+    """How a file is to be verified.
+
+    Attributes:
+        is_wanted: whether it is to be run at all.
+        calls: those to run it on, beside the sample.
+        tolerance: how near it must be.
+    """
+
+    is_wanted: bool
+    calls: tuple[Call, ...]
+    tolerance: Tolerance
+
+    @classmethod
+    def of(cls, verify: Any, inputs: Any, rtol: float | None, atol: float | None) -> Proof:
+        """From the arguments of an export, of these names.
+
+        Raises:
+            ArgumentTypeError: `verify` or a tolerance is of another type. CompareError: `inputs` are none.
+        """
+        if not isinstance(verify, bool):
+            raise ArgumentTypeError(f"verify={verify!r}: True or False is needed.")
+        given = inputs is not None and not (isinstance(inputs, tuple) and not inputs)
+        calls = as_calls(inputs, error=CompareError) if given else ()
+        return cls(verify, tuple(calls), Tolerance(rtol, atol))
+
+
+def verified(
+    draft: Draft, final: TracedModule, candidate: Runner, calls: Sequence[Call], tolerance: Tolerance
+) -> Report:
     """Compare the file, run by `candidate`, with what it came from.
 
     Raises:

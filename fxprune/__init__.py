@@ -20,6 +20,7 @@ from fxprune.driver import (
     weight_norm,
 )
 from fxprune.errors import FxpruneError, FxpruneWarning
+from fxprune.graph.calls import Call
 from fxprune.graph.traced import TracedModule
 from fxprune.prune import ChannelReport, importance
 from fxprune.prune.schedule import Schedule
@@ -38,6 +39,7 @@ __all__ = [  # noqa: RUF022
     # capture
     "trace",
     "TracedModule",
+    "Call",
     "diagnose",
     "Fault",
     "Faults",

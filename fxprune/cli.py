@@ -118,7 +118,7 @@ def export(
     options = _onnx_options(precision, calibration, sparse, opset)
     if options and output.suffix != ".onnx":
         raise ArgumentError(f"'{output}': precision, calibration, sparse and opset are for files that end in .onnx.")
-    final = fxprune.finalize(fxprune.trace(source.eval(), *_call(inputs), modes=("eval",)))
+    final = fxprune.finalize(fxprune.trace(source.eval(), _call(inputs), modes=("eval",)))
     report = writers[output.suffix](final, output, **options)
     assert report.comparison is not None
     if as_json:

@@ -14,7 +14,7 @@ from fxprune.capture.constants import ConstantKeeper
 from fxprune.capture.exporting import Exported, export_modes
 from fxprune.capture.protection import Reads, one_at_a_time
 from fxprune.capture.sample import Sample
-from fxprune.capture.sample_checks import check_model, check_sample
+from fxprune.capture.sample_checks import check_model, checked_sample
 from fxprune.capture.structures import register_dataclasses
 from fxprune.capture.tagging import tag_results
 from fxprune.capture.unlifting import unlift
@@ -31,7 +31,7 @@ _RESERVED = {n for n in dir(TracedModule) if not hasattr(nn.Module, n)} | {*Trac
 
 def trace(
     model: nn.Module,
-    args: tuple[Any, ...] | torch.Tensor = (),
+    args: tuple[Any, ...] | torch.Tensor | Mapping[str, Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = "batch",
@@ -47,9 +47,9 @@ def trace(
 
     Args:
         model: any `nn.Module`.
-        args: sample positional inputs, a tuple (a single tensor is taken as `(tensor,)`); any dtype and device that
-            the model takes. Only shapes and dtypes matter.
-        kwargs: sample keyword inputs.
+        args: sample inputs of one call: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a
+            `fxprune.export.Call` of both; any dtype and device that the model takes. Only shapes and dtypes matter.
+        kwargs: sample keyword inputs beside these.
         dynamic_shapes: "batch" frees axis 0 of every tensor whose size there is that of the first tensor input; None
             fixes every size; anything else goes to `torch.export.export` as it is.
         modes: which of "train" and "eval" to capture; one mode costs half.
@@ -73,8 +73,7 @@ def trace(
     """
     check_model(model, args)
     _check(model, dynamic_shapes, modes)
-    check_sample(model, args, kwargs)
-    sample = Sample((args,) if isinstance(args, torch.Tensor) else tuple(args), dict(kwargs or {}))
+    sample = Sample(*checked_sample(model, args, kwargs))
     with one_at_a_time():
         register_dataclasses((sample.args, sample.kwargs))
         exported, sample = export_modes(model, sample, dynamic_shapes, modes)

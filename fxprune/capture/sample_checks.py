@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fxprune.errors import CaptureError, SampleError
+from fxprune.graph.calls import Call, as_call
 
 
 def check_model(model: object, args: object) -> None:
@@ -43,21 +44,17 @@ def _way_to_a_module(model: object, args: object) -> str:
     return "Give the model itself."
 
 
-def check_sample(model: nn.Module, args: object, kwargs: object) -> None:
-    """Raise SampleError unless the values are arguments of one call of the model's forward.
+def checked_sample(model: nn.Module, args: object, kwargs: object) -> Call:
+    """The sample inputs as a call of the model's forward; raises SampleError where they are none.
 
     Args:
         model: the module.
-        args: what `trace` was given as positional inputs.
+        args: what `trace` was given as inputs; a list stands for a tuple.
         kwargs: what it was given as keyword inputs.
     """
     if isinstance(args, nn.Module):
         raise SampleError(f"trace was given two modules; inputs are needed: {_example(model)}.")
-    if isinstance(args, Mapping):
-        raise SampleError(
-            f"args is a {type(args).__name__}; inputs by name are kwargs: fxprune.trace(model, (), batch)."
-        )
-    if not isinstance(args, tuple | list | Tensor):
+    if not isinstance(args, tuple | list | Mapping | Tensor):
         raise SampleError(_no_input(args, "args"))
     if isinstance(kwargs, Tensor):
         raise SampleError(
@@ -67,12 +64,12 @@ def check_sample(model: nn.Module, args: object, kwargs: object) -> None:
         raise SampleError(
             f"kwargs is a {type(kwargs).__name__}; it takes inputs by name: fxprune.trace(model, (), {{...}})."
         )
-    given = (args,) if isinstance(args, Tensor) else tuple(args)
-    by_name = dict(kwargs or {})
-    for leaf in pytree.tree_leaves((given, by_name)):
+    call = as_call(tuple(args) if isinstance(args, list) else args, kwargs, error=SampleError)
+    for leaf in pytree.tree_leaves(tuple(call)):
         if isinstance(leaf, np.ndarray | np.generic | DataLoader | Dataset | Iterator):
             raise SampleError(_no_input(leaf, "an input"))
-    _check_signature(model, given, by_name)
+    _check_signature(model, *call)
+    return call
 
 
 def _no_input(value: object, what: str) -> str:
@@ -85,7 +82,8 @@ def _no_input(value: object, what: str) -> str:
             "inputs, labels = next(iter(loader)); fxprune.trace(model, (inputs,))."
         )
     return (
-        f"{what} is a {kind}; trace takes a tensor, or a tuple of positional inputs: fxprune.trace(model, (inputs,))."
+        f"{what} is a {kind}; trace takes a tensor, a tuple of positional inputs, or a dict of inputs by name: "
+        "fxprune.trace(model, (inputs,))."
     )
 
 

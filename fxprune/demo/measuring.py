@@ -81,7 +81,7 @@ def _rounds(stage: str, final: fxprune.TracedModule) -> bool:
 
 def _accuracy(item: nn.Module | Path, test: Digits) -> float:
     if isinstance(item, Path):
-        (logits,) = fxprune.export.Session(item).run((test.images,), {}).values()
+        (logits,) = fxprune.export.Session(item).run(test.images).values()
     else:
         with torch.no_grad():
             logits = item(test.images)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
+from fxprune.graph.calls import as_call
 from fxprune.graph.snapshot import preserved
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.importance_registry import (
@@ -55,7 +56,7 @@ def scores(
         importance: a key of `SCORES` (`register` adds one), or a function
             `(traced, names, evidence) -> {name: tensor}`.
         loader: for "taylor", batches: pairs (inputs, target), or mappings of keyword arguments. Inputs are a tensor, a
-            tuple of arguments or a mapping of keyword arguments.
+            tuple of positional arguments, a dict of keyword arguments, or a `fxprune.export.Call` of both.
         loss: for "taylor", `(outputs, target) -> scalar`; for a mapping the target is the mapping itself.
         batches: how many batches to take; None takes all of them.
         seed: of the draws of "random"; None draws from the global generator.
@@ -182,9 +183,10 @@ def _outputs(traced: TracedModule, batch: Any) -> tuple[Any, Any]:
             "one batch, loader=[(inputs, target)]."
         )
     inputs, target = batch
-    if isinstance(inputs, Mapping):
-        return traced(**inputs), target
-    return traced(*(inputs if isinstance(inputs, list | tuple) else (inputs,))), target
+    if not isinstance(inputs, tuple | Mapping | torch.Tensor):
+        inputs = tuple(inputs) if isinstance(inputs, list) else (inputs,)
+    call = as_call(inputs)
+    return traced(*call.args, **call.kwargs), target
 
 
 def _norm(order: float) -> SliceScore:

@@ -124,8 +124,11 @@ TRACE: dict[str, Case] = {
     "no inputs": (lambda m: fxprune.trace(m), SampleError, "no inputs were given", r"fxprune.trace\(model, \(input,\)"),
     "a shape for a tensor": (
         lambda m: fxprune.trace(m, (4, 3, 8, 8)), SampleError, "4 inputs were given", r"torch.randn\(4, 3, 8, 8\)"),
-    "inputs by name as args": (
-        lambda m: fxprune.trace(m, {"input": IMAGES}), SampleError, "args is a dict", "inputs by name are kwargs"),
+    "an input given twice": (
+        lambda m: fxprune.trace(m, {"input": IMAGES}, {"input": IMAGES}), SampleError, "input is given twice",
+        "Leave one out"),
+    "a batch with labels by name": (
+        lambda m: fxprune.trace(m, {"input": IMAGES, "labels": LABELS}), SampleError, "argument 'labels'", "names"),
     "a tensor as kwargs": (lambda m: fxprune.trace(m, (), IMAGES), SampleError, "kwargs is a Tensor", "by name"),
     "a wrong name": (
         lambda m: fxprune.trace(m, (), {"x": IMAGES}), SampleError, r"forward takes \(input\)", "by these names"),
@@ -407,7 +410,7 @@ def test_torchs_norms_on_a_traced_module_are_refused_where_they_are_called(
 FILES: dict[str, Case] = {
     "calibration with labels": (
         lambda f: fxprune.export.to_onnx(f, "m.onnx", precision="int8", calibration=LOADER), CompareError,
-        "a list among the calibration batches", "inputs for inputs, labels in loader"),
+        "a list, of a DataLoader among the calibration batches", "inputs for inputs, labels in loader"),
     "calibration by pairs": (
         lambda f: fxprune.export.to_onnx(f, "m.onnx", precision="int8", calibration=[(IMAGES, LABELS)]), InputError,
         "called with 2 positional", "Labels are no input"),
@@ -438,7 +441,14 @@ FILES: dict[str, Case] = {
     "comparison with labelled batches": (
         lambda f: fxprune.compare(f, f, inputs=list(LOADER)), CompareError, "hold a list", "inputs alone"),
     "comparison with a loader": (
-        lambda f: fxprune.compare(f, f, inputs=LOADER), CompareError, "hold a DataLoader", "inputs alone"),
+        lambda f: fxprune.compare(f, f, inputs=LOADER), CompareError, "hold a list, of a DataLoader", "inputs alone"),
+    "comparison with a dataset": (
+        lambda f: fxprune.compare(f, f, inputs=LOADER.dataset), CompareError, "hold a TensorDataset", "inputs alone"),
+    "measuring on several calls": (
+        lambda f: fxprune.export.bench(["m.onnx"], inputs=[IMAGES, IMAGES]), ArgumentError, "2 calls were",
+        "one is measured"),
+    "verify as text": (
+        lambda f: fxprune.export.to_program(f, "m.pt2", verify="no"), ArgumentTypeError, "verify='no'", "True or"),
     "comparison of eager models with labels": (
         lambda f: fxprune.compare(_model(), f, inputs=(IMAGES, LABELS)), CompareError, "takes 2 pos", "Labels are no"),
     "comparison with an array": (
