@@ -41,7 +41,7 @@ def main() -> None:
             peer = copy.deepcopy(model)
             found = {
                 "fxprune.finalize": timed(partial(fxprune.finalize, traced)),
-                "analysis and rewriting": timed(partial(fxprune.passes.RemoveChannels(check=False), plain)),
+                "analysis and rewriting": timed(partial(fxprune.passes.RemoveChannels(verify=False), plain)),
                 "Torch-Pruning": timed(partial(cut_by_peer, peer, x)),
             }
             for key, value in found.items() if i else ():  # the first round warms up

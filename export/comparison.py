@@ -52,7 +52,7 @@ def compare(
         names: what the report calls the reference and the candidates; None: class and file names.
 
     Raises:
-        CompareError: one of them cannot be run, or not on these inputs.
+        SuffixError: a file of another format. CompareError: one of them cannot be run, or not on these inputs.
         ArgumentError: no candidate, no inputs, an unknown mode, or another number of names. ArgumentTypeError: without
             `inputs`.
 

@@ -19,6 +19,7 @@ from fxprune.capture.archives import read_program
 from fxprune.capture.programs import input_nodes
 from fxprune.channels.costs import macs_of_one_sample
 from fxprune.errors import ArgumentTypeError, CompareError
+from fxprune.files import check_suffix
 from fxprune.graph.batch import Batch
 from fxprune.graph.interpretation import run
 from fxprune.graph.macs import NodeMacs
@@ -78,7 +79,7 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
     """Read an .onnx or .pt2 file.
 
     Raises:
-        CompareError: it is neither, or damaged. ArgumentTypeError: no path.
+        SuffixError: it ends otherwise. CompareError: it is damaged. ArgumentTypeError: no path.
 
     Example:
         >>> inspect("model.onnx").operators["Conv"]
@@ -87,8 +88,7 @@ def inspect(path: str | os.PathLike[str]) -> Contents:
     if not isinstance(path, str | os.PathLike):
         raise ArgumentTypeError(f"inspect takes the path of an .onnx or .pt2 file, got {type(path).__name__}.")
     readers = {".onnx": _onnx, ".pt2": _program}
-    if Path(path).suffix not in readers:
-        raise CompareError(f"'{path}' was to be inspected; files that can be end in {' or '.join(readers)}.")
+    check_suffix(path, *readers, what="inspected")
     try:
         return readers[Path(path).suffix](os.fspath(path))
     except Exception as error:  # the readers of both formats raise whatever they raise

@@ -12,6 +12,7 @@ import numpy as np
 
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.graph.calls import Call, as_calls
+from fxprune.renaming import renamed
 from fxprune.reports import Readable, columns, counted
 
 from .session import Session
@@ -65,13 +66,14 @@ class Latencies(Readable, list[Latency]):
 _SHOWN = 6  # of the files that were measured, where they are printed
 
 
+@renamed("provider", "providers", lambda provider: (provider,))
 def bench(
     paths: Sequence[str | os.PathLike[str]],
     *,
     inputs: Any = None,
     batch: int = 1,
     threads: int = 1,
-    provider: str = "CPUExecutionProvider",
+    providers: Sequence[str] = ("CPUExecutionProvider",),
     rounds: int = 50,
     warmup: int = 5,
 ) -> Latencies:
@@ -83,13 +85,14 @@ def bench(
         paths: the files. inputs: those of one call: a tensor, a tuple of positional arguments, a dict of keyword
             arguments, or a `Call` of both; None: random values in the shapes that each file states.
         batch: for free sizes at axis 0 of random inputs; other free sizes are 1. threads: within operators.
-        provider: onnxruntime's execution provider. rounds: runs of each file that count; warmup: before them.
+        providers: onnxruntime's execution providers, in order of preference. rounds: runs of each file that count;
+            warmup: before them.
 
     Returns:
         A list of `Latency`, one for each file; its `table()` has a line each.
 
     Raises:
-        CompareError: a file or the provider cannot be run, or not on these inputs. ArgumentError: nothing to measure.
+        CompareError: a file or a provider cannot be run, or not on these inputs. ArgumentError: nothing to measure.
 
     Example:
         >>> bench(["dense.onnx", "pruned.onnx"], batch=8)[1].ratio
@@ -100,6 +103,8 @@ def bench(
             "bench takes a list of the paths of ONNX files, such as ['dense.onnx', 'pruned.onnx']; modules are written "
             "by fxprune.export.to_onnx first."
         )
+    if isinstance(providers, str):
+        raise ArgumentTypeError(f"providers={providers!r}: a list is needed, [{providers!r}].")
     if not paths or min(batch, threads, rounds) < 1 or warmup < 0:
         raise ArgumentError(
             f"{len(paths)} files, batch {batch}, {threads} threads, {rounds} rounds: at least 1 of each."
@@ -108,7 +113,7 @@ def bench(
     if len(calls) > 1:
         raise ArgumentError(f"{len(calls)} calls were given as inputs; one is measured, the same for all files.")
     call = calls[0] if calls else None
-    sessions = [Session(path, [provider], threads) for path in paths]
+    sessions = [Session(path, providers, threads) for path in paths]
     runs = [_bound(session, call, batch) for session in sessions]
     seconds = _seconds_in_turns(runs, warmup + rounds)[warmup:]
     quartiles = np.quantile(seconds, (0.25, 0.5, 0.75), axis=0) * 1e3

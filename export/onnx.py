@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
-from fxprune.files import atomic
+from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call, as_calls
 from fxprune.graph.traced import TracedModule
 
@@ -85,7 +85,7 @@ def to_onnx(
 
     Args:
         final: a traced module with an eval graph, finalized or not.
-        path: the file to write.
+        path: the file to write, `.onnx`.
         opset: ONNX operator set; None: the one torch's exporter prefers.
         precision: "float32" leaves the types as they are; "float16" (onnxruntime.transformers.float16) and "int8"
             (onnxruntime.quantization) are held to an error of 1e-2 and 0.1 of an output's largest value.
@@ -108,7 +108,7 @@ def to_onnx(
             else: then it is kept as `<stem>.mismatch.onnx`.
         ArgumentError: names, opset, precision or calibration that cannot be used.
         InputError: calibration batches have another structure, shape or type than the model's inputs.
-        ArgumentTypeError: `final` is no traced module.
+        SuffixError: the path ends otherwise. ArgumentTypeError: `final` is no traced module.
 
     Example:
         >>> traced = fxprune.trace(torch.nn.Linear(4, 2), (torch.randn(2, 4),))
@@ -116,6 +116,7 @@ def to_onnx(
         True
     """
     check_source(final, "to_onnx")
+    check_suffix(path, ".onnx", what="written by to_onnx")
     if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
         raise ArgumentTypeError(f"opset={opset!r}: a number such as 18 is needed, or None for torch's own choice.")
     for name, strings in (("providers", providers), ("input_names", input_names), ("output_names", output_names)):

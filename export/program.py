@@ -13,8 +13,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 
-from fxprune.errors import ExportError
-from fxprune.files import atomic
+from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call
 from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import OpOverload
@@ -49,14 +48,14 @@ def to_program(
 
     Raises:
         ExportError: torch cannot store the graph, the path cannot be written, or the file computes something else.
-        ArgumentTypeError: `final` is no traced module.
+        SuffixError: the path ends otherwise. ArgumentTypeError: `final` is no traced module.
 
     Example:
         >>> fxprune.export.to_program(final, "model.pt2").comparison.ok
         True
     """
     check_source(final, "to_program")
-    _check_suffix(path, ".pt2")
+    check_suffix(path, ".pt2", what="written by to_program")
     proof = Proof.of(verify, inputs, rtol, atol)
     module = flatten(final, structured=True).module
     with atomic(path) as file:
@@ -92,14 +91,14 @@ def to_torchscript(
 
     Raises:
         ExportError: torch cannot script the graph, the path cannot be written, or the file computes something else.
-        ArgumentTypeError: `final` is no traced module.
+        SuffixError: the path ends otherwise. ArgumentTypeError: `final` is no traced module.
 
     Example:
         >>> fxprune.export.to_torchscript(final, "model.pt").comparison.ok
         True
     """
     check_source(final, "to_torchscript")
-    _check_suffix(path, ".pt")
+    check_suffix(path, ".pt", what="written by to_torchscript")
     proof = Proof.of(verify, inputs, rtol, atol)
     module = flatten(final).module
     with atomic(path) as file:
@@ -108,13 +107,6 @@ def to_torchscript(
             program = _exported(module, final)
             _frozen_script(_scriptable(module, final)).save(os.fspath(file))
         return _reported(draft, final, program, proof)
-
-
-def _check_suffix(path: str | os.PathLike[str], suffix: str) -> None:
-    if isinstance(path, str | os.PathLike) and Path(path).suffix != suffix:
-        raise ExportError(
-            f"'{path}' was to be written; the name must end in {suffix}, by which readers know the format."
-        )
 
 
 def _exported(module: fx.GraphModule, final: TracedModule) -> ExportedProgram:

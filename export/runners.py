@@ -14,6 +14,7 @@ from torch import nn
 
 from fxprune.capture.archives import read_program
 from fxprune.errors import CompareError, FxpruneError
+from fxprune.files import check_suffix
 from fxprune.graph.calls import Call
 from fxprune.graph.snapshot import preserved
 
@@ -118,7 +119,8 @@ def runner_of(item: Any, mode: str) -> Runner:
     """What runs a module or a file.
 
     Raises:
-        CompareError: it is neither, cannot be loaded, or has no train mode where that is asked for.
+        CompareError: it is neither, cannot be loaded, or has no train mode where that is asked for. SuffixError: a file
+            of another format.
     """
     if isinstance(item, nn.Module):
         return ModuleRunner(item, mode)
@@ -127,15 +129,11 @@ def runner_of(item: Any, mode: str) -> Runner:
             f"a {type(item).__name__} was given to compare; it takes modules and paths of .onnx, .pt2 and .pt files. "
             f"{_way_to_a_runner(item)}"
         )
-    suffix = Path(item).suffix
-    if suffix not in (".onnx", *PROGRAM_SUFFIXES):
-        raise CompareError(
-            f"'{item}' was given to compare; files that it can run end in .onnx, .pt2 or .pt. Of a file of weights or "
-            "of fxprune.save, give the module: after load_state_dict, or what fxprune.load returns."
-        )
+    cure = "Of weights or a file of fxprune.save, give the module: after load_state_dict, or what fxprune.load returns."
+    check_suffix(item, ".onnx", *PROGRAM_SUFFIXES, what="compared", cure=cure)
     if mode == "train":
         raise CompareError(f"'{item}' has no train mode: compare it with mode='eval'.")
-    return Session(item) if suffix == ".onnx" else ProgramRunner(item)
+    return Session(item) if Path(item).suffix == ".onnx" else ProgramRunner(item)
 
 
 def _way_to_a_runner(item: object) -> str:

@@ -21,6 +21,7 @@ from torch import nn
 import fxprune
 from fxprune import demo as demo_
 from fxprune.errors import ArgumentError
+from fxprune.files import check_suffix
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -113,8 +114,7 @@ def export(
     writers: dict[str, Callable[..., fxprune.export.FileReport]] = {
         ".onnx": fxprune.export.to_onnx, ".pt2": fxprune.export.to_program, ".pt": fxprune.export.to_torchscript
     }  # fmt: skip
-    if output.suffix not in writers:
-        raise ArgumentError(f"'{output}': the name must end in .onnx, .pt2 or .pt.")
+    check_suffix(output, *writers, what="written")
     options = _onnx_options(precision, calibration, sparse, opset)
     if options and output.suffix != ".onnx":
         raise ArgumentError(f"'{output}': precision, calibration, sparse and opset are for files that end in .onnx.")
@@ -165,7 +165,12 @@ def bench(
 ) -> None:
     """Measure the latency of ONNX files in onnxruntime, in turns."""
     latencies = fxprune.export.bench(
-        files, inputs=_call(inputs) if inputs else None, batch=batch, threads=threads, provider=provider, rounds=rounds
+        files,
+        inputs=_call(inputs) if inputs else None,
+        batch=batch,
+        threads=threads,
+        providers=[provider],
+        rounds=rounds,
     )
     if as_json:
         options = {"batch": batch, "threads": threads, "provider": provider}

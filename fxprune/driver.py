@@ -240,7 +240,7 @@ def stopwatch(
             candidate = copy.deepcopy(traced)
             insert_masks(candidate, masks)
             write(candidate, files[1])
-            return 1 / export.bench(files, threads=threads, batch=batch, provider=provider)[1].ratio
+            return 1 / export.bench(files, threads=threads, batch=batch, providers=(provider,))[1].ratio
 
         write(traced, files[0])
         yield measure

@@ -23,6 +23,7 @@ __all__ = [
     "PruningError",
     "SampleError",
     "SparseGradientError",
+    "SuffixError",
     "WriteBackError",
 ]
 
@@ -73,6 +74,10 @@ class ExportError(FxpruneError):
 
 class CompareError(FxpruneError):
     """Something given to `compare` cannot be run: not a model, damaged, or other inputs than the reference."""
+
+
+class SuffixError(ExportError, CompareError, ArgumentError):
+    """The name of a file does not end as its format's do. Fix: one of the endings that the message lists."""
 
 
 class ArtifactError(FxpruneError):

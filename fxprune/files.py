@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fxprune.errors import ArgumentTypeError, ExportError
+from fxprune.errors import ArgumentTypeError, ExportError, SuffixError
 
 _REASONS = {
     errno.ENOSPC: "the disk is full; free space there, or write elsewhere",
@@ -20,6 +20,27 @@ _REASONS = {
     errno.EPERM: "the folder is read-only for this user; change its permissions, or write elsewhere",
     errno.EFBIG: "the file would be larger than the limit set for this process or file system",
 }
+
+
+def check_suffix(path: str | os.PathLike[str], *suffixes: str, what: str, cure: str = "") -> None:
+    """Refuse the name of a file that does not end as its format's do; what is no path passes.
+
+    Args:
+        path: the name.
+        suffixes: the endings that it may have.
+        what: was to be done with it, as in "written".
+        cure: what else to do.
+
+    Raises:
+        SuffixError: it ends otherwise.
+
+    Example:
+        >>> check_suffix("model.onnx", ".onnx", what="written")
+    """
+    if isinstance(path, str | os.PathLike) and Path(path).suffix not in suffixes:
+        wanted = " or ".join([", ".join(suffixes[:-1]), suffixes[-1]] if len(suffixes) > 1 else suffixes)
+        told = f"'{path}' was to be {what}; the name must end in {wanted}, by which the format is known. {cure}"
+        raise SuffixError(told.rstrip())
 
 
 @contextlib.contextmanager

@@ -9,17 +9,19 @@ from fxprune.channels import ChannelPlan, analyze, impose, remove
 from fxprune.errors import ArgumentError
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
+from fxprune.renaming import renamed
 
 from .base import Pass
 
 
+@renamed("check", "verify")
 @dataclass(frozen=True)
 class RemoveChannels(Pass):
     """Remove what does not change the outputs of the eval graph: rows that nothing reads, constants that fold.
 
     Masks must be folded before. The plan is left in `traced.plan`. `align` is "auto" (counts at convolutions stay
     multiples that run fast, exactness is untouched), 1 for the least, or the multiple to keep. With `plan` the sizes
-    are those of a stored plan, and no constants are folded. `check` compares the outputs and counts MACs. With
+    are those of a stored plan, and no constants are folded. `verify` compares the outputs and counts MACs. With
     `keep_for_training` channels stay that are constant in eval mode alone.
 
     Example:
@@ -29,7 +31,7 @@ class RemoveChannels(Pass):
 
     align: str | int = "auto"
     plan: ChannelPlan | None = None
-    check: bool = True
+    verify: bool = True
     keep_for_training: bool = False
     name: ClassVar[str] = "remove-channels"
 
@@ -41,7 +43,7 @@ class RemoveChannels(Pass):
     def run(self, traced: TracedModule) -> bool:
         if self.plan is None:
             analysis = analyze(traced, align=self.align, keep_for_training=self.keep_for_training)
-            plan = remove(traced, analysis, check=self.check)
+            plan = remove(traced, analysis, verify=self.verify)
         else:
             plan = impose(traced, self.plan)
         return bool(plan.removed or plan.dropped)

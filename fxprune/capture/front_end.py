@@ -48,7 +48,7 @@ def trace(
     Args:
         model: any `nn.Module`.
         args: sample inputs of one call: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a
-            `fxprune.export.Call` of both; any dtype and device that the model takes. Only shapes and dtypes matter.
+            `fxprune.Call` of both; any dtype and device that the model takes. Only shapes and dtypes matter.
         kwargs: sample keyword inputs beside these.
         dynamic_shapes: "batch" frees axis 0 of every tensor whose size there is that of the first tensor input; None
             fixes every size; anything else goes to `torch.export.export` as it is.

@@ -61,7 +61,7 @@ class _Runs:
     macs: tuple[int, int]
 
 
-def verify(before: Before, traced: TracedModule, coupling: Coupling, kept: Kept) -> tuple[int, int]:
+def macs_verified(before: Before, traced: TracedModule, coupling: Coupling, kept: Kept) -> tuple[int, int]:
     """Compare the outputs of the eval graph before and after at the sample inputs; returns both's MACs of a sample.
 
     Raises:

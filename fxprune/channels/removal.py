@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.channels.analysis import Analysis, fill_in, parameter_count
-from fxprune.channels.checking import Before, verify
+from fxprune.channels.checking import Before, macs_verified
 from fxprune.channels.constants import Constant, place
 from fxprune.channels.coupling import Coupling, coupling
 from fxprune.channels.edits import Kept
@@ -26,15 +26,17 @@ from fxprune.graph.names import locate, tensors_of
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
+from fxprune.renaming import renamed
 
 
-def remove(traced: TracedModule, analysis: Analysis, *, check: bool = True) -> ChannelPlan:
+@renamed("check", "verify")
+def remove(traced: TracedModule, analysis: Analysis, *, verify: bool = True) -> ChannelPlan:
     """Take out, in place and from every graph, what `analysis` found; checked against the graph before.
 
     Args:
         traced: the module that was analyzed, unchanged since.
         analysis: what `analyze` returned for it.
-        check: whether to compare the outputs at the sample inputs, and count MACs.
+        verify: whether to compare the outputs at the sample inputs, and count MACs.
 
     Returns:
         What was carried out; also in `traced.plan`.
@@ -45,7 +47,7 @@ def remove(traced: TracedModule, analysis: Analysis, *, check: bool = True) -> C
     if analysis.traced is not traced:
         raise FinalizeError("the analysis is of another module. Call analyze on this one.")
     relations = analysis.coupling
-    before = Before.of(traced.graphs["eval"], relations.tensors) if check else None
+    before = Before.of(traced.graphs["eval"], relations.tensors) if verify else None
     folding = Folding(traced, relations, analysis.alive)
     with on_cpu():
         folding.run()
@@ -53,7 +55,7 @@ def remove(traced: TracedModule, analysis: Analysis, *, check: bool = True) -> C
     _carry_out(traced, relations, analysis.alive, analysis.plan, plan, folding.values, analysis.names)
     plan.folded, plan.merged, plan.added = folding.folded, folding.merged, folding.added
     if before is not None:
-        plan.macs = verify(before, traced, relations, Kept(relations.classes, analysis.alive))
+        plan.macs = macs_verified(before, traced, relations, Kept(relations.classes, analysis.alive))
         plan.sample = str(Batch.of(before.graph))
     return plan
 

@@ -21,7 +21,7 @@ class Call(NamedTuple):
     """The inputs of one call: `model(*args, **kwargs)`.
 
     Example:
-        >>> fxprune.compare(model, traced, inputs=fxprune.export.Call((x,), {"mask": mask}))
+        >>> fxprune.compare(model, traced, inputs=fxprune.Call((x,), {"mask": mask}))
     """
 
     args: tuple[Any, ...]

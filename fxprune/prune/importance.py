@@ -56,7 +56,7 @@ def scores(
         importance: a key of `SCORES` (`register` adds one), or a function
             `(traced, names, evidence) -> {name: tensor}`.
         loader: for "taylor", batches: pairs (inputs, target), or mappings of keyword arguments. Inputs are a tensor, a
-            tuple of positional arguments, a dict of keyword arguments, or a `fxprune.export.Call` of both.
+            tuple of positional arguments, a dict of keyword arguments, or a `fxprune.Call` of both.
         loss: for "taylor", `(outputs, target) -> scalar`; for a mapping the target is the mapping itself.
         batches: how many batches to take; None takes all of them.
         seed: of the draws of "random"; None draws from the global generator.

@@ -61,7 +61,7 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="0 rounds"):
         bench([path], rounds=0)
     with pytest.raises(CompareError, match="this build offers"):
-        bench([path], provider="NoSuchProvider")
+        bench([path], providers=["NoSuchProvider"])
     with pytest.raises(CompareError, match="cannot run these inputs"):
         bench([path], inputs=(torch.zeros(1, 3, 3), torch.zeros(1, 1, dtype=torch.int64)))
     with pytest.raises(CompareError, match="there is nothing of that name"):

@@ -1,0 +1,115 @@
+"""One word for one thing: old names of options work and warn, and one error says of a wrong file name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune import cli
+from fxprune.channels import analyze, remove
+from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError, ExportError, SuffixError
+from fxprune.export import bench, to_onnx, to_program, to_torchscript
+from fxprune.passes import RemoveChannels
+from fxprune.renaming import renamed
+
+pytestmark = pytest.mark.usefixtures("shared_translations")
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def traced_with_dead_rows() -> fxprune.TracedModule:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].weight[2:4] = model[0].bias[2:4] = 0
+    return fxprune.trace(model.eval(), X)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory, shared_translations: None) -> Path:
+    return to_onnx(traced_with_dead_rows(), tmp_path_factory.mktemp("names") / "model.onnx", verify=False).path
+
+
+def _removed(**options: Any) -> tuple[int, int]:
+    traced = traced_with_dead_rows()
+    return remove(traced, analyze(traced, align=1), **options).macs
+
+
+def _removed_by_a_pass(**options: Any) -> tuple[int, int]:
+    traced = traced_with_dead_rows()
+    RemoveChannels(align=1, **options)(traced)
+    assert traced.plan is not None
+    return traced.plan.macs
+
+
+def _measured(file: Path, **options: Any) -> list[str]:
+    return [latency.name for latency in bench([file], rounds=1, warmup=0, **options)]
+
+
+RENAMED: dict[str, tuple[Callable[..., object], dict[str, Any], dict[str, Any], object]] = {
+    "verify of remove": (_removed, {"check": False}, {"verify": False}, (0, 0)),
+    "verify of RemoveChannels": (_removed_by_a_pass, {"check": False}, {"verify": False}, (0, 0)),
+    "providers of bench": (
+        _measured, {"provider": "CPUExecutionProvider"}, {"providers": ["CPUExecutionProvider"]}, ["model.onnx"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RENAMED.values(), ids=RENAMED)
+def test_the_option_works_under_both_names_and_the_old_one_warns(case: Any, file: Path) -> None:
+    call, old, new, wanted = case
+    arguments = (file,) if call is _measured else ()
+    assert call(*arguments, **new) == wanted
+    ((before, _),), ((now, _),) = old.items(), new.items()
+    with pytest.warns(DeprecationWarning, match=f"^{before} of .* is called {now} now") as caught:
+        assert call(*arguments, **old) == wanted
+    assert caught[0].filename == __file__
+    with pytest.raises(ArgumentTypeError, match=f"Leave {before} out"):
+        call(*arguments, **old, **new)
+
+
+def test_a_renamed_option_is_not_in_the_signature() -> None:
+    @renamed("old", "new", str)
+    def function(new: str = "") -> str:
+        return new
+
+    assert list(inspect.signature(function).parameters) == ["new"]
+    assert function("a") == function(new="a") == "a"
+    assert "provider" not in inspect.signature(bench).parameters
+    assert "check" not in inspect.signature(RemoveChannels).parameters
+
+
+def test_a_provider_that_is_no_list_is_refused(file: Path) -> None:
+    with pytest.raises(ArgumentTypeError, match=r"a list is needed, \['CPUExecutionProvider'\]"):
+        bench([file], providers="CPUExecutionProvider")
+
+
+WRONG: dict[str, Callable[[fxprune.TracedModule], object]] = {
+    "to_onnx": lambda traced: to_onnx(traced, "model.bin"),
+    "to_program": lambda traced: to_program(traced, "model.onnx"),
+    "to_torchscript": lambda traced: to_torchscript(traced, Path("model")),
+    "compare": lambda traced: fxprune.compare(traced, "model.txt", inputs=X),
+    "inspect": lambda traced: fxprune.export.inspect("model.pt"),
+    "export on the command line": lambda traced: cli.export("torch.nn:Identity", Path("a.txt"), ["2x3"]),
+}
+
+
+@pytest.mark.parametrize("call", WRONG.values(), ids=WRONG)
+def test_a_wrong_ending_of_a_file_name_is_one_error(
+    call: Callable[[fxprune.TracedModule], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SuffixError, match=r"^'.*' was to be \w+.*; the name must end in .*, by which the format is"):
+        call(traced_with_dead_rows())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_error_of_a_wrong_ending_is_what_each_function_raised_before() -> None:
+    for kind in (ExportError, CompareError, ArgumentError, ValueError):
+        assert issubclass(SuffixError, kind)
