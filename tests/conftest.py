@@ -67,11 +67,16 @@ def pytorchcv_model(_torchvision_operators: object) -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def shared_translations() -> Iterator[None]:
-    """One table of ONNX translations for all exports: torch builds it anew in each, two thirds of a small one."""
+    """One table of ONNX translations, and one of composite operators, for all exports.
+
+    torch builds them anew in each, which is three quarters of a small one.
+    """
+    import torch._export.utils as tables
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        patch.setattr(tables, "_materialize_cpp_cia_ops", functools.cache(tables._materialize_cpp_cia_ops))
         yield
 
 

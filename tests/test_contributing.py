@@ -68,6 +68,7 @@ def test_the_tests_of_the_walk_throughs_pass(followed: Path) -> None:
     assert re.search(r"^3 passed", found.stdout, re.MULTILINE), found.stdout
 
 
+@pytest.mark.slow
 def test_the_test_of_each_walk_through_fails_without_its_code(tmp_path: Path) -> None:
     blocks = [block for walk in WALKS.values() for block in walk]
     found = run_added_tests(follow([block for block in blocks if is_test(block)], tmp_path / "tree"))

@@ -21,6 +21,7 @@ import fxprune
 from fxprune.errors import CompareError, ExportError
 from fxprune.export import Call, compare, to_onnx, to_program, to_torchscript
 from fxprune.export.node_values import GraphValues
+from tests.chains import lengthen
 from tests.networks import NETWORKS
 
 # the node that a wrong weight shows at: in the ONNX file batch norm is part of the convolution
@@ -159,22 +160,14 @@ class Increment(nn.Module):
 
 def test_a_piece_may_be_a_long_chain() -> None:
     traced = fxprune.trace(Increment(), (torch.zeros(2),), modes=("eval",))
-    graph = traced.graphs["eval"]
-    (last,) = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
-    output = graph.output_node()
-    for _ in range(1099):
-        with graph.inserting_before(output):
-            following = graph.call_function(last.target, (last, 1))
-        following.meta = dict(last.meta)
-        last = following
-    output.args = ((last,),)
+    last = lengthen(traced.graphs["eval"], torch.ops.aten.add.Tensor, 1200)
     values = GraphValues(traced, Call((torch.zeros(2),), {}))
-    assert values.values[last.name].tolist() == [1100.0, 1100.0]
-    piece = values.piece(last.name, {list(values.computed)[99]: torch.full((2,), 7.0)})
+    assert values.values[last].tolist() == [1200.0, 1200.0]
+    piece = values.piece(last, {list(values.computed)[99]: torch.full((2,), 7.0)})
     assert [tensor.tolist() for tensor in piece.tensors.values()] == [[7.0, 7.0]]
     found: dict[str, Any] = {"torch": torch}
     exec(piece.code, found)  # the code that a script holds
-    assert found["SIDE"](*piece.tensors.values()).tolist() == [1007.0, 1007.0]
+    assert found["SIDE"](*piece.tensors.values()).tolist() == [1107.0, 1107.0]
 
 
 # ---- float64

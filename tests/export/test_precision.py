@@ -203,9 +203,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     images, labels = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16, torch.tensor(found.target)
     test, own = torch.randperm(len(images)).split([600, len(images) - 600])
     traced = fxprune.trace(DigitNet(), images[own[:2]])
-    fit(traced, images[own], labels[own], 5, 0.1)
+    fit(traced, images[own], labels[own], 3, 0.1)
     fxprune.prune.channels(traced, macs=0.5)
-    fit(traced, images[own], labels[own], 3, 0.05)
+    fit(traced, images[own], labels[own], 2, 0.1)
     final, folder = fxprune.finalize(traced), tmp_path_factory.mktemp("digits")
     files = {
         "float32": to_onnx(final, folder / "float32.onnx"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -76,16 +74,12 @@ def test_deprecations_of_the_tools_are_dropped_and_others_are_not() -> None:
     assert [str(warning.message) for warning in caught] == ["own"]
 
 
-SCRIPT = """
-import logging
-from fxprune.export.quiet import quiet
-with quiet():
-    logging.warning("hidden")  # installs a handler for good where there is none
-assert logging.root.handlers == [], logging.root.handlers
-logging.getLogger("application").warning("shown")
-"""
-
-
-def test_without_handlers_none_is_left_behind() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "shown\n")
+def test_without_handlers_none_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with quiet():
+        logging.warning("hidden")  # installs a handler for good where there is none
+    assert logging.root.handlers == []
+    logging.getLogger("application").warning("shown")
+    assert capsys.readouterr().err == "shown\n"

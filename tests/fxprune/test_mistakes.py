@@ -37,6 +37,7 @@ from fxprune.errors import (
 )
 from fxprune.graph.text import text
 
+pytestmark = pytest.mark.usefixtures("shared_translations")
 IMAGES, LABELS = torch.randn(4, 3, 8, 8), torch.randint(10, (4,))
 LOADER = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.randint(10, (8,))), 4)
 L1 = torch_prune.L1Unstructured

@@ -51,7 +51,8 @@ def test_masks_norms_and_state_come_back(
 @pytest.mark.parametrize("key", [key for key in NETWORKS if key != "residual"])  # which is `captured`
 def test_networks_without_their_code(tmp_path: Path, key: str) -> None:
     build, sample, names = NETWORKS[key]
-    traced = fxprune.trace(build(), (sample(2),))
+    free = key in ("mlp", "embedding")  # a fixed batch is captured in half of the time
+    traced = fxprune.trace(build(), (sample(2),), dynamic_shapes="batch" if free else None)
     for name in names:
         fxprune.prune.l1_unstructured(traced, name, amount=0.5)
     fxprune.save(traced, tmp_path / "m")
@@ -64,7 +65,7 @@ def test_networks_without_their_code(tmp_path: Path, key: str) -> None:
         mode: text(graph) for mode, graph in loaded.graphs.items()
     }
     assert_same_state(again, traced, "loaded twice")
-    assert_twin(loaded, traced, (sample(3),))
+    assert_twin(loaded, traced, (sample(3 if free else 2),))
 
 
 @pytest.mark.parametrize("layer", ["transposed2d", "lstm"])
@@ -76,7 +77,7 @@ def test_parametrizations_that_the_model_carries(tmp_path: Path, layer: str) -> 
         parametrizations.spectral_norm(*locate(model, name))
         return model
 
-    traced = fxprune.trace(touched(), args)
+    traced = fxprune.trace(touched(), args, dynamic_shapes="batch" if layer == "transposed2d" else None)
     fxprune.save(traced, tmp_path / "m")
     assert_twin(fxprune.load(tmp_path / "m"), traced, args)
     loaded = fxprune.load(tmp_path / "m", touched())

@@ -11,6 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fxprune
 from fxprune.channels import analyze
+from tests.chains import lengthen
 from tests.fxprune.channels.exactness import EXACT, error
 from tests.fxprune.channels.layers import Net, zero_rows
 
@@ -41,16 +42,12 @@ def test_a_recurrent_layer_of_one_unit_is_finalized(kind: type[nn.RNN]) -> None:
 
 
 def test_a_dead_branch_of_any_length_goes() -> None:
-    def forward(self: Net, x: Tensor) -> Tensor:
-        branch = self.dead(x)
-        for _ in range(1200):
-            branch = branch.relu()
-        return self.out(x + branch)
-
-    model = Net(forward, dead=nn.Linear(3, 3), out=nn.Linear(3, 2))
+    model = Net(lambda self, x: self.out(x + self.dead(x).relu()), dead=nn.Linear(3, 3), out=nn.Linear(3, 2))
     zero_rows(model.dead, 0, 1, 2, bias=True)
     x = torch.randn(2, 3).double()
-    final = fxprune.finalize(fxprune.trace(model.double().eval(), (x,), modes=("eval",), dynamic_shapes=None))
+    traced = fxprune.trace(model.double().eval(), (x,), modes=("eval",), dynamic_shapes=None)
+    lengthen(traced.graphs["eval"], torch.ops.aten.relu.default, 1200)
+    final = fxprune.finalize(traced)
     assert "dead.weight" not in final.state_dict()
     with torch.no_grad():
         assert error(model(x), final(x)) < EXACT
