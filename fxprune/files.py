@@ -39,7 +39,8 @@ def check_suffix(path: str | os.PathLike[str], *suffixes: str, what: str, cure: 
     """
     if isinstance(path, str | os.PathLike) and Path(path).suffix not in suffixes:
         wanted = " or ".join([", ".join(suffixes[:-1]), suffixes[-1]] if len(suffixes) > 1 else suffixes)
-        told = f"'{path}' was to be {what}; the name must end in {wanted}, by which the format is known. {cure}"
+        found = ", but it is a folder" if Path(path).is_dir() else ""
+        told = f"'{path}' was to be {what}{found}; the name must end in {wanted}, by which the format is known. {cure}"
         raise SuffixError(told.rstrip())
 
 
