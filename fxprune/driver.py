@@ -35,7 +35,7 @@ from fxprune.passes import (
     run_passes,
 )
 from fxprune.passes.base import Callback, Pass
-from fxprune.passes.insert_parametrization import InsertParametrization
+from fxprune.passes.insert_parametrization import InsertParametrization, InsertParametrizations
 
 
 def run(traced: TracedModule, *pipeline: Pass) -> None:
@@ -51,12 +51,15 @@ def insert_masks(traced: TracedModule, masks: Mapping[str, torch.Tensor]) -> Non
 
 def insert_norms(traced: TracedModule, steps: Sequence[InsertParametrization]) -> None:
     """Insert several norms. Each leaves its options, by which a checkpoint inserts it again."""
-    run(traced, *steps)
+    run(traced, InsertParametrizations(tuple(steps)))
     for step in steps:
-        owner, tensor = locate(traced, step.parameter)
-        holder = owner.get_submodule(f"parametrizations.{tensor}")
-        options = {name: value for name, value in vars(step).items() if name != "parameter"}
-        set_provenance(holder, replace(provenance_of(holder), options={"kind": step.name} | options))
+        _keep_options(traced, step)
+
+
+def _keep_options(traced: TracedModule, step: InsertParametrization) -> None:
+    owner, tensor = locate(traced, step.parameter)
+    holder = owner.get_submodule(f"parametrizations.{tensor}")
+    set_provenance(holder, replace(provenance_of(holder), options={"kind": step.name} | step.options))
 
 
 def fold(traced: TracedModule, *names: str) -> None:
@@ -126,7 +129,9 @@ def _parametrize(traced: TracedModule, name: str, build: Callable[[str], InsertP
             "Name one of these, or remove the present one first."
         )
     require_parameter(traced, name)
-    insert_norms(traced, [build(one_name(_parameter_names(traced), name))])
+    step = build(one_name(_parameter_names(traced), name))
+    run(traced, step)
+    _keep_options(traced, step)
     return traced
 
 

@@ -1,10 +1,13 @@
-"""Insert a `torch.nn.utils.parametrize` parametrization: the shared work of weight norm and spectral norm."""
+"""Insert `torch.nn.utils.parametrize` parametrizations: the shared work of weight norm and spectral norm."""
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -13,7 +16,7 @@ from fxprune.errors import ArgumentError, PruningError
 from fxprune.graph.containers import Container, provenance_of, share_contents
 from fxprune.graph.editing import erase_dead, splice
 from fxprune.graph.mutation import is_mutating
-from fxprune.graph.names import locate
+from fxprune.graph.names import locate, tensors_of
 from fxprune.graph.parameter_reads import ParameterReads, replace_reads
 from fxprune.graph.traced import TracedModule
 
@@ -32,7 +35,15 @@ class InsertParametrization(Pass, abc.ABC):
 
     @abc.abstractmethod
     def register(self, host: nn.Module, name: str, owner: Container | TracedModule) -> None:
-        """Let torch parametrize `host`'s parameter `name`; `owner` is the container that it comes from."""
+        """Let torch parametrize `host`'s parameter `name`; `owner` is the container that it comes from.
+
+        What is computed from the registered tensors depends on `options` and the class of `owner` alone.
+        """
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the parametrization is to be, whatever the parameter."""
+        return {name: value for name, value in vars(self).items() if name != "parameter"}
 
     def requires(self, traced: TracedModule) -> None:
         owner, name = locate(traced, self.parameter)
@@ -43,52 +54,106 @@ class InsertParametrization(Pass, abc.ABC):
             )
 
     def run(self, traced: TracedModule) -> bool:
-        owner, name = locate(traced, self.parameter)
+        return _insert(traced, (self,))
+
+
+@dataclass(frozen=True)
+class InsertParametrizations(Pass):
+    """Several parametrizations, none on what another one makes: one capture for all that differ in tensors alone.
+
+    Args:
+        steps: one for each parameter.
+
+    Example:
+        >>> InsertParametrizations((InsertWeightNorm("0.weight"), InsertWeightNorm("2.weight")))(traced).modified
+        True
+    """
+
+    steps: tuple[InsertParametrization, ...]
+    name: ClassVar[str] = "insert-parametrizations"
+
+    def requires(self, traced: TracedModule) -> None:
+        for step in self.steps:
+            step.requires(traced)
+
+    def run(self, traced: TracedModule) -> bool:
+        return _insert(traced, self.steps)
+
+
+def _insert(traced: TracedModule, steps: Sequence[InsertParametrization]) -> bool:
+    """Insert parametrizations, with one walk over the graphs; returns whether there were any."""
+    reads = {mode: ParameterReads(traced, graph) for mode, graph in traced.graphs.items()}
+    captures: dict[Hashable, TracedModule] = {}
+    for step in steps:
+        owner, name = locate(traced, step.parameter)
         assert isinstance(owner, Container | TracedModule)
-        listed = self._registered(owner, name, traced.training)
-        _refuse_another_draw(self, owner, listed)
-        expression = trace(listed, modes=traced.modes)
-        reads = {mode: ParameterReads(traced, graph) for mode, graph in traced.graphs.items()}
-        path = _hold(owner, name, expression, self.parameter)
+        listed = _registered(step, owner, name, traced.training)
+        _refuse_another_draw(step, owner, listed)
+        form = _form(step, owner, listed)
+        if form not in captures:
+            captures[form] = trace(listed, modes=traced.modes)
+        path = _hold(owner, name, captures[form], listed, step.parameter)
+        # eager evaluates a parametrization at every read; attention and recurrent layers have several a call
+        count = provenance_of(owner).reads.get(name, 1)
         for mode, graph in traced.graphs.items():
-            # eager evaluates a parametrization at every read; attention and recurrent layers have several a call
-            count = provenance_of(owner).reads.get(name, 1)
-            self._replace(graph, reads[mode], expression.graphs[mode], path, count, needed=mode == "eval")
-            erase_dead(graph)
-        traced.train(traced.training)
-        return True
+            _replace(step, graph, reads[mode], captures[form].graphs[mode], path, count, needed=mode == "eval")
+    for graph in traced.graphs.values():
+        erase_dead(graph)
+    traced.train(traced.training)
+    return bool(steps)
 
-    def _registered(self, owner: Container | TracedModule, name: str, training: bool) -> ParametrizationList:
-        """The parametrization, registered on a module of its own."""
-        host = nn.Module()
-        host.register_parameter(name, owner._parameters[name])
-        host.train(training)
-        try:
-            self.register(host, name, owner)
-        except (TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise ArgumentError(f"{self.name} of {self.parameter!r}: {error}") from error
-        listed = host.parametrizations[name]  # type: ignore[index]
-        assert isinstance(listed, ParametrizationList)
-        return listed
 
-    def _replace(
-        self, graph: fx.Graph, reads: ParameterReads, expression: fx.Graph, path: str, count: int, *, needed: bool
-    ) -> None:
-        """Replace the reads in one graph; `count` is how often eager evaluates the expression in a forward.
+def _registered(
+    step: InsertParametrization, owner: Container | TracedModule, name: str, training: bool
+) -> ParametrizationList:
+    """The parametrization, registered on a module of its own."""
+    host = nn.Module()
+    host.register_parameter(name, owner._parameters[name])
+    host.train(training)
+    try:
+        step.register(host, name, owner)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise ArgumentError(f"{step.name} of {step.parameter!r}: {error}") from error
+    listed = host.parametrizations[name]  # type: ignore[index]
+    assert isinstance(listed, ParametrizationList)
+    return listed
 
-        `needed`: finalize needs the value, though the graph may not.
-        """
-        calls, nodes = reads.calls(self.parameter), reads.nodes(self.parameter)
-        if count == sum(map(len, calls)):
-            calls = [[user] for users in calls for user in users]
-        repeats = max(1, count // max(1, len(calls))) if any(map(is_mutating, expression.nodes)) else 1
-        if needed and not calls:
-            calls = [[graph.output_node()]]
 
-        def build(graph: fx.Graph) -> fx.Node:
-            return [splice(graph, expression, lambda target: path + target)[0] for _ in range(repeats)][-1]
+def _form(step: InsertParametrization, owner: Container | TracedModule, listed: ParametrizationList) -> Hashable:
+    """What the graphs of a parametrization depend on: they compute the same for all that have this in common."""
+    tensors = tuple((name, *_layout(tensor)) for name, tensor in tensors_of(listed).items())
+    return type(step), repr(step.options), provenance_of(owner).source_class, tensors
 
-        replace_reads(graph, calls, nodes, build, self.origin(self.parameter), path[:-1])
+
+def _layout(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    return type(tensor), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _replace(
+    step: InsertParametrization,
+    graph: fx.Graph,
+    reads: ParameterReads,
+    expression: fx.Graph,
+    path: str,
+    count: int,
+    *,
+    needed: bool,
+) -> None:
+    """Replace the reads in one graph; `count` is how often eager evaluates the expression in a forward.
+
+    `needed`: finalize needs the value, though the graph may not.
+    """
+    calls, nodes = reads.calls(step.parameter), reads.nodes(step.parameter)
+    if count == sum(map(len, calls)):
+        calls = [[user] for users in calls for user in users]
+    repeats = max(1, count // max(1, len(calls))) if any(map(is_mutating, expression.nodes)) else 1
+    if needed and not calls:
+        calls = [[graph.output_node()]]
+
+    def build(graph: fx.Graph) -> fx.Node:
+        return [splice(graph, expression, lambda target: path + target)[0] for _ in range(repeats)][-1]
+
+    replace_reads(graph, calls, nodes, build, step.origin(step.parameter), path[:-1])
 
 
 def _refuse_another_draw(
@@ -106,12 +171,21 @@ def _refuse_another_draw(
         )
 
 
-def _hold(owner: nn.Module, name: str, expression: TracedModule, parameter: str) -> str:
-    """Move the state of a captured parametrization to torch's place for it; returns the prefix of its names."""
+def _hold(owner: nn.Module, name: str, captured: TracedModule, listed: ParametrizationList, parameter: str) -> str:
+    """Put the state of a parametrization to torch's place for it; returns the prefix of its names."""
     del owner._parameters[name]
     parametrizations = owner._modules.setdefault("parametrizations", Container())
     assert parametrizations is not None
-    holder = Container()
-    share_contents(holder, expression)
-    parametrizations._modules[name] = holder
+    parametrizations._modules[name] = holder = Container()
+    _fill(holder, captured, listed)
     return parameter.removesuffix(name) + f"parametrizations.{name}."
+
+
+def _fill(holder: Container, captured: nn.Module, registered: nn.Module) -> None:
+    """Give a container what a captured parametrization holds, with the tensors of another one of its form."""
+    share_contents(holder, captured)
+    share_contents(holder, registered)
+    for name, child in registered.named_children():
+        known = captured.get_submodule(name)
+        holder._modules[name] = part = Container(provenance_of(known))
+        _fill(part, known, child)
