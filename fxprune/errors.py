@@ -13,6 +13,7 @@ __all__ = [
     "EvalOnlyWarning",
     "ExportError",
     "FinalizeError",
+    "FixedSizeWarning",
     "FxpruneError",
     "FxpruneWarning",
     "InputError",
@@ -98,6 +99,10 @@ class FxpruneWarning(UserWarning):
 
 class BatchSpecializedWarning(FxpruneWarning):
     """The model is not polymorphic in its batch: the capture holds for the sample's batch size only."""
+
+
+class FixedSizeWarning(FxpruneWarning):
+    """An axis left to `torch.export.Dim.AUTO` was fixed: the capture holds for the sample's size alone there."""
 
 
 class EvalOnlyWarning(FxpruneWarning):

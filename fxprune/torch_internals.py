@@ -23,6 +23,7 @@ from torch.export import Dim
 from torch.export.dynamic_shapes import _DerivedDim as DerivedDim
 from torch.export.dynamic_shapes import _DimHint as DimHint
 from torch.export.pt2_archive._package import load_pt2
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.graph import _PyTreeInfo as PyTreeInfo
 from torch.nn.modules.batchnorm import _NormBase as NormBase
@@ -68,6 +69,7 @@ __all__ = [
     "schema_of",
     "size_expression",
     "size_function",
+    "sizes_watched",
     "state_of_generated_code",
     "step_pre_hooks",
     "symbol_ranges",
@@ -76,8 +78,10 @@ __all__ = [
     "weights_gathered_if",
 ]
 
-# They print the stack of a capture that fails, which raises its error besides.
-LOGGERS_OF_FAILED_CAPTURES = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+# They print the stack of a capture that fails, which raises its error besides, and tell of sizes that were fixed.
+LOGGERS_OF_FAILED_CAPTURES = (
+    "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils",
+)  # fmt: skip
 
 
 # ---- graphs
@@ -161,6 +165,35 @@ def derived_dimension(dimension: Any) -> tuple[Dim, int, int] | None:
 def dimension_hint(dimension: Any) -> str | None:
     """Which of `torch.export.Dim`'s hints this is, such as "AUTO" or "DYNAMIC"; None of a named dimension."""
     return str(dimension.type.name) if isinstance(dimension, DimHint) else None
+
+
+@contextlib.contextmanager
+def sizes_watched(seen: Callable[[list[str], int | None], None]) -> Iterator[None]:
+    """Call `seen` whenever a capture learns something of free sizes, with the model's frames on the stack.
+
+    It gets the names of the sizes, as in "L['x'].size()[1]", and the number that the first is fixed to; None where they
+    must be equal, or must meet some other condition.
+    """
+    environment: Any = ShapeEnv
+    replace, condition = environment._set_replacement, environment._log_guard
+
+    def sources(env: Any, symbols: Iterable[Any]) -> list[str]:
+        found = (source.name for symbol in symbols for source in env.var_to_sources.get(symbol, ()))
+        return [name if isinstance(name, str) else name() for name in found]
+
+    def replaced(env: Any, symbol: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        seen(sources(env, [symbol, *value.free_symbols]), int(value) if value.is_Integer else None)
+        return replace(env, symbol, value, *args, **kwargs)
+
+    def conditioned(env: Any, prefix: str, guard: Any, *args: Any, **kwargs: Any) -> Any:
+        seen(sources(env, guard.free_symbols), None)
+        return condition(env, prefix, guard, *args, **kwargs)
+
+    environment._set_replacement, environment._log_guard = replaced, conditioned
+    try:
+        yield
+    finally:
+        environment._set_replacement, environment._log_guard = replace, condition
 
 
 def size_expression(size: torch.SymInt) -> sympy.Expr:

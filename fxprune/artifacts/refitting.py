@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,7 @@ from fxprune import driver
 from fxprune.artifacts.header import Header
 from fxprune.artifacts.reading import Checkpoint
 from fxprune.capture.front_end import trace
-from fxprune.errors import ArtifactError, FxpruneError
+from fxprune.errors import ArtifactError, FixedSizeWarning, FxpruneError
 from fxprune.graph.containers import Provenance
 from fxprune.graph.masks import mask_name
 from fxprune.graph.names import exists, join, tensor_at, tensors_of
@@ -57,9 +58,10 @@ def _traced(checkpoint: Checkpoint, model: nn.Module) -> TracedModule:
     """A traced copy of the model, which shares nothing with it."""
     if not isinstance(model, TracedModule):
         args, kwargs = checkpoint.inputs
-        model = trace(
-            model, args, kwargs, dynamic_shapes=checkpoint.dynamic_shapes, modes=checkpoint.header.modes
-        )  # fmt: skip
+        shapes = checkpoint.dynamic_shapes
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FixedSizeWarning)  # said when the module was traced that was saved
+            model = trace(model, args, kwargs, dynamic_shapes=shapes, modes=checkpoint.header.modes)
     return copy.deepcopy(model)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import traceback
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxprune.capture.free_axes import FreeAxis, SizeLog
+from fxprune.capture.places import place_of_error
 from fxprune.capture.protection import attributes_kept, generators_kept
 from fxprune.capture.sample import Sample
 from fxprune.errors import CaptureError, SampleError
 from fxprune.graph.snapshot import preserved
+from fxprune.reports import first_of
 
 _ON_VALUES = (
     "compute what depends on tensor values by tensor operations (torch.where, torch.cond), keep `.item()`, `.numpy()` "
@@ -35,19 +39,24 @@ _VALUE_CLASSES = ("GuardOnDataDependentSymNode", "DataDependentOutputException",
 _VALUE_TEXTS = ("data-dependent", "data dependent", ".numpy()", ".item()", "_local_scalar_dense", "torch.cond")
 
 
-def explained(error: Exception, model: nn.Module, mode: str, *, sizes_given: bool) -> CaptureError:
+def explained(
+    error: Exception, model: nn.Module, mode: str, axes: Sequence[FreeAxis] | None, sizes: SizeLog
+) -> CaptureError:
     """The error of a capture that failed, with its place and the advice for its cause.
 
     Args:
         error: what torch, or the model's own code, raised.
         model: what was captured.
         mode: in which mode.
-        sizes_given: whether the caller gave a structure of dynamic shapes.
+        axes: those that the caller wants free by a structure of dynamic shapes, None without one.
+        sizes: what the capture learned of free sizes.
     """
+    if axes and "Constraints violated" in str(error):
+        return _not_free(error, model, mode, axes, sizes)
     reason = _first_line(error)
     return CaptureError(
         f"{type(model).__name__} was to be captured in {mode} mode and cannot be{_place(error, model)}: "
-        f"{type(error).__name__}: {reason} Work around: {_advice(error, sizes_given)}"
+        f"{type(error).__name__}: {reason} Work around: {_advice(error, axes is not None)}"
     )
 
 
@@ -64,6 +73,54 @@ def _advice(error: Exception, sizes_given: bool) -> str:
     if sizes_given and ("dynamic_shapes" in text or "Constraint" in kind or "constraint" in text):
         return _ON_SIZES
     return _ON_OTHERS
+
+
+def _not_free(error: Exception, model: nn.Module, mode: str, axes: Sequence[FreeAxis], sizes: SizeLog) -> CaptureError:
+    """The error of a capture whose model does not leave sizes free: which ones, and the lines that fix them."""
+    wanted = [axis for axis in axes if not axis.is_auto]
+    fixed = {axis: why for axis in wanted if (why := sizes.why_fixed(axis))}
+    asked = f"{type(model).__name__} was to be captured in {mode} mode with free sizes and cannot be"
+    if fixed:
+        told = "; ".join(f"{axis} is fixed {why}" for axis, why in fixed.items())
+        cures = dict.fromkeys(map(unfixed, fixed))
+        return CaptureError(f"{asked}: {told}. To have it free, {', or '.join(cures)}; to have it fixed, {_LEFT_OUT}.")
+    violations, _, suggested = str(error).partition("Suggested fixes:")
+    reasons = [_told(line, wanted) for line in violations.splitlines() if line.startswith("  - ")]
+    where = sizes.where_conditioned([axis for axis in wanted if axis.dimension in _names_in(violations)] or wanted)
+    lines = [line.strip() for line in suggested.strip().split("\n\n")[0].splitlines() if line.strip()]
+    told = first_of(reasons, 2) or _first_line(error)
+    told += f". Sizes are asked about at {where}" if where else ""
+    cure = f"Give the dimensions that torch.export suggests: {'; '.join(lines)}. Or let" if lines else "Let"
+    return CaptureError(f"{asked}: {told}. {cure} these lines take any size; to have one fixed, {_LEFT_OUT}.")
+
+
+_LEFT_OUT = "leave the axis out of `dynamic_shapes`"
+
+
+def _told(violation: str, axes: Sequence[FreeAxis]) -> str:
+    """A condition that torch.export found, in the names that the caller gave."""
+    text = violation.strip(" -.")
+    for axis in axes:
+        name = axis.dimension or str(axis)
+        text = text.replace(f"{name} = {axis.source}", name).replace(axis.source, name)
+        text = text.replace(f" and {name} <= IntInfinity()", "")
+    return re.sub(
+        r"Not all values of (.*) in the specified range satisfy the generated guard ",
+        r"the model asks of \1 that ",
+        text,
+    )
+
+
+def _names_in(violations: str) -> list[str]:
+    """The names of dimensions in "Constraints violated (n, m)!"."""
+    return violations.partition("(")[2].partition(")!")[0].split(", ")
+
+
+def unfixed(axis: FreeAxis) -> str:
+    """What to do for an axis to be free."""
+    if axis.is_constant:
+        return "give a sample of size 2 or more there"
+    return "let the code there take any size (from the input's own shape, without numbers or tensors of one size)"
 
 
 def eager_failure(model: nn.Module, sample: Sample, mode: str) -> SampleError | None:
@@ -109,12 +166,5 @@ def _described(sample: Sample) -> str:
 
 def _place(error: Exception, model: nn.Module) -> str:
     """The innermost module of the model, and its line, that the error passed through; '' where it is not known."""
-    names = {id(module): name for name, module in model.named_modules()}
-    place = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
-        called = frame.f_code.co_name
-        if id(owner) in names and called != "_call_impl" and not called.startswith("_wrapped"):
-            name = names[id(owner)] or "the root module"
-            place = f" at {name} ({type(owner).__name__}), {frame.f_code.co_filename}:{line}"
-    return place
+    place = place_of_error(error, model)
+    return f" at {place}" if place else ""

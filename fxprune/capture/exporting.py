@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxprune.capture.explaining import eager_failure, explained
+from fxprune.capture.explaining import eager_failure, explained, unfixed
+from fxprune.capture.free_axes import FreeAxis, SizeLog, fixed_axes, free_axes
 from fxprune.capture.protection import (
     Reads,
     attributes_kept,
@@ -24,7 +25,7 @@ from fxprune.capture.protection import (
 )
 from fxprune.capture.sample import Sample
 from fxprune.capture.structures import outputs_registered
-from fxprune.errors import BatchSpecializedWarning, CaptureError, EvalOnlyWarning
+from fxprune.errors import BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
 from fxprune.graph.traced import MODES
 
 _ASSIGNED = re.compile(r"The tensor attributes? (.*?) (?:was|were) assigned during export")
@@ -38,11 +39,13 @@ class Exported:
         program: what torch captured.
         assigned: the plain attributes that the forward assigned tensors to.
         reads: how often the forward read each attribute.
+        sizes: what was learned of free sizes, and where.
     """
 
     program: ExportedProgram
     assigned: frozenset[str]
     reads: Reads
+    sizes: SizeLog
 
 
 def export_modes(
@@ -56,7 +59,7 @@ def export_modes(
         CaptureError: no mode can be captured, or eval mode cannot; SampleError where eager fails on the sample too.
 
     Warns:
-        BatchSpecializedWarning, EvalOnlyWarning: as `trace`, whose caller they name.
+        BatchSpecializedWarning, FixedSizeWarning, EvalOnlyWarning: as `trace`, whose caller they name.
     """
     if dynamic_shapes != "batch":
         return _export_each(model, sample, modes, dynamic_shapes), sample
@@ -86,7 +89,26 @@ def _export_each(model: nn.Module, sample: Sample, modes: Sequence[str], shapes:
             exported[mode] = _export(model, sample, mode, shapes, sizes_given=shapes is not None)
         except CaptureError as error:
             _tolerate(eager_failure(model, sample, mode) or error, exported, stacklevel=5)
+    if shapes is not None:
+        _warn_of_fixed(free_axes(model, sample, shapes), sample, exported, stacklevel=5)
     return exported
+
+
+def _warn_of_fixed(axes: Sequence[FreeAxis], sample: Sample, exported: dict[str, Exported], *, stacklevel: int) -> None:
+    """Say of the axes left to torch.export which ones it fixed, each once."""
+    told: set[FreeAxis] = set()
+    for mode, found in exported.items():
+        for axis, size in fixed_axes([axis for axis in axes if axis.is_auto], found.program, sample).items():
+            if axis in told:
+                continue
+            told.add(axis)
+            why = found.sizes.why_fixed(axis) or f"to {size}"
+            warnings.warn(
+                f"{axis} was left to Dim.AUTO; in {mode} mode it is fixed {why}. The graph holds for that size alone. "
+                f"To have it free, {unfixed(axis)}; to have it fixed, leave it out of `dynamic_shapes`.",
+                FixedSizeWarning,
+                stacklevel=stacklevel,
+            )
 
 
 def _in_order(modes: Sequence[str]) -> Iterable[str]:
@@ -109,7 +131,9 @@ def _export_free(model: nn.Module, sample: Sample, mode: str) -> tuple[Exported 
             raise
         return None, f"cannot be free: {error}"
     if sample.free and sample.is_specialized(exported.program):
-        return None, "is fixed by the model"
+        axes = fixed_axes(free_axes(model, sample, sample.dynamic_shapes(model)), exported.program, sample)
+        places = [place for axis in axes if (place := exported.sizes.place_fixed(axis))]
+        return None, "is fixed by the model" + (f" at {places[0].quoted}" if places else "")
     return exported, ""
 
 
@@ -121,6 +145,7 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
         weights_reread(model),
         untied(model),
         counted_reads(model) as reads,
+        SizeLog.of(model) as sizes,
         outputs_registered(model),
         warnings.catch_warnings(record=True) as caught,
         torch.enable_grad(),
@@ -131,14 +156,15 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
             kwargs = dict(sample.kwargs) or None
             program = torch.export.export(model, sample.args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            raise explained(error, model, mode, sizes_given=sizes_given) from error
+            axes = free_axes(model, sample, shapes) if sizes_given else None
+            raise explained(error, model, mode, axes, sizes) from error
         draws = drawn()
     if draws:
         raise CaptureError(
             f"{type(model).__name__} draws from Python's or numpy's random generator in {mode} mode; the graph would "
             "repeat the numbers drawn at the capture. Draw by torch inside forward, or pass the numbers as inputs."
         )
-    return Exported(program, _assigned(caught), reads)
+    return Exported(program, _assigned(caught), reads, sizes)
 
 
 def _assigned(caught: list[warnings.WarningMessage]) -> frozenset[str]:

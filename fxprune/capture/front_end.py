@@ -58,12 +58,14 @@ def trace(
         A `TracedModule` in the model's mode, where that was captured.
 
     Raises:
-        CaptureError: the model cannot be captured faithfully; names module and line.
+        CaptureError: the model cannot be captured faithfully; names module and line, also where a size that is to be
+            free is fixed.
         SampleError: the model does not run on the sample: labels, arrays or a loader among it, other shapes, none.
         ArgumentError: `modes` or `dynamic_shapes` are not usable.
 
     Warns:
         BatchSpecializedWarning: the graph holds for the sample's batch size only.
+        FixedSizeWarning: an axis left to `Dim.AUTO` is fixed; names input, axis, size and the line that did it.
         EvalOnlyWarning: train mode cannot be captured; `.train()` will raise.
 
     Example:

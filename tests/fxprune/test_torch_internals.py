@@ -181,6 +181,27 @@ def test_load_pt2_reads_what_export_saves(program: torch.export.ExportedProgram)
 # ---- captures
 
 
+def test_sizes_watched_hears_of_sizes_that_are_fixed_or_conditioned_while_the_model_runs() -> None:
+    heard: list[tuple[list[str], int | None]] = []
+
+    class Asks(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            before = len(heard)
+            x = x.view(6) if y.shape[0] > 3 else x
+            assert len(heard) > before, "while the line runs"
+            return x
+
+    with internals.sizes_watched(lambda sources, value: heard.append((sources, value))):
+        shapes = {"x": {0: torch.export.Dim.AUTO}, "y": {0: torch.export.Dim.AUTO}}
+        torch.export.export(Asks(), (torch.ones(6), torch.ones(4)), dynamic_shapes=shapes, strict=False)
+    assert (["L['x'].size()[0]"], 6) in heard
+    assert (["L['y'].size()[0]"], None) in heard
+    count = len(heard)
+    shapes = {"x": {0: torch.export.Dim.AUTO}, "rest": {"y": {0: torch.export.Dim.AUTO}}}
+    torch.export.export(Named(), (torch.ones(6), {"y": torch.ones(6)}), dynamic_shapes=shapes, strict=False)
+    assert len(heard) == count
+
+
 def test_LOGGERS_OF_FAILED_CAPTURES_are_those_that_speak(caplog: pytest.LogCaptureFixture) -> None:
     class Branches(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

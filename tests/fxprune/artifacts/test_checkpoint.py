@@ -284,3 +284,15 @@ def test_save_load_train_on_equals_an_uninterrupted_run(
         optimizer.load_state_dict(rest["optimizer"])
         torch.set_rng_state(rest["generator"])
         assert list(_run(loaded, optimizer, data[4:])) == want, road
+
+
+def test_a_size_that_was_fixed_at_the_trace_is_not_told_of_again_at_each_load(tmp_path: Path) -> None:
+    class Fixes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.ones(6)
+
+    with pytest.warns(fxprune.errors.FixedSizeWarning, match="axis 1 of input `x`"):
+        traced = fxprune.trace(Fixes(), torch.randn(2, 6), dynamic_shapes={"x": {1: torch.export.Dim.AUTO}})
+    fxprune.save(traced, tmp_path / "m")
+    x = torch.randn(2, 6)
+    assert torch.equal(fxprune.load(tmp_path / "m", Fixes())(x), traced(x))
