@@ -349,7 +349,7 @@ CARRIED_ONLY: dict[str, Eager] = {
 
 FREE = ("linear", "conv2d")  # the layers that are captured for any batch
 # the layers that every system is tried on each time; the others are under `EVERYWHERE` alone, save with the slow tests
-QUICK_LAYERS = ("linear", "bias", "conv2d", "lstm")
+QUICK_LAYERS = ("linear", "bias", "conv2d")
 EVERYWHERE = "spectral norm"  # which must know a layer's dimension of outputs
 
 

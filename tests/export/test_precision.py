@@ -106,7 +106,7 @@ def test_int8_static_and_dynamic(
     assert not (tmp_path / "strict.onnx").exists()
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("precision", ["float32", "int8", pytest.param("float16", marks=pytest.mark.slow)])
 def test_sparse_initializers_make_the_file_smaller(export: Callable[..., ExportReport], precision: Any) -> None:
     options = {"precision": precision} if precision != "float32" else {}
     report, dense = export(**options, sparse=True), export(**options)
@@ -132,7 +132,7 @@ def test_what_is_not_sparse_enough_stays_dense(tmp_path: Path) -> None:
     assert not onnx.load(report.path).graph.sparse_initializer
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("precision", ["float16", "int8", pytest.param("float32", marks=pytest.mark.slow)])
 def test_weights_beside_the_file_in_every_precision(
     final: fxprune.TracedModule, tmp_path: Path, precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

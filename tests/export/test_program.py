@@ -73,6 +73,7 @@ assert not [name for name in sys.modules if name.startswith('fxprune') or name.e
 """
 
 
+@pytest.mark.slow
 def test_the_files_are_read_without_the_models_code(networks: dict[str, fxprune.TracedModule], tmp_path: Path) -> None:
     final, x = networks["residual"], torch.randn(3, 3, 6, 6)
     paths = [export(final, tmp_path / f"model{suffix}").path for suffix, export in FORMATS.items()]

@@ -48,7 +48,8 @@ def test_masks_norms_and_state_come_back(
     assert_twin(loaded, traced)
 
 
-@pytest.mark.parametrize("key", [key for key in NETWORKS if key != "residual"])  # which is `captured`
+# "residual" is `captured`, and recurrent layers come with parametrizations below
+@pytest.mark.parametrize("key", ["mlp", "encoder", "embedding", pytest.param("lstm", marks=pytest.mark.slow)])
 def test_networks_without_their_code(tmp_path: Path, key: str) -> None:
     build, sample, names = NETWORKS[key]
     free = key in ("mlp", "embedding")  # a fixed batch is captured in half of the time
@@ -244,6 +245,10 @@ def test_a_module_of_one_mode(tmp_path: Path, dense: fxprune.TracedModule) -> No
 # ---- training on
 
 
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, 0.05, momentum=0.9)
+
+
 def _run(
     traced: fxprune.TracedModule, optimizer: torch.optim.Optimizer, data: list[tuple[Tensor, Tensor]]
 ) -> Iterator[float]:
@@ -255,8 +260,15 @@ def _run(
         yield loss.item()
 
 
-@pytest.mark.parametrize("finalized", [False, True])
-@pytest.mark.parametrize("make", [torch.optim.Adam, lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)])
+@pytest.mark.parametrize(
+    ("make", "finalized"),
+    [
+        (torch.optim.Adam, False),
+        (momentum, True),
+        pytest.param(torch.optim.Adam, True, marks=pytest.mark.slow),
+        pytest.param(momentum, False, marks=pytest.mark.slow),
+    ],
+)
 def test_save_load_train_on_equals_an_uninterrupted_run(
     tmp_path: Path,
     traced: fxprune.TracedModule,

@@ -135,7 +135,9 @@ def test_layers_and_attributes_follow_and_the_given_model_stays() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::fxprune.errors.EvalConstantWarning")
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "encoder" else name for name in NETWORKS]
+)
 def test_mode_flags_and_train_behaviour_are_kept(name: str) -> None:
     build, inputs, names = NETWORKS[name]
     model = build()

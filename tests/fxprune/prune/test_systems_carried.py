@@ -52,7 +52,9 @@ def test_every_carried_system_follows_eager_beside_others(systems):
     assert_all_follow_eager(list(systems))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_carried_systems_follow_eager_in_each_dtype(dtype):
     assert_all_follow_eager(
         ["container of three", "legacy weight norm", "weight norm", "weight norm, dim -1", "legacy spectral norm",

@@ -55,7 +55,9 @@ def test_every_inserted_system_follows_eager_beside_others(systems):
     assert_all_follow_eager(list(systems))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_inserted_systems_follow_eager_in_each_dtype(dtype):
     assert_all_follow_eager(["container of three", "weight norm", "spectral norm"], dtype)
 
@@ -70,7 +72,9 @@ def _transposed():
     return model
 
 
-@pytest.mark.parametrize("system", ["ln structured", "bool mask", "weight norm", "spectral norm"])
+@pytest.mark.parametrize(
+    "system", ["ln structured", "weight norm", "spectral norm", pytest.param("bool mask", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("plain", "args"), [(_channels_last, LAYERS["conv2d"][1]), (_transposed, X)], ids=["channels_last", "transposed"]
 )
