@@ -293,9 +293,10 @@ def finalize(
     Args:
         traced: a traced module with an eval graph.
         shrink: whether to remove dead channels.
-        align: "auto" keeps dead channels so that counts at convolutions are multiples of 4, next to depthwise ones of
-            16 where that concerns no other layer (8 and 4 for fewer than 32 and 16 channels), which onnxruntime runs
-            faster; 1 removes all, an integer n keeps multiples of n.
+        align: "auto" takes out all that `fxprune.prune.channels` chose; of what others masked it keeps dead channels so
+            that counts at convolutions are multiples of 4, next to depthwise ones of 16 where that concerns no other
+            layer (8 and 4 for fewer than 32 and 16 channels), which onnxruntime runs faster; 1 removes all, an integer
+            n keeps multiples of n.
         fold_batch_norm: scale the layers before batch norms instead of running these; the result has no train graph.
         plan: a stored plan to carry out instead of an analysis: the result has its architecture.
         verify: compare the outputs on the sample inputs in eval mode, and count MACs on the way.
@@ -338,6 +339,7 @@ def finalize(
         steps.append(FoldBatchNorm())
     final = run_passes(copy.deepcopy(traced), tuple(steps), after).graph_module
     assert isinstance(final, TracedModule)
+    final.decide(())  # of masks that are folded
     final.record(final.plan, Origin(None if final.plan is traced.plan else final.plan, _sources(traced)))
     if broken := [name for name, p in final.named_parameters() if p.is_floating_point() and not p.isfinite().all()]:
         warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=2)

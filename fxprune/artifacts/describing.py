@@ -37,6 +37,7 @@ def described(traced: TracedModule) -> tuple[Header, Tensors]:
         dynamic_shapes=StoredTree.of(_dynamic_shapes(traced), dimension_to_data),
         plan=None if traced.plan is None else traced.plan.to_json(),
         sha256={},
+        decided=tuple(sorted(traced.decided)),
     )
     return header, blobs | samples
 

@@ -105,7 +105,8 @@ class Header:
     """All that a checkpoint says of a module beside its tensors and graphs.
 
     `masked` and `reparametrized` are names of parameters, `plan` is the JSON text of a channel plan, and `sha256` has
-    the digest of every other member of the file.
+    the digest of every other member of the file. `decided` are axes of parameters, as in `TracedModule.decided`; it is
+    left out where there are none.
     """
 
     version: str
@@ -120,11 +121,15 @@ class Header:
     dynamic_shapes: StoredTree
     plan: str | None
     sha256: dict[str, str]
+    decided: tuple[tuple[str, int], ...] = ()
 
     def to_json(self) -> str:
         """The header as JSON text."""
         modules = [module.to_json() for module in self.modules]
-        return json.dumps({"format": FORMAT} | asdict(self) | {"modules": modules})
+        fields = {"format": FORMAT} | asdict(self) | {"modules": modules}
+        if not self.decided:
+            del fields["decided"]
+        return json.dumps(fields)
 
     @classmethod
     def from_json(cls, data: Json) -> Header:
@@ -139,5 +144,6 @@ class Header:
                 "tensors": {name: StoredTensor(**tensor) for name, tensor in data["tensors"].items()},
                 "inputs": StoredTree(**data["inputs"]),
                 "dynamic_shapes": StoredTree(**data["dynamic_shapes"]),
+                "decided": tuple((name, int(axis)) for name, axis in data.get("decided", ())),
             }
         )

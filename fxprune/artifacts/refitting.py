@@ -51,6 +51,7 @@ def refitted(checkpoint: Checkpoint, model: nn.Module) -> TracedModule:
         if stored.is_first:
             checkpoint.fill(traced.get_submodule(stored.path), stored)
     traced.record(traced.plan)
+    traced.decide(checkpoint.header.decided)
     return traced.train(checkpoint.header.training)
 
 

@@ -22,6 +22,7 @@ def restored(checkpoint: Checkpoint) -> TracedModule:
     args, kwargs = checkpoint.inputs
     traced = TracedModule(root, graphs, args, kwargs, checkpoint.dynamic_shapes, training=header.training)
     traced.record(checkpoint.plan)
+    traced.decide(header.decided)
     return traced
 
 

@@ -41,7 +41,8 @@ def analyze(traced: TracedModule, *, align: str | int = "auto", keep_for_trainin
 
     Args:
         traced: a module with an eval graph; masks folded into its parameters.
-        align: "auto" keeps dead channels where counts at convolutions then run faster; an integer n, multiples of n.
+        align: "auto" keeps dead channels where counts at convolutions then run faster, `traced.decided` axes aside; an
+            integer n, multiples of n.
 
         keep_for_training: whether what is constant in eval mode alone stays.
 
@@ -59,14 +60,14 @@ def analyze(traced: TracedModule, *, align: str | int = "auto", keep_for_trainin
     require_eval(traced, "removing channels")
     relations = couple(traced, traced.graphs)
     fixed, reached = constants.find(relations)
-    live = Liveness(relations, align, reached)
+    live = Liveness(relations, align, reached, traced.decided)
     passing = eval_only.find(relations, live.alive, reached, fixed)
     left_alone: list[constants.Constant] = []
     while keep_for_training and passing.channels:
         left_alone += passing.constants
         relations = eval_only.pinned(relations, passing)
         fixed, reached = constants.find(relations, left_alone)
-        live = Liveness(relations, align, reached)
+        live = Liveness(relations, align, reached, traced.decided)
         passing = eval_only.find(relations, live.alive, reached, fixed)
     plan = ChannelPlan(parameters=(parameter_count(traced), 0), constants=tuple(fixed))
     plan.eval_only = dict(passing.channels)

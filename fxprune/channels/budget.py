@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fxprune.channels.alignment import fast_multiple
+from fxprune.channels.alignment import BLOCK, FINEST, fast_multiple
 from fxprune.channels.groups import WHOLE_KINDS, ChannelGroup, Grouping, Scores, steps_of
 from fxprune.channels.ids import Mask, Vector
 from fxprune.errors import ArgumentError, PruningError
 
 # what moving an element takes, in MACs: fitted to the layers of a MobileNetV2 in onnxruntime (one thread, AVX2)
 MOVED = 11.0
-# the score that a stair of another ladder may have at most, relative to the stair whose place it takes
-ALIKE = 1.5
+# what the layers of channels cost outside the layout of blocks, as a share of their MACs: measured with 19 to 61 of 64
+UNBLOCKED = 1.4
 
 
 def slice_scores(grouping: Grouping, score: Callable[[str, int, str], torch.Tensor | None]) -> Scores:
@@ -47,14 +47,11 @@ class Rounding:
         to: "auto" and "fine" are multiples that run fast for convolutions, 1 elsewhere; an integer, its multiples.
         most: largest share of the steps that is taken.
         least: units that every group keeps.
-        timed: a group whose MACs take more time than the average ends a multiple below the nearest, one whose take
-            less a multiple above it: the same MACs in less time.
     """
 
     to: int | str
     most: float
     least: int
-    timed: bool = False
 
     def multiple(self, group: ChannelGroup) -> int:
         """What the number of units that stay should be a multiple of; with heads, that of the channels within."""
@@ -63,6 +60,12 @@ class Rounding:
         if isinstance(self.to, int):
             return self.to
         return fast_multiple(group.size, fine=self.to == "fine") if group.aligned else 1
+
+    def multiple_of_steps(self, groups: Sequence[ChannelGroup]) -> int:
+        """What the number of steps that are left should be a multiple of, of groups that lose units together."""
+        multiples = [self.multiple(group) for group in groups]
+        shares = [max(1, int(group.share[0])) for group in groups]
+        return min(m // math.gcd(m, share) for m, share in zip(multiples, shares, strict=True))
 
     def steps_taken(self, groups: Sequence[ChannelGroup], steps: int, lean: float) -> Vector:
         """How many steps are taken when 1, 2, ... are asked for.
@@ -74,9 +77,7 @@ class Rounding:
         """
         stays = max(1, math.ceil(self.least * steps / min(g.size for g in groups)))
         most = max(0, min(math.floor(self.most * steps + 1e-9), steps - stays))
-        multiples = [self.multiple(group) for group in groups]
-        shares = [max(1, int(group.share[0])) for group in groups]
-        multiple = min(m // math.gcd(m, share) for m, share in zip(multiples, shares, strict=True))
+        multiple = self.multiple_of_steps(groups)
         wanted = np.minimum(np.arange(1, steps + 1), most)
         left = multiple * np.maximum(1, np.floor((steps - wanted) / multiple + 0.5 + lean)).astype(np.int64)
         fewest = -(-(steps - most) // multiple) * multiple
@@ -93,44 +94,106 @@ class Ladder:
     Args:
         groups: the groups.
         scores: for each a score of its units.
-        rounding: how many stay; lean: as in `Rounding.steps_taken`.
+        roundings: how many stay, coarse ones first: each goes on where the one before ends.
+        lean: as in `Rounding.steps_taken`, for the first of them where it rounds at all.
+        gone: for each group which of its units are masked; these go first.
+        started: whether what is gone was chosen by an earlier budget: what is left of its multiple follows at once, so
+            that groups are cut one after the other, not all of them a little.
 
     Attributes:
         units: [steps, width], the units that go with each step.
         scores: the mean score of each step.
-        taken: how many steps are taken when 1, 2, ... are asked for.
+        taken: for each rounding how many steps are taken when 1, 2, ... are asked for.
+        gone: how many steps are masked, whatever is chosen.
+        first: how many steps go before those of all other ladders.
+        most: how many steps can be taken.
+        is_blocked: whether onnxruntime computes these channels in blocks, as long as their number allows it.
     """
 
     def __init__(
-        self, groups: Sequence[ChannelGroup], scores: Sequence[Scores], rounding: Rounding, lean: float = 0.0
+        self,
+        groups: Sequence[ChannelGroup],
+        scores: Sequence[Scores],
+        roundings: Sequence[Rounding],
+        lean: float = 0.0,
+        gone: Sequence[Mask] = (),
+        started: bool = False,
     ) -> None:
-        self.units = steps_of(groups, scores)
+        self._groups = groups
+        dead = gone or [np.zeros(len(score), bool) for score in scores]
+        ranks = [score - masked * (np.ptp(score) + 1) for score, masked in zip(scores, dead, strict=True)]
+        self.units = steps_of(groups, ranks)
         self.steps, self.width = self.units.shape
-        every = np.concatenate([group.units for group in groups])
-        value = np.zeros(int(every.max()) + 1)
-        value[every] = np.concatenate(scores)
-        self.scores: Scores = value[self.units].mean(1)
-        self.taken: Vector = rounding.steps_taken(groups, self.steps, lean)
+        # what is gone goes first, whatever its values are now
+        self.scores: Scores = np.minimum.accumulate(self._by_step(groups, scores).mean(1)[::-1])[::-1]
+        self.gone = int(self._by_step(groups, dead).all(1).sum())
+        self.is_blocked = any(group.blocked for group in groups)
+        self.taken: list[Vector] = []
+        leans = roundings[0].multiple_of_steps(groups) > 1
+        for rounding in roundings:
+            own = rounding.steps_taken(groups, self.steps, lean if leans and not self.taken else 0.0)
+            self.taken.append(np.maximum(own, self.taken[-1].max()) if self.taken else own)
+        ends = self.taken[0][self.taken[0] >= self.gone]
+        self.first = int(ends.min()) if started and self.gone and self.is_blocked and len(ends) else 0
+        self.taken[0][: self.first] = self.first
+        self.most = int(self.taken[-1].max())
+
+    def _by_step(self, groups: Sequence[ChannelGroup], values: Sequence[Vector | Scores | Mask]) -> Vector | Scores:
+        """Values of the units of groups, [steps, width]."""
+        found = np.zeros(int(max(group.units.max() for group in groups)) + 1)
+        for group, own in zip(groups, values, strict=True):
+            found[group.units] = own
+        return found[self.units]
+
+    def is_unblocked(self, level: int) -> bool:
+        """Whether onnxruntime leaves the layout of blocks for some of the channels when so many steps are taken."""
+        return any(_is_unblocked(group, count) for group, count in self._counts(level))
+
+    def waste(self, level: int) -> float:
+        """What runs for nothing when so many steps are taken, in MACs: channels that fill a block, and slow layouts."""
+        wasted = 0.0
+        for group, count in self._counts(level):
+            if group.aligned:
+                wasted += group.macs * (-count % BLOCK)
+            if _is_unblocked(group, count):
+                wasted += UNBLOCKED * group.macs * count
+        return wasted
+
+    def _counts(self, level: int) -> Iterator[tuple[ChannelGroup, int]]:
+        """The groups of channels, and how many of them are left when so many steps are taken."""
+        left = self.steps - max(level, self.gone)
+        for group in self._groups:
+            if group.kind not in WHOLE_KINDS:
+                yield group, group.size * left // self.steps
+
+
+def _is_unblocked(group: ChannelGroup, count: int) -> bool:
+    return group.blocked and count > BLOCK and count % FINEST > 0
 
 
 def ladders(
-    groups: Sequence[ChannelGroup], scores: Sequence[Scores], round_to: int | str, most: float, least: int,
-    timed: bool = False,
+    groups: Sequence[ChannelGroup], scores: Sequence[Scores], round_to: int | Sequence[int | str], most: float,
+    least: int, timed: bool = False, gone: Sequence[Mask] = (), started: Sequence[bool] = (),
 ) -> list[Ladder]:  # fmt: skip
     """The ladders of the groups, one for those that must be cut together; checks scores and rounding.
 
     Args:
         groups: the groups to cut.
         scores: for each a score of its units.
-        round_to, most, least, timed: as in `Rounding`.
+        round_to: a multiple; or roundings as in `Rounding`, each to go on with where the one before ends.
+        most, least: as in `Rounding`.
+        timed: under the first rounding, if it is "auto", a group whose MACs take more time than the average ends a
+            multiple below the nearest, one whose take less a multiple above it: the same MACs in less time.
+        gone, started: for each group, as in `Ladder`.
 
     Raises:
         PruningError: a score is NaN or infinite.
         ArgumentError: a group has fewer units than the multiple.
     """
-    rounding = Rounding(round_to, most, least, timed)
+    phases = (round_to,) if isinstance(round_to, int) else round_to
     for group, score in zip(groups, scores, strict=True):
-        _check(group, score, round_to)
+        _check(group, score, phases[0])
+    roundings = [Rounding(to, most, least) for to in phases]
     together: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
         together.setdefault(group.block if group.block >= 0 else -1 - i, []).append(i)
@@ -138,8 +201,9 @@ def ladders(
     found = []
     for index in together.values():
         own = [groups[i] for i in index]
-        lean = math.copysign(1, average - _slowness(own)) if timed and isinstance(round_to, str) else 0.0
-        found.append(Ladder(own, [scores[i] for i in index], rounding, lean))
+        lean = math.copysign(1, average - _slowness(own)) if timed and phases[0] == "auto" else 0.0
+        own_scores, own_gone = [scores[i] for i in index], [gone[i] for i in index if gone]
+        found.append(Ladder(own, own_scores, roundings, lean, own_gone, any(started[i] for i in index if started)))
     return found
 
 
@@ -157,111 +221,6 @@ def _slowness(groups: Sequence[ChannelGroup]) -> float:
     """The time that groups take, in MACs, for each of their MACs."""
     macs = sum(group.macs * group.size for group in groups)
     return (macs + MOVED * sum(group.traffic * group.size for group in groups)) / max(macs, 1)
-
-
-class Staircase:
-    """All steps of the ladders in one order, each stair a choice of units that holds the one before.
-
-    Scope "global" orders by score, "local" takes the same share of every ladder at a time; scores that tie are taken
-    like local ones. Only steps that take something, once rounded, are stairs: two ladders of 8 units, rounded to 4,
-    make two stairs, one of each ladder.
-
-    Example:
-        >>> stairs = Staircase(ladders(groups, scores, round_to=4, most=1.0, least=1), "global")
-        >>> len(stairs), stairs.total, stairs.units(1)
-        (2, 16, array([0, 1, 2, 3]))
-    """
-
-    def __init__(self, found: Sequence[Ladder], scope: str) -> None:
-        self._ladders = found
-        which = np.repeat(np.arange(len(found)), [ladder.steps for ladder in found])
-        share = np.concatenate([(np.arange(ladder.steps) + 0.5) / ladder.steps for ladder in found])
-        level = np.concatenate([ladder.scores for ladder in found]) if scope == "global" else share
-        order = np.lexsort((share, level))
-        before = np.concatenate([[0, *ladder.taken[:-1]] for ladder in found])
-        taken = np.concatenate([ladder.taken for ladder in found])
-        self._sizes = np.cumsum(np.array([ladder.width for ladder in found])[which][order])
-        self._rank = np.flatnonzero(taken[order] > before[order])
-        # by stair: its ladder, the steps of it taken before and then, its score
-        self._which, self._before, self._taken, self._score = (
-            values[order][self._rank] for values in (which, before, taken, level)
-        )
-
-    def __len__(self) -> int:
-        return len(self._rank)
-
-    @property
-    def total(self) -> int:
-        """The number of units."""
-        return int(self._sizes[-1])
-
-    def count(self, units: float) -> int:
-        """The number of stairs when so many units are asked for."""
-        cut = np.searchsorted(self._sizes, units + 0.5, "left")
-        return int(np.searchsorted(self._rank, cut))
-
-    def units(self, stairs: int) -> Vector:
-        """The units that go with the first stairs."""
-        return self._units(self._levels(stairs))
-
-    def search(self, fits: Callable[[Vector], bool]) -> int | None:
-        """The fewest stairs that fit, None where all of them do not."""
-        low, high = -1, len(self)
-        if not fits(self.units(high)):
-            return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(self.units(middle)) else (middle, high)
-        return high
-
-    def fill(self, stairs: int, left: Callable[[Vector], int], limit: float) -> Vector:
-        """The units that leave the most within a limit, which the first stairs keep and one fewer do not.
-
-        The last stair, or the best next one of another ladder whose score is alike, without what need not be taken
-        then.
-        """
-        if not stairs:
-            return self.units(0)
-        exchanged = self._exchanged(stairs, left, limit)
-        choices = [self._spared(levels, stairs - 1, left, limit) for levels in (self._levels(stairs), exchanged)]
-        return max(choices, key=left)
-
-    def _exchanged(self, stairs: int, left: Callable[[Vector], int], limit: float) -> Vector:
-        """The levels of all but the last stair, and of the next one that leaves the most within the limit."""
-        levels, last = self._levels(stairs - 1), stairs - 1
-        following = np.unique(self._which[last:], return_index=True)[1] + last  # the next stair of every ladder
-        worth = self._score[last]
-        following = following[self._score[following] <= max(worth, ALIKE * worth)]
-        best, chosen = -1, last
-        for stair in following.tolist():
-            remaining = left(self._units(self._at(levels, stair, self._taken)))
-            if best <= remaining <= limit:
-                best, chosen = remaining, stair
-        return self._at(levels, chosen, self._taken)
-
-    def _spared(self, levels: Vector, stairs: int, left: Callable[[Vector], int], limit: float) -> Vector:
-        """The units of some levels without the last stairs of ladders, the latest first, that need not be taken."""
-        latest = dict(zip(self._which[:stairs].tolist(), range(stairs), strict=True))
-        for stair in sorted(latest.values(), reverse=True):
-            fewer = self._at(levels, stair, self._before)
-            if left(self._units(fewer)) <= limit:
-                levels = fewer
-        return self._units(levels)
-
-    def _at(self, levels: Vector, stair: int, steps: Vector) -> Vector:
-        """Levels with that of one stair's ladder as it is before or after the stair."""
-        changed = levels.copy()
-        changed[self._which[stair]] = steps[stair]
-        return changed
-
-    def _levels(self, stairs: int) -> Vector:
-        """How many steps of each ladder the first stairs are."""
-        taken = np.zeros(len(self._ladders), np.int64)
-        np.maximum.at(taken, self._which[:stairs], self._taken[:stairs])
-        return taken
-
-    def _units(self, levels: Vector) -> Vector:
-        return np.concatenate([x.units[:n].reshape(-1) for x, n in zip(self._ladders, levels, strict=True)])
 
 
 def masks(grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:

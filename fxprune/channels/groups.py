@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -76,6 +76,8 @@ class ChannelGroup(Readable):
         aligned: whether a convolution has these channels.
         units: the classes that name its units (`fxprune.channels.units`), ascending.
         cells, share: for each unit its cell and the cell's share; block: that of all (`fxprune.channels.blocks`).
+        blocked: whether a convolution reads them, or works on each: onnxruntime then computes in blocks, if 4 divides
+            their number.
     """
 
     name: str
@@ -92,6 +94,7 @@ class ChannelGroup(Readable):
     share: Vector = field(repr=False, compare=False)
     block: int = field(repr=False, compare=False)
     sample: str = field(default="", repr=False, compare=False)
+    blocked: bool = field(default=False, repr=False, compare=False)
 
     def __str__(self) -> str:
         what = f"{self.name}: {self.size} of the kind {self.kind}"
@@ -169,7 +172,11 @@ class Grouping:
         self.groups = self._groups()
 
     def repair(
-        self, gone: Vector | None = None, ranks: Sequence[tuple[ChannelGroup, Scores]] = (), align: int | str = 1
+        self,
+        gone: Vector | None = None,
+        ranks: Sequence[tuple[ChannelGroup, Scores]] = (),
+        align: int | str = 1,
+        decided: Collection[tuple[str, int]] = (),
     ) -> Repair:
         """What makes choices consistent.
 
@@ -177,12 +184,14 @@ class Grouping:
             gone: units that are masked whatever is chosen.
             ranks: groups with scores of their units; where a choice is left, those with high scores stay.
             align: as in `finalize`.
+            decided: axes whose counts it does not round.
         """
         costs = np.zeros(self.found.classes.count)
         for group, scores in ranks:
             costs[group.units] = 1 - np.argsort(np.argsort(scores, kind="stable")) / len(scores)
         gone = np.zeros(0, np.int64) if gone is None else gone
-        return Repair(self, self.consistency.aligned(align), gone, costs)
+        nothing = np.zeros(len(costs), bool)
+        return Repair(self, self.consistency.aligned(align, decided), gone, costs, nothing, nothing)
 
     def _parameters(self) -> Total:
         of = self.found.of
@@ -245,6 +254,7 @@ class Grouping:
             blocks.share[units],
             int(blocks.block[units[0]]),
             self.sample,
+            any(self._is_blocked(member) for member in members),
         )
 
     def _members(self, vectors: Vector) -> tuple[Member, ...]:
@@ -256,6 +266,11 @@ class Grouping:
 
     def _spatial(self, members: Sequence[Member]) -> bool:
         return any(self._tensors[m.parameter].dim() > 2 for m in members)
+
+    def _is_blocked(self, member: Member) -> bool:
+        """Whether a convolution reads channels by a member, or is depthwise."""
+        weight = self._tensors[member.parameter]
+        return weight.dim() > 2 and (member.role == "reader" or weight.shape[1] == 1)
 
     def _kind(self, place: Place, members: Sequence[Member]) -> Kind:
         if place is Place.CONVOLUTION_GROUP:
@@ -299,17 +314,31 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Repair:
-    """Brings back what cannot go without others. Attributes as the arguments of `Grouping.repair`."""
+    """Brings back what cannot go without others.
+
+    Attributes:
+        grouping: of the module.
+        consistency: what every choice keeps.
+        gone, costs: as from the arguments of `Grouping.repair`.
+        stays, lost: by class, what stays whatever is chosen, and what is gone.
+    """
 
     grouping: Grouping
     consistency: Consistency
     gone: Vector
     costs: Costs
+    stays: Mask
+    lost: Mask
 
     def alive(self, units: Vector) -> Mask:
         """The classes that are left when `units` are masked."""
-        dead = self.grouping.units.dead(np.concatenate([units, self.gone]))
-        return self.consistency.settle(~dead, self.costs)
+        dead = self.grouping.units.dead(np.concatenate([units, self.gone])) | self.lost
+        return self.consistency.settle(~dead | self.stays, self.costs)
+
+    def with_known(self, stays: Mask, lost: Mask | None = None) -> Repair:
+        """The same with more that stays, and that is gone."""
+        lost = self.lost if lost is None else self.lost | lost
+        return replace(self, stays=self.stays | stays, lost=lost & ~stays)
 
 
 def steps_of(groups: Sequence[ChannelGroup], scores: Sequence[Scores] | None = None) -> Vector:

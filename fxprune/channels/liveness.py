@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,13 +44,20 @@ class Consistency:
     counts: Multiples
 
     @classmethod
-    def of(cls, coupling: Coupling, reached: set[fx.Node], align: int | str = 1) -> Consistency:
+    def of(
+        cls,
+        coupling: Coupling,
+        reached: set[fx.Node],
+        align: int | str = 1,
+        decided: Collection[tuple[str, int]] = (),
+    ) -> Consistency:
         """From a coupling; nodes that are not reached ask for nothing.
 
         Args:
             coupling: the relations of the channels.
             reached: the nodes that stay in the graphs.
             align: counts are kept at multiples of it; "auto" says which run fast, as long as that does not spread.
+            decided: axes of parameters whose counts "auto" leaves alone.
         """
         walks, classes = list(coupling.walks.values()), coupling.classes
         pairs = [
@@ -63,12 +71,12 @@ class Consistency:
         grids, groups = Grids(classes), EqualGroups(balances, classes.count)
         nonempty = NonEmptyAxes(axes, classes.count)
         counts = Multiples([], (grids, groups), True, classes.count)
-        return cls(coupling, balances, axes, grids, groups, nonempty, counts).aligned(align)
+        return cls(coupling, balances, axes, grids, groups, nonempty, counts).aligned(align, decided)
 
-    def aligned(self, to: int | str) -> Consistency:
-        """The same with counts that are multiples of `to`, or fast ones ("auto")."""
+    def aligned(self, to: int | str, decided: Collection[tuple[str, int]] = ()) -> Consistency:
+        """The same with counts that are multiples of `to`, or fast ones ("auto") where they are not decided."""
         auto = to == "auto"
-        counts = fast_counts(self.coupling) if auto else [(v, int(to)) for v in self.axes if int(to) > 1]
+        counts = fast_counts(self.coupling, decided) if auto else [(v, int(to)) for v in self.axes if int(to) > 1]
         followers = self.grids, self.groups
         return replace(self, counts=Multiples(counts, followers, not auto, self.coupling.classes.count))
 
@@ -95,7 +103,7 @@ class Liveness:
 
     Args:
         coupling: with facts of the eval graph.
-        align: as for `Consistency.of`.
+        align, decided: as for `Consistency.of`.
         reached: the nodes that stay in the graphs.
 
     Attributes:
@@ -103,10 +111,16 @@ class Liveness:
         alive: by class.
     """
 
-    def __init__(self, coupling: Coupling, align: int | str, reached: set[fx.Node]) -> None:
+    def __init__(
+        self,
+        coupling: Coupling,
+        align: int | str,
+        reached: set[fx.Node],
+        decided: Collection[tuple[str, int]] = (),
+    ) -> None:
         self._classes = coupling.classes
         count = self._classes.count
-        whole = Consistency.of(coupling, reached, align)
+        whole = Consistency.of(coupling, reached, align, decided)
         self.readers = [r for r in coupling.walks["eval"].readers if r.node in reached]
         rows = [None if r.rows is None else coupling.of(r.rows) for r in self.readers]
         columns = [coupling.of(r.columns) for r in self.readers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,8 @@ class TracedModule(ReadByName, fx.GraphModule):
     _examples: tuple[tuple[Any, ...], dict[str, Any]]
     _plan: ChannelPlan | None
     _origin: Origin | None
+    _decided: frozenset[tuple[str, int]]
+    _decided_by: object
 
     def __init__(
         self,
@@ -91,6 +93,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         self._examples = (example_args, dict(example_kwargs))
         self.dynamic_shapes = dynamic_shapes
         self.record(None)
+        self.decide(())
         self.training = training
         adopt(self, self)
         self._select_any()
@@ -123,6 +126,20 @@ class TracedModule(ReadByName, fx.GraphModule):
     def record(self, plan: ChannelPlan | None, origin: Origin | None = None) -> None:
         """Say what was removed, and what the module comes from; for those who finalize and restore modules."""
         self._plan, self._origin = plan, origin
+
+    @property
+    def decided(self) -> frozenset[tuple[str, int]]:
+        """Parameters and axes whose counts of channels were decided with their masks: `finalize` rounds no further."""
+        return self._decided
+
+    @property
+    def decided_by(self) -> object:
+        """What the last of them was decided by, for those who choose channels; None where that is not known."""
+        return self._decided_by
+
+    def decide(self, axes: Iterable[tuple[str, int]], by: object = None) -> None:
+        """Say which counts of channels are decided, and by what, instead of what was said before."""
+        self._decided, self._decided_by = frozenset(axes), by
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -264,6 +281,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         graphs = {mode: copy.deepcopy(graph) for mode, graph in self.graphs.items()}
         clone = TracedModule(root, graphs, *self._examples, self.dynamic_shapes, training=self.training)
         clone.record(self.plan, self.origin)
+        clone.decide(self.decided, self.decided_by)
         memo[id(self)] = clone
         return clone
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from fxprune import driver
-from fxprune.channels.budget import Staircase, ladders, masks
+from fxprune.channels.budget import ladders, masks
+from fxprune.channels.foresight import classes_left, foresee, parameters_left
 from fxprune.channels.groups import ChannelGroup, Grouping, Repair, Scores
 from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.stairs import Staircase
 from fxprune.errors import PruningError
-from fxprune.graph.masks import view
+from fxprune.graph.masks import masked, view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_budgets import Amount, Budget, Choice, Macs, Size, Speed
@@ -26,10 +30,22 @@ from fxprune.prune.channel_request import (
     Importance,
     check_evidence,
     chosen_groups,
+    listed,
     one_budget,
 )
-from fxprune.prune.channel_scores import comparable, masked_units, plain_names, scorable, unit_scores
+from fxprune.prune.channel_scores import (
+    comparable,
+    is_relative,
+    masked_units,
+    plain_names,
+    restored_values,
+    scorable,
+    unit_scores,
+)
+from fxprune.prune.decisions import mask_values, record, undone, untouched
 from fxprune.prune.importance_registry import Evidence
+
+MOST_CORRECTIONS = 12
 
 
 @dataclass(frozen=True)
@@ -39,9 +55,10 @@ class ChannelReport:
     Attributes:
         removed: by group, "name (kind)" -> (units masked, units in all).
         stayed: by group that was not considered, why.
-        macs, parameters: (dense, after exact removal without alignment); MACs of one sample.
+        macs, parameters: (dense, as `finalize` leaves it by default); MACs of one sample.
         speedup: measured in onnxruntime, None where it was not asked for.
         sample: what MACs are counted for, "one sample of 3x224x224".
+        budget: what was asked for: "amount", "macs", "parameters" or "speedup".
     """
 
     removed: dict[str, tuple[int, int]]
@@ -50,6 +67,16 @@ class ChannelReport:
     parameters: tuple[int, int]
     speedup: float | None = None
     sample: str = ""
+    budget: str = "amount"
+
+    @property
+    def gone(self) -> float:
+        """The share of the budget's own unit that is gone: units for "amount", MACs for "speedup"."""
+        if self.budget == "amount":
+            gone, size = map(sum, zip(*self.removed.values(), strict=True))
+            return gone / size
+        before, after = self.parameters if self.budget == "parameters" else self.macs
+        return 1 - after / max(before, 1)
 
 
 def channels(
@@ -64,6 +91,7 @@ def channels(
     round_to: int | str = "auto",
     max_per_group: float = 1.0,
     at_least: int = 1,
+    normalize: bool | None = None,
     macs: float | None = None,
     parameters: float | None = None,
     speedup: float | None = None,
@@ -78,11 +106,15 @@ def channels(
     """Mask whole channels, by groups of slices that stand or fall together, so that `finalize` removes them exactly.
 
     The score of a unit is the mean over the slices that belong to it, of writers and readers alike, biases aside; for
-    the global scope it is divided by its group's mean, so that layers of different scale compare. Both are the
-    defaults of DepGraph (Fang et al., "DepGraph: Towards Any Structural Pruning", 2023, https://arxiv.org/abs/2301.12900).
-    Rows of weights, biases, gains and shifts of normalizations are masked, and the columns that read them; training
-    can go on, `finalize` makes it smaller. A unit that is masked already counts: called again with a smaller budget,
-    the function masks more.
+    the global scope it is divided by its group's mean, so that layers of different scale compare (`normalize`). Both
+    are the defaults of DepGraph (Fang et al., "DepGraph: Towards Any Structural Pruning", 2023,
+    https://arxiv.org/abs/2301.12900). Rows of weights, biases, gains and shifts of normalizations are masked, and the
+    columns that read them; training can go on, `finalize` makes it smaller.
+
+    What is left is what `finalize` leaves by default: it rounds the counts of these channels no further. A budget is
+    never exceeded, and used up to 2 % or, where units are larger, to a unit. A unit that is masked already counts, and
+    goes first: called again with a smaller budget, the function masks more. As long as neither weights nor masks have
+    changed, more of the same budget, by scores of weights alone, is chosen anew: steps end where one call does.
 
     Args:
         traced: the module, changed in place.
@@ -98,15 +130,17 @@ def channels(
         targets: patterns of parameter or module names; groups that write one of these are pruned, None prunes all.
         ignore: patterns; groups with a member of such a name are left alone.
         kinds: the kinds of groups to prune, as in `ChannelGroup.kind`: "attention head", "MLP unit", ...; None: all.
-        round_to: what stays of a group (of each conv group or head, where it has these) is rounded to the nearest
-            multiple; "auto" takes 16 for convolutions, as onnxruntime computes them in blocks, and 1 for matrix
-            products. Convolutions with fewer than 32 and 16 channels are cut to multiples of 8 and 4 where a budget
-            cannot be kept else, and where `amount` is given; at last all are cut as they fall. Under a budget of MACs
-            or speed, "auto" takes a multiple less where memory traffic makes MACs slow, and one more elsewhere.
+        round_to: what stays of a group (of each conv group or head, where it has these) is a multiple of it. "auto"
+            takes 16 for convolutions, as onnxruntime computes them in blocks, and 1 for matrix products. Where a budget
+            is not used up to 2 % by whole multiples, one to three groups are cut by multiples of 8, 4 or 1, in the way
+            that costs the least latency, and a budget that multiples cannot reach is cut finer: with "auto" groups with
+            fewer than 32 and 16 channels to multiples of 8 and 4 (under `amount` from the start), at last all as they
+            fall. Under a budget of MACs or speed,
+            "auto" takes a multiple less where memory traffic makes MACs slow, and one more elsewhere.
         max_per_group: largest share of a group that goes. at_least: units that every group keeps.
+        normalize: whether scores are divided by their group's mean for the global scope. None does so for the built-in
+            names; what a function gives, or was registered, is compared across groups as it is.
         macs, parameters: what may be left, as a fraction of the dense model or as a count, of MACs for one sample.
-            Where whole blocks would not use 2 % of it, the last one may be of another group whose score is at most
-            half as much more.
         speedup: how many times faster in onnxruntime than `traced` finalized as it is, measured on this machine.
         seed: for "random"; None draws from the global generator.
         loader, loss, batches: for "taylor" and what is registered, as for `fxprune.importance.scores`.
@@ -127,30 +161,26 @@ def channels(
     """
     require_traced(traced)
     name, value = one_budget(amount, macs=macs, parameters=parameters, speedup=speedup)
-    request = ChannelRequest(name, value, importance, scope, round_to, max_per_group, at_least)
+    request = ChannelRequest(
+        name, value, importance, scope, round_to, max_per_group, at_least, normalize,
+        None if targets is None else listed(targets), listed(ignore), None if kinds is None else listed(kinds),
+    )  # fmt: skip
     evidence = Evidence(loader, loss, batches, seed)
     check_evidence(importance, evidence)
-    grouping = Grouping(driver.plain_view(traced))
-    picked, lacking = scorable(grouping, chosen_groups(grouping.groups, targets, ignore, kinds), importance)
-    ranked = _ranked(traced, grouping, picked, request, evidence)
+    before, hidden = undone(traced, request)
+    grouping = Grouping(driver.plain_view(before))
+    picked, lacking = scorable(grouping, chosen_groups(grouping.groups, request), importance)
+    decided = before.decided | _written_axes(picked)
     with contextlib.ExitStack() as stack:
-        budget: Budget
-        if name == "amount":
-            budget = Amount(value)
-        elif name == "speedup":
-            measure = stack.enter_context(driver.stopwatch(traced, threads=threads, batch=batch, provider=provider))
-
-            def speedup_of(units: Vector) -> float:
-                return measure(_masks(traced, grouping, ranked.masking.alive(units)))
-
-            budget = Speed(grouping, ranked.counting.alive, value, speedup_of)
-        else:
-            budget = (Macs if name == "macs" else Size)(grouping, ranked.counting.alive, name, value)
-        choice = _fit(budget, picked, ranked.scores, request)
-    alive = ranked.masking.alive(choice.units)
-    driver.insert_masks(traced, _masks(traced, grouping, alive))
-    left = ranked.counting.alive(choice.units)
-    return _report(grouping, picked, lacking, alive, left, choice.speedup)
+        measure = None
+        if name == "speedup":
+            measure = stack.enter_context(driver.stopwatch(before, threads=threads, batch=batch, provider=provider))
+        ranked = _ranked(before, grouping, picked, request, evidence, decided)
+        found = _chosen(before, grouping, picked, ranked, request, decided, measure)
+    alone = untouched(before, hidden, found.masks)
+    driver.insert_masks(traced, mask_values(before, hidden) | found.masks)
+    record(traced, request, decided, alone)
+    return _report(grouping, picked, lacking, found, name)
 
 
 @dataclass(frozen=True)
@@ -159,13 +189,44 @@ class _Ranked:
 
     Attributes:
         scores: for each group of its units, comparable between groups.
+        gone: for each group which of its units are masked already; these go first.
+        started: for each group whether an earlier budget chose them.
         masking: with what is masked of the groups themselves, for the masks.
         counting: with all that is masked, for the budget: other groups are left alone, and count.
     """
 
     scores: list[Scores]
+    gone: list[Mask]
+    started: list[bool]
     masking: Repair
     counting: Repair
+
+    def corrected(self, stays: Mask, lost: Mask) -> _Ranked:
+        """The same, where some classes stay whatever is chosen, and others are gone."""
+        return replace(self, masking=self.masking.with_known(stays), counting=self.counting.with_known(stays, lost))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A choice of units.
+
+    Attributes:
+        masks: those to insert.
+        alive: the classes that the masks leave.
+        macs, parameters: what `finalize` leaves of them.
+        speedup: measured, None where it was not asked for.
+    """
+
+    masks: dict[str, torch.Tensor]
+    alive: Mask
+    macs: int
+    parameters: int
+    speedup: float | None
+
+
+def _written_axes(groups: Sequence[ChannelGroup]) -> frozenset[tuple[str, int]]:
+    """The axes of parameters that write the channels of groups."""
+    return frozenset((m.parameter, m.axis) for group in groups for m in group.members if m.role == "writer")
 
 
 def _ranked(
@@ -174,43 +235,106 @@ def _ranked(
     picked: Sequence[ChannelGroup],
     request: ChannelRequest,
     evidence: Evidence,
+    decided: frozenset[tuple[str, int]],
 ) -> _Ranked:
-    found = unit_scores(traced, grouping, picked, request.importance, evidence)
     removable = [group for group in grouping.groups if group.reason is None]
     gone = dict(zip(map(id, removable), masked_units(traced, grouping, removable), strict=True))
-    scores = comparable(found, [gone[id(group)] for group in picked], request.scope)
-    counted = request.round_to == "auto" and request.budget in ("macs", "parameters")
-    align = "auto" if counted else 1  # what finalize will keep counts against the budget
 
-    def repair(groups: Sequence[ChannelGroup]) -> Repair:
-        masked = np.concatenate([group.units[gone[id(group)]] for group in groups])
-        return grouping.repair(masked, list(zip(picked, scores, strict=True)), align)
+    def masked_of(groups: Sequence[ChannelGroup]) -> Vector:
+        return np.concatenate([group.units[gone[id(group)]] for group in groups])
 
-    return _Ranked(scores, repair(picked), repair(removable))
-
-
-def _fit(budget: Budget, picked: Sequence[ChannelGroup], scores: Sequence[Scores], request: ChannelRequest) -> Choice:
-    """The first choice that keeps the budget, in the coarsest rounding that can."""
-    chosen = request.round_to
-    for rounding in budget.roundings if chosen == "auto" else (chosen,):
-        candidates = _candidates(
-            picked, scores, request, rounding, budget.timed if isinstance(rounding, str) else (False,)
-        )
-        if (choice := budget.fit(candidates)) is not None:
-            return choice
-    raise budget.refusal()
+    restored = restored_values(traced, grouping, masked_of(removable))
+    given = unit_scores(traced, grouping, picked, request.importance, evidence, restored)
+    normalize = is_relative(request.importance) if request.normalize is None else request.normalize
+    dead = [gone[id(group)] for group in picked]
+    scores = comparable(given, dead, request.importance, normalize and request.scope == "global")
+    ranks = [(g, s - d * (np.ptp(s) + 1)) for g, d, s in zip(picked, dead, scores, strict=True)]
+    repairs = (grouping.repair(masked_of(groups), ranks, "auto", decided) for groups in (picked, removable))
+    started = [not traced.decided.isdisjoint(_written_axes([group])) for group in picked]
+    return _Ranked(scores, dead, started, *repairs)
 
 
-def _candidates(
+def _chosen(
+    traced: TracedModule,
+    grouping: Grouping,
     picked: Sequence[ChannelGroup],
-    scores: Sequence[Scores],
+    ranked: _Ranked,
     request: ChannelRequest,
-    rounding: int | str,
-    timed: Sequence[bool],
-) -> Iterator[Staircase]:
-    for counts_time in timed:
-        steps = ladders(picked, scores, rounding, request.max_per_group, request.at_least, counts_time)
-        yield Staircase(steps, request.scope)
+    decided: frozenset[tuple[str, int]],
+    measure: Callable[[Mapping[str, torch.Tensor]], float] | None,
+) -> _Found:
+    """The choice that keeps the budget, by what `finalize` leaves of it.
+
+    The budget counts by relations of channels alone. What else stays or goes, since values say so, is seen by the
+    analysis of the masked module; then it is known, and the choice is made again.
+    """
+    added, corrected = 0, False
+    for corrections in range(MOST_CORRECTIONS):
+        choice = _fit(_budget(traced, grouping, picked, ranked, request, measure, added), picked, ranked, request)
+        alive, counted = ranked.masking.alive(choice.units), ranked.counting.alive(choice.units)
+        wanted = _masks(traced, grouping, alive)
+        analysis = foresee(grouping.plain, wanted, decided)
+        left = classes_left(grouping, analysis)
+        if left is not None and not np.array_equal(left, counted):
+            corrected, ranked = True, ranked.corrected(left & ~counted, counted & ~left)
+            continue
+        macs, parameters = grouping.macs(counted), grouping.parameters(counted)
+        if left is None or corrected:  # values have a say in what goes, and may take biases that hold them
+            found = _finalized(traced, wanted, decided)
+        else:
+            found = macs, parameters_left(analysis) if masked(traced) else parameters
+        more = {"macs": found[0] - macs, "parameters": found[1] - parameters}.get(request.budget, 0)
+        settles = corrections >= MOST_CORRECTIONS // 2  # what is added depends on the choice: the most of it counts
+        if more == added or (settles and more < added):
+            return _Found(wanted, alive, *found, choice.speedup)
+        added = max(more, added) if settles else more
+    return _Found(wanted, alive, *_finalized(traced, wanted, decided), choice.speedup)
+
+
+def _finalized(
+    traced: TracedModule, wanted: Mapping[str, torch.Tensor], decided: frozenset[tuple[str, int]]
+) -> tuple[int, int]:
+    """The MACs and parameters that `finalize` leaves."""
+    candidate = copy.deepcopy(traced)
+    driver.insert_masks(candidate, wanted)
+    candidate.decide(decided)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # finalize says it again
+        plan = driver.finalize(candidate).plan
+    assert plan is not None
+    return plan.macs[1], plan.parameters[1]
+
+
+def _budget(
+    traced: TracedModule,
+    grouping: Grouping,
+    picked: Sequence[ChannelGroup],
+    ranked: _Ranked,
+    request: ChannelRequest,
+    measure: Callable[[Mapping[str, torch.Tensor]], float] | None,
+    added: int,
+) -> Budget:
+    name, value = request.budget, request.value
+    if name == "amount":
+        return Amount(picked, ranked.masking.alive, value)
+    if measure is None:
+        return (Macs if name == "macs" else Size)(grouping, ranked.counting.alive, name, value, added)
+
+    def speedup_of(units: Vector) -> float:
+        return measure(_masks(traced, grouping, ranked.masking.alive(units)))
+
+    return Speed(grouping, ranked.counting.alive, value, speedup_of)
+
+
+def _fit(budget: Budget, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest) -> Choice:
+    """The choice that keeps the budget."""
+    roundings = budget.roundings if isinstance(request.round_to, str) else (request.round_to, 1)
+    most, least = request.max_per_group, request.at_least
+    steps = ladders(picked, ranked.scores, roundings, most, least, budget.timed, ranked.gone, ranked.started)
+    choice = budget.fit(Staircase(steps, request.scope))
+    if choice is None:
+        raise budget.refusal()
+    return choice
 
 
 def _masks(traced: TracedModule, grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:
@@ -229,18 +353,16 @@ def _report(
     grouping: Grouping,
     picked: Sequence[ChannelGroup],
     lacking: Sequence[ChannelGroup],
-    alive: Mask,
-    left: Mask,
-    speedup: float | None,
+    found: _Found,
+    budget: str,
 ) -> ChannelReport:
-    """What was masked, by the classes that `alive` has, and what is left of the whole, by those that `left` has."""
     labels = _labels(grouping.groups)
     stayed = {labels[id(group)]: group.reason for group in grouping.groups if group.reason}
     stayed |= {labels[id(group)]: "no batch norm has its gain" for group in lacking}
-    removed = {labels[id(group)]: (int((~alive[group.units]).sum()), group.size) for group in picked}
+    removed = {labels[id(group)]: (int((~found.alive[group.units]).sum()), group.size) for group in picked}
     macs, parameters, _ = grouping.dense
-    sizes = (macs, grouping.macs(left)), (parameters, grouping.parameters(left))
-    return ChannelReport(removed, stayed, *sizes, speedup, grouping.sample)
+    sizes = (macs, found.macs), (parameters, found.parameters)
+    return ChannelReport(removed, stayed, *sizes, found.speedup, grouping.sample, budget)
 
 
 def _labels(groups: Sequence[ChannelGroup]) -> dict[int, str]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fxprune.channels.budget import Staircase
-from fxprune.channels.groups import Grouping
+import numpy as np
+
+from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.stairs import Limit, Staircase
 from fxprune.errors import ArgumentError, PruningError
 
 SPENT = 0.98  # share of a budget that counts as all of it
 MARGIN = 1.02  # another process measures a little more or less
+NEAR = 1.03  # a measured speedup that is more by this factor at most uses its budget up
 
 
 @dataclass(frozen=True)
@@ -25,42 +29,64 @@ class Choice:
 
 
 class Budget(abc.ABC):
-    """A limit on what is left. Candidates are tried in order: by rounding, then by whether MACs count as timed.
+    """A limit on what is left.
 
     Attributes:
-        roundings: how the channels of convolutions are rounded where the caller leaves it open: whole blocks run
-            fastest; a budget that they cannot keep is cut finer.
+        roundings: how the channels of convolutions are rounded where the caller leaves it open, one after the other:
+            whole blocks run fastest; what they leave is cut finer.
         timed: whether groups whose MACs take long end a multiple lower, those whose take little one higher.
     """
 
     roundings: ClassVar[Sequence[int | str]] = ("auto", "fine", 1)
-    timed: ClassVar[Sequence[bool]] = (False,)
+    timed: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def fit(self, candidates: Iterator[Staircase]) -> Choice | None:
-        """The choice of the candidates of one rounding, None where none of them keeps the budget."""
+    def fit(self, stairs: Staircase) -> Choice | None:
+        """The choice that keeps the budget and uses it up, None where none keeps it."""
 
     @abc.abstractmethod
     def refusal(self) -> PruningError:
-        """What to raise when no candidate that was tried kept the budget."""
+        """What to raise when no choice that was tried kept the budget."""
 
 
 class Amount(Budget):
-    """So many of the units: a fraction (float) or a count (int)."""
+    """So many of the units: a fraction (float) or a count (int).
 
-    roundings: ClassVar[Sequence[int | str]] = ("fine",)
+    Args:
+        groups: those to cut.
+        alive: from a choice of units to the classes that are left.
+        value: what goes.
+    """
 
-    def __init__(self, value: float) -> None:
-        self.value = value
+    roundings: ClassVar[Sequence[int | str]] = ("fine", 1)
 
-    def fit(self, candidates: Iterator[Staircase]) -> Choice | None:
-        stairs = next(candidates)
-        if self.value > stairs.total:
-            raise ArgumentError(f"amount={self.value}: there are {stairs.total} units that may be pruned.")
+    def __init__(self, groups: Sequence[ChannelGroup], alive: Callable[[Vector], Mask], value: float) -> None:
+        self.alive, self.value = alive, value
+        self.units = np.concatenate([group.units for group in groups])
+
+    def left(self, units: Vector) -> int:
+        """How many units stay without these."""
+        return int(self.alive(units)[self.units].sum())
+
+    def fit(self, stairs: Staircase) -> Choice | None:
+        total = len(self.units)
+        if self.value > total:
+            raise ArgumentError(f"amount={self.value}: there are {total} units that may be pruned.")
         if self.value and not len(stairs):
             return None
-        wanted = self.value * stairs.total if isinstance(self.value, float) else self.value
-        return Choice(stairs.units(stairs.count(wanted)))
+        wanted = math.floor(self.value * total + 1e-9) if isinstance(self.value, float) else self.value
+        everything = stairs.units(len(stairs))
+        if self.left(everything) > total - wanted:
+            return Choice(everything)
+        units = stairs.land(Limit(self.left, total - wanted, spent=1.0))
+        assert units is not None
+        if self.left(units) < total - wanted:  # a step of several units: one step fewer
+            units = stairs.units(max(0, self._fewest(stairs, total - wanted) - 1))
+        return Choice(units)
+
+    def _fewest(self, stairs: Staircase, limit: int) -> int:
+        height = stairs.search(lambda units: self.left(units) < limit)
+        return len(stairs) if height is None else height
 
     def refusal(self) -> PruningError:
         return PruningError(f"amount={self.value} cannot be reached: max_per_group and at_least leave nothing to mask.")
@@ -74,10 +100,13 @@ class Size(Budget):
         alive: from a choice of units to the classes that are left.
         name: "macs" or "parameters".
         value: what may be left.
+        added: what `finalize` adds to what is left.
     """
 
-    def __init__(self, grouping: Grouping, alive: Callable[[Vector], Mask], name: str, value: float) -> None:
-        self.grouping, self.alive, self.name, self.value = grouping, alive, name, value
+    def __init__(
+        self, grouping: Grouping, alive: Callable[[Vector], Mask], name: str, value: float, added: int = 0
+    ) -> None:
+        self.grouping, self.alive, self.name, self.value, self.added = grouping, alive, name, value, added
         self.dense = grouping.dense[("macs", "parameters").index(name)]
         # a hair more, so that a count's share gives the count
         self.limit = value * self.dense * (1 + 1e-12) if isinstance(value, float) else value
@@ -86,24 +115,14 @@ class Size(Budget):
     def left(self, units: Vector) -> int:
         """What is left without the units."""
         count = self.grouping.macs if self.name == "macs" else self.grouping.parameters
-        return count(self.alive(units))
+        return count(self.alive(units)) + self.added
 
-    def fit(self, candidates: Iterator[Staircase]) -> Choice | None:
-        """The fewest units within the budget, of the first candidate that uses it up, else of that which uses most."""
-        best, found = -1, None
-        for stairs in candidates:
-            height = stairs.search(lambda units: self.left(units) <= self.limit)
-            if height is None:
-                self.least = self.left(stairs.units(len(stairs)))
-                continue
-            units = stairs.units(height)
-            if self.left(units) < SPENT * self.limit:
-                units = stairs.fill(height, self.left, self.limit)
-            if (spent := self.left(units)) > best:
-                best, found = spent, Choice(units)
-            if best >= SPENT * self.limit:
-                break
-        return found
+    def fit(self, stairs: Staircase) -> Choice | None:
+        units = stairs.land(Limit(self.left, self.limit, SPENT))
+        if units is None:
+            self.least = self.left(stairs.units(len(stairs)))
+            return None
+        return Choice(units)
 
     def refusal(self) -> PruningError:
         stays = [group for group in self.grouping.groups if group.reason]
@@ -111,8 +130,8 @@ class Size(Budget):
         why = "; ".join(dict.fromkeys(f"{group.name!r}: {group.reason}" for group in stays[:3]))
         return PruningError(
             f"{self.name}={self.value} cannot be reached: at most {self.limit:,.0f} of {self.dense:,} were asked for, "
-            f"the best is {self.least:,} ({self.least / max(self.dense, 1):.3f}). Raise it, or max_per_group, or cut "
-            "finer (round_to=1, and align=1 in finalize). What must stay (`fxprune.channel_groups` has all): "
+            f"the best is {self.least:,} ({self.least / max(self.dense, 1):.3f}). Raise it, or "
+            "max_per_group. What must stay (`fxprune.channel_groups` has all): "
             f"{why or 'a unit of each'}."
         )
 
@@ -120,7 +139,7 @@ class Size(Budget):
 class Macs(Size):
     """`Size`, where what takes more time than its MACs tell goes first if the rounding leaves it open."""
 
-    timed: ClassVar[Sequence[bool]] = (True, False)
+    timed: ClassVar[bool] = True
 
 
 class Speed(Budget):
@@ -133,7 +152,7 @@ class Speed(Budget):
         measure: from a choice of units to how many times faster the module then runs.
     """
 
-    timed: ClassVar[Sequence[bool]] = (True,)
+    timed: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -145,9 +164,8 @@ class Speed(Budget):
         self.grouping, self.alive, self.wanted, self.measure = grouping, alive, wanted, measure
         self.best = 0.0
 
-    def fit(self, candidates: Iterator[Staircase]) -> Choice | None:
-        """The fewest units, to 1/32 of the MACs, that were measured to be fast enough."""
-        stairs = next(candidates)
+    def fit(self, stairs: Staircase) -> Choice | None:
+        """The fewest units that were measured to be fast enough: by at most `NEAR` more, or to 1/64 of the MACs."""
         self.best = 0.0
         too_slow, fast_enough = 1.0, 0.0  # shares of the MACs
         share, found = 1 / self.wanted, None
@@ -164,7 +182,7 @@ class Speed(Budget):
             if found is None:
                 share *= min(0.95, reached / self.wanted)
                 continue
-            if too_slow - fast_enough < 1 / 32:
+            if found.speedup is None or found.speedup <= self.wanted * NEAR or too_slow - fast_enough < 1 / 64:
                 break
             share = (too_slow + fast_enough) / 2
         return found
@@ -172,8 +190,8 @@ class Speed(Budget):
     def _cut(self, stairs: Staircase, share: float) -> tuple[Vector, bool]:
         """The fewest units that leave a share of the MACs, else all, and whether they do."""
         limit = share * self.grouping.dense[0]
-        height = stairs.search(lambda units: self.grouping.macs(self.alive(units)) <= limit)
-        return stairs.units(len(stairs) if height is None else height), height is not None
+        units = stairs.land(Limit(lambda units: self.grouping.macs(self.alive(units)), limit, SPENT))
+        return (stairs.units(len(stairs)), False) if units is None else (units, True)
 
     def refusal(self) -> PruningError:
         return PruningError(

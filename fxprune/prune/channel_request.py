@@ -30,6 +30,7 @@ class ChannelRequest:
     Attributes:
         budget: "amount", "macs", "parameters" or "speedup".
         value: of the budget: a fraction (float), a count (int), or a factor for "speedup".
+        targets, ignore, kinds: each several, None for all.
     """
 
     budget: str
@@ -39,6 +40,10 @@ class ChannelRequest:
     round_to: int | str
     max_per_group: float
     at_least: int
+    normalize: bool | None = None
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ()
+    kinds: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_budget(self.budget, self.value)
@@ -54,6 +59,8 @@ class ChannelRequest:
             raise ArgumentError(
                 f"importance={self.importance!r}: one of {', '.join(IMPORTANCES)} or a function is needed."
             )
+        if self.normalize not in (None, True, False):
+            raise ArgumentError(f"normalize={self.normalize!r}: True, False or None is needed.")
         if self.scope not in ("global", "local"):
             raise ArgumentError(f'scope={self.scope!r}: "global" or "local" is needed.')
         if self.round_to != "auto" and not _is_count(self.round_to):
@@ -125,22 +132,16 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def chosen_groups(
-    groups: Sequence[ChannelGroup],
-    targets: str | Iterable[str] | None,
-    ignore: str | Iterable[str],
-    kinds: str | Iterable[str] | None,
-) -> list[ChannelGroup]:
+def chosen_groups(groups: Sequence[ChannelGroup], request: ChannelRequest) -> list[ChannelGroup]:
     """The groups to prune; those that lose channels together are picked together.
 
     Raises:
         NameLookupError: a pattern matches nothing, or there is no such kind.
         PruningError: nothing is left to prune.
     """
-    wanted = None if targets is None else _listed(targets)
-    unwanted = _listed(ignore)
+    wanted, unwanted = request.targets, request.ignore
     _check_patterns(groups, [*(wanted or ()), *unwanted])
-    allowed = _kinds(groups, kinds)
+    allowed = _kinds(groups, request.kinds)
     usable = [g for g in groups if g.reason is None and g.size > 1 and g.kind in allowed]
     asked = [g for g in usable if wanted is None or _matches(g, wanted, ("writer",))]
     ignored = [g for g in usable if _matches(g, unwanted, ("writer", "reader"))]
@@ -157,12 +158,17 @@ def chosen_groups(
     return picked
 
 
-def _listed(patterns: str | Iterable[str]) -> list[str]:
+def listed(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """One or several names.
+
+    Raises:
+        ArgumentTypeError: they are neither.
+    """
     if not isinstance(patterns, str | Iterable):
         raise ArgumentTypeError(
             f"a {type(patterns).__name__} was given for names; a string such as 'conv1.weight', or several, is needed."
         )
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _check_patterns(groups: Sequence[ChannelGroup], patterns: Sequence[object]) -> None:
@@ -177,9 +183,9 @@ def _check_patterns(groups: Sequence[ChannelGroup], patterns: Sequence[object]) 
             raise NameLookupError(f"{pattern!r} matches no parameter that carries channels. There are {near}, ...")
 
 
-def _kinds(groups: Sequence[ChannelGroup], kinds: str | Iterable[str] | None) -> set[str]:
+def _kinds(groups: Sequence[ChannelGroup], kinds: Sequence[str] | None) -> set[str]:
     there = {group.kind for group in groups}
-    allowed = there if kinds is None else set(_listed(kinds))
+    allowed = there if kinds is None else set(kinds)
     if unknown := allowed - there:
         raise NameLookupError(f"kinds={sorted(unknown)}: the groups are of the kinds {', '.join(sorted(there))}.")
     return allowed

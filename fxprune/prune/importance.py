@@ -212,10 +212,10 @@ def _draws(evidence: Evidence) -> UnitScore:
     return lambda group: torch.rand(group.size, generator=generator, dtype=torch.float64)
 
 
-IMPORTANCES.add("l1", Importance(entries=_magnitude(1), slices=_norm(1.0)))
-IMPORTANCES.add("l2", Importance(entries=_magnitude(2), slices=_squares))
-IMPORTANCES.add("linf", Importance(slices=_norm(torch.inf)))
-IMPORTANCES.add("random", Importance(entries=_random, units=_draws))
-IMPORTANCES.add("bn", Importance(slices=_norm(1.0), reads="gains"))
-IMPORTANCES.add("fpgm", Importance(slices=_distances, reads="filters"))
-IMPORTANCES.add("taylor", Importance(entries=_taylor))
+IMPORTANCES.add("l1", Importance(entries=_magnitude(1), slices=_norm(1.0), relative=True))
+IMPORTANCES.add("l2", Importance(entries=_magnitude(2), slices=_squares, relative=True))
+IMPORTANCES.add("linf", Importance(slices=_norm(torch.inf), relative=True))
+IMPORTANCES.add("random", Importance(entries=_random, units=_draws, relative=True))
+IMPORTANCES.add("bn", Importance(slices=_norm(1.0), reads="gains", relative=True))
+IMPORTANCES.add("fpgm", Importance(slices=_distances, reads="filters", relative=True))
+IMPORTANCES.add("taylor", Importance(entries=_taylor, relative=True))

@@ -40,12 +40,15 @@ class Importance:
         units: from the evidence to a function of a `ChannelGroup` that scores each of its units, a tensor [units].
         reads: the parameters that `slices` looks at: "weights" (all but biases), "filters" (weights of two and more
             axes where they write a group) or "gains" (those of batch norms; groups without one are left alone).
+        relative: whether units of different groups compare by their scores divided by the group's mean, where the
+            caller of `fxprune.prune.channels` leaves that open; else by the scores as they are.
     """
 
     entries: Score | None = None
     slices: SliceScore | None = None
     units: Callable[[Evidence], UnitScore] | None = None
     reads: str = "weights"
+    relative: bool = False
 
 
 class Registry(Mapping[str, Importance]):

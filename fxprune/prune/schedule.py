@@ -16,6 +16,7 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, Prun
 from fxprune.graph.masks import ParameterView
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
+from fxprune.prune.budgeted_channels import ChannelReport
 from fxprune.prune.mirror import computed, constructed, find_all, global_unstructured, is_pruned, state
 
 __all__ = ["CURVES", "Schedule"]
@@ -148,6 +149,7 @@ class Schedule:
             raise ArgumentError(f"scope={scope!r} and {kwargs} are for a method class; the function decides by itself.")
         self._plan = _checked(amount, curve, start, start if stop is None else stop, every, initial)
         self._calls = 0
+        self._reports: list[ChannelReport] = []
         if self._class:
             # a parameter that the class cannot prune shows now, and draws no random numbers
             with torch.random.fork_rng(devices=[]):
@@ -159,8 +161,18 @@ class Schedule:
         return self._plan.at(self._calls - 1)
 
     @property
+    def reports(self) -> list[ChannelReport]:
+        """What `fxprune.prune.channels` returned, by the calls that pruned with it."""
+        return list(self._reports)
+
+    @property
     def reached(self) -> float:
-        """The fraction of the entries that is masked now; tied parameters with one mask count once."""
+        """What is gone now: with reports, of what they are a budget of (MACs, parameters, units), as the last one says.
+
+        Else the fraction of the entries that is masked; tied parameters with one mask count once.
+        """
+        if self._reports:
+            return self._reports[-1].gone
         views = (state(self.traced, name) for name in self.names)
         counts = {(id(found.original), id(found.mask)): _counts(found) for found in views}
         dense, zeros = map(sum, zip(*counts.values(), strict=True))
@@ -185,30 +197,39 @@ class Schedule:
 
     def _prune(self, total: float) -> None:
         before = {name: state(self.traced, name) for name in self.names}
+        decided, decided_by = self.traced.decided, self.traced.decided_by
         try:
-            self._request(total, {name: _counts(found) for name, found in before.items()})
-            for name, found in before.items():
-                _refuse_revival(name, found.mask, state(self.traced, name).mask)
+            report = self._request(total, {name: _counts(found) for name, found in before.items()})
+            if not isinstance(report, ChannelReport):  # which chooses anew where weights have not changed
+                for name, found in before.items():
+                    _refuse_revival(name, found.mask, state(self.traced, name).mask)
         except BaseException:
             pruned = [found for name, found in before.items() if is_pruned(self.traced, name)]
             driver.insert_masks(self.traced, {found.name: _mask_or_ones(found) for found in pruned})
+            self.traced.decide(decided, decided_by)
             raise
+        if isinstance(report, ChannelReport):
+            self._reports.append(report)
 
-    def _request(self, total: float, counts: Mapping[str, tuple[int, int]]) -> None:
-        """Ask for so many masked entries, given by name how many entries there are and how many are masked."""
+    def _request(self, total: float, counts: Mapping[str, tuple[int, int]]) -> object:
+        """Ask for so many masked entries, given by name how many entries there are and how many are masked.
+
+        Returns what a function returned.
+        """
         if self._class and self.scope == "local":
             fractions = {name: _increment(total, *found) for name, found in counts.items()}
             methods = {name: self._with(fraction) for name, fraction in fractions.items() if fraction}
             driver.insert_masks(self.traced, computed(self.traced, methods))
-            return
+            return None
         dense, zeros = map(sum, zip(*counts.values(), strict=True))
         fraction = _increment(total, dense, zeros)
         if self._class and fraction:
             global_unstructured(self.traced, self.names, self._class, amount=fraction, **self.kwargs)
         elif self._whole:
-            self.request(total)  # type: ignore[call-arg]
+            return self.request(total)  # type: ignore[call-arg]
         elif fraction:
-            self.request(fraction)  # type: ignore[call-arg]
+            return self.request(fraction)  # type: ignore[call-arg]
+        return None
 
     def _with(self, fraction: float) -> BasePruningMethod:
         assert self._class

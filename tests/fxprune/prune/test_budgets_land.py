@@ -1,0 +1,263 @@
+"""Budgets of channels land: what was asked for is what the finalized module has, at once, in steps, by a schedule."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.errors import PruningError
+from tests.budget_networks import FAMILIES, network
+from tests.random_networks import network as random_network
+
+SHARES = [0.9, 0.7, 0.5, 0.3]
+EVERY = [(family, width) for family in FAMILIES for width in (16, 64, 128)]
+WIDE = [("cnn", 512), ("cnn", 1024), ("single", 2048), ("transformer", 512), ("depthwise", 256)]
+
+
+def _traced(family: str, width: int) -> fxprune.TracedModule:
+    model, inputs = network(family, width)
+    return fxprune.trace(model, inputs, modes=("eval",), dynamic_shapes=None)
+
+
+def _masks(traced: fxprune.TracedModule) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in traced.named_buffers() if name.endswith("_mask")}
+
+
+def _check(traced: fxprune.TracedModule, report: Any, budget: str, share: float, unit: int) -> None:
+    """The report is the finalized module's, and the budget is kept and used up to 2 %, or to a unit."""
+    plan = fxprune.finalize(traced).plan
+    assert plan is not None
+    assert (plan.macs, plan.parameters) == (report.macs, report.parameters)
+    before, after = getattr(report, budget)
+    assert after <= share * before
+    assert after >= 0.98 * share * before or after + unit > share * before
+
+
+def _reached(traced: fxprune.TracedModule, budget: str, share: float, round_to: Any) -> Any:
+    """The report, None where the network cannot be cut so far, which the error says with the best that it can."""
+    try:
+        return fxprune.prune.channels(traced, round_to=round_to, **{budget: share})
+    except PruningError:
+        return None
+
+
+def _units(traced: fxprune.TracedModule, budget: str) -> list[int]:
+    return [getattr(group, budget) for group in fxprune.channel_groups(traced) if group.reason is None]
+
+
+def _smallest_group(traced: fxprune.TracedModule) -> int:
+    return min(group.size for group in fxprune.channel_groups(traced) if group.reason is None)
+
+
+def _in_every_way(dense: fxprune.TracedModule, budget: str, share: float, round_to: Any) -> None:
+    """At once, in five steps, and again after training."""
+    if isinstance(round_to, int) and round_to > _smallest_group(dense):
+        return
+    once, steps, unit = copy.deepcopy(dense), copy.deepcopy(dense), max(_units(dense, budget))
+    if (report := _reached(once, budget, share, round_to)) is None:
+        return
+    _check(once, report, budget, share, unit)
+    for step in [1 - (1 - share) * part for part in (0.13, 0.31, 0.5, 0.77)] + [share]:
+        stepped = fxprune.prune.channels(steps, round_to=round_to, **{budget: step})
+    assert stepped.removed == report.removed
+    assert (stepped.macs, stepped.parameters) == (report.macs, report.parameters)
+    found = _masks(steps)
+    assert all(torch.equal(mask, found[name]) for name, mask in _masks(once).items())
+
+
+@pytest.mark.parametrize("budget", ["macs", "parameters"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_budget_lands_at_once_and_in_steps(family: str, budget: str) -> None:
+    _in_every_way(_traced(family, 32), budget, 0.5, "auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("round_to", ["auto", 1, 8, 16])
+@pytest.mark.parametrize("budget", ["macs", "parameters"])
+@pytest.mark.parametrize(("family", "width"), EVERY + WIDE)
+def test_every_budget_lands_in_every_rounding(family: str, width: int, budget: str, round_to: Any) -> None:
+    dense = _traced(family, width)
+    for share in SHARES:
+        _in_every_way(dense, budget, share, round_to)
+
+
+@pytest.mark.parametrize("round_to", ["auto", 1])
+@pytest.mark.parametrize("amount", [0.3, 0.5, 0.75, 7])
+@pytest.mark.parametrize("family", ["cnn", "branches"])
+def test_an_amount_is_masked_to_the_unit(family: str, amount: float, round_to: Any) -> None:
+    traced = _traced(family, 16)
+    report = fxprune.prune.channels(traced, amount, round_to=round_to)
+    gone, size = map(sum, zip(*report.removed.values(), strict=True))
+    assert gone == (int(amount * size) if isinstance(amount, float) else amount)
+    assert report.gone == gone / size
+    plan = fxprune.finalize(traced).plan
+    assert plan is not None
+    assert (plan.macs, plan.parameters) == (report.macs, report.parameters)
+
+
+def _train(traced: fxprune.TracedModule, inputs: torch.Tensor, steps: int) -> None:
+    optimizer = torch.optim.SGD(traced.parameters(), lr=0.01, momentum=0.9, weight_decay=0.01)
+    traced.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        traced(inputs).square().mean().backward()
+        optimizer.step()
+    traced.eval()
+
+
+@pytest.mark.parametrize(("family", "budget"), [("cnn", "macs"), ("depthwise", "parameters"), ("transformer", "macs")])
+def test_a_budget_lands_again_after_training(family: str, budget: str) -> None:
+    model, inputs = network(family, 32)
+    traced = fxprune.trace(model, inputs, dynamic_shapes=None)
+    unit = max(_units(traced, budget))
+    for share in (0.8, 0.5):
+        report = fxprune.prune.channels(traced, **{budget: share})
+        _train(traced, inputs, 10)
+        _check(traced, report, budget, share, unit)
+    again = fxprune.prune.channels(traced, **{budget: 0.5})
+    assert again.removed == report.removed
+
+
+def _mask_entries(traced: fxprune.TracedModule) -> int:
+    return sum(int((mask == 0).sum()) for mask in _masks(traced).values())
+
+
+def test_budgets_of_two_kinds_hold_together() -> None:
+    traced = _traced("cnn", 32)
+    fxprune.prune.channels(traced, macs=0.4)
+    before = {name: mask.clone() for name, mask in _masks(traced).items()}
+    report = fxprune.prune.channels(traced, parameters=0.35)
+    assert report.parameters[1] <= 0.35 * report.parameters[0]
+    assert report.macs[1] <= 0.4 * report.macs[0]
+    assert all((mask <= before[name]).all() for name, mask in _masks(traced).items() if name in before)
+
+
+def test_a_larger_budget_brings_nothing_back() -> None:
+    traced = _traced("cnn", 32)
+    fxprune.prune.channels(traced, macs=0.4)
+    before = _mask_entries(traced)
+    report = fxprune.prune.channels(traced, macs=0.8)
+    assert _mask_entries(traced) == before
+    assert report.macs[1] <= 0.4 * report.macs[0]
+
+
+def test_groups_that_were_cut_before_stay_cut_when_others_are() -> None:
+    traced = _traced("cnn", 32)
+    first = fxprune.prune.channels(traced, 0.25, targets="0*")
+    second = fxprune.prune.channels(traced, 0.25, targets="1*")
+    assert first.removed.keys().isdisjoint(second.removed)
+    assert fxprune.finalize(traced).get_parameter("0.0.weight").shape[0] == 24
+
+
+def test_masks_of_the_user_stay_when_a_budget_is_chosen_anew() -> None:
+    traced = _traced("cnn", 32)
+    fxprune.prune.channels(traced, macs=0.9)
+    fxprune.prune.l1_unstructured(traced, "1.0.weight", 0.5)
+    zeros = traced.get_submodule("1.0").weight_mask == 0
+    fxprune.prune.channels(traced, macs=0.6)
+    fxprune.prune.channels(traced, macs=0.5)
+    assert (traced.get_submodule("1.0").weight_mask[zeros] == 0).all()
+
+
+@pytest.mark.parametrize("family", ["cnn", "branches"])
+def test_what_is_masked_stays_masked_while_weights_change(family: str) -> None:
+    model, inputs = network(family, 32)
+    traced = fxprune.trace(model, inputs, dynamic_shapes=None)
+    before: dict[str, torch.Tensor] = {}
+    for share in (0.93, 0.81, 0.77, 0.64, 0.5):
+        fxprune.prune.channels(traced, macs=share)
+        after = {name: mask.clone() for name, mask in _masks(traced).items()}
+        assert all((after[name] <= mask).all() for name, mask in before.items())
+        before = after
+        _train(traced, inputs, 2)
+
+
+@pytest.mark.parametrize(("curve", "budget"), [("cubic", "macs"), ("linear", "parameters")])
+def test_a_schedule_lands_and_keeps_its_reports(curve: str, budget: str) -> None:
+    model, inputs = network("cnn", 32)
+    traced = fxprune.trace(model, inputs, dynamic_shapes=None)
+    unit = max(_units(traced, budget))
+    schedule = fxprune.Schedule(
+        traced, None, lambda gone: fxprune.prune.channels(traced, **{budget: 1 - gone}), 0.5, curve=curve, stop=5
+    )
+    assert schedule.reports == []
+    for _ in range(6):
+        reached = schedule.step()
+        _train(traced, inputs, 2)
+        assert reached == schedule.reached
+        assert reached == schedule.reports[-1].gone
+        assert reached >= schedule.amount
+    assert schedule.done
+    assert len(schedule.reports) == 6
+    _check(traced, schedule.reports[-1], budget, 0.5, unit)
+    before, after = getattr(schedule.reports[-1], budget)
+    assert schedule.reached == 1 - after / before
+
+
+@pytest.mark.filterwarnings("ignore::fxprune.errors.EvalConstantWarning")
+@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 40))])
+def test_what_is_reported_of_a_random_network_is_what_finalize_leaves(seed: int, words: bool) -> None:
+    model, sample = random_network(seed, words)  # it comes with rows of zeros, of which more than was chosen follows
+    traced = fxprune.trace(model, (sample(2),), modes=("eval",), dynamic_shapes=None)
+    budget, share = ("macs", "parameters")[seed % 2], SHARES[seed % 4]
+    report = _reached(traced, budget, share, ("auto", 1)[seed // 4 % 2])
+    if report is None:
+        return
+    plan = fxprune.finalize(traced).plan
+    assert plan is not None
+    assert (plan.macs, plan.parameters) == (report.macs, report.parameters)
+    before, after = getattr(report, budget)
+    assert after <= share * before
+
+
+def _odd() -> fxprune.TracedModule:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    traced = fxprune.trace(model, torch.randn(2, 3, 9, 9))
+    fxprune.prune.ln_structured(traced, "2.weight", amount=3, n=2, dim=0)
+    fxprune.prune.channels(traced, 3, targets="0", round_to=1)
+    return traced
+
+
+def _widths(final: fxprune.TracedModule) -> tuple[int, int]:
+    return final.get_parameter("0.weight").shape[0], final.get_parameter("2.weight").shape[0]
+
+
+def test_counts_that_were_decided_are_left_alone_and_others_rounded() -> None:
+    traced = _odd()
+    assert _widths(fxprune.finalize(traced)) == (13, 16)
+    assert _widths(fxprune.finalize(traced, align=1)) == (13, 13)
+    assert _widths(fxprune.finalize(traced, align=4)) == (16, 16)
+
+
+def test_what_was_decided_survives_copies_modes_and_files(tmp_path: Path) -> None:
+    traced, path = _odd(), tmp_path / "model.fxp"
+    fxprune.save(traced, path)
+    dense = fxprune.trace(
+        nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)),
+        torch.randn(2, 3, 9, 9),
+    )
+    for other in (copy.deepcopy(traced), traced.train().eval(), fxprune.load(path), fxprune.load(path, dense)):
+        assert other.decided == traced.decided == {("0.weight", 0), ("0.bias", 0)}
+        assert _widths(fxprune.finalize(other)) == (13, 16)
+
+
+def test_a_finalized_module_has_nothing_decided() -> None:
+    final = fxprune.finalize(_odd())
+    assert final.decided == frozenset()
+    fxprune.prune.ln_structured(final, "0.weight", amount=2, n=2, dim=0)
+    assert _widths(fxprune.finalize(final))[0] == 12
+
+
+def test_a_request_that_fails_decides_nothing() -> None:
+    traced = _traced("cnn", 16)
+    with pytest.raises(PruningError, match="cannot be reached"):
+        fxprune.prune.channels(traced, macs=0.0001)
+    assert traced.decided == frozenset()
