@@ -23,7 +23,7 @@ from fxprune.graph.traced import TracedModule
 __all__ = ["Coupling", "couple", "coupling", "rules"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Coupling:
     """The relations of all graphs of a module, resolved.
 

@@ -165,3 +165,9 @@ def test_many_faults_and_files_print_the_first_of_them(results: dict[str, Readab
 )
 def test_how_results_are_written(found: object, wanted: Callable[..., object]) -> None:
     assert found == wanted
+
+
+def test_what_holds_a_whole_analysis_has_a_short_repr() -> None:
+    traced = fxprune.trace(network(), IMAGES)
+    for found in (fxprune.channels.coupling(traced), fxprune.channels.analyze(traced)):
+        assert len(repr(found)) < WIDTH
