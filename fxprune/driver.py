@@ -225,7 +225,7 @@ def plain_view(traced: TracedModule) -> TracedModule:
 
 @contextlib.contextmanager
 def stopwatch(
-    traced: TracedModule, *, threads: int, batch: int, provider: str
+    traced: TracedModule, *, threads: int, batch: int, providers: Sequence[str]
 ) -> Iterator[Callable[[Mapping[str, torch.Tensor]], float]]:
     """Yields a function from masks to how many times faster `traced`, finalized with them, runs in onnxruntime.
 
@@ -245,7 +245,7 @@ def stopwatch(
             candidate = copy.deepcopy(traced)
             insert_masks(candidate, masks)
             write(candidate, files[1])
-            return 1 / export.bench(files, threads=threads, batch=batch, providers=(provider,))[1].ratio
+            return 1 / export.bench(files, threads=threads, batch=batch, providers=providers)[1].ratio
 
         write(traced, files[0])
         yield measure

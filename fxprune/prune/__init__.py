@@ -1,6 +1,7 @@
 """Masks: `torch.nn.utils.prune` on traced modules, methods that torch lacks, channels under a budget, schedules."""
 
-from fxprune.prune.budgeted_channels import ChannelReport, channels
+from fxprune.prune.budgeted_channels import channels
+from fxprune.prune.channel_report import ChannelReport
 from fxprune.prune.methods import BlockStructured, NMStructured
 from fxprune.prune.mirror import (
     apply,

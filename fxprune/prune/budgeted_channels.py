@@ -19,11 +19,12 @@ from fxprune.channels.foresight import classes_left, foresee, parameters_left
 from fxprune.channels.groups import ChannelGroup, Grouping, Repair, Scores
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.stairs import Staircase
-from fxprune.errors import PruningError
+from fxprune.errors import ArgumentTypeError, PruningError
 from fxprune.graph.masks import masked, view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_budgets import Amount, Budget, Choice, Macs, Size, Speed
+from fxprune.prune.channel_report import ChannelReport
 from fxprune.prune.channel_request import (
     DEFAULT_AMOUNT,
     ChannelRequest,
@@ -44,41 +45,12 @@ from fxprune.prune.channel_scores import (
 )
 from fxprune.prune.decisions import mask_values, record, undone, untouched
 from fxprune.prune.importance_registry import Evidence
+from fxprune.renaming import renamed
 
 MOST_CORRECTIONS = 12
 
 
-@dataclass(frozen=True)
-class ChannelReport:
-    """What `fxprune.prune.channels` masked.
-
-    Attributes:
-        removed: by group, "name (kind)" -> (units masked, units in all).
-        stayed: by group that was not considered, why.
-        macs, parameters: (dense, as `finalize` leaves it by default); MACs of one sample.
-        speedup: measured in onnxruntime, None where it was not asked for.
-        sample: what MACs are counted for, "one sample of 3x224x224".
-        budget: what was asked for: "amount", "macs", "parameters" or "speedup".
-    """
-
-    removed: dict[str, tuple[int, int]]
-    stayed: dict[str, str]
-    macs: tuple[int, int]
-    parameters: tuple[int, int]
-    speedup: float | None = None
-    sample: str = ""
-    budget: str = "amount"
-
-    @property
-    def gone(self) -> float:
-        """The share of the budget's own unit that is gone: units for "amount", MACs for "speedup"."""
-        if self.budget == "amount":
-            gone, size = map(sum, zip(*self.removed.values(), strict=True))
-            return gone / size
-        before, after = self.parameters if self.budget == "parameters" else self.macs
-        return 1 - after / max(before, 1)
-
-
+@renamed("provider", "providers", lambda provider: (provider,))
 def channels(
     traced: TracedModule,
     amount: float | None = DEFAULT_AMOUNT,
@@ -101,7 +73,7 @@ def channels(
     batches: int | None = None,
     threads: int = 1,
     batch: int = 1,
-    provider: str = "CPUExecutionProvider",
+    providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> ChannelReport:
     """Mask whole channels, by groups of slices that stand or fall together, so that `finalize` removes them exactly.
 
@@ -144,10 +116,11 @@ def channels(
         speedup: how many times faster in onnxruntime than `traced` finalized as it is, measured on this machine.
         seed: for "random"; None draws from the global generator.
         loader, loss, batches: for "taylor" and what is registered, as for `fxprune.importance.scores`.
-        threads, batch, provider: of the measurement for `speedup`; a batch that is not free is the sample's.
+        threads, batch, providers: of the measurement for `speedup`; a batch that is not free is the sample's, providers
+            are onnxruntime's, a list in order of preference.
 
     Returns:
-        A `ChannelReport`.
+        A `ChannelReport`, which prints as a summary.
 
     Raises:
         ArgumentError, ArgumentTypeError: contradictory, missing or unusable options.
@@ -160,6 +133,8 @@ def channels(
         >>> final = fxprune.finalize(traced)
     """
     require_traced(traced)
+    if isinstance(providers, str):
+        raise ArgumentTypeError(f"providers={providers!r}: a list is needed, [{providers!r}].")
     name, value = one_budget(amount, macs=macs, parameters=parameters, speedup=speedup)
     request = ChannelRequest(
         name, value, importance, scope, round_to, max_per_group, at_least, normalize,
@@ -174,7 +149,7 @@ def channels(
     with contextlib.ExitStack() as stack:
         measure = None
         if name == "speedup":
-            measure = stack.enter_context(driver.stopwatch(before, threads=threads, batch=batch, provider=provider))
+            measure = stack.enter_context(driver.stopwatch(before, threads=threads, batch=batch, providers=providers))
         ranked = _ranked(before, grouping, picked, request, evidence, decided)
         found = _chosen(before, grouping, picked, ranked, request, decided, measure)
     alone = untouched(before, hidden, found.masks)

@@ -16,8 +16,9 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, Prun
 from fxprune.graph.masks import ParameterView
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
-from fxprune.prune.budgeted_channels import ChannelReport
+from fxprune.prune.channel_report import ChannelReport
 from fxprune.prune.mirror import computed, constructed, find_all, global_unstructured, is_pruned, state
+from fxprune.reports import Readable, columns, counted
 
 __all__ = ["CURVES", "Schedule"]
 
@@ -67,7 +68,7 @@ def _checked(amount: Any, curve: Any, start: Any, stop: Any, every: Any, initial
     return _Plan(float(amount), curve, int(start), int(stop), int(every), float(initial))
 
 
-class Schedule:
+class Schedule(Readable):
     """Prunes parameters step by step until a fraction of their entries is masked; the training loop calls `step()`.
 
     Call number `start` (the first call is number 0) brings the masked fraction to `initial`, call number `stop` to
@@ -234,6 +235,24 @@ class Schedule:
     def _with(self, fraction: float) -> BasePruningMethod:
         assert self._class
         return constructed(self._class, amount=fraction, **self.kwargs)
+
+    def __str__(self) -> str:
+        plan, ends = self._plan, "done" if self.done else f"ends with call {self._plan.stop}"
+        where = f"after {counted(self._calls, 'call')}: {self.amount:.3f} asked for, {self.reached:.3f} reached"
+        return f"{plan.curve} to {plan.amount:g}, {where}; {ends}"
+
+    def table(self) -> str:
+        """The sums, then a line for each report: what is gone of the budget's own unit, and what is left."""
+        rows = [("report", "budget", "gone", "MACs", "parameters")]
+        for i, report in enumerate(self._reports):
+            macs, parameters = report.macs[1], report.parameters[1]
+            rows.append((str(i), report.budget, f"{report.gone:.3f}", f"{macs:,}", f"{parameters:,}"))
+        return f"{self}\n\n{columns(rows)}" if self._reports else str(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options and the count of calls, what is asked for, reached and done, and the reports."""
+        state = {"asked_for": self.amount, "reached": self.reached, "done": self.done}
+        return self.state_dict() | state | {"reports": [report.to_dict() for report in self._reports]}
 
     def state_dict(self) -> dict[str, Any]:
         """The count of calls and the curve's options, numbers and strings; masks are the module's state."""

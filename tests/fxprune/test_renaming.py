@@ -49,6 +49,12 @@ def _removed_by_a_pass(**options: Any) -> tuple[int, int]:
     return traced.plan.macs
 
 
+def _faster(file: Path, **options: Any) -> bool:
+    model = nn.Sequential(nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)).eval()
+    report = fxprune.prune.channels(fxprune.trace(model, torch.randn(1, 8, 16, 16)), speedup=1.05, **options)
+    return report.speedup is not None
+
+
 def _measured(file: Path, **options: Any) -> list[str]:
     return [latency.name for latency in bench([file], rounds=1, warmup=0, **options)]
 
@@ -58,13 +64,15 @@ RENAMED: dict[str, tuple[Callable[..., object], dict[str, Any], dict[str, Any], 
     "verify of RemoveChannels": (_removed_by_a_pass, {"check": False}, {"verify": False}, (0, 0)),
     "providers of bench": (
         _measured, {"provider": "CPUExecutionProvider"}, {"providers": ["CPUExecutionProvider"]}, ["model.onnx"]),
+    "providers of channels": (
+        _faster, {"provider": "CPUExecutionProvider"}, {"providers": ("CPUExecutionProvider",)}, True),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", RENAMED.values(), ids=RENAMED)
 def test_the_option_works_under_both_names_and_the_old_one_warns(case: Any, file: Path) -> None:
     call, old, new, wanted = case
-    arguments = (file,) if call is _measured else ()
+    arguments = (file,) if call in (_measured, _faster) else ()
     assert call(*arguments, **new) == wanted
     ((before, _),), ((now, _),) = old.items(), new.items()
     with pytest.warns(DeprecationWarning, match=f"^{before} of .* is called {now} now") as caught:

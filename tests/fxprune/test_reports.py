@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,9 @@ def _results(folder: Path) -> dict[str, Readable]:
     model = network()
     traced = fxprune.trace(model, IMAGES)
     groups = fxprune.channel_groups(traced)
-    fxprune.prune.channels(traced, macs=0.5)
+    masked = fxprune.prune.channels(traced, macs=0.5)
+    schedule = fxprune.Schedule(traced, None, lambda gone: fxprune.prune.channels(traced, macs=1 - gone), 0.5)
+    schedule.step()
     final = fxprune.finalize(traced)
     assert final.plan is not None
     onnx = fxprune.export.to_onnx(final, folder / "model.onnx")
@@ -50,7 +53,9 @@ def _results(folder: Path) -> dict[str, Readable]:
     assert differing.first_divergence is not None
     stages = [Stage("dense", "eager", 0.99, 100), Stage("pruned", "onnx", 0.98, 50, file_bytes=10)]
     return {
-        "groups": groups, "group": groups[0], "group that stays": groups[-1], "plan": final.plan,
+        "groups": groups, "group": groups[0], "group that stays": groups[-1], "channels": masked, "schedule": schedule,
+        "schedule of entries": fxprune.Schedule(traced, "5.weight", eager_prune.L1Unstructured, 0.5),
+        "plan": final.plan,
         "empty plan": fxprune.ChannelPlan(), "onnx": onnx, "program": program, "agreeing": agreeing,
         "unverified": replace(onnx, comparison=None, notes=("one", "two", "three")),
         "differing": differing, "divergence": differing.first_divergence,
@@ -171,3 +176,30 @@ def test_what_holds_a_whole_analysis_has_a_short_repr() -> None:
     traced = fxprune.trace(network(), IMAGES)
     for found in (fxprune.channels.coupling(traced), fxprune.channels.analyze(traced)):
         assert len(repr(found)) < WIDTH
+
+
+def test_a_choice_of_channels_prints_the_sums_and_its_table_every_group(results: dict[str, Readable]) -> None:
+    report, plan = results["channels"], results["plan"]
+    assert isinstance(report, fxprune.ChannelReport)
+    assert isinstance(plan, fxprune.ChannelPlan)
+    head, units = str(report).splitlines()
+    assert head == str(plan).splitlines()[0]
+    masked = {group: pair[0] for group, pair in report.removed.items()}
+    assert units.startswith(f"{sum(masked.values())} of 48 units of 2 groups masked; 1 group left alone: 5.weight")
+    rows = [re.split("  +", line) for line in report.table().splitlines()]
+    for group, (count, size) in report.removed.items():
+        assert [group, str(count), str(size)] in rows
+    assert report.to_dict()["gone"] == report.gone == 1 - plan.macs[1] / plan.macs[0]
+    assert "1.50 times faster" in str(replace(report, speedup=1.5))
+
+
+def test_a_schedule_prints_where_it_is_and_its_table_every_report(results: dict[str, Readable]) -> None:
+    schedule = results["schedule"]
+    assert isinstance(schedule, fxprune.Schedule)
+    assert str(schedule) == f"cubic to 0.5, after 1 call: 0.500 asked for, {schedule.reached:.3f} reached; done"
+    (report,) = schedule.reports
+    assert schedule.table().splitlines()[-1].split()[1:3] == ["macs", f"{report.gone:.3f}"]
+    data = schedule.to_dict()
+    assert data["reports"] == [report.to_dict()]
+    assert data["calls"] == 1
+    assert data["done"]

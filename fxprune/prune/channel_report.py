@@ -1,0 +1,69 @@
+"""What a choice of channels masked, and what it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fxprune.reports import Readable, change, columns, counted, first_of, plain
+
+
+@dataclass(frozen=True, repr=False)
+class ChannelReport(Readable):
+    """What `fxprune.prune.channels` masked; `str` has the sums, `table()` every group.
+
+    Attributes:
+        removed: by group, "name (kind)" -> (units masked, units in all).
+        stayed: by group that was not considered, why.
+        macs, parameters: (dense, as `finalize` leaves it by default); MACs of one sample.
+        speedup: measured in onnxruntime, None where it was not asked for.
+        sample: what MACs are counted for, "one sample of 3x224x224".
+        budget: what was asked for: "amount", "macs", "parameters" or "speedup".
+    """
+
+    removed: dict[str, tuple[int, int]]
+    stayed: dict[str, str]
+    macs: tuple[int, int]
+    parameters: tuple[int, int]
+    speedup: float | None = None
+    sample: str = ""
+    budget: str = "amount"
+
+    @property
+    def gone(self) -> float:
+        """The share of the budget's own unit that is gone: units for "amount", MACs for "speedup"."""
+        if self.budget == "amount":
+            return self._masked / max(self._units, 1)
+        before, after = self.parameters if self.budget == "parameters" else self.macs
+        return 1 - after / max(before, 1)
+
+    @property
+    def _masked(self) -> int:
+        return sum(masked for masked, _ in self.removed.values())
+
+    @property
+    def _units(self) -> int:
+        return sum(units for _, units in self.removed.values())
+
+    def __str__(self) -> str:
+        sample = f", for {self.sample}" if self.sample else ""
+        lines = [f"MACs {change(*self.macs)}, parameters {change(*self.parameters)}{sample}"]
+        lines += [f"{self.speedup:.2f} times faster, as measured"] if self.speedup else []
+        lines.append(
+            f"{self._masked:,} of {counted(self._units, 'unit')} of {counted(len(self.removed), 'group')} masked"
+        )
+        if self.stayed:
+            lines[-1] += f"; {counted(len(self.stayed), 'group')} left alone: {first_of(self.stayed, 3)}"
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """The sums, then a line for each group: units masked, or why it was left alone."""
+        rows = [("group", "masked", "units", "why it stays")]
+        rows += [(group, str(masked), str(units), "") for group, (masked, units) in self.removed.items()]
+        rows += [(group, "", "", why) for group, why in self.stayed.items()]
+        return f"{self}\n\n{columns(rows)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in JSON's types; `speedup` is how many times faster, `gone` a share of what the budget counts."""
+        found: dict[str, Any] = plain(vars(self))
+        return found | {"gone": self.gone}
