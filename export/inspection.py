@@ -48,10 +48,12 @@ class Contents(Readable):
 
     @property
     def parameters(self) -> int:
+        """Entries of all tensors."""
         return sum(entries for _, _, _, entries, _ in self.tensors)
 
     @property
     def zeros(self) -> int:
+        """Those of them that are zero."""
         return sum(zeros for *_, zeros in self.tensors)
 
     def __str__(self) -> str:

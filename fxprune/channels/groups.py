@@ -133,7 +133,7 @@ class ChannelGroups(Readable, list[ChannelGroup]):
 
     def table(self) -> str:
         """The groups, one a line: what their units save, and their members or why they stay."""
-        return table(self)
+        return table(self).rstrip("\n")
 
     def to_dict(self) -> dict[str, Any]:
         """The groups in order; multiply-adds are for one of `sample`."""
