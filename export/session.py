@@ -15,6 +15,7 @@ import torch
 
 from fxprune.errors import CompareError, ProviderWarning
 from fxprune.graph.calls import as_call
+from fxprune.renaming import renamed
 
 from .values import input_tensors, match_inputs
 
@@ -109,6 +110,7 @@ class Session:
                 stacklevel=3,
             )
 
+    @renamed("args", "inputs")
     def feed(self, inputs: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """The arrays by input name, of inputs as `run` takes them; float32 is rounded where the file takes float16.
 
@@ -127,6 +129,7 @@ class Session:
         except (ValueError, TypeError) as error:
             raise self._refusal(error, args, by_name) from error
 
+    @renamed("args", "inputs")
     def run(self, inputs: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
         """Run the file and return its outputs by name, on the CPU, those of precision float16 widened to float32.
 

@@ -15,7 +15,7 @@ import fxprune
 from fxprune import cli
 from fxprune.channels import analyze, remove
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError, ExportError, SuffixError
-from fxprune.export import bench, to_onnx, to_program, to_torchscript
+from fxprune.export import Session, bench, to_onnx, to_program, to_torchscript
 from fxprune.passes import RemoveChannels
 from fxprune.renaming import renamed
 
@@ -59,11 +59,16 @@ def _measured(file: Path, **options: Any) -> list[str]:
     return [latency.name for latency in bench([file], rounds=1, warmup=0, **options)]
 
 
+def _outputs(file: Path, **options: Any) -> list[str]:
+    return list(Session(file).run(**options))
+
+
 RENAMED: dict[str, tuple[Callable[..., object], dict[str, Any], dict[str, Any], object]] = {
     "verify of remove": (_removed, {"check": False}, {"verify": False}, (0, 0)),
     "verify of RemoveChannels": (_removed_by_a_pass, {"check": False}, {"verify": False}, (0, 0)),
     "providers of bench": (
         _measured, {"provider": "CPUExecutionProvider"}, {"providers": ["CPUExecutionProvider"]}, ["model.onnx"]),
+    "inputs of a session": (_outputs, {"args": (X,)}, {"inputs": (X,)}, ["output"]),
     "providers of channels": (
         _faster, {"provider": "CPUExecutionProvider"}, {"providers": ("CPUExecutionProvider",)}, True),
 }  # fmt: skip
@@ -72,7 +77,7 @@ RENAMED: dict[str, tuple[Callable[..., object], dict[str, Any], dict[str, Any], 
 @pytest.mark.parametrize("case", RENAMED.values(), ids=RENAMED)
 def test_the_option_works_under_both_names_and_the_old_one_warns(case: Any, file: Path) -> None:
     call, old, new, wanted = case
-    arguments = (file,) if call in (_measured, _faster) else ()
+    arguments = (file,) if call in (_measured, _faster, _outputs) else ()
     assert call(*arguments, **new) == wanted
     ((before, _),), ((now, _),) = old.items(), new.items()
     with pytest.warns(DeprecationWarning, match=f"^{before} of .* is called {now} now") as caught:

@@ -98,7 +98,7 @@ def test_a_mode_that_is_dropped_cannot_be_selected(traced: fxprune.TracedModule)
 
 
 def test_what_describes_a_module_is_not_overwritten_by_accident(traced: fxprune.TracedModule) -> None:
-    for name in ("plan", "origin", "example_args", "example_kwargs", "modes", "input_check"):
+    for name in ("plan", "origin", "decided", "decided_by", "example_args", "example_kwargs", "modes", "input_check"):
         with pytest.raises(AttributeError):
             setattr(traced, name, None)
 
