@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx
@@ -47,6 +47,8 @@ class ExportReport(FileReport):
     outputs: tuple[str, ...]
     precision: str
     dense_size: int
+
+    _runtime: ClassVar[str] = "onnxruntime"
 
     def _kind(self) -> tuple[str, ...]:
         sparse = () if self.dense_size == self.size else (f"{self.dense_size:,} without sparse initializers",)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx
 import sympy
@@ -43,6 +43,8 @@ class FileReport(Readable):
     comparison: Report | None
     notes: tuple[str, ...]
 
+    _runtime: ClassVar[str] = "torch"
+
     def __str__(self) -> str:
         head = ", ".join([f"{self.path}: {self.size:,} bytes", *self._kind()])
         return "\n".join([head, self._verdict(), *(f"note: {note}" for note in self.notes[:_NOTES_SHOWN])])
@@ -74,7 +76,7 @@ class FileReport(Readable):
         outputs = counted(len({row.output for row in rows}), "output")
         largest = max((row.max_rel or 0.0 for row in rows), default=0.0)
         difference = f"largest difference {number(largest)} of an output's largest value"
-        return f"verified: run on {calls}, {outputs} compared with the module; {difference}"
+        return f"verified: run in {self._runtime} on {calls}, {outputs} compared with the module; {difference}"
 
 
 _NOTES_SHOWN = 2  # of the notes of a file, where it is printed

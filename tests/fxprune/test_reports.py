@@ -129,7 +129,8 @@ def test_the_export_prints_file_size_opset_and_how_it_was_verified(results: dict
     assert report.comparison is not None
     worst = max(row.max_rel or 0 for row in report.comparison.rows)
     calls = len({row.call for row in report.comparison.rows})
-    assert f"run on {calls} calls, 1 output" in verdict
+    assert f"run in onnxruntime on {calls} calls, 1 output" in verdict
+    assert "run in torch on" in str(results["program"])
     assert number(worst) in verdict
     assert report.comparison.table() in report.table()
     assert report.to_dict()["size_bytes"] == report.to_dict()["size"] == report.path.stat().st_size
