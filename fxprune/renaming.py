@@ -1,9 +1,8 @@
-"""Options that have another name now: the old one works, and warns."""
+"""Options that have another name now: code that uses the old one runs on, without a warning that it would end in."""
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,8 +19,7 @@ def renamed(old: str, new: str, converted: Callable[[Any], Any] = lambda value: 
         new: the name that the function has.
         converted: from a value as it was given to the value that is taken now.
 
-    Warns:
-        DeprecationWarning: the old name was used; names the new one.
+    The function raises ArgumentTypeError where it is given both.
 
     Example:
         >>> @renamed("check", "verify")
@@ -41,8 +39,6 @@ def renamed(old: str, new: str, converted: Callable[[Any], Any] = lambda value: 
             if old in kwargs:
                 if new in kwargs:
                     raise ArgumentTypeError(f"{name} was given {new} and {old}, its name of before. Leave {old} out.")
-                message = f"{old} of {name} is called {new} now; {old} will go in a later version."
-                warnings.warn(message, DeprecationWarning, stacklevel=2)
                 kwargs[new] = converted(kwargs.pop(old))
             return function(*args, **kwargs)
 
