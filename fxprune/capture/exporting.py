@@ -25,7 +25,7 @@ from fxprune.capture.protection import (
 )
 from fxprune.capture.sample import Sample
 from fxprune.capture.structures import outputs_registered
-from fxprune.errors import BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
+from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
 from fxprune.graph.traced import MODES
 
 _ASSIGNED = re.compile(r"The tensor attributes? (.*?) (?:was|were) assigned during export")
@@ -84,14 +84,26 @@ def export_modes(
 
 def _export_each(model: nn.Module, sample: Sample, modes: Sequence[str], shapes: Any) -> dict[str, Exported]:
     exported: dict[str, Exported] = {}
+    axes = [] if shapes is None else free_axes(model, sample, shapes)
+    _check_there(axes)
     for mode in _in_order(modes):
         try:
             exported[mode] = _export(model, sample, mode, shapes, sizes_given=shapes is not None)
         except CaptureError as error:
             _tolerate(eager_failure(model, sample, mode) or error, exported, stacklevel=5)
-    if shapes is not None:
-        _warn_of_fixed(free_axes(model, sample, shapes), sample, exported, stacklevel=5)
+    _warn_of_fixed(axes, sample, exported, stacklevel=5)
     return exported
+
+
+def _check_there(axes: Iterable[FreeAxis]) -> None:
+    """Raise ArgumentError for an axis that its input does not have."""
+    for axis in axes:
+        rank = axis.tensor.dim()
+        if axis.axis not in range(rank):
+            raise ArgumentError(
+                f"dynamic_shapes has {axis}, whose shape in the sample is {tuple(axis.tensor.shape)}: an axis from 0 "
+                f"to {rank - 1} is needed."
+            )
 
 
 def _warn_of_fixed(axes: Sequence[FreeAxis], sample: Sample, exported: dict[str, Exported], *, stacklevel: int) -> None:

@@ -42,6 +42,14 @@ class Part(nn.Module):
             owner.switch(self, mode)
         return self
 
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises CaptureError: the graphs are those of the whole."""
+        raise CaptureError(
+            "a module below a traced one was to be called. It holds parameters; the graphs run the operators of the "
+            "whole. Call the traced module; to run a part alone, trace it as a model of its own: "
+            "fxprune.trace(model.backbone, inputs)."
+        )
+
     def __setattr__(self, name: str, value: Any) -> None:
         owner = _owner_of(self)
         if owner is None or name.startswith("_") or name in self._parameters or name in self._buffers:

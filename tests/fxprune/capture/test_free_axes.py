@@ -15,7 +15,7 @@ from torch.export import Dim, ShapesCollection
 import fxprune
 from fxprune.capture.free_axes import free_axes
 from fxprune.capture.sample import Sample
-from fxprune.errors import BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
+from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
 
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
 
@@ -122,6 +122,13 @@ def test_an_axis_that_stays_free_is_captured_without_a_word() -> None:
         for shapes in ({"x": {1: Dim.AUTO}}, {"x": {1: Dim("n", min=5)}}, ({0: Dim.AUTO, 1: Dim.AUTO},), None):
             traced = fxprune.trace(Longer(), X, dynamic_shapes=shapes)
             assert shapes is None or traced(torch.randn(2, 9, 8)).shape[1] == 9
+
+
+@pytest.mark.parametrize("axis", [2, -1, "1"])
+@pytest.mark.parametrize("dimension", [Dim("length"), Dim.DYNAMIC, Dim.AUTO], ids=["named", "dynamic", "auto"])
+def test_an_axis_that_the_input_does_not_have_is_an_error(axis: Any, dimension: Any) -> None:
+    with pytest.raises(ArgumentError, match=rf"axis {axis} of input `input`.* \(3, 8\): an axis from 0 to 1 is needed"):
+        fxprune.trace(nn.Linear(8, 2), torch.randn(3, 8), dynamic_shapes={"input": {axis: dimension}})
 
 
 def test_a_sample_of_size_one_is_said_to_be_the_reason() -> None:

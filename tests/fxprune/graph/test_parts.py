@@ -184,6 +184,7 @@ REFUSED: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "a backward hook": (lambda net: net.fc.register_full_backward_hook(print), CaptureError, "hook"),
     "a backward pre-hook": (lambda net: net.fc.register_full_backward_pre_hook(print), CaptureError, "hook"),
     "an old backward hook": (lambda net: net.fc.register_backward_hook(print), CaptureError, "hook"),
+    "a call": (lambda net: net.block(X), CaptureError, "trace it as a model of its own"),
     "a part on while the whole is off": (lambda net: net.eval().drop.train(), CaptureError, "traced.train"),
 }
 
