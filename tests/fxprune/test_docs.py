@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
 import re
 import tomllib
 import warnings
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from fxprune.channels.registry import REGISTRY
-from tests.pages import ROOT, Block, blocks, unknown_names
+from tests.pages import ROOT, Block, blocks, sections, unknown_names
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -62,6 +64,20 @@ def test_the_picture_of_the_rooms_has_the_layers_that_imports_are_held_to() -> N
     picture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
     left = [line[:40] for line in picture.splitlines()]  # the right column says what happens there
     assert re.findall(r"[a-z_]+", "\n".join(left)) == re.findall(r"[a-z_]+", "\n".join(layers))
+
+
+def test_the_table_of_orders_has_the_signatures() -> None:
+    page = (ROOT / "docs" / "interface.md").read_text(encoding="utf-8")
+    rows = [row.strip("|").split("|") for row in sections(page)["Orders of arguments"].splitlines() if "|" in row][2:]
+    assert len(rows) > 15
+    for row in rows:
+        calls, by_position, by_name = (re.findall(r"`([\w.]+)`", cell) for cell in row)
+        for call in calls:
+            parameters = inspect.signature(pkgutil.resolve_name(f"fxprune.{call}")).parameters.values()
+            placed = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+            assert [p.name for p in parameters if p.kind in placed] == by_position, call
+            named = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+            assert set(by_name) - {"amount"} <= named, call  # of a method, and of no other
 
 
 def test_output_that_differs_from_what_is_printed_is_an_error() -> None:
