@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,20 @@ class ChannelReport(Readable):
         rows += [(group, str(masked), str(units), "") for group, (masked, units) in self.removed.items()]
         rows += [(group, "", "", why) for group, why in self.stayed.items()]
         return f"{self}\n\n{columns(rows)}"
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> ChannelReport:
+        """The report that `to_dict` gave.
+
+        Raises:
+            AttributeError, LookupError, TypeError, ValueError: it is another dictionary.
+        """
+        given = {name: value for name, value in found.items() if name != "gone"}
+        for name in ("macs", "parameters"):
+            before, after = given[name]
+            given[name] = before, after
+        given["removed"] = {group: (masked, units) for group, (masked, units) in given["removed"].items()}
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """The report in JSON's types; `speedup` is how many times faster, `gone` a share of what the budget counts."""

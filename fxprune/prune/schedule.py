@@ -251,28 +251,30 @@ class Schedule(Readable):
 
     def to_dict(self) -> dict[str, Any]:
         """The options and the count of calls, what is asked for, reached and done, and the reports."""
-        state = {"asked_for": self.amount, "reached": self.reached, "done": self.done}
-        return self.state_dict() | state | {"reports": [report.to_dict() for report in self._reports]}
+        return self.state_dict() | {"asked_for": self.amount, "reached": self.reached, "done": self.done}
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of calls and the curve's options, numbers and strings; masks are the module's state."""
-        return {"calls": self._calls, **self._plan._asdict()}
+        """The count of calls, the curve's options and the reports, in JSON's types; masks are the module's state."""
+        reports = [report.to_dict() for report in self._reports]
+        return {"calls": self._calls, **self._plan._asdict(), "reports": reports}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the count of calls and the curve where `state_dict` left them.
+        """Take up the count of calls, the curve and the reports where `state_dict` left them.
 
         Raises:
             ArtifactError: `state` is no state of a schedule; this one is as before.
         """
         try:
-            calls, plan = state["calls"], _checked(**{name: value for name, value in state.items() if name != "calls"})
+            calls, options = state["calls"], {n: value for n, value in state.items() if n not in ("calls", "reports")}
+            plan = _checked(**options)
+            reports = [ChannelReport.from_dict(report) for report in state.get("reports", ())]
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ArtifactError(
                 f"no state of a schedule, which holds {', '.join(self.state_dict())}: {error}"
             ) from error
         if not isinstance(calls, int) or calls < 0:
             raise ArtifactError(f"the state of a schedule has calls={calls!r}; a count is needed.")
-        self._calls, self._plan = calls, plan
+        self._calls, self._plan, self._reports = calls, plan, reports
 
 
 def _check_function(request: object) -> None:

@@ -228,10 +228,43 @@ def test_a_schedule_goes_on_where_its_checkpoint_left_it(traced: fxprune.TracedM
     assert got + [resumed.step() for _ in range(12 - at)] == want
 
 
+def test_the_reports_of_a_schedule_of_channels_go_on_with_it(traced: fxprune.TracedModule) -> None:
+    def build(module: fxprune.TracedModule) -> fxprune.Schedule:
+        return fxprune.Schedule(
+            module, None, lambda gone: fxprune.prune.channels(module, macs=1 - gone, round_to=1), 0.5, stop=4, every=2
+        )
+
+    first = build(traced)
+    for _ in range(3):
+        first.step()
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    resumed = build(copy.deepcopy(traced))
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert resumed.reports == first.reports
+    assert resumed.reached == first.reached > 0
+    assert [resumed.step() for _ in range(2)] == [first.step() for _ in range(2)]
+    assert len(resumed.reports) == 3
+    old = {name: value for name, value in first.state_dict().items() if name != "reports"}  # as before they were stored
+    resumed.load_state_dict(old)
+    assert resumed.reports == []
+
+
 def test_a_foreign_or_damaged_state_is_refused(traced: fxprune.TracedModule) -> None:
     schedule = fxprune.Schedule(traced, NAMES, L1, 0.5)
     good = schedule.state_dict()
-    for bad in ({}, {"last_epoch": 3}, None, good | {"calls": -1}, good | {"curve": "spline"}, good | {"amount": 2.0}):
+    for bad in (
+        {},
+        {"last_epoch": 3},
+        None,
+        good | {"calls": -1},
+        good | {"curve": "spline"},
+        good | {"amount": 2.0},
+        good | {"reports": [{}]},
+        good | {"reports": 3},
+        good | {"reports": [3]},
+    ):
         with pytest.raises(ArtifactError):
             schedule.load_state_dict(bad)  # type: ignore[arg-type]
         assert schedule.state_dict() == good
