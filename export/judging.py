@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fxprune.errors import ArgumentTypeError, CompareError
+from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.graph.calls import Call
 from fxprune.graph.equality import TOLERANCES, difference
 
@@ -37,6 +37,8 @@ class Tolerance:
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ArgumentTypeError(f"{name}={value!r}: a number is needed, or None for that of the dtype.")
+            if value is not None and not value >= 0:
+                raise ArgumentError(f"{name}={value!r}: 0 or more is needed, or None for that of the dtype.")
 
     @property
     def is_default(self) -> bool:

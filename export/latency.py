@@ -6,11 +6,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
+from fxprune.files import check_suffix
 from fxprune.graph.calls import Call, as_calls
 from fxprune.renaming import renamed
 from fxprune.reports import Readable, columns, counted
@@ -93,6 +95,7 @@ def bench(
 
     Raises:
         CompareError: a file or a provider cannot be run, or not on these inputs. ArgumentError: nothing to measure.
+        SuffixError: a file of another format. ArgumentTypeError: a count that is no integer, or no list of paths.
 
     Example:
         >>> bench(["dense.onnx", "pruned.onnx"], batch=8)[1].ratio
@@ -105,6 +108,12 @@ def bench(
         )
     if isinstance(providers, str):
         raise ArgumentTypeError(f"providers={providers!r}: a list is needed, [{providers!r}].")
+    counts = {"batch": batch, "threads": threads, "rounds": rounds, "warmup": warmup}
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise ArgumentTypeError(f"{name}={count!r}: an integer is needed.")
+    for path in paths:
+        check_suffix(path, ".onnx", what="measured", cure="Write it by fxprune.export.to_onnx.")
     if not paths or min(batch, threads, rounds) < 1 or warmup < 0:
         raise ArgumentError(
             f"{len(paths)} files, batch {batch}, {threads} threads, {rounds} rounds: at least 1 of each."

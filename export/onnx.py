@@ -17,7 +17,9 @@ from torch.onnx import ONNXProgram
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call, as_calls
+from fxprune.graph.masks import masked
 from fxprune.graph.traced import TracedModule
+from fxprune.reports import counted
 
 from .flattening import check_source, flatten
 from .lowering import lower
@@ -160,12 +162,22 @@ def to_onnx(
         Path(path),
         size,
         verification.comparison,
-        (*written.notes, *verification.notes),
+        (*_masks_left(final), *written.notes, *verification.notes),
         opset=translation.opset,
         inputs=translation.inputs,
         outputs=translation.outputs,
         precision=precision,
         dense_size=written.dense_size,
+    )
+
+
+def _masks_left(final: TracedModule) -> tuple[str, ...]:
+    """What to say of a module that was not finalized."""
+    if not (names := masked(final)):
+        return ()
+    return (
+        f"{counted(len(names), 'parameter')} of the module have masks, and what these made dead is still in the file: "
+        "fxprune.finalize takes it out, and returns the module to export",
     )
 
 

@@ -64,6 +64,10 @@ class Report(Readable):
         """Whether every output of every candidate agrees."""
         return all(row.ok for row in self.rows)
 
+    def __bool__(self) -> bool:
+        """The same as `ok`, so that `assert compare(...)` fails where outputs differ."""
+        return self.ok
+
     def __str__(self) -> str:
         worst = self._worst()
         differing = [row for row in worst if not row.ok]

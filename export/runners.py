@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,8 @@ def runner_of(item: Any, mode: str) -> Runner:
 def _way_to_a_runner(item: object) -> str:
     if isinstance(item, type):
         return f"Give an instance of {item.__name__}."
+    if isinstance(item, OrderedDict):
+        return "A state dict is loaded into its model first: model.load_state_dict(state)."
     if isinstance(item, torch.Tensor | tuple | list | dict):
         return "Inputs are given by name: compare(reference, candidate, inputs=x)."
     return "Give one of these."

@@ -51,15 +51,15 @@ class FileReport(Readable):
 
     def table(self) -> str:
         """The file, its comparison output by output, and what is to be known of it."""
-        head = str(self).splitlines()[0] if self.comparison else f"{self}"
-        compared = [self.comparison.table()] if self.comparison else []
-        notes = [f"note: {note}" for note in (self.notes if self.comparison else self.notes[_NOTES_SHOWN:])]
+        head = str(self).splitlines()[0] if self.comparison is not None else f"{self}"
+        compared = [self.comparison.table()] if self.comparison is not None else []
+        notes = [f"note: {note}" for note in (self.notes if self.comparison is not None else self.notes[_NOTES_SHOWN:])]
         return "\n".join([head, *compared, *notes])
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types; `size` is the same number as `size_bytes`."""
         found = {name: plain(value) for name, value in vars(self).items() if name != "comparison"}
-        comparison = self.comparison and self.comparison.to_dict()
+        comparison = None if self.comparison is None else self.comparison.to_dict()
         sizes = {f"{name}_bytes": found[name] for name in ("size", "dense_size") if name in found}
         return found | sizes | {"comparison": comparison}
 

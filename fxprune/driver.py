@@ -16,7 +16,14 @@ from torch import nn
 
 from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroups, Grouping
-from fxprune.errors import ArgumentTypeError, EvalConstantWarning, FinalizeError, NonFiniteWarning, PruningError
+from fxprune.errors import (
+    ArgumentTypeError,
+    EvalConstantWarning,
+    FinalizeError,
+    FxpruneWarning,
+    NonFiniteWarning,
+    PruningError,
+)
 from fxprune.graph.containers import provenance_of, set_provenance
 from fxprune.graph.equality import FOLDED_TOLERANCES, error
 from fxprune.graph.masks import masked, named_by_mask, original_name
@@ -313,6 +320,7 @@ def finalize(
         ArgumentError: `align` cannot be used.
 
     Warns:
+        FxpruneWarning: a `Schedule` of the module was never stepped.
         NonFiniteWarning: a parameter holds NaN or inf.
         EvalConstantWarning: channels went that are constant in eval mode alone, and there is a train graph, which
             computes something else without them. `final.plan.eval_only` has them.
@@ -332,6 +340,8 @@ def finalize(
         )
     if after is not None and not callable(after):
         raise ArgumentTypeError(f"after={after!r}: a function of (pass, module, modified, seconds) is needed.")
+    for text in traced.told_unused():
+        warnings.warn(text, FxpruneWarning, stacklevel=2)
     steps: list[Pass] = [*FINALIZE]
     if shrink or plan is not None:
         steps.append(RemoveChannels(align, plan, verify, keep_for_training))

@@ -24,6 +24,7 @@ __all__ = [
     "PruningError",
     "SampleError",
     "SparseGradientError",
+    "StateDictError",
     "SuffixError",
     "WriteBackError",
 ]
@@ -83,6 +84,10 @@ class SuffixError(ExportError, CompareError, ArgumentError):
 
 class ArtifactError(FxpruneError):
     """A stored artifact is truncated, altered, of a later version, or does not belong to the given model."""
+
+
+class StateDictError(ArtifactError, RuntimeError):
+    """A state dict does not fit a traced module; a RuntimeError as torch's is. Nothing of it was loaded."""
 
 
 class WriteBackError(FxpruneError):

@@ -9,6 +9,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import safetensors.torch
 from torch import nn
@@ -22,9 +23,16 @@ from fxprune.artifacts.restoring import restored
 from fxprune.artifacts.stored_graphs import written_graph
 from fxprune.capture.archives import is_program, read_members, read_program
 from fxprune.capture.programs import from_program
-from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError
+from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, SuffixError
 from fxprune.files import atomic
 from fxprune.graph.traced import TracedModule
+
+# what save does not write, and what does
+_OTHER_FORMATS = {
+    ".onnx": "fxprune.export.to_onnx",
+    ".pt2": "fxprune.export.to_program",
+    ".safetensors": "safetensors.torch.save_model",
+}
 
 
 def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool = True) -> None:
@@ -36,13 +44,14 @@ def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool =
 
     Args:
         traced: what `trace`, `finalize` or `load` returned; unchanged.
-        path: the file to write, any name.
+        path: the file to write; any name but that of another format (.onnx, .pt2, .safetensors).
         programs: whether to store the graphs. Without, the file is written faster, and `load` needs the model.
 
     Raises:
         ArgumentTypeError: `traced` is no traced module.
         ArtifactError: something in it has no stored form; names it.
         ExportError: the path cannot be written. What stood there before is unchanged.
+        SuffixError: the name ends as that of another format.
 
     Example:
         >>> fxprune.save(traced, "model.fxp")
@@ -54,6 +63,11 @@ def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool =
         raise ArgumentTypeError(f"save takes a traced module, got {type(traced).__name__}. {cure}")
     if not isinstance(path, str | os.PathLike):
         raise ArgumentTypeError(f"save takes the path of a file, got {type(path).__name__}.")
+    if (suffix := Path(path).suffix) in _OTHER_FORMATS:
+        raise SuffixError(
+            f"'{path}' was to be written by save, whose files are none of the format that {suffix} says. Use another "
+            f"ending, such as .fxp, or write that format: {_OTHER_FORMATS[suffix]}."
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates what it calls itself

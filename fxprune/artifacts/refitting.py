@@ -14,15 +14,16 @@ from fxprune import driver
 from fxprune.artifacts.header import Header
 from fxprune.artifacts.reading import Checkpoint
 from fxprune.capture.front_end import trace
-from fxprune.errors import ArtifactError, FixedSizeWarning, FxpruneError
+from fxprune.errors import ArtifactError, CaptureError, FixedSizeWarning, FxpruneError
 from fxprune.graph.containers import Provenance
-from fxprune.graph.masks import mask_name
+from fxprune.graph.masks import mask_name, named_by_mask, named_by_original
 from fxprune.graph.names import exists, join, tensor_at, tensors_of
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.switching import is_frozen, set_options
 from fxprune.graph.traced import TracedModule
 from fxprune.passes import InsertSpectralNorm, InsertWeightNorm
 from fxprune.passes.insert_parametrization import InsertParametrization
+from fxprune.reports import first_of
 
 _NORMS: dict[str, type[InsertParametrization]] = {kind.name: kind for kind in (InsertWeightNorm, InsertSpectralNorm)}
 
@@ -42,8 +43,8 @@ def refitted(checkpoint: Checkpoint, model: nn.Module) -> TracedModule:
             raise
         except FxpruneError as error:
             raise ArtifactError(
-                f"the file's plan, masks or norms do not fit the model: {error} A module that was finalized more than "
-                "once is restored without a model only."
+                f"the file's plan, masks or norms do not fit the model: {error} Give the dense model, as it was "
+                "traced. A module that was finalized more than once is restored without a model only."
             ) from error
     _check_same_tensors(checkpoint, traced)
     _switch(checkpoint, traced)
@@ -62,8 +63,23 @@ def _traced(checkpoint: Checkpoint, model: nn.Module) -> TracedModule:
         shapes = checkpoint.dynamic_shapes
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FixedSizeWarning)  # said when the module was traced that was saved
-            model = trace(model, args, kwargs, dynamic_shapes=shapes, modes=checkpoint.header.modes)
+            try:
+                model = trace(model, args, kwargs, dynamic_shapes=shapes, modes=checkpoint.header.modes)
+            except CaptureError as error:
+                if lacking := _lacking(checkpoint, model):
+                    raise ArtifactError(
+                        f"the file belongs to another model: {type(model).__name__} has no {first_of(lacking)}, and "
+                        f"cannot be captured with the inputs of the file. {error}"
+                    ) from error
+                raise
     return copy.deepcopy(model)
+
+
+def _lacking(checkpoint: Checkpoint, model: nn.Module) -> list[str]:
+    """The tensors in the file, by their plain names, that a model does not have."""
+    there = tensors_of(model)
+    plain = dict.fromkeys(named_by_original(name) or named_by_mask(name) or name for name in checkpoint.state)
+    return [name for name in plain if name not in there and "parametrizations." not in name]
 
 
 def _rebuilt(checkpoint: Checkpoint, traced: TracedModule) -> TracedModule:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from fxprune.capture.explaining import eager_failure, explained, unfixed
 from fxprune.capture.free_axes import FreeAxis, SizeLog, fixed_axes, free_axes
@@ -28,6 +29,11 @@ from fxprune.capture.structures import outputs_registered
 from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
 from fxprune.graph.traced import MODES
 
+aten = torch.ops.aten
+_PRODUCTS = (
+    aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default,
+    aten.baddbmm.default,
+)  # fmt: skip
 _ASSIGNED = re.compile(r"The tensor attributes? (.*?) (?:was|were) assigned during export")
 
 
@@ -176,7 +182,29 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
             f"{type(model).__name__} draws from Python's or numpy's random generator in {mode} mode; the graph would "
             "repeat the numbers drawn at the capture. Draw by torch inside forward, or pass the numbers as inputs."
         )
+    if _returns_nothing(program):
+        raise CaptureError(
+            f"{type(model).__name__}.forward returns nothing in {mode} mode, so there is nothing to compute. Return "
+            "the outputs."
+        )
+    if _mixes_dtypes(program.graph) and (failure := eager_failure(model, sample, mode)):
+        raise failure
     return Exported(program, _assigned(caught), reads, sizes)
+
+
+def _returns_nothing(program: ExportedProgram) -> bool:
+    outputs = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    return all(isinstance(output, ConstantArgument) and output.value is None for output in outputs)
+
+
+def _mixes_dtypes(graph: fx.Graph) -> bool:
+    """Whether a product is one of several dtypes: torch.export captures these, and torch refuses to run them."""
+    for node in graph.nodes:
+        if node.target in _PRODUCTS:
+            values = (operand.meta.get("val") for operand in node.all_input_nodes)
+            if len({value.dtype for value in values if isinstance(value, Tensor)}) > 1:
+                return True
+    return False
 
 
 def _assigned(caught: list[warnings.WarningMessage]) -> frozenset[str]:

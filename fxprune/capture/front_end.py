@@ -14,7 +14,7 @@ from fxprune.capture.constants import ConstantKeeper
 from fxprune.capture.exporting import Exported, export_modes
 from fxprune.capture.protection import Reads, one_at_a_time
 from fxprune.capture.sample import Sample
-from fxprune.capture.sample_checks import check_model, checked_sample
+from fxprune.capture.sample_checks import check_batch, check_model, checked_sample
 from fxprune.capture.structures import register_dataclasses
 from fxprune.capture.tagging import tag_results
 from fxprune.capture.unlifting import unlift
@@ -75,7 +75,10 @@ def trace(
     """
     check_model(model, args)
     _check(model, dynamic_shapes, modes)
-    sample = Sample(*checked_sample(model, args, kwargs))
+    call = checked_sample(model, args, kwargs)
+    if isinstance(dynamic_shapes, str):
+        check_batch(call)
+    sample = Sample(*call)
     with one_at_a_time():
         register_dataclasses((sample.args, sample.kwargs))
         exported, sample = export_modes(model, sample, dynamic_shapes, modes)

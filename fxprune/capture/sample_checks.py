@@ -11,10 +11,14 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
 from fxprune.errors import CaptureError, SampleError
 from fxprune.graph.calls import Call, as_call
+from fxprune.graph.names import tensors_of
+from fxprune.reports import first_of
 
 
 def check_model(model: object, args: object) -> None:
@@ -26,6 +30,25 @@ def check_model(model: object, args: object) -> None:
         )
     if not isinstance(model, nn.Module):
         raise CaptureError(f"trace takes an nn.Module, got {type(model).__name__}. {_way_to_a_module(model, args)}")
+    _check_contents(model)
+
+
+def _check_contents(model: nn.Module) -> None:
+    """Raise CaptureError where the tensors of a model are not there."""
+    kind = type(model).__name__
+    if "_modules" not in vars(model):
+        raise CaptureError(f"the model has no parts: {kind}.__init__ does not call super().__init__(). Call it first.")
+    tensors = tensors_of(model)
+    if lazy := [name for name, tensor in tensors.items() if is_lazy(tensor)]:
+        raise CaptureError(
+            f"{first_of(lazy)} of {kind} have no shape yet, since lazy layers take it from their first inputs. Run the "
+            "model once before: model(inputs)."
+        )
+    if absent := [name for name, tensor in tensors.items() if tensor.device.type == "meta"]:
+        raise CaptureError(
+            f"{first_of(absent)} of {kind} are on the meta device, without values. Give the model some: "
+            "model.to_empty(device='cpu'), then load_state_dict."
+        )
 
 
 def _way_to_a_module(model: object, args: object) -> str:
@@ -39,6 +62,10 @@ def _way_to_a_module(model: object, args: object) -> str:
         return "Build the model and load its weights first; fxprune.load reads files of fxprune.save and .pt2 programs."
     if isinstance(model, Mapping):
         return "Build the model and give it these with load_state_dict, then trace it."
+    if isinstance(model, list | tuple) and model and all(isinstance(part, nn.Module) for part in model):
+        return "Put the layers into nn.Sequential, or into a module whose forward calls them."
+    if isinstance(model, ExportedProgram):
+        return "Store the program by torch.export.save(program, 'model.pt2'), and give that to fxprune.load."
     if callable(model):
         return "Wrap the function in a module."
     return "Give the model itself."
@@ -70,6 +97,14 @@ def checked_sample(model: nn.Module, args: object, kwargs: object) -> Call:
             raise SampleError(_no_input(leaf, "an input"))
     _check_signature(model, *call)
     return call
+
+
+def check_batch(call: Call) -> None:
+    """Raise SampleError where the axis that is to be free, the first of the first tensor, is empty."""
+    sized = (leaf for leaf in pytree.tree_leaves(tuple(call)) if isinstance(leaf, Tensor) and leaf.dim())
+    first = next(sized, None)
+    if first is not None and not len(first):
+        raise SampleError(f"the sample is an empty batch, of shape {tuple(first.shape)}. Give a batch of one or more.")
 
 
 def _no_input(value: object, what: str) -> str:

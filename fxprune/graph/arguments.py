@@ -159,6 +159,12 @@ class InputCheck:
             return f"{called} A further argument of the model must be there when it is traced."
         if missing := [name for name in names[len(args) :] if name not in kwargs]:
             called = f"{called} Missing: {', '.join(missing)}."
+        if strange := [name for name in kwargs if name not in names]:
+            cure = "Give inputs by their captured names." if missing else "Labels are no input: leave them out."
+            return (
+                f"{called} Not captured: {', '.join(strange)}. {cure} A further argument of the model must be there "
+                "when it is traced."
+            )
         return (
             f"{called} Arguments left at their default at the capture are part of the graph: pass the captured ones, "
             "or trace again with the others."

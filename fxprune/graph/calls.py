@@ -50,6 +50,11 @@ def as_call(
         >>> as_call(x), as_call((x, mask)), as_call({"ids": x})
         (Call(args=(x,), kwargs={}), Call(args=(x, mask), kwargs={}), Call(args=(), kwargs={'ids': x}))
     """
+    if not isinstance(kwargs, Mapping | None):
+        raise error(
+            f"the keyword inputs{where} are a {type(kwargs).__name__}; they are given by name. Several inputs by "
+            "position stand in a tuple; labels are no input."
+        )
     more = dict(kwargs or {})
     if isinstance(inputs, Call):
         args, by_name = inputs

@@ -104,7 +104,10 @@ def match_names(names: Iterable[str], pattern: str, kind: str = "parameter") -> 
     """
     names = list(dict.fromkeys(names))
     if not isinstance(pattern, str):
-        raise NameLookupError(f"a {kind} is named by a string such as 'conv1.weight', got {type(pattern).__name__}.")
+        raise NameLookupError(
+            f"a {kind} is named by a string such as 'conv1.weight', got {type(pattern).__name__}."
+            f"{_way_to_a_name(pattern)}"
+        )
     found = [name for name in names if name == pattern] or fnmatch.filter(names, pattern)
     if not found:
         parts = [n for n in names if n.endswith("." + pattern) or n.startswith(pattern + ".")]
@@ -112,6 +115,16 @@ def match_names(names: Iterable[str], pattern: str, kind: str = "parameter") -> 
         near = parts or difflib.get_close_matches(pattern, names, 5, 0.5) or names[:5]
         raise NameLookupError(f"{kind} {pattern!r}: {why}. Did you mean {', '.join(map(repr, near[:8]))}?")
     return found
+
+
+def _way_to_a_name(value: object) -> str:
+    if isinstance(value, tuple) and value and isinstance(value[0], nn.Module):
+        return " Of a pair (module, 'weight'), give the module's path and the name: 'conv1.weight'."
+    if isinstance(value, list | tuple | set | dict):
+        return " Several are named by a pattern such as '*.weight', or one after another."
+    if isinstance(value, torch.Tensor):
+        return " The names of tensors are those of named_parameters()."
+    return ""
 
 
 def one_name(names: Iterable[str], pattern: str, kind: str = "parameter") -> str:

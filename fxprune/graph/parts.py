@@ -7,7 +7,7 @@ from typing import Any, NoReturn, Protocol
 
 from torch import nn
 
-from fxprune.errors import CaptureError
+from fxprune.errors import CaptureError, NameLookupError
 
 _OWNER = "fxprune.owner"  # no name of a child, a parameter or a buffer has a dot
 
@@ -58,6 +58,18 @@ class Part(nn.Module):
             owner.set_option(self, name, value)
         elif value != self.training:
             owner.switch(self, value)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or _owner_of(self) is None:
+                raise
+            raise NameLookupError(
+                f"a module below a traced one has no {name!r}: it keeps parameters, buffers and children of the one "
+                "that was captured. Sizes are those of parameters, as in traced.get_parameter('conv1.weight').shape; "
+                "all else is told by the eager model."
+            ) from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != _OWNER}

@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
-from fxprune.errors import ArtifactError, CaptureError
+from fxprune.errors import ArgumentError, ArtifactError, CaptureError, ExportError
 from fxprune.graph.arguments import InputCheck
 from fxprune.graph.containers import Container, ReadByName, provenance_of, set_provenance, share_contents
 from fxprune.graph.names import join
@@ -21,6 +21,7 @@ from fxprune.graph.parts import adopt, refuse_replacement
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.snapshot import preserved
 from fxprune.graph.spellings import respelled
+from fxprune.graph.states import check_state
 from fxprune.graph.switching import is_frozen, set_option, switch
 from fxprune.torch_internals import state_of_generated_code
 
@@ -72,6 +73,7 @@ class TracedModule(ReadByName, fx.GraphModule):
     _origin: Origin | None
     _decided: frozenset[tuple[str, int]]
     _decided_by: object
+    _expected: list[Callable[[], Callable[[], str] | None]]
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         super().__init__(nn.Module(), fx.Graph(), "TracedModule")
         share_contents(self, root)
         set_provenance(self, provenance_of(root))
-        self._generated = {}
+        self._generated, self._expected = {}, []
         self.graphs = {mode: graphs[mode] for mode in MODES if mode in graphs}
         for graph in self.graphs.values():
             graph.owning_module = self
@@ -209,6 +211,31 @@ class TracedModule(ReadByName, fx.GraphModule):
         else:
             super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if isinstance(self._modules.get(name), Container) and self._reads_below(name):
+            raise ArgumentError(
+                f"the module {name!r} of a traced module was to be deleted, while its graphs read its parameters. "
+                "Change the eager model, and trace that again."
+            )
+        super().__delattr__(name)
+
+    def _reads_below(self, path: str) -> bool:
+        reads = (node for graph in self.graphs.values() for node in graph.find_nodes(op="get_attr"))
+        return any(str(node.target).startswith(f"{path}.") for node in reads)
+
+    def expect_use(self, unused: Callable[[], Callable[[], str] | None]) -> None:
+        """Let `finalize` ask whether what was made for this module was used.
+
+        Args:
+            unused: a weak reference to a function that gives what to say where it was not, else an empty text.
+        """
+        self._expected.append(unused)
+
+    def told_unused(self) -> list[str]:
+        """What was made for this module, still exists, and was not used."""
+        told = (function() for reference in self._expected if (function := reference()))
+        return [text for text in told if text]
+
     def keep_modes(self, *modes: str) -> None:
         """Drop the graphs of all other modes, and select one of those that are left."""
         self.graphs = {mode: graph for mode, graph in self.graphs.items() if mode in modes}
@@ -271,8 +298,15 @@ class TracedModule(ReadByName, fx.GraphModule):
     # ---- copies, conversions, checkpoints
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; the keys of legacy norms (`weight_g`, `weight_v`) and parametrizations stand for each other."""
-        return super().load_state_dict(respelled(state_dict, self.state_dict().keys()), strict, assign)
+        """As in torch; the keys of legacy norms (`weight_g`, `weight_v`) and parametrizations stand for each other.
+
+        Raises:
+            StateDictError: names or shapes differ; nothing was loaded then. ArgumentTypeError: it is no state dict.
+        """
+        own = self.state_dict()
+        given = respelled(state_dict, own.keys()) if isinstance(state_dict, Mapping) else state_dict
+        check_state(given, own, strict=strict, is_finalized=self.plan is not None)
+        return super().load_state_dict(given, strict, assign)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         root = Container(provenance_of(self))
@@ -287,6 +321,12 @@ class TracedModule(ReadByName, fx.GraphModule):
 
     def __copy__(self) -> TracedModule:
         return copy.deepcopy(self)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise ExportError(
+            "a traced module was to be scripted by torch.jit.script, which reads no generated code. Write TorchScript "
+            "by fxprune.export.to_torchscript(final, 'model.pt')."
+        )
 
     def __reduce__(self) -> Any:
         raise ArtifactError(

@@ -33,6 +33,7 @@ from fxprune.prune.channel_request import (
     chosen_groups,
     listed,
     one_budget,
+    plain_number,
 )
 from fxprune.prune.channel_scores import (
     comparable,
@@ -137,7 +138,8 @@ def channels(
         raise ArgumentTypeError(f"providers={providers!r}: a list is needed, [{providers!r}].")
     name, value = one_budget(amount, macs=macs, parameters=parameters, speedup=speedup)
     request = ChannelRequest(
-        name, value, importance, scope, round_to, max_per_group, at_least, normalize,
+        name, value, importance, scope, plain_number(round_to), plain_number(max_per_group), plain_number(at_least),
+        normalize,
         None if targets is None else listed(targets), listed(ignore), None if kinds is None else listed(kinds),
     )  # fmt: skip
     evidence = Evidence(loader, loss, batches, seed)

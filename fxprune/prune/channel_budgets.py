@@ -128,10 +128,12 @@ class Size(Budget):
         stays = [group for group in self.grouping.groups if group.reason]
         stays.sort(key=lambda group: -getattr(group, self.name) * group.size)
         why = "; ".join(dict.fromkeys(f"{group.name!r}: {group.reason}" for group in stays[:3]))
+        is_percentage = isinstance(self.value, int) and 1 <= self.value <= 100
+        count = f" An integer is a count; for {self.value} % give {self.value / 100}." if is_percentage else ""
         return PruningError(
             f"{self.name}={self.value} cannot be reached: at most {self.limit:,.0f} of {self.dense:,} were asked for, "
             f"the best is {self.least:,} ({self.least / max(self.dense, 1):.3f}). Raise it, or "
-            "max_per_group. What must stay (`fxprune.channel_groups` has all): "
+            f"max_per_group.{count} What must stay (`fxprune.channel_groups` has all): "
             f"{why or 'a unit of each'}."
         )
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch.nn.utils.prune import BasePruningMethod
@@ -59,6 +62,8 @@ class ChannelRequest:
             raise ArgumentError(
                 f"importance={self.importance!r}: one of {', '.join(IMPORTANCES)} or a function is needed."
             )
+        if callable(self.importance):
+            _check_function(self.importance)
         if self.normalize not in (None, True, False):
             raise ArgumentError(f"normalize={self.normalize!r}: True, False or None is needed.")
         if self.scope not in ("global", "local"):
@@ -71,6 +76,23 @@ class ChannelRequest:
             raise ArgumentError(
                 f"max_per_group={self.max_per_group}, at_least={self.at_least}: 0 to 1, and 1 or more, are needed."
             )
+
+
+def _check_function(importance: Callable[..., object]) -> None:
+    """Raise ArgumentTypeError unless a function can be called with a group alone."""
+    try:
+        signature = inspect.signature(importance)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return
+    try:
+        signature.bind(None)
+    except TypeError:
+        name = getattr(importance, "__name__", type(importance).__name__)
+        raise ArgumentTypeError(
+            f"importance is {name}, which takes ({', '.join(signature.parameters)}); a function from a ChannelGroup "
+            "alone to a tensor [units] is needed. A function that scores entries is given by the name under which "
+            "fxprune.importance.register put it."
+        ) from None
 
 
 def _kind(value: object) -> str:
@@ -106,10 +128,18 @@ def one_budget(
     if len(given) > 1:
         raise ArgumentError(f"one budget at a time: {' and '.join(f'{k}={v}' for k, v in given.items())} were given.")
     if given:
-        return next(iter(given.items()))
+        name, value = next(iter(given.items()))
+        return name, plain_number(value)
     if amount is None:
         raise ArgumentError("no budget: give amount, macs, parameters or speedup.")
-    return "amount", float(amount) if isinstance(amount, UnaskedAmount) else amount
+    return "amount", float(amount) if isinstance(amount, UnaskedAmount) else plain_number(amount)
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy's as Python's own; what is no number as it is."""
+    if isinstance(value, bool | int | float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 
 def _check_budget(name: str, value: object) -> None:
@@ -117,6 +147,8 @@ def _check_budget(name: str, value: object) -> None:
         others = (
             " All but the amount is given by name: targets='conv1', loader=batches, ..." if name == "amount" else ""
         )
+        if isinstance(value, torch.Tensor) and value.dim() == 0:
+            others = f" Give the tensor's number: {name}={value.item():g}."
         raise ArgumentTypeError(f"{name}={value!r}: a number is needed.{others}")
     if name == "speedup":
         allowed = value > 1

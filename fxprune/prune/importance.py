@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
-from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
+from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, InputError, PruningError
+from fxprune.graph.arguments import Signature
 from fxprune.graph.calls import as_call
 from fxprune.graph.snapshot import preserved
 from fxprune.graph.traced import TracedModule
@@ -127,6 +129,11 @@ def _taylor(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> d
     loader, loss, batches, _ = evidence
     if isinstance(loss, type):
         raise ArgumentTypeError(f"loss is the class {loss.__name__}; give an object of it: loss={loss.__name__}().")
+    if isinstance(loader, Dataset) and not isinstance(loader, Iterable):
+        raise ArgumentError(
+            f"loader is a {type(loader).__name__}, whose items are single samples; batches are needed: "
+            "torch.utils.data.DataLoader(dataset, batch_size=32)."
+        )
     if loader is None or loss is None or not isinstance(loader, Iterable) or not callable(loss):
         raise ArgumentError(
             f'"taylor" needs an iterable loader and a loss function; got loader={loader!r}, loss={loss!r}. Batches are '
@@ -158,7 +165,15 @@ def _gradients(
     batch: Any,
 ) -> tuple[torch.Tensor, ...]:
     outputs, target = _outputs(traced, batch)
-    value = loss(outputs, target)
+    try:
+        value = loss(outputs, target)
+    except FxpruneError:
+        raise
+    except Exception as error:  # whatever the caller's function raises
+        raise ArgumentError(
+            f"the loss failed: {type(error).__name__}: {str(error).partition(chr(10))[0]} It is called as "
+            f"loss(outputs, target), here with {_described(outputs)} and {_described(target)}."
+        ) from error
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         raise ArgumentError(f"the loss is no scalar tensor: {getattr(value, 'shape', type(value).__name__)}.")
     asked = [p for p in parameters if p.requires_grad]
@@ -176,17 +191,31 @@ def _gradients(
 def _outputs(traced: TracedModule, batch: Any) -> tuple[Any, Any]:
     """What the module gives for a batch, and the batch's target."""
     if isinstance(batch, Mapping):
+        taken = Signature.of(traced.graph).names
+        if strange := [name for name in batch if name not in taken]:
+            raise InputError(
+                f"the loader yielded a mapping with {', '.join(strange)}; the model takes ({', '.join(taken)}). Labels "
+                "are no input: give pairs (inputs, target), in which the inputs may be a mapping."
+            )
         return traced(**batch), batch
     if not isinstance(batch, list | tuple) or len(batch) != 2:
+        length = f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
         raise ArgumentError(
-            f"the loader yielded a {type(batch).__name__}; a pair (inputs, target) or a mapping is needed. For "
-            "one batch, loader=[(inputs, target)]."
+            f"the loader yielded a {type(batch).__name__}{length}; "
+            "a pair (inputs, target) or a mapping is needed. For one batch, loader=[(inputs, target)]; several inputs "
+            "stand in a tuple, ((x, mask), target)."
         )
     inputs, target = batch
     if not isinstance(inputs, tuple | Mapping | torch.Tensor):
         inputs = tuple(inputs) if isinstance(inputs, list) else (inputs,)
     call = as_call(inputs)
     return traced(*call.args, **call.kwargs), target
+
+
+def _described(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def _norm(order: float) -> SliceScore:

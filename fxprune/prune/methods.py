@@ -50,7 +50,10 @@ class NMStructured(BasePruningMethod):
     def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
         """The new mask, given the values or scores `t` and the mask so far, both of the parameter's shape."""
         if not -t.dim() <= self.dim < t.dim():
-            raise PruningError(f"{self.n}:{self.m} along axis {self.dim} of a tensor of shape {tuple(t.shape)}.")
+            raise PruningError(
+                f"{self.n}:{self.m} along axis {self.dim} of a tensor of shape {tuple(t.shape)}, which has no such "
+                "axis. Name weights alone, such as 'fc.weight', or give another dim."
+            )
         # -1 stands below every magnitude
         scores = t.abs().where(default_mask != 0, -1).movedim(self.dim, -1)
         size = scores.shape[-1]
@@ -99,7 +102,10 @@ class BlockStructured(BasePruningMethod):
     def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
         """The new mask, given the values or scores `t` and the mask so far, both of the parameter's shape."""
         if len(self.block) > t.dim():
-            raise PruningError(f"blocks of shape {self.block} on a tensor of shape {tuple(t.shape)}.")
+            raise PruningError(
+                f"blocks of shape {self.block} on a tensor of shape {tuple(t.shape)}, which has fewer axes. Name "
+                "weights alone, such as 'fc.weight', or give a shorter block."
+            )
         lengths = [b if b > 0 else size for b, size in zip((*self.block, *[1] * t.dim()), t.shape, strict=False)]
         alive = default_mask != 0
         magnitude = t.abs().to(torch.promote_types(t.dtype, torch.float32)).where(alive, 0)

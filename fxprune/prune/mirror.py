@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -75,7 +77,7 @@ def computed(
             )
         found = state(traced, name)
         for step in pruning_methods(method):
-            _refuse_bool(step)
+            _check_amount(step)
             found = dataclasses.replace(found, mask=_mask(found, step, importance_scores))
         mask = found.mask
         assert mask is not None, "an empty container"
@@ -141,6 +143,10 @@ def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> Tra
     if not isinstance(mask, torch.Tensor):
         raise ArgumentTypeError(
             f"mask is a {type(mask).__name__}; a tensor of the parameter's shape is needed: torch.as_tensor(mask)."
+        )
+    if not mask.isfinite().all():
+        raise PruningError(
+            f"the mask for {name!r} holds NaN or inf, which would take the place of weights. Give 0 and 1."
         )
     for found in find(traced, name):
         if (shape := original(traced, found).shape) != mask.shape:
@@ -263,6 +269,11 @@ def global_unstructured(
         raise ArgumentTypeError(
             f"pruning_method={pruning_method!r}: a subclass of BasePruningMethod is needed. Give the class, and its "
             "arguments by name: (traced, names, torch.nn.utils.prune.L1Unstructured, amount=0.5)."
+        )
+    if not isinstance(importance_scores, Mapping | None):
+        raise ArgumentTypeError(
+            f"importance_scores is a {type(importance_scores).__name__}; tensors by name are needed. The method's "
+            "arguments have names: amount=0.5."
         )
     method = constructed(pruning_method, **kwargs)
     kind = getattr(method, "PRUNING_TYPE", "of no type")
@@ -389,18 +400,29 @@ def constructed(kind: type[BasePruningMethod], *args: Any, **kwargs: Any) -> Bas
     except FxpruneError:
         raise
     except TypeError as error:
+        amount = kwargs.get("amount", args[0] if args else None)
+        if str(error).startswith("Invalid type for amount"):
+            raise ArgumentTypeError(
+                f"{kind.__name__}: amount={amount!r}: a fraction (float) or a count (int) is needed."
+                f"{' Give its number: amount.item().' if isinstance(amount, torch.Tensor) else ''}"
+            ) from error
         raise ArgumentTypeError(f"{kind.__name__}: {error}") from error
     except Exception as error:
         raise ArgumentError(f"{kind.__name__}: {error}") from error
-    _refuse_bool(method)
+    _check_amount(method)
     return method
 
 
-def _refuse_bool(method: BasePruningMethod) -> None:
-    """Raise ArgumentTypeError where the amount is True or False, which torch takes as a count of 1 or 0."""
-    if isinstance(amount := vars(method).get("amount"), bool):
+def _check_amount(method: BasePruningMethod) -> None:
+    """Raise where torch lets an amount pass that is none: True or False, which it takes as 1 or 0, and NaN."""
+    amount = vars(method).get("amount")
+    if isinstance(amount, bool):
         raise ArgumentTypeError(
             f"{type(method).__name__}: amount={amount}: a fraction (float) or a count (int) is needed, no bool."
+        )
+    if isinstance(amount, Real) and math.isnan(amount):
+        raise ArgumentError(
+            f"{type(method).__name__}: amount={amount}: a fraction from 0.0 to 1.0 or a count is needed."
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -12,7 +14,7 @@ import torch
 from torch.nn.utils.prune import BasePruningMethod
 
 from fxprune import driver
-from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, PruningError
+from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneWarning, PruningError
 from fxprune.graph.masks import ParameterView
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
@@ -95,7 +97,7 @@ class Schedule(Readable):
             with what the curve asks for, as in `lambda gone: fxprune.prune.channels(traced, macs=1 - gone)`.
         amount: fraction of entries masked at the end, a float from 0.0 to 1.0.
         curve: a key of `CURVES`.
-        start, stop: numbers of the first and the last call that prunes; `stop` defaults to `start`.
+        start, stop: numbers of the first and the last call that prunes; `stop` defaults to `start`: one call prunes.
         every: calls from one pruning to the next, at least 1.
         initial: fraction masked at `start`, at most `amount`.
         scope: for a class, "local": each parameter by itself; "global": one selection over all of them.
@@ -149,12 +151,15 @@ class Schedule(Readable):
         if not self._class and (kwargs or scope != "local"):
             raise ArgumentError(f"scope={scope!r} and {kwargs} are for a method class; the function decides by itself.")
         self._plan = _checked(amount, curve, start, start if stop is None else stop, every, initial)
-        self._calls = 0
+        if stop is None:
+            _check_single(self._plan)
+        self._calls, self._is_stepped = 0, False
         self._reports: list[ChannelReport] = []
         if self._class:
             # a parameter that the class cannot prune shows now, and draws no random numbers
             with torch.random.fork_rng(devices=[]):
                 computed(traced, dict.fromkeys(self.names, self._with(0.0)))
+        traced.expect_use(weakref.WeakMethod(self.unused))
 
     @property
     def amount(self) -> float:
@@ -191,6 +196,7 @@ class Schedule(Readable):
             PruningError: the request failed, or would unmask an entry. Masks and the count of calls are as before.
         """
         plan, call = self._plan, self._calls
+        self._is_stepped = True
         if plan.start <= call <= plan.stop and ((call - plan.start) % plan.every == 0 or call == plan.stop):
             self._prune(plan.at(call))
         self._calls += 1
@@ -204,6 +210,11 @@ class Schedule(Readable):
             if not isinstance(report, ChannelReport):  # which chooses anew where weights have not changed
                 for name, found in before.items():
                     _refuse_revival(name, found.mask, state(self.traced, name).mask)
+            elif report.gone and not is_pruned(self.traced):
+                raise PruningError(
+                    "the function pruned another module than that of the schedule, of which nothing is masked. Let it "
+                    "prune the module that the schedule was given, not a copy of it or one that was traced again."
+                )
         except BaseException:
             pruned = [found for name, found in before.items() if is_pruned(self.traced, name)]
             driver.insert_masks(self.traced, {found.name: _mask_or_ones(found) for found in pruned})
@@ -211,6 +222,13 @@ class Schedule(Readable):
             raise
         if isinstance(report, ChannelReport):
             self._reports.append(report)
+        elif not self._class and self._calls == self._plan.stop and total and not is_pruned(self.traced):
+            warnings.warn(
+                f"the schedule ends with this call, {total:g} was asked for, and nothing of the module is masked: the "
+                "function prunes nothing, or another module.",
+                FxpruneWarning,
+                stacklevel=3,
+            )
 
     def _request(self, total: float, counts: Mapping[str, tuple[int, int]]) -> object:
         """Ask for so many masked entries, given by name how many entries there are and how many are masked.
@@ -235,6 +253,15 @@ class Schedule(Readable):
     def _with(self, fraction: float) -> BasePruningMethod:
         assert self._class
         return constructed(self._class, amount=fraction, **self.kwargs)
+
+    def unused(self) -> str:
+        """What to say where no call of `step` was made, which `finalize` warns of; empty where one was."""
+        if self._is_stepped:
+            return ""
+        return (
+            f"a schedule to {self._plan.amount:g} was made for the module, and its step() was never called, so nothing "
+            "is masked by it. Call it after each step of the optimizer."
+        )
 
     def __str__(self) -> str:
         plan, ends = self._plan, "done" if self.done else f"ends with call {self._plan.stop}"
@@ -274,7 +301,19 @@ class Schedule(Readable):
             ) from error
         if not isinstance(calls, int) or calls < 0:
             raise ArtifactError(f"the state of a schedule has calls={calls!r}; a count is needed.")
-        self._calls, self._plan, self._reports = calls, plan, reports
+        self._calls, self._plan, self._reports, self._is_stepped = calls, plan, reports, calls > 0
+
+
+def _check_single(plan: _Plan) -> None:
+    """Raise ArgumentError where a schedule of one call has options for several."""
+    options = {"every": (plan.every, 1), "initial": (plan.initial, 0.0)}
+    given = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
+    given += [f"curve={plan.curve!r}"] if plan.curve in ("linear", "exponential") else []
+    if given:
+        raise ArgumentError(
+            f"{', '.join(given)} without stop: all would be masked at once, by call {plan.start}. Give stop, the "
+            "number of the last call that prunes."
+        )
 
 
 def _check_function(request: object) -> None:

@@ -66,7 +66,7 @@ def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> to
         )
     plan, references = final.origin.plan, final.origin.sources
     sources = {name: p for name, reference in references.items() if (p := reference()) is not None}
-    group_of = _group_of(optimizer, sources.values())
+    group_of = _group_of(optimizer, sources.values(), set(map(id, final.parameters())))
     heirs = _heirs(final, sources, plan)
     optimized = [
         heir for heir in heirs if any(id(p) in group_of for p in heir.origins)
@@ -120,11 +120,19 @@ def _heirs(final: TracedModule, sources: dict[str, nn.Parameter], plan: ChannelP
     return found
 
 
-def _group_of(optimizer: torch.optim.Optimizer, sources: Collection[nn.Parameter]) -> dict[int, int]:
-    """By the identity of a parameter the index of its group; raises ArgumentError for one of another module."""
+def _group_of(optimizer: torch.optim.Optimizer, sources: Collection[nn.Parameter], own: set[int]) -> dict[int, int]:
+    """By the identity of a parameter the index of its group; raises ArgumentError for one of another module.
+
+    `own` are the identities of the finalized module's parameters.
+    """
     known = set(map(id, sources))
     held = [(i, p) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
     if strange := [p for _, p in held if id(p) not in known]:
+        if {id(p) for p in strange} <= own:
+            raise ArgumentError(
+                "the optimizer holds the parameters of the finalized module already: use it as it is. optimizer_after "
+                "takes the one that trained the module before, to carry its state over."
+            )
         raise ArgumentError(
             f"{len(strange)} of the optimizer's {len(held)} parameters, such as one of shape "
             f"{tuple(strange[0].shape)}, are none of the module that was finalized. Give the optimizer that trained it."

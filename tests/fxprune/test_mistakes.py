@@ -5,64 +5,53 @@ A row of a table is a call, the class of its error, what the message must say of
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import random
-import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
-from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
 from fxprune.errors import (
     ArgumentError,
     ArgumentTypeError,
-    ArtifactError,
     CaptureError,
-    CompareError,
-    FxpruneError,
+    ExportError,
+    FxpruneWarning,
     InputError,
     NameLookupError,
     PruningError,
     SampleError,
-    WriteBackError,
+    StateDictError,
 )
-from fxprune.graph.text import text
+from tests.beginners import IMAGES, L1, LABELS, LOADER, Case, Tokens, refused, small, smaller, state_of, unchanged
 
 pytestmark = pytest.mark.usefixtures("shared_translations")
-IMAGES, LABELS = torch.randn(4, 3, 8, 8), torch.randint(10, (4,))
-LOADER = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.randint(10, (8,))), 4)
-L1 = torch_prune.L1Unstructured
-
-Case = tuple[Callable[..., object], type[FxpruneError], str, str]
 
 
-def _model() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 3), nn.Flatten(), nn.Linear(64, 10)
-    )
-
-
-class Tokens(nn.Module):
+class Bare(nn.Module):
     def __init__(self) -> None:
-        super().__init__()
-        self.words, self.head = nn.Embedding(10, 4), nn.Linear(4, 2)
+        self.size = 2
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.words(ids))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Silent(nn.Module):
+    def forward(self, x: torch.Tensor) -> None:
+        self.result = x + 1
 
 
 @pytest.fixture(scope="module")
 def captured() -> fxprune.TracedModule:
-    return fxprune.trace(_model(), (IMAGES,))
+    return fxprune.trace(small(), (IMAGES,))
 
 
 @pytest.fixture
@@ -73,33 +62,6 @@ def traced(captured: fxprune.TracedModule) -> fxprune.TracedModule:
 @pytest.fixture(scope="module")
 def finalized(captured: fxprune.TracedModule) -> fxprune.TracedModule:
     return fxprune.finalize(captured)
-
-
-@contextlib.contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Assert that parameters, buffers, their values, names and order, attributes, hooks, modes and graphs stay."""
-    before, values = _state(module), {name: value.clone() for name, value in module.state_dict().items()}
-    yield
-    assert _state(module) == before
-    assert all(torch.equal(value, values[name]) for name, value in module.state_dict().items())
-
-
-def _state(module: nn.Module) -> list[Any]:
-    parts = []
-    for path, part in module.named_modules():
-        tensors = [(name, id(t)) for held in (part._parameters, part._buffers) for name, t in held.items()]
-        parts.append((path, type(part), part.training, tensors, sorted(vars(part)), len(part._forward_pre_hooks)))
-    graphs = getattr(module, "graphs", {})
-    return [parts, [(mode, text(graph)) for mode, graph in graphs.items()]]
-
-
-def _refused(case: Case, *arguments: object) -> None:
-    call, error, mistake, cure = case
-    with pytest.raises(error) as caught:
-        call(*arguments)
-    message = str(caught.value)
-    assert re.search(mistake, message), message
-    assert re.search(cure, message), message
 
 
 def _scripted() -> torch.jit.ScriptModule:
@@ -157,6 +119,31 @@ TRACE: dict[str, Case] = {
         lambda m: fxprune.trace(m, IMAGES, LABELS), SampleError, "kwargs is a Tensor", "in a tuple.*labels are no"),
     "labels by name": (
         lambda m: fxprune.trace(m, (), {"input": IMAGES, "labels": LABELS}), SampleError, "argument 'labels'", "names"),
+    "layers for a model": (
+        lambda m: fxprune.trace([*m], IMAGES), CaptureError, "got list", "into nn.Sequential"),
+    "a program for a model": (
+        lambda m: fxprune.trace(torch.export.export(nn.ReLU(), (IMAGES,)), IMAGES), CaptureError, "ExportedProgram",
+        r"torch.export.save\(program, 'model.pt2'\)"),
+    "layers that have not seen inputs": (
+        lambda m: fxprune.trace(nn.LazyLinear(2), IMAGES), CaptureError, "weight, bias of LazyLinear have no shape",
+        "Run the model once"),
+    "a model without values": (
+        lambda m: fxprune.trace(copy.deepcopy(m).to("meta"), IMAGES), CaptureError, "0.weight, .* on the meta device",
+        "load_state_dict"),
+    "a model that was not initialized": (
+        lambda m: fxprune.trace(Bare(), IMAGES), CaptureError, "Bare.__init__ does not call", "Call it first"),
+    "a model that returns nothing": (
+        lambda m: fxprune.trace(Silent(), IMAGES), CaptureError, "Silent.forward returns nothing", "Return the out"),
+    "an empty batch": (
+        lambda m: fxprune.trace(m, IMAGES[:0]), SampleError, r"an empty batch, of shape \(0, 3, 8, 8\)", "one or more"),
+    "an empty batch by name": (
+        lambda m: fxprune.trace(m, {"input": IMAGES[:0]}), SampleError, "an empty batch", "one or more"),
+    "integers for a linear layer": (
+        lambda m: fxprune.trace(nn.Linear(3, 2), torch.ones(4, 3).long()), SampleError,
+        "does not run .*same dtype.*int64", "runs on"),
+    "doubles for a linear layer": (
+        lambda m: fxprune.trace(nn.Linear(3, 2), (torch.ones(4, 3).double(),), modes=("eval",), dynamic_shapes=None),
+        SampleError, "does not run .*same dtype.*float64", "runs on"),
     "True for the modes": (lambda m: fxprune.trace(m, IMAGES, modes=True), ArgumentError, "modes=True", "a tuple"),
     "True for the dynamic shapes": (
         lambda m: fxprune.trace(m, IMAGES, dynamic_shapes=True), ArgumentError, "dynamic_shapes=True", "structure"),
@@ -165,9 +152,9 @@ TRACE: dict[str, Case] = {
 
 @pytest.mark.parametrize("case", TRACE.values(), ids=TRACE)
 def test_what_trace_cannot_take_is_named_and_the_model_stays_as_it_was(case: Case) -> None:
-    model = _model()
-    with _unchanged(model):
-        _refused(case, model)
+    model = small()
+    with unchanged(model):
+        refused(case, model)
         if "does not run" in case[2]:
             with pytest.raises(SampleError) as caught:
                 case[0](model)
@@ -185,7 +172,7 @@ def test_a_failure_leaves_generators_and_buffers_as_they_were() -> None:
 
     model, x = Draws().train(), torch.randn(4, 3)
     before = torch.get_rng_state(), random.getstate()
-    with _unchanged(model), pytest.raises(SampleError, match="in train mode at head"):
+    with unchanged(model), pytest.raises(SampleError, match="in train mode at head"):
         fxprune.trace(model, (x,), modes=("train",))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
@@ -243,6 +230,52 @@ PRUNE: dict[str, Case] = {
         "'1.running_mean' is a buffer", "1.weight, 1.bias"),
     "a buffer for a norm": (
         lambda t: fxprune.weight_norm(t, "1.running_mean"), NameLookupError, "is a buffer", "1.weight, 1.bias"),
+    "a torch number for an amount": (
+        lambda t: fxprune.prune.l1_unstructured(t, "0.weight", torch.tensor(0.5)), ArgumentTypeError,
+        r"amount=tensor\(0.5000\)", r"amount.item\(\)"),
+    "an amount as text": (
+        lambda t: fxprune.prune.l1_unstructured(t, "0.weight", "0.5"), ArgumentTypeError, "amount='0.5'", "a fraction"),
+    "no number for an amount": (
+        lambda t: fxprune.prune.ln_structured(t, "0.weight", float("nan"), 2, 0), ArgumentError, "amount=nan", "a fr"),
+    "pairs as torch takes them": (
+        lambda t: fxprune.prune.global_unstructured(t, [(t.get_submodule("0"), "weight")], L1, amount=0.5),
+        NameLookupError, "got tuple", "path and the name: 'conv1.weight'"),
+    "names for a name": (
+        lambda t: fxprune.prune.l1_unstructured(t, ["0.weight", "3.weight"], 0.5), NameLookupError, "got list",
+        "by a pattern"),
+    "a parameter for its name": (
+        lambda t: fxprune.prune.l1_unstructured(t, t.get_parameter("0.weight"), 0.5), NameLookupError,
+        "got Parameter", r"named_parameters\(\)"),
+    "a global amount by position": (
+        lambda t: fxprune.prune.global_unstructured(t, "*.weight", L1, 0.5), ArgumentTypeError,
+        "importance_scores is a float", "amount=0.5"),
+    "a mask with NaN": (
+        lambda t: fxprune.prune.custom_from_mask(t, "0.bias", torch.full((16,), torch.nan)), PruningError,
+        "'0.bias' holds NaN", "Give 0 and 1"),
+    "N of M of everything": (
+        lambda t: fxprune.prune.nm_structured(t, "*"), PruningError, r"2:4 along axis 1 of .* \(16,\)",
+        "Name weights alone"),
+    "MACs in per cent": (
+        lambda t: fxprune.prune.channels(t, macs=50), PruningError, "macs=50 cannot be", r"for 50 % give 0\.5\."),
+    "MACs as a torch number": (
+        lambda t: fxprune.prune.channels(t, macs=torch.tensor(0.5)), ArgumentTypeError, r"macs=tensor\(0.5000\)",
+        "number: macs=0.5"),
+    "a function of entries as importance": (
+        lambda t: fxprune.prune.channels(t, importance=fxprune.importance.scores), ArgumentTypeError,
+        r"scores, which takes \(traced, names,", "a function from a ChannelGroup alone"),
+    "a dataset for a loader": (
+        lambda t: fxprune.importance.scores(t, "*", "taylor", loader=LOADER.dataset, loss=nn.functional.cross_entropy),
+        ArgumentError, "loader is a TensorDataset", "DataLoader"),
+    "a batch of three": (
+        lambda t: fxprune.importance.scores(t, "*", "taylor", loader=[(IMAGES, IMAGES, LABELS)], loss=max),
+        ArgumentError, "a tuple of 3", r"\(\(x, mask\), target\)"),
+    "a mapping with labels": (
+        lambda t: fxprune.importance.scores(t, "*", "taylor", loader=[{"input": IMAGES, "labels": LABELS}], loss=max),
+        InputError, r"a mapping with labels; the model takes \(input\)", r"give pairs \(inputs, target\)"),
+    "a loss with swapped arguments": (
+        lambda t: fxprune.importance.scores(
+            t, "*", "taylor", loader=LOADER, loss=lambda target, output: nn.functional.cross_entropy(output, target)),
+        ArgumentError, "the loss failed: .*Long", r"\(outputs, target\), here with float32\[4, 10\] and int64\[4\]"),
     "True for an amount": (
         lambda t: fxprune.prune.l1_unstructured(t, "0.weight", True), ArgumentTypeError, "amount=True", "a fraction"),
     "True for an amount of channels": (
@@ -259,7 +292,7 @@ PRUNE: dict[str, Case] = {
         lambda t: fxprune.prune.l1_unstructured(t.get_submodule("0"), "weight", 0.5), ArgumentTypeError,
         "got Container", "the whole traced module, and the qualified name"),
     "an eager model": (
-        lambda t: fxprune.prune.l1_unstructured(_model(), "0.weight", 0.5), ArgumentTypeError, "Sequential", "trace"),
+        lambda t: fxprune.prune.l1_unstructured(small(), "0.weight", 0.5), ArgumentTypeError, "Sequential", "trace"),
     "a class of methods for an object": (
         lambda t: fxprune.prune.apply(t, "0.weight", L1), ArgumentTypeError, "class L1Unstructured", r"amount=0\.3"),
     "an object for a class of methods": (
@@ -313,7 +346,7 @@ PRUNE: dict[str, Case] = {
     "True for a count of entries": (
         lambda t: fxprune.prune.nm_structured(t, "0.weight", True, 4), ArgumentError, "n=True", "integers"),
     "the state of an eager model": (
-        lambda t: fxprune.prune.is_pruned(_model()), ArgumentTypeError, "got Sequential", "fxprune.trace"),
+        lambda t: fxprune.prune.is_pruned(small()), ArgumentTypeError, "got Sequential", "fxprune.trace"),
     "removal of a norm that is not there": (
         lambda t: fxprune.remove_weight_norm(t, "0.weight"), PruningError, "no weight norm", "no parameter is rep"),
     "text for a switch": (lambda t: fxprune.finalize(t, shrink="no"), ArgumentTypeError, "shrink='no'", "True or"),
@@ -335,6 +368,12 @@ SCHEDULE: dict[str, Case] = {
         "an object of L1Unstructured", "Give the class, L1Unstructured"),
     "a method without names": (
         lambda t: fxprune.Schedule(t, None, L1, 0.5), ArgumentError, "L1Unstructured needs names", r"'\*.weight'"),
+    "steps without an end": (
+        lambda t: fxprune.Schedule(t, "*.weight", L1, 0.5, every=10), ArgumentError, "every=10 without stop",
+        "Give stop"),
+    "a curve without an end": (
+        lambda t: fxprune.Schedule(t, "*.weight", L1, 0.5, start=3, curve="linear", initial=0.1), ArgumentError,
+        "initial=0.1, curve='linear' without stop: all .* by call 3", "Give stop"),
     "the name of a method": (lambda t: fxprune.Schedule(t, "0.weight", "l1", 0.5), ArgumentTypeError, "'l1'", "subcl"),
     "what a function returned": (
         lambda t: fxprune.Schedule(t, None, object(), 0.5), ArgumentTypeError, "object", "given, not called"),
@@ -357,15 +396,54 @@ SCHEDULE: dict[str, Case] = {
 
 @pytest.mark.parametrize("case", [*PRUNE.values(), *SCHEDULE.values()], ids=[*PRUNE, *SCHEDULE])
 def test_what_pruning_cannot_take_is_named_and_masks_nothing(traced: fxprune.TracedModule, case: Case) -> None:
-    with _unchanged(traced):
-        _refused(case, traced)
+    with unchanged(traced):
+        refused(case, traced)
+
+
+def test_numbers_of_numpy_are_numbers(captured: fxprune.TracedModule) -> None:
+    reports = []
+    for macs, round_to in ((0.5, 4), (np.float64(0.5), np.int64(4)), (np.float32(0.5), np.int32(4))):
+        traced = copy.deepcopy(captured)
+        reports.append(fxprune.prune.channels(traced, macs=macs, round_to=round_to, max_per_group=np.float32(1)))
+    assert reports[0] == reports[1] == reports[2]
+    dense = reports[0].macs[0]
+    again = fxprune.prune.channels(copy.deepcopy(captured), macs=np.int64(dense // 2), round_to=4)
+    assert again.macs == reports[0].macs
+
+
+def test_a_schedule_that_prunes_another_module_ends_at_its_first_step(traced: fxprune.TracedModule) -> None:
+    other = copy.deepcopy(traced)
+    schedule = fxprune.Schedule(traced, None, lambda gone: fxprune.prune.channels(other, macs=1 - gone), 0.5)
+    with unchanged(traced), pytest.raises(PruningError, match="pruned another module.*the module that the schedule"):
+        schedule.step()
+    assert not schedule.done
+
+
+def test_a_schedule_that_prunes_nothing_says_so_when_it_ends(traced: fxprune.TracedModule) -> None:
+    schedule = fxprune.Schedule(traced, None, lambda gone: fxprune.prune.channels, 0.5, stop=1)
+    schedule.step()
+    with pytest.warns(FxpruneWarning, match="0.5 was asked for, and nothing of the module is masked"):
+        schedule.step()
+
+
+def test_a_schedule_that_is_never_stepped_is_told_of_where_its_module_is_finalized(
+    traced: fxprune.TracedModule,
+) -> None:
+    schedule = fxprune.Schedule(traced, "0.weight", L1, 0.5)
+    with pytest.warns(FxpruneWarning, match=r"a schedule to 0.5 .* step\(\) was never called"):
+        fxprune.finalize(traced)
+    schedule.step()
+    fxprune.finalize(traced)
+    dropped = fxprune.Schedule(traced, "0.weight", L1, 0.6)
+    del dropped
+    fxprune.finalize(traced)
 
 
 def test_the_default_amount_of_channels_is_a_half() -> None:
     reports = []
     for options in ({}, {"amount": 0.5}):
         torch.manual_seed(0)
-        reports.append(fxprune.prune.channels(fxprune.trace(_model(), (IMAGES,)), round_to=1, **options))
+        reports.append(fxprune.prune.channels(fxprune.trace(small(), (IMAGES,)), round_to=1, **options))
     assert reports[0] == reports[1]
     assert sum(gone for gone, _ in reports[0].removed.values()) == 10
 
@@ -373,7 +451,7 @@ def test_the_default_amount_of_channels_is_a_half() -> None:
 @pytest.mark.parametrize("name", ["0.weight_mask", "0.weight_orig"])
 def test_the_tensors_of_a_mask_lead_to_the_name_of_their_parameter(traced: fxprune.TracedModule, name: str) -> None:
     fxprune.prune.l1_unstructured(traced, "0.weight", 0.5)
-    with _unchanged(traced), pytest.raises(NameLookupError, match=f"'{name}' belongs to .*'0.weight'. Name that"):
+    with unchanged(traced), pytest.raises(NameLookupError, match=f"'{name}' belongs to .*'0.weight'. Name that"):
         fxprune.prune.l1_unstructured(traced, name, 0.5)
 
 
@@ -391,7 +469,7 @@ def test_torchs_pruning_of_a_traced_module_is_refused_where_it_is_called(
 ) -> None:
     single = fxprune.trace(nn.Linear(3, 2), (torch.randn(4, 3),))
     for whole, part in ((traced, traced.get_submodule("0")), (single, single)):
-        with _unchanged(whole), pytest.raises(PruningError, match=r"torch.nn.utils.prune.*fxprune.prune.l1_unstr"):
+        with unchanged(whole), pytest.raises(PruningError, match=r"torch.nn.utils.prune.*fxprune.prune.l1_unstr"):
             call(part)
     fxprune.prune.l1_unstructured(traced, "0.weight", 0.5)  # as before
 
@@ -401,179 +479,73 @@ def test_torchs_norms_on_a_traced_module_are_refused_where_they_are_called(
     traced: fxprune.TracedModule, norm: Callable[[nn.Module], object]
 ) -> None:
     torch.manual_seed(0)
-    parameters, before = _state(traced), traced.eval()(IMAGES)
+    parameters, before = state_of(traced), traced.eval()(IMAGES)
     with pytest.raises(ArgumentError, match="deleted or parametrized by torch.*fxprune.weight_norm"):
         norm(traced.get_submodule("0"))
-    assert _state(traced)[0] == [(*part[:2], False, *part[3:]) for part in parameters[0]]
+    assert state_of(traced)[0] == [(*part[:2], False, *part[3:]) for part in parameters[0]]
     assert torch.equal(traced(IMAGES), before)
 
 
-FILES: dict[str, Case] = {
-    "calibration with labels": (
-        lambda f: fxprune.export.to_onnx(f, "m.onnx", precision="int8", calibration=LOADER), CompareError,
-        "a list, of a DataLoader among the calibration batches", "inputs for inputs, labels in loader"),
-    "calibration by pairs": (
-        lambda f: fxprune.export.to_onnx(f, "m.onnx", precision="int8", calibration=[(IMAGES, LABELS)]), InputError,
-        "called with 2 positional", "Labels are no input"),
-    "a number of calibration batches": (
-        lambda f: fxprune.export.to_onnx(f, "m.onnx", precision="int8", calibration=8), CompareError, "a int", "Give"),
-    "a path before the module": (
-        lambda f: fxprune.export.to_onnx("m.onnx", f), ArgumentTypeError, "given a str", "module comes first"),
-    "an operator set as text": (
-        lambda f: fxprune.export.to_onnx(f, "m.onnx", opset="18"), ArgumentTypeError, "opset='18'", "a number"),
-    "a provider that is no list": (
-        lambda f: fxprune.export.to_onnx(f, "m.onnx", providers="CPUExecutionProvider"), ArgumentTypeError,
-        "providers='CPUEx", r"\['CPUExecutionProvider'\]"),
-    "a name that is no list": (
-        lambda f: fxprune.export.to_onnx(f, "m.onnx", input_names="image"), ArgumentTypeError, "'image'", "a list"),
-    "the shapes of trace for those of a file": (
-        lambda f: fxprune.export.to_onnx(f, "m.onnx", dynamic_shapes="batch"), ArgumentError, "'batch'", "is traced"),
-    "no path": (lambda f: fxprune.export.to_program(f, None), ArgumentTypeError, "got NoneType", "the path of a file"),
-    "a tolerance as text": (
-        lambda f: fxprune.compare(f, f, inputs=IMAGES, rtol="1e-3"), ArgumentTypeError, "rtol='1e-3'", "a number"),
-    "names that are one text": (
-        lambda f: fxprune.compare(f, f, inputs=IMAGES, names="ab"), ArgumentTypeError, "names='ab'", "a list"),
-    "a shape for an input": (
-        lambda f: fxprune.compare(f, f, inputs=(4, 3, 8, 8)), InputError, "4 positional", r"captured with \(input\)"),
-    "comparison with labels": (
-        lambda f: fxprune.compare(f, f, inputs=(IMAGES, LABELS)), InputError, "2 positional", "Labels are no input"),
-    "comparison with a labelled batch": (
-        lambda f: fxprune.compare(f, f, inputs=[IMAGES, LABELS]), CompareError, "float32, int64", "inputs alone"),
-    "comparison with labelled batches": (
-        lambda f: fxprune.compare(f, f, inputs=list(LOADER)), CompareError, "hold a list", "inputs alone"),
-    "comparison with a loader": (
-        lambda f: fxprune.compare(f, f, inputs=LOADER), CompareError, "hold a list, of a DataLoader", "inputs alone"),
-    "comparison with a dataset": (
-        lambda f: fxprune.compare(f, f, inputs=LOADER.dataset), CompareError, "hold a TensorDataset", "inputs alone"),
-    "measuring on several calls": (
-        lambda f: fxprune.export.bench(["m.onnx"], inputs=[IMAGES, IMAGES]), ArgumentError, "2 calls were",
-        "one is measured"),
-    "verify as text": (
-        lambda f: fxprune.export.to_program(f, "m.pt2", verify="no"), ArgumentTypeError, "verify='no'", "True or"),
-    "comparison of eager models with labels": (
-        lambda f: fxprune.compare(_model(), f, inputs=(IMAGES, LABELS)), CompareError, "takes 2 pos", "Labels are no"),
-    "comparison with an array": (
-        lambda f: fxprune.compare(f, f, inputs=IMAGES.numpy()), CompareError, "hold a ndarray", "torch.from_numpy"),
-    "inputs without their name": (
-        lambda f: fxprune.compare(f, f, (IMAGES,)), ArgumentTypeError, "given no inputs", r"inputs=\(x,\)"),
-    "inputs before the models": (
-        lambda f: fxprune.compare(IMAGES, f, inputs=f), CompareError, "hold a TracedModule", "come before"),
-    "inputs among the models": (
-        lambda f: fxprune.compare(f, IMAGES, inputs=IMAGES), CompareError, "a Tensor was given", "inputs=x"),
-    "comparison with a class": (
-        lambda f: fxprune.compare(f, Tokens, inputs=IMAGES), CompareError, "a type was given", "instance of Tokens"),
-    "comparison with a file of weights": (
-        lambda f: fxprune.compare(f, "weights.pth", inputs=IMAGES), CompareError, "weights.pth", "load_state_dict"),
-    "one file to measure": (
-        lambda f: fxprune.export.bench("m.onnx"), ArgumentTypeError, "a list of the paths", r"\['dense.onnx'"),
-    "a module to measure": (lambda f: fxprune.export.bench([f]), ArgumentTypeError, "a list of the paths", "to_onnx"),
-    "a module to inspect": (lambda f: fxprune.export.inspect(f), ArgumentTypeError, "got TracedModule", "the path"),
-    "a call with labels": (lambda f: f(IMAGES, LABELS), InputError, "2 positional", "Labels are no input"),
-    "a call with an array": (lambda f: f(IMAGES.numpy()), InputError, "is a ndarray", "torch.from_numpy"),
-    "a call with a batch": (
-        lambda f: f([IMAGES, LABELS]), InputError, "`input` is a list of 2", r"traced\(inputs\), labels aside"),
-    "a call with a mapping": (
-        lambda f: f({"input": IMAGES}), InputError, "`input` is a dict of 1", r"traced\(\*\*batch\)"),
-    "save with swapped arguments": (
-        lambda f: fxprune.save("m.fxp", f), ArgumentTypeError, "got str", "module comes first"),
-    "save without a path": (lambda f: fxprune.save(f, None), ArgumentTypeError, "got NoneType", "path of a file"),
-    "load with swapped arguments": (
-        lambda f: fxprune.load(_model(), "m.fxp"), ArgumentTypeError, "got Sequential", "path comes first"),
-    "load into a class": (
-        lambda f: fxprune.load("m.fxp", Tokens), ArgumentTypeError, "got type", "instance of the class"),
-    "write_back with swapped arguments": (
-        lambda f: fxprune.write_back(_model(), f), ArgumentTypeError, "Sequential and a TracedModule", "swapped"),
-    "write_back into a class": (
-        lambda f: fxprune.write_back(f, Tokens), ArgumentTypeError, "a type", "instance of the class"),
-    "write_back into another model": (
-        lambda f: fxprune.write_back(f, Tokens()), WriteBackError, "Tokens has no 0.weight", "another model"),
-    "write_back into weights": (
-        lambda f: fxprune.write_back(f, f.state_dict()), ArgumentTypeError, "OrderedDict", "load these into it"),
-    "optimizer_after with a scheduler": (
-        lambda f: fxprune.optimizer_after(f, _scheduler()), ArgumentTypeError, "and StepLR", "the scheduler's"),
-    "optimizer_after with swapped arguments": (
-        lambda f: fxprune.optimizer_after(torch.optim.SGD(f.parameters(), 0.1), f), ArgumentTypeError,
-        "got SGD and TracedModule", "swapped"),
+def _script(module: nn.Module) -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(module)
+
+
+def _masked_state(module: fxprune.TracedModule) -> dict[str, torch.Tensor]:
+    return fxprune.prune.identity(copy.deepcopy(module), "0.weight").state_dict()
+
+
+ACCESS: dict[str, Case] = {
+    "a part that is called": (
+        lambda t: t.get_submodule("0")(IMAGES), CaptureError, "a module below a traced one was to be called",
+        "Call the traced module"),
+    "a size of a part": (
+        lambda t: t.get_submodule("0").out_channels, NameLookupError, "has no 'out_channels'", r"get_parameter.*shape"),
+    "a part that is deleted": (
+        lambda t: delattr(t, "5"), ArgumentError, "'5' of a traced module was to be deleted", "Change the eager model"),
+    "scripting": (lambda t: _script(t), ExportError, "torch.jit.script", "export.to_torchscript"),
+    "a path for a state": (
+        lambda t: t.load_state_dict("w.pth"), ArgumentTypeError, "a mapping .* got str", r"torch.load\(path"),
+    "a whole checkpoint for a state": (
+        lambda t: t.load_state_dict({"model": t.state_dict(), "epoch": 3}), StateDictError, "unexpected key.*model",
+        "load its entry 'model'"),
+    "the state of a wrapped model": (
+        lambda t: t.load_state_dict(nn.DataParallel(small()).state_dict()), StateDictError, "module.0.weight",
+        r"nn.DataParallel.*removeprefix\('module.'\)"),
+    "a state with masks": (
+        lambda t: t.load_state_dict(_masked_state(t)), StateDictError, "unexpected.*0.weight_orig, 0.weight_mask",
+        r"prune.identity\(traced, '0.weight'\)"),
+    "the state of another model": (
+        lambda t: t.load_state_dict(Tokens().state_dict()), StateDictError, "words.weight", "as it was traced"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", FILES.values(), ids=FILES)
-def test_what_export_comparison_and_files_cannot_take_is_named_and_nothing_is_written(
-    finalized: fxprune.TracedModule, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("case", ACCESS.values(), ids=ACCESS)
+def test_what_a_traced_module_is_not_is_named_and_it_stays_as_it_was(traced: fxprune.TracedModule, case: Case) -> None:
+    with unchanged(traced):
+        refused(case, traced)
+
+
+def test_states_of_before_pruning_and_before_removal_are_named_and_nothing_of_them_is_loaded(
+    traced: fxprune.TracedModule,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    final = copy.deepcopy(finalized)
-    with _unchanged(final):
-        _refused(case, final)
-    assert not list(tmp_path.iterdir())
+    dense = {name: value + 1 for name, value in traced.state_dict().items()}
+    final = smaller(copy.deepcopy(traced))
+    fxprune.prune.identity(traced, "0.weight")
+    cases = (
+        (traced, "missing key.*0.weight_mask", "It has no masks.*Load it before pruning"),
+        (final, r"size mismatch: 0.weight \[16, 3, 3, 3\] for \[8, 3, 3, 3\]", "removed by fxprune.finalize"),
+    )
+    for module, mistake, cure in cases:
+        with unchanged(module):
+            refused((lambda m: m.load_state_dict(dense), StateDictError, mistake, cure), module)
+    with pytest.raises(RuntimeError, match="size mismatch"):  # as torch's own, without strict, too
+        final.load_state_dict(dense, strict=False)
 
 
-def test_an_onnx_file_says_that_labels_are_no_input(traced: fxprune.TracedModule, tmp_path: Path) -> None:
-    fxprune.export.to_onnx(traced.eval(), tmp_path / "m.onnx")
-    with pytest.raises(CompareError, match="2 inputs were given where 1 are taken .labels are no input.*'input'"):
-        fxprune.compare(tmp_path / "m.onnx", tmp_path / "m.onnx", inputs=(IMAGES, LABELS))
-
-
-def _write_onnx(path: Path) -> None:
-    fxprune.export.to_onnx(fxprune.trace(nn.Linear(4, 2), (torch.randn(3, 4),)).eval(), path, verify=False)
-
-
-def _write_script(path: Path) -> None:
-    with pytest.warns(DeprecationWarning, match=r"torch\.jit\."):
-        torch.jit.save(torch.jit.script(nn.Linear(4, 2)), path)
-
-
-STRANGERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "m.onnx": (_write_onnx, "is an ONNX file", "onnxruntime or fxprune.compare"),
-    "m.pt": (_write_script, "is TorchScript", "torch.jit.load"),
-    "m.pth": (lambda path: torch.save(_model().state_dict(), path), "is a file of torch.save", "load_state_dict"),
-    "m.safetensors": (
-        lambda path: safetensors.torch.save_file(_model().state_dict(), path), "of safetensors", "load_state_dict"),
-}  # fmt: skip
-
-
-def test_load_says_of_an_empty_file_that_it_is_empty(tmp_path: Path) -> None:
-    (tmp_path / "m.fxp").touch()
-    with pytest.raises(ArtifactError, match=r"is empty\. .* must be written again"):
-        fxprune.load(tmp_path / "m.fxp")
-
-
-@pytest.mark.parametrize("name", STRANGERS)
-@pytest.mark.parametrize("is_renamed", [False, True], ids=["named", "renamed"])
-def test_load_names_the_format_of_a_file_that_is_none_of_its_own(tmp_path: Path, name: str, is_renamed: bool) -> None:
-    write, kind, cure = STRANGERS[name]
-    write(tmp_path / name)
-    path = (tmp_path / name).rename(tmp_path / "m.fxp") if is_renamed else tmp_path / name
-    model = _model()
-    for into in (None, model):
-        with _unchanged(model), pytest.raises(ArtifactError, match=f"'{path}' {kind}|{kind}") as caught:
-            fxprune.load(path, into)
-        assert re.search(cure, str(caught.value))
-        assert "truncated" not in str(caught.value)
-
-
-def _scheduler() -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.StepLR(torch.optim.SGD([nn.Parameter(torch.ones(2))]), 1)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "cure"),
-    [
-        (lambda: _model().parameters(), "the one that holds these parameters.*clip_grad_norm_"),
-        (_model, "the one that holds these parameters"),
-        (lambda: torch.optim.SGD, "an instance of SGD"),
-        (_scheduler, "the scheduler's optimizer"),
-        (lambda: torch.amp.GradScaler("cpu"), "the optimizer that it scales for"),
-    ],
-    ids=["parameters", "model", "class", "scheduler", "scaler"],
-)
-def test_what_is_no_optimizer_leads_to_the_one_that_is_meant(wrong: Callable[[], Any], cure: str) -> None:
-    with pytest.raises(ArgumentTypeError, match=f"with step hooks, got .*{cure}"):
-        fxprune.clip_gradients(wrong(), max_norm=1.0)
-
-
-def test_a_number_as_text_is_no_limit_for_gradients() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))])
-    with pytest.raises(ArgumentTypeError, match="max_norm must be a number .*'1.0' of type str"):
-        fxprune.clip_gradients(optimizer, max_norm="1.0")
-    assert not optimizer._optimizer_step_pre_hooks
+def test_attributes_of_parts_that_are_asked_for_with_a_default_are_absent(traced: fxprune.TracedModule) -> None:
+    part = traced.get_submodule("0")
+    assert getattr(part, "kernel_size", None) is None
+    assert not hasattr(part, "anything")
+    assert not hasattr(copy.deepcopy(part), "anything")

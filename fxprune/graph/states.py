@@ -1,0 +1,83 @@
+"""State dicts that do not fit a traced module: what differs, and what to do by the cause of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fxprune.errors import ArgumentTypeError, StateDictError
+from fxprune.graph.masks import named_by_mask
+from fxprune.reports import first_of
+
+_PREFIXES = {"module.": "nn.DataParallel", "_orig_mod.": "torch.compile"}
+
+
+def check_state(given: object, own: Mapping[str, Any], *, strict: bool, is_finalized: bool) -> None:
+    """Raise unless a state dict fits a module.
+
+    Args:
+        given: what is to be loaded.
+        own: the state of the module.
+        strict: whether both must have the same names.
+        is_finalized: whether channels of the module were removed.
+
+    Raises:
+        ArgumentTypeError: it is no mapping. StateDictError: names or shapes differ.
+    """
+    if not isinstance(given, Mapping):
+        raise ArgumentTypeError(
+            f"load_state_dict takes a mapping of tensors by name, got {type(given).__name__}. A file is read before: "
+            "torch.load(path, weights_only=True); files of fxprune.save are read by fxprune.load."
+        )
+    missing = [name for name in own if name not in given] if strict else []
+    unexpected = [name for name in given if name not in own] if strict else []
+    sizes = [name for name, value in given.items() if name in own and not _fits(value, own[name])]
+    if not (missing or unexpected or sizes):
+        return
+    told = [f"missing key(s): {first_of(missing)}"] if missing else []
+    told += [f"unexpected key(s): {first_of(unexpected)}"] if unexpected else []
+    if sizes:
+        told.append(f"size mismatch: {first_of(f'{n} {_shape(given[n])} for {_shape(own[n])}' for n in sizes)}")
+    cure = _cure(given, missing, unexpected, sizes, is_finalized)
+    raise StateDictError(f"the state dict does not fit the traced module: {'; '.join(told)}. {cure}")
+
+
+def _fits(value: object, own: object) -> bool:
+    """As torch has it: what is no tensor is loaded by other means, and a number may stand in a list of one."""
+    if not isinstance(value, Tensor) or not isinstance(own, Tensor):
+        return True
+    return value.shape == own.shape or (own.dim() == 0 and tuple(value.shape) == (1,))
+
+
+def _shape(value: Tensor) -> str:
+    return str(list(value.shape))
+
+
+def _cure(
+    given: Mapping[str, Any],
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    sizes: Sequence[str],
+    is_finalized: bool,
+) -> str:
+    inner = [key for key, value in given.items() if isinstance(value, Mapping) and value.keys() & set(missing)]
+    if inner:
+        return f"It is a whole checkpoint: load its entry {inner[0]!r}."
+    for prefix, source in _PREFIXES.items():
+        if unexpected and all(name.startswith(prefix) for name in unexpected):
+            return (
+                f"It is the state of a module within {source}: take {prefix!r} off the names, "
+                f"{{name.removeprefix({prefix!r}): value for name, value in state.items()}}."
+            )
+    if masks := [plain for name in unexpected if (plain := named_by_mask(name))]:
+        return (
+            f"It has masks that the module has not: {first_of(masks)}. Insert some before, such as "
+            f"fxprune.prune.identity(traced, {masks[0]!r}), or use fxprune.save and fxprune.load, which keep them."
+        )
+    if masks := [plain for name in missing if (plain := named_by_mask(name))]:
+        return f"It has no masks, and the module has some: {first_of(masks)}. Load it before pruning."
+    if sizes and is_finalized:
+        return "Channels of the module were removed by fxprune.finalize: load the state of the dense model before that."
+    return "Give the state of the model as it was traced."
