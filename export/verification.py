@@ -185,7 +185,7 @@ def other_sizes(exported: ExportedProgram, call: Call, final: TracedModule) -> O
     free = _free_axes(exported, len(leaves))
     calls, notes = [], []
     for sizes in _candidates(exported, free, leaves):
-        axes = {place: int(expression.subs(sizes)) for place, expression in free.items()}
+        axes = {place: int(size.subs(sizes)) for place, size in free.items() if size.subs(sizes).is_Integer}
         changed = Call(*pytree.tree_unflatten(stretched(leaves, axes), spec))
         try:
             ModuleRunner(final, "eval").run(*changed)
@@ -214,7 +214,12 @@ def _candidates(
     exported: ExportedProgram, free: dict[tuple[int, int], sympy.Expr], leaves: Sequence[Any]
 ) -> list[dict[sympy.Symbol, int]]:
     """Sizes by symbol: all one larger where that is allowed, and batches of 1; only where there are any."""
-    sample = {size: leaves[i].shape[axis] for (i, axis), size in free.items() if size.is_Symbol}
+    sample: dict[sympy.Symbol, int] = {}
+    for (i, axis), size in free.items():
+        for symbol in size.free_symbols if size.is_polynomial() else ():  # those of `2 * Dim("half")` too
+            solved, value = sympy.solve_linear(size, leaves[i].shape[axis], [symbol])
+            if solved == symbol and value.is_Integer:
+                sample.setdefault(symbol, int(value))
     batches = {size for (_, axis), size in free.items() if axis == 0}
     allowed = exported.range_constraints
     larger = {size: n + 1 if n + 1 <= allowed[size].upper else n for size, n in sample.items()}

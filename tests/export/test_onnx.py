@@ -179,6 +179,20 @@ def test_every_free_axis_is_tried_at_another_size(tmp_path: Path) -> None:
     assert Session(fixed.path).inputs["a"] == "tensor(float) [2, 5]"
 
 
+class Halves(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(1, (-1, 2)).sum(2)
+
+
+def test_sizes_that_are_multiples_are_tried_at_other_multiples(tmp_path: Path) -> None:
+    axes = ({0: Dim("batch"), 1: 2 * Dim("half")},)
+    traced = fxprune.trace(Halves(), (torch.ones(2, 6),), dynamic_shapes=axes, modes=("eval",))
+    report = to_onnx(traced, tmp_path / "a.onnx")
+    assert report.comparison is not None
+    assert [row.shape for row in report.comparison.rows] == [(2, 3), (3, 4), (1, 3)]
+    assert compare(traced, report.path, inputs=torch.randn(4, 10)).ok
+
+
 class Positions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
