@@ -40,7 +40,6 @@ from fxprune.prune.channel_scores import (
     is_relative,
     masked_units,
     plain_names,
-    restored_values,
     scorable,
     unit_scores,
 )
@@ -220,11 +219,11 @@ def _ranked(
     def masked_of(groups: Sequence[ChannelGroup]) -> Vector:
         return np.concatenate([group.units[gone[id(group)]] for group in groups])
 
-    restored = restored_values(traced, grouping, masked_of(removable))
-    given = unit_scores(traced, grouping, picked, request.importance, evidence, restored)
+    scores = unit_scores(traced, grouping, picked, request.importance, evidence)
     normalize = is_relative(request.importance) if request.normalize is None else request.normalize
     dead = [gone[id(group)] for group in picked]
-    scores = comparable(given, dead, request.importance, normalize and request.scope == "global")
+    if normalize and request.scope == "global":
+        scores = comparable(scores, dead)
     ranks = [(g, s - d * (np.ptp(s) + 1)) for g, d, s in zip(picked, dead, scores, strict=True)]
     repairs = (grouping.repair(masked_of(groups), ranks, "auto", decided) for groups in (picked, removable))
     started = [not traced.decided.isdisjoint(_written_axes([group])) for group in picked]

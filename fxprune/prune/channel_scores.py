@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
-from fxprune.channels.budget import masks, slice_scores
+from fxprune.channels.budget import slice_scores
 from fxprune.channels.groups import ChannelGroup, Grouping, Scores
-from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.ids import Mask
 from fxprune.errors import PruningError
-from fxprune.graph.masks import masked, view
+from fxprune.graph.masks import masked
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.importance import scores
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence, SliceScore, UnitScore
@@ -26,7 +25,6 @@ def unit_scores(
     groups: Sequence[ChannelGroup],
     importance: str | UnitScore,
     evidence: Evidence,
-    restored: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> list[Scores]:
     """For each group a score of each of its units: what is lost with it.
 
@@ -36,7 +34,6 @@ def unit_scores(
         groups: those to score.
         importance: a registered name, or a function from a group to a tensor [units].
         evidence: for those that look at data, or draw.
-        restored: values of parameters to look at instead of the masked ones, for scores of slices.
 
     Raises:
         PruningError: a function gave something else.
@@ -48,7 +45,7 @@ def unit_scores(
         score = named.units(evidence)
         return [_given(score, group) for group in groups]
     if named.slices is not None:
-        return _by_slices(grouping, groups, named.slices, named.reads, restored)
+        return _by_slices(grouping, groups, named.slices, named.reads)
     return _by_entries(traced, grouping, groups, importance, evidence)
 
 
@@ -80,37 +77,14 @@ def masked_units(traced: TracedModule, grouping: Grouping, groups: Sequence[Chan
     return [largest == 0 for largest in unit_scores(traced, grouping, groups, "linf", Evidence())]
 
 
-def restored_values(traced: TracedModule, grouping: Grouping, gone: Vector) -> dict[str, torch.Tensor]:
-    """The masked parameters as if these units were not: scores that they give order units as before they were masked.
-
-    What is masked for other reasons stays masked.
-    """
-    alive = ~grouping.units.dead(gone)
-    found = {}
-    for name, mask in masks(grouping, alive).items():
-        own = view(traced, name)
-        if own.mask is not None and own.original is not None:
-            original = own.original.detach()
-            found[name] = torch.where(mask.to(original.device), own.mask * original, original)
-    return found
-
-
-def comparable(
-    found: Sequence[Scores], gone: Sequence[Mask], importance: str | UnitScore, by_mean: bool
-) -> list[Scores]:  # fmt: skip
-    """Scores by which units of all groups are ordered.
+def comparable(found: Sequence[Scores], gone: Sequence[Mask]) -> list[Scores]:
+    """Scores divided by the mean over what is left of their group, by which units of all groups are ordered.
 
     Args:
         found: for each group the scores of its units.
         gone: for each group which of its units are masked.
-        importance: what gave the scores: where it scores entries alone, masked ones say nothing of their group's scale.
-        by_mean: whether to divide them by their group's mean.
     """
-    if not by_mean:
-        return list(found)
-    named = None if callable(importance) else IMPORTANCES[importance]
-    sees_masks = named is not None and named.slices is None and named.units is None
-    return [_relative(s, dead if sees_masks else np.zeros_like(dead)) for s, dead in zip(found, gone, strict=True)]
+    return [_relative(score, dead) for score, dead in zip(found, gone, strict=True)]
 
 
 def is_relative(importance: str | UnitScore) -> bool:
@@ -144,11 +118,10 @@ def _by_slices(
     groups: Sequence[ChannelGroup],
     score: SliceScore,
     reads: str,
-    restored: Mapping[str, torch.Tensor],
 ) -> list[Scores]:
     graph = grouping.plain.graphs["eval"]
     names = gain_operands(graph) if reads == "gains" else _members(groups) - bias_operands(graph)
-    values = {name: restored.get(name, grouping.plain.get_parameter(name).detach()) for name in names}
+    values = {name: grouping.plain.get_parameter(name).detach() for name in names}
     if reads == "filters":
         values = {name: value for name, value in values.items() if value.dim() > 1}
     return _mean_over_slices(grouping, groups, values, score, only_writers=reads == "filters")

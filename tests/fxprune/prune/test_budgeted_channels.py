@@ -324,16 +324,14 @@ def test_what_is_masked_already_counts(
     assert _check(traced).plan.macs == report.macs
 
 
-def test_groups_compare_by_what_their_weights_are_without_masks() -> None:
+def test_groups_compare_by_what_is_left_of_them() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(64 if i else 1, 64, 1, bias=False) for i in range(5)))
     traced = fxprune.trace(model, (torch.randn(2, 1, 2, 2),), modes=("eval",))
-    once = copy.deepcopy(traced)
-    at_once = fxprune.prune.channels(once, 0.5, round_to=1)
     for amount, targets in ((24, "1"), (0.5, None)):
         report = fxprune.prune.channels(traced, amount, targets=targets, round_to=1)
     assert sum(gone for gone, _ in report.removed.values()) == 128
-    assert report.removed == at_once.removed
+    assert report.removed["1.weight (channel)"][0] > 32  # 24, did the mean of its scores count what is gone
 
 
 def _two_scales() -> fxprune.TracedModule:
