@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.graph.calls import as_calls
 
@@ -16,6 +17,7 @@ from .report import Report
 from .runners import runner_of
 
 
+@named_arguments
 def compare(
     reference: nn.Module | str | os.PathLike[str],
     *candidates: nn.Module | str | os.PathLike[str],

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.files import check_suffix
 from fxprune.graph.calls import Call, as_calls
 from fxprune.renaming import renamed
 from fxprune.reports import Readable, columns, counted
 
-from .session import Session
+from .session import Session, check_providers
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,6 +70,7 @@ _SHOWN = 6  # of the files that were measured, where they are printed
 
 
 @renamed("provider", "providers", lambda provider: (provider,))
+@named_arguments
 def bench(
     paths: Sequence[str | os.PathLike[str]],
     *,
@@ -106,8 +108,7 @@ def bench(
             "bench takes a list of the paths of ONNX files, such as ['dense.onnx', 'pruned.onnx']; modules are written "
             "by fxprune.export.to_onnx first."
         )
-    if isinstance(providers, str):
-        raise ArgumentTypeError(f"providers={providers!r}: a list is needed, [{providers!r}].")
+    check_providers(providers)
     counts = {"batch": batch, "threads": threads, "rounds": rounds, "warmup": warmup}
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, Integral):

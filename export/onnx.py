@@ -14,6 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
+from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call, as_calls
@@ -57,6 +58,7 @@ class ExportReport(FileReport):
         return (f"opset {self.opset}", self.precision, *sparse)
 
 
+@named_arguments
 def to_onnx(
     final: TracedModule,
     path: str | os.PathLike[str],
@@ -172,10 +174,12 @@ def to_onnx(
 
 
 def _masks_left(final: TracedModule) -> tuple[str, ...]:
-    """What to say of a module that was not finalized."""
+    """What to say of a module that was not finalized, or whose schedule was not used."""
+    told = tuple(final.told_unused())
     if not (names := masked(final)):
-        return ()
+        return told
     return (
+        *told,
         f"{counted(len(names), 'parameter')} of the module have masks, and what these made dead is still in the file: "
         "fxprune.finalize takes it out, and returns the module to export",
     )

@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
 
+from fxprune.calling import named_arguments
 from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call
 from fxprune.graph.traced import TracedModule
@@ -25,6 +26,7 @@ from .translation import translating
 from .verification import Draft, FileReport, Proof, other_sizes, verified
 
 
+@named_arguments
 def to_program(
     final: TracedModule,
     path: str | os.PathLike[str],
@@ -68,6 +70,7 @@ def to_program(
         return _reported(draft, final, program, proof)
 
 
+@named_arguments
 def to_torchscript(
     final: TracedModule,
     path: str | os.PathLike[str],

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from fxprune.errors import CompareError, ProviderWarning
+from fxprune.errors import ArgumentTypeError, CompareError, ProviderWarning
 from fxprune.graph.calls import as_call
 from fxprune.renaming import renamed
 
@@ -33,6 +33,12 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     if threads:
         options.intra_op_num_threads = threads
     return options
+
+
+def check_providers(providers: Sequence[str]) -> None:
+    """Raise ArgumentTypeError where one provider stands for a list."""
+    if isinstance(providers, str):
+        raise ArgumentTypeError(f"providers={providers!r}: a list is needed, [{providers!r}].")
 
 
 def _load(path: str | os.PathLike[str], providers: Sequence[str], threads: int | None) -> onnxruntime.InferenceSession:
@@ -82,6 +88,9 @@ class Session:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int | None = None,
     ) -> None:
+        check_providers(providers)
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+            raise ArgumentTypeError(f"threads={threads!r}: an integer is needed, or None for onnxruntime's choice.")
         self.name, self.path = Path(path).name, path
         if not Path(path).is_file():
             found = "a folder" if Path(path).is_dir() else "nothing"

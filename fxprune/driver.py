@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fxprune.calling import named_arguments
 from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroups, Grouping
 from fxprune.errors import (
@@ -78,6 +79,7 @@ def _parameter_names(traced: TracedModule) -> list[str]:
     return [name for name, _ in traced.named_parameters(remove_duplicate=False)]
 
 
+@named_arguments
 def weight_norm(traced: TracedModule, name: str, dim: int | None = 0) -> TracedModule:
     """Insert weight normalization on one parameter, as `torch.nn.utils.parametrizations.weight_norm` does in eager.
 
@@ -100,6 +102,7 @@ def weight_norm(traced: TracedModule, name: str, dim: int | None = 0) -> TracedM
     return _parametrize(traced, name, lambda found: InsertWeightNorm(found, dim))
 
 
+@named_arguments
 def spectral_norm(
     traced: TracedModule, name: str, n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
 ) -> TracedModule:
@@ -258,6 +261,7 @@ def stopwatch(
         yield measure
 
 
+@named_arguments
 def channel_groups(traced: TracedModule) -> ChannelGroups:
     """The groups of slices that must be masked together, those that may be pruned first; changes nothing.
 
@@ -278,6 +282,7 @@ def channel_groups(traced: TracedModule) -> ChannelGroups:
     return ChannelGroups(Grouping(plain_view(traced)).groups)
 
 
+@named_arguments
 def finalize(
     traced: TracedModule,
     *,
@@ -341,20 +346,21 @@ def finalize(
     if after is not None and not callable(after):
         raise ArgumentTypeError(f"after={after!r}: a function of (pass, module, modified, seconds) is needed.")
     for text in traced.told_unused():
-        warnings.warn(text, FxpruneWarning, stacklevel=2)
+        warnings.warn(text, FxpruneWarning, stacklevel=3)
     steps: list[Pass] = [*FINALIZE]
     if shrink or plan is not None:
         steps.append(RemoveChannels(align, plan, verify, keep_for_training))
     if fold_batch_norm:
         steps.append(FoldBatchNorm())
-    final = run_passes(copy.deepcopy(traced), tuple(steps), after).graph_module
+    with torch.inference_mode(False):  # what is made trains on
+        final = run_passes(copy.deepcopy(traced), tuple(steps), after).graph_module
     assert isinstance(final, TracedModule)
     final.decide(())  # of masks that are folded
     final.record(final.plan, Origin(None if final.plan is traced.plan else final.plan, _sources(traced)))
     if broken := [name for name, p in final.named_parameters() if p.is_floating_point() and not p.isfinite().all()]:
-        warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=2)
+        warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=3)
     if plan is None and final.plan is not None and final.plan.eval_only and "train" in final.graphs:
-        warnings.warn(_text_of(final.plan.eval_only), EvalConstantWarning, stacklevel=2)
+        warnings.warn(_text_of(final.plan.eval_only), EvalConstantWarning, stacklevel=3)
     # what was removed, the removal has compared itself
     removed = final.plan is not None and bool(final.plan.removed or final.plan.constants or final.plan.dropped)
     if verify and plan is None and (fold_batch_norm or not removed):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.errors import FxpruneError, PassError
@@ -75,7 +76,8 @@ def run_passes(traced: TracedModule, pipeline: Sequence[Pass], after: Callback |
         start = time.perf_counter()
         forget_visits()
         try:
-            traced, changed = _apply(step, traced, settles=after is not None)
+            with torch.inference_mode(False):  # tensors of that mode could not be trained
+                traced, changed = _apply(step, traced, settles=after is not None)
         except Exception as error:
             if modified:  # the module that was given runs as the passes before left it
                 traced.recompile()

@@ -21,6 +21,7 @@ from fxprune.artifacts.reading import CPU, read_checkpoint
 from fxprune.artifacts.refitting import refitted
 from fxprune.artifacts.restoring import restored
 from fxprune.artifacts.stored_graphs import written_graph
+from fxprune.calling import named_arguments
 from fxprune.capture.archives import is_program, read_members, read_program
 from fxprune.capture.programs import from_program
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, SuffixError
@@ -35,6 +36,7 @@ _OTHER_FORMATS = {
 }
 
 
+@named_arguments
 def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool = True) -> None:
     """Write a traced or finalized module to one file, whole or not at all; `load` restores it.
 
@@ -94,6 +96,7 @@ def _members(traced: TracedModule, programs: bool) -> dict[str, bytes]:
     return {HEADER: dataclasses.replace(header, sha256=digests).to_json().encode()} | members
 
 
+@named_arguments
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> TracedModule:
     """Restore what `save` wrote: graphs, masks, norms, plan, training mode, every tensor; or an exported `.pt2`.
 

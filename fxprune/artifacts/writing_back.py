@@ -13,12 +13,14 @@ from fxprune.artifacts.rehearsal import Rehearsal
 from fxprune.artifacts.trial import Search
 from fxprune.artifacts.values import LeftOut, check_same_model, put_values, set_left_over
 from fxprune.artifacts.working_copy import WorkingCopy
+from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentTypeError, WriteBackError
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
 
 
+@named_arguments
 def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     """The user's own module, shrunk: a copy of `model` with the parameters, buffers and sizes of `final`.
 

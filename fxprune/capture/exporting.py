@@ -77,14 +77,14 @@ def export_modes(
             if found is None:
                 found = _export(model, sample, mode, None)
                 message = f"captured for the sample's batch size alone; in {mode} mode the batch {why}"
-                warnings.warn(message, BatchSpecializedWarning, stacklevel=3)
+                warnings.warn(message, BatchSpecializedWarning, stacklevel=4)
                 for earlier in exported:
                     exported[earlier] = _export(model, sample, earlier, None)
                 current = sample
             exported[mode] = found
         except CaptureError as error:
             failure = eager_failure(model, current, mode) and eager_failure(model, sample, mode)  # as it was given
-            _tolerate(failure or error, exported, stacklevel=4)
+            _tolerate(failure or error, exported, stacklevel=5)
     return exported, current
 
 
@@ -96,8 +96,8 @@ def _export_each(model: nn.Module, sample: Sample, modes: Sequence[str], shapes:
         try:
             exported[mode] = _export(model, sample, mode, shapes, sizes_given=shapes is not None)
         except CaptureError as error:
-            _tolerate(eager_failure(model, sample, mode) or error, exported, stacklevel=5)
-    _warn_of_fixed(axes, sample, exported, stacklevel=5)
+            _tolerate(eager_failure(model, sample, mode) or error, exported, stacklevel=6)
+    _warn_of_fixed(axes, sample, exported, stacklevel=6)
     return exported
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from fxprune.calling import named_arguments
 from fxprune.capture.constants import ConstantKeeper
 from fxprune.capture.exporting import Exported, export_modes
 from fxprune.capture.protection import Reads, one_at_a_time
@@ -29,6 +30,7 @@ from fxprune.graph.traced import MODES, TracedModule
 _RESERVED = {n for n in dir(TracedModule) if not hasattr(nn.Module, n)} | {*TracedModule.__annotations__, "training"}
 
 
+@named_arguments
 def trace(
     model: nn.Module,
     args: tuple[Any, ...] | torch.Tensor | Mapping[str, Any] = (),

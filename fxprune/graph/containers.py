@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from fxprune.errors import ArgumentError, PruningError
+from fxprune.errors import ArgumentError, NameLookupError, PruningError
 from fxprune.graph.masks import named_by_original
 from fxprune.graph.parts import Part
 
@@ -45,7 +45,17 @@ class ReadByName(nn.Module):
     """
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in torch; raises PruningError where `torch.nn.utils.prune` stores a parameter under its second name."""
+        """As in torch; raises ArgumentError for another shape.
+
+        PruningError where `torch.nn.utils.prune` stores a parameter under its second name.
+        """
+        present = self._parameters.get(name)
+        if present is not None and param is not None and present.shape != param.shape:
+            raise ArgumentError(
+                f"the parameter {name!r} of a traced module was to be replaced by one of shape {list(param.shape)}; "
+                f"its graphs hold for {list(present.shape)}. Change the eager model, and trace that again; for fewer "
+                "channels mask them, and call fxprune.finalize."
+            )
         plain = named_by_original(name)
         if plain is not None and param is not None and self._parameters.get(plain) is param:
             raise PruningError(
@@ -54,6 +64,14 @@ class ReadByName(nn.Module):
                 f"and the qualified name: fxprune.prune.l1_unstructured(traced, 'conv1.{plain}', amount=0.3)."
             )
         super().register_parameter(name, param)
+
+    def __getitem__(self, index: object) -> NoReturn:
+        """Raises NameLookupError: what is below a traced module has names."""
+        raise NameLookupError(
+            f"item {index!r} was asked of a traced module or a module below it, which stand for no list or Sequential. "
+            "Modules are found by their names, as in traced.get_submodule('layers.0'), parameters as in "
+            "traced.get_parameter('layers.0.weight')."
+        )
 
     def __delattr__(self, name: str) -> None:
         if name in self._parameters:

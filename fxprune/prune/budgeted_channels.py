@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fxprune import driver
+from fxprune.calling import named_arguments
 from fxprune.channels.budget import ladders, masks
 from fxprune.channels.foresight import classes_left, foresee, parameters_left
 from fxprune.channels.groups import ChannelGroup, Grouping, Repair, Scores
@@ -51,6 +52,7 @@ MOST_CORRECTIONS = 12
 
 
 @renamed("provider", "providers", lambda provider: (provider,))
+@named_arguments
 def channels(
     traced: TracedModule,
     amount: float | None = DEFAULT_AMOUNT,

@@ -20,6 +20,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from fxprune import driver
+from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, NameLookupError, PruningError
 from fxprune.graph.containers import provenance_of
 from fxprune.graph.masks import ParameterView, masked, named_by_original, original_name, view
@@ -32,6 +33,7 @@ from fxprune.prune.selection import keep_largest
 from fxprune.torch_internals import ConvTransposeNd, name_pruning_method, pruning_methods
 
 
+@named_arguments
 def apply(
     traced: TracedModule, name: str, method: BasePruningMethod, importance_scores: torch.Tensor | None = None
 ) -> TracedModule:
@@ -94,6 +96,7 @@ def identity(traced: TracedModule, name: str) -> TracedModule:
     return apply(traced, name, constructed(torch_prune.Identity))
 
 
+@named_arguments
 def random_unstructured(traced: TracedModule, name: str, amount: float) -> TracedModule:
     """Mask random entries; `amount` is a fraction (float) or a count (int) of those not masked yet; see `apply`.
 
@@ -103,6 +106,7 @@ def random_unstructured(traced: TracedModule, name: str, amount: float) -> Trace
     return apply(traced, name, constructed(torch_prune.RandomUnstructured, amount))
 
 
+@named_arguments
 def l1_unstructured(
     traced: TracedModule, name: str, amount: float, importance_scores: torch.Tensor | None = None
 ) -> TracedModule:
@@ -114,6 +118,7 @@ def l1_unstructured(
     return apply(traced, name, constructed(torch_prune.L1Unstructured, amount), importance_scores)
 
 
+@named_arguments
 def random_structured(traced: TracedModule, name: str, amount: float, dim: int) -> TracedModule:
     """Mask random channels along `dim`; `amount` is a fraction or a count of those alive; see `apply`.
 
@@ -123,6 +128,7 @@ def random_structured(traced: TracedModule, name: str, amount: float, dim: int) 
     return apply(traced, name, constructed(torch_prune.RandomStructured, amount, dim))
 
 
+@named_arguments
 def ln_structured(
     traced: TracedModule, name: str, amount: float, n: Any, dim: int, importance_scores: torch.Tensor | None = None
 ) -> TracedModule:
@@ -134,6 +140,7 @@ def ln_structured(
     return apply(traced, name, constructed(torch_prune.LnStructured, amount, n, dim), importance_scores)
 
 
+@named_arguments
 def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> TracedModule:
     """Multiply the parameter's mask by `mask` (its shape; any dtype; values other than 0 and 1 scale); see `apply`.
 
@@ -157,6 +164,7 @@ def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> Tra
     return apply(traced, name, constructed(torch_prune.CustomFromMask, mask))
 
 
+@named_arguments
 def nm_structured(
     traced: TracedModule,
     name: str,
@@ -179,6 +187,7 @@ def nm_structured(
     return traced
 
 
+@named_arguments
 def block_structured(
     traced: TracedModule,
     name: str,
@@ -195,6 +204,7 @@ def block_structured(
     return apply(traced, name, constructed(BlockStructured, amount, block, n), importance_scores)
 
 
+@named_arguments
 def remove(traced: TracedModule, name: str) -> TracedModule:
     """Make masks permanent: the product takes the parameter's name and place, outputs stay the same bits.
 
@@ -234,6 +244,7 @@ def is_pruned(traced: TracedModule, name: str | None = None) -> bool:
     return canonical(traced, one_name([*_names(traced), *reparametrized(traced)], name)) in masked(traced)
 
 
+@named_arguments
 def global_unstructured(
     traced: TracedModule,
     names: str | Iterable[str],

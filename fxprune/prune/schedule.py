@@ -14,6 +14,7 @@ import torch
 from torch.nn.utils.prune import BasePruningMethod
 
 from fxprune import driver
+from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneWarning, PruningError
 from fxprune.graph.masks import ParameterView
 from fxprune.graph.requirements import require_traced
@@ -113,6 +114,7 @@ class Schedule(Readable):
         0.0
     """
 
+    @named_arguments
     def __init__(
         self,
         traced: TracedModule,
@@ -189,6 +191,7 @@ class Schedule(Readable):
         """Whether call number `stop` has been made: no later call prunes."""
         return self._calls > self._plan.stop
 
+    @named_arguments
     def step(self) -> float:
         """Prune as far as the curve asks for at this call; returns `reached`.
 
@@ -227,7 +230,7 @@ class Schedule(Readable):
                 f"the schedule ends with this call, {total:g} was asked for, and nothing of the module is masked: the "
                 "function prunes nothing, or another module.",
                 FxpruneWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _request(self, total: float, counts: Mapping[str, tuple[int, int]]) -> object:

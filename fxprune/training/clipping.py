@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, SparseGradientError
 from fxprune.torch_internals import is_inside_step, step_pre_hooks
 
@@ -121,6 +122,7 @@ def _scale_again(optimizer: Optimizer, parameters: Iterable[Tensor], scale: Tens
         del optimizer.grad_scale  # type: ignore[attr-defined]
 
 
+@named_arguments
 def clip_gradients(
     optimizer: Optimizer,
     *,

@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from fxprune.calling import named_arguments
 from fxprune.channels import ChannelPlan
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneWarning
 from fxprune.graph.masks import original_name
@@ -22,6 +23,7 @@ from fxprune.graph.reparametrizations import hook_state
 from fxprune.graph.traced import TracedModule
 
 
+@named_arguments
 def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """An optimizer of the same class, groups and options on `final`'s parameters, that goes on where `optimizer` is.
 
@@ -77,7 +79,7 @@ def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> to
     state = _state(optimizer, optimized, plan)
     if texts := _changes(final, plan, sources, heirs, optimized, state):
         message = f"training does not go on step for step as with masks. {'; '.join(texts)}."
-        warnings.warn(message, FxpruneWarning, stacklevel=2)
+        warnings.warn(message, FxpruneWarning, stacklevel=3)
     return _build(optimizer, members, state)
 
 

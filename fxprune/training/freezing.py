@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fxprune.errors import NameLookupError
+from fxprune.errors import ArgumentTypeError, NameLookupError
 from fxprune.graph.names import match_names
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.switching import batch_norms
@@ -37,6 +37,8 @@ def freeze_batch_norms(traced: TracedModule, names: str | Iterable[str] | None =
     there = list(dict.fromkeys(path for graph in traced.graphs.values() for path in batch_norms(graph)))
     if not there:
         raise NameLookupError("batch norms were to be frozen; the traced module has none with running statistics.")
+    if not isinstance(names, str | Iterable | None):
+        raise ArgumentTypeError(f"names is a {type(names).__name__}; paths of batch norms, or patterns, are needed.")
     patterns = [names] if isinstance(names, str) else ["*"] if names is None else list(names)
     for path in dict.fromkeys(path for pattern in patterns for path in match_names(there, pattern, "batch norm")):
         traced.switch(traced.get_submodule(path), False)

@@ -144,6 +144,10 @@ TRACE: dict[str, Case] = {
     "doubles for a linear layer": (
         lambda m: fxprune.trace(nn.Linear(3, 2), (torch.ones(4, 3).double(),), modes=("eval",), dynamic_shapes=None),
         SampleError, "does not run .*same dtype.*float64", "runs on"),
+    "options of torch.onnx": (
+        lambda m: fxprune.trace(m, IMAGES, dynamic_axes={0: "batch"}), ArgumentTypeError,
+        "trace was called with 2 arguments by position, dynamic_axes=: got an unexpected",
+        r"Did you mean dynamic_shapes\? It is called trace\(model, args=\(\), kwargs=None, \*, dynamic_shapes="),
     "True for the modes": (lambda m: fxprune.trace(m, IMAGES, modes=True), ArgumentError, "modes=True", "a tuple"),
     "True for the dynamic shapes": (
         lambda m: fxprune.trace(m, IMAGES, dynamic_shapes=True), ArgumentError, "dynamic_shapes=True", "structure"),
@@ -230,6 +234,20 @@ PRUNE: dict[str, Case] = {
         "'1.running_mean' is a buffer", "1.weight, 1.bias"),
     "a buffer for a norm": (
         lambda t: fxprune.weight_norm(t, "1.running_mean"), NameLookupError, "is a buffer", "1.weight, 1.bias"),
+    "no amount": (
+        lambda t: fxprune.prune.l1_unstructured(t, "0.weight"), ArgumentTypeError,
+        "2 arguments by position: missing a required argument: 'amount'", r"l1_unstructured\(traced, name, amount, "),
+    "no norm and no axis": (
+        lambda t: fxprune.prune.ln_structured(t, "0.weight", 0.5), ArgumentTypeError, "missing .*'n'", "amount, n, "),
+    "a ratio of channels": (
+        lambda t: fxprune.prune.channels(t, ratio=0.5), ArgumentTypeError, "unexpected keyword argument 'ratio'",
+        r"It is called channels\(traced, amount=0.5,"),
+    "limits by position": (
+        lambda t: fxprune.clip_gradients(t.parameters(), 1.0), ArgumentTypeError,
+        "clip_gradients was called with 2 arguments by position", r"clip_gradients\(optimizer, \*, max_norm=None,"),
+    "inputs for finalize": (
+        lambda t: fxprune.finalize(t, IMAGES), ArgumentTypeError, "finalize was called with 2 arguments",
+        r"finalize\(traced, \*, shrink=True,"),
     "a torch number for an amount": (
         lambda t: fxprune.prune.l1_unstructured(t, "0.weight", torch.tensor(0.5)), ArgumentTypeError,
         r"amount=tensor\(0.5000\)", r"amount.item\(\)"),
@@ -368,6 +386,12 @@ SCHEDULE: dict[str, Case] = {
         "an object of L1Unstructured", "Give the class, L1Unstructured"),
     "a method without names": (
         lambda t: fxprune.Schedule(t, None, L1, 0.5), ArgumentError, "L1Unstructured needs names", r"'\*.weight'"),
+    "no amount": (
+        lambda t: fxprune.Schedule(t, "*.weight", L1), ArgumentTypeError, "Schedule was called with 3 .*'amount'",
+        r"Schedule\(traced, names, request, amount,"),
+    "the number of the epoch for a step": (
+        lambda t: fxprune.Schedule(t, "*.weight", L1, 0.5).step(3), ArgumentTypeError, "Schedule.step was called",
+        r"It is called Schedule.step\(\)\."),
     "steps without an end": (
         lambda t: fxprune.Schedule(t, "*.weight", L1, 0.5, every=10), ArgumentError, "every=10 without stop",
         "Give stop"),
@@ -439,6 +463,16 @@ def test_a_schedule_that_is_never_stepped_is_told_of_where_its_module_is_finaliz
     fxprune.finalize(traced)
 
 
+def test_what_is_pruned_and_finalized_in_inference_mode_can_be_trained(traced: fxprune.TracedModule) -> None:
+    with torch.inference_mode():
+        fxprune.prune.channels(traced, 0.5)
+        fxprune.prune.l1_unstructured(traced, "5.weight", 0.5)
+        final = fxprune.finalize(traced)
+    for module in (traced, final):
+        nn.functional.cross_entropy(module.train()(IMAGES), LABELS).backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+
+
 def test_the_default_amount_of_channels_is_a_half() -> None:
     reports = []
     for options in ({}, {"amount": 0.5}):
@@ -502,6 +536,13 @@ ACCESS: dict[str, Case] = {
         "Call the traced module"),
     "a size of a part": (
         lambda t: t.get_submodule("0").out_channels, NameLookupError, "has no 'out_channels'", r"get_parameter.*shape"),
+    "a layer by its index": (lambda t: t[0], NameLookupError, "item 0 was asked", r"get_submodule\('layers.0'\)"),
+    "all layers": (lambda t: [*iter(t)], NameLookupError, "item 0 was asked", "by their names"),
+    "a layer of a layer by its index": (
+        lambda t: t.get_submodule("0")[0], NameLookupError, "item 0 was asked", "get_submodule"),
+    "a parameter of another shape": (
+        lambda t: setattr(t.get_submodule("5"), "weight", nn.Parameter(torch.ones(3, 64))), ArgumentError,
+        r"'weight' .* one of shape \[3, 64\]; its graphs hold for \[10, 64\]", "Change the eager model"),
     "a part that is deleted": (
         lambda t: delattr(t, "5"), ArgumentError, "'5' of a traced module was to be deleted", "Change the eager model"),
     "scripting": (lambda t: _script(t), ExportError, "torch.jit.script", "export.to_torchscript"),

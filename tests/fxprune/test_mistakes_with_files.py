@@ -44,6 +44,22 @@ def finalized(captured: fxprune.TracedModule) -> fxprune.TracedModule:
 
 
 FILES: dict[str, Case] = {
+    "the order of torch.onnx": (
+        lambda f: fxprune.export.to_onnx(f, IMAGES, "m.onnx"), ArgumentTypeError, "3 arguments by position: too many",
+        r"It is called to_onnx\(final, path, \*, opset=None"),
+    "an option of torch.onnx": (
+        lambda f: fxprune.export.to_onnx(f, "m.onnx", opset_version=18), ArgumentTypeError, "'opset_version'",
+        r"Did you mean opset\?"),
+    "an option of torch.load": (
+        lambda f: fxprune.load("m.fxp", map_location="cpu"), ArgumentTypeError, "'map_location'",
+        r"It is called load\(path, model=None\)"),
+    "no model to write to": (
+        lambda f: fxprune.write_back(f), ArgumentTypeError, "missing a required .* 'model'", r"\(final, model\)"),
+    "a session's provider that is no list": (
+        lambda f: fxprune.export.Session("m.onnx", "CPUExecutionProvider"), ArgumentTypeError, "providers='CPUE",
+        r"\['CPUExecutionProvider'\]"),
+    "a session's threads as text": (
+        lambda f: fxprune.export.Session("m.onnx", threads="2"), ArgumentTypeError, "threads='2'", "an integer"),
     "a negative tolerance": (
         lambda f: fxprune.export.to_onnx(f, "m.onnx", rtol=-1), ArgumentError, "rtol=-1", "0 or more"),
     "no number for a tolerance": (
