@@ -23,6 +23,7 @@ from fxprune.errors import FxpruneError, FxpruneWarning
 from fxprune.graph.calls import Call
 from fxprune.graph.traced import TracedModule
 from fxprune.prune import ChannelReport, importance
+from fxprune.prune.repair import ReconstructionReport, reconstruct
 from fxprune.prune.schedule import Schedule
 from fxprune.training.clipping import GradientClipping, clip_gradients
 from fxprune.training.continuation import optimizer_after
@@ -48,6 +49,8 @@ __all__ = [  # noqa: RUF022
     "importance",
     "Schedule",
     "ChannelReport",
+    "reconstruct",
+    "ReconstructionReport",
     "channel_groups",
     "ChannelGroup",
     "ChannelGroups",

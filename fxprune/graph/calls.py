@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +93,19 @@ def as_calls(inputs: Any, *, error: type[FxpruneError] = InputError, where: str 
         where = f", of {source}{where}"
     singles = (tuple(item) if isinstance(item, list) and len(item) == 1 else item for item in items)
     return [as_call(item, error=error, where=where) for item in singles]
+
+
+def each_call(inputs: Any, *, error: type[FxpruneError] = InputError) -> Iterator[Call]:
+    """The calls of `as_calls` one by one: a loader is asked for the next batch when the last one is done with.
+
+    Raises:
+        The class `error`: as `as_calls`, when the call is reached.
+    """
+    if isinstance(inputs, list) or not _is_many(inputs):
+        yield from as_calls(inputs, error=error)
+        return
+    for item in inputs:
+        yield from as_calls([item], error=error, where=f", of a {type(inputs).__name__}")
 
 
 _SINGLE = (tuple, Mapping, torch.Tensor, np.ndarray, np.generic, str, bytes, os.PathLike, nn.Module)

@@ -15,6 +15,7 @@ from torch import nn
 from fxprune.graph.names import has_parametrization, join, locate
 
 _ORIGINAL, _MASK = "_orig", "_mask"
+_VERSION = "version_at_mask"  # an attribute of the parameter: how often it had been written to when it was masked
 
 
 def original_name(name: str) -> str:
@@ -79,6 +80,15 @@ class ParameterView:
             return self.original.detach()
         return self.mask.to(self.original.dtype) * self.original.detach()
 
+    @property
+    def changed_since_masked(self) -> bool:
+        """Whether the values were written to since the mask was inserted; False where that is not known.
+
+        It is not known of copies and of what was loaded.
+        """
+        version = None if self.original is None else vars(self.original).get(_VERSION)
+        return self.mask is not None and version is not None and version != self.original._version  # type: ignore[union-attr]
+
     def insert_mask(self, values: torch.Tensor) -> None:
         """Store the parameter, which carries no mask, as a masked one, the same object; graphs are the caller's."""
         assert self.original is not None, self.name
@@ -86,6 +96,7 @@ class ParameterView:
         del self.owner._parameters[self.attribute]
         self.owner.register_parameter(original_name(self.attribute), self.original)
         self.owner.register_buffer(mask_name(self.attribute), _like(self.original, values))
+        vars(self.original)[_VERSION] = self.original._version
 
     def replace_mask(self, values: torch.Tensor) -> bool:
         """Give the masked parameter another mask, a new tensor; returns whether any value changed."""

@@ -38,6 +38,8 @@ def _results(folder: Path) -> dict[str, Readable]:
     masked = fxprune.prune.channels(traced, macs=0.5)
     schedule = fxprune.Schedule(traced, None, lambda gone: fxprune.prune.channels(traced, macs=1 - gone), 0.5)
     schedule.step()
+    repaired = fxprune.trace(network(), IMAGES)
+    fxprune.prune.channels(repaired, macs=0.5)
     final = fxprune.finalize(traced)
     assert final.plan is not None
     onnx = fxprune.export.to_onnx(final, folder / "model.onnx")
@@ -55,7 +57,7 @@ def _results(folder: Path) -> dict[str, Readable]:
     return {
         "groups": groups, "group": groups[0], "group that stays": groups[-1], "channels": masked, "schedule": schedule,
         "schedule of entries": fxprune.Schedule(traced, "5.weight", eager_prune.L1Unstructured, 0.5),
-        "plan": final.plan,
+        "reconstruction": fxprune.reconstruct(repaired, IMAGES), "plan": final.plan,
         "empty plan": fxprune.ChannelPlan(), "onnx": onnx, "program": program, "agreeing": agreeing,
         "unverified": replace(onnx, comparison=None, notes=("one", "two", "three")),
         "differing": differing, "divergence": differing.first_divergence,

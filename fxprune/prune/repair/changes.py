@@ -1,0 +1,33 @@
+"""Values written into parameters and buffers, which can be taken back, and what stood there before."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+
+class Changes:
+    """What was changed, with the values before the first change."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def set(self, tensor: Tensor, values: Tensor) -> None:
+        """Write values into a tensor, which stays the same object."""
+        if id(tensor) not in self._before:
+            self._before[id(tensor)] = tensor, tensor.detach().clone()
+        tensor.data.copy_(values)  # what is taken back shall not count as written
+
+    def before(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor before any change."""
+        return self._before[id(tensor)][1] if id(tensor) in self._before else tensor
+
+    def undo(self) -> None:
+        """Write back what stood there."""
+        for tensor, values in self._before.values():
+            tensor.data.copy_(values)
+        self._before.clear()
+
+    def keep(self) -> None:
+        """Let the changes be final: autograd, and who asks whether masked weights were changed, is told of them."""
+        increment_version([tensor for tensor, _ in self._before.values()])

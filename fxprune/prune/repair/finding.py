@@ -1,0 +1,308 @@
+"""Which calls of a graph are readers that can be refitted, and why the others are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from fxprune.channels.arguments import bound
+from fxprune.channels.registry import REGISTRY, OperatorCall
+from fxprune.channels.rules.contractions import Contraction
+from fxprune.channels.rules.convolutions import Convolution
+from fxprune.channels.rules.recurrent import Recurrent
+from fxprune.graph.masks import named_by_mask, named_by_original, view
+from fxprune.graph.names import ModulePaths, exists, tensor_at
+from fxprune.graph.traced import TracedModule
+from fxprune.prune.repair.layers import (
+    ConvolutionReader,
+    MatrixReader,
+    Reader,
+    RecurrentReader,
+    TransposedReader,
+)
+
+aten = torch.ops.aten
+
+# more columns would need matrices of more than 2 GiB
+MOST_COLUMNS = 12_000
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """What a reader's output is added to.
+
+    Attributes:
+        other: the other operand. norm: a batch norm that the output passes on the way.
+    """
+
+    other: fx.Node
+    norm: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Why:
+    """Why a call is no reader to refit."""
+
+    text: str
+
+
+class Weights:
+    """How the calls of a graph read parameters: plain or masked, permuted, once or several times."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root = root
+        self.paths = ModulePaths(root)
+        self._readers: dict[int, set[fx.Node]] = {}
+        for node in graph.find_nodes(op="get_attr"):
+            if exists(root, str(node.target)):
+                self._readers.setdefault(id(tensor_at(root, str(node.target))), set()).update(self._consumers(node))
+
+    def _consumers(self, node: fx.Node) -> Iterator[fx.Node]:
+        for user in node.users:
+            if _permutation(user) is not None or mask_product(self.root, user) is not None:
+                yield from self._consumers(user)
+            else:
+                yield user
+
+    def find(self, node: fx.Node, what: str) -> tuple[str, list[int]] | Why:
+        """The parameter that a call reads by `node`, and the axes of it that the node's axes are."""
+        order = list(range(len(node.meta["val"].shape)))
+        while (permutation := _permutation(node)) is not None:
+            order = [permutation[axis] for axis in order]
+            node = node.all_input_nodes[0]
+        product = mask_product(self.root, node)
+        node = node if product is None else product
+        if node.op != "get_attr" or not isinstance(tensor_at(self.root, str(node.target)), nn.Parameter):
+            return Why(f"its {what} is computed")
+        stored = str(node.target)
+        if (count := len(self._readers[id(tensor_at(self.root, stored))])) > 1:
+            return Why(f"its {what} is used by {count} calls")
+        name = stored if product is None else named_by_original(stored)
+        if name is None:
+            return Why(f"its {what} is masked and computed")
+        return self.paths.canonical(name), order
+
+
+def mask_product(root: nn.Module, node: fx.Node) -> fx.Node | None:
+    """The operand that a node multiplies with the mask of a parameter; None where it does not."""
+    if node.target is not aten.mul.Tensor or len(node.all_input_nodes) != 2:
+        return None
+    for mask, operand in (node.all_input_nodes, reversed(node.all_input_nodes)):
+        name = named_by_mask(str(mask.target)) if mask.op == "get_attr" else None
+        if name is not None and view(root, name).mask is not None:
+            return operand
+    return None
+
+
+def _permutation(node: fx.Node) -> list[int] | None:
+    """The axes of its operand that those of a node are, where all that it does is to reorder them."""
+    if node.op != "call_function" or len(node.all_input_nodes) != 1:
+        return None
+    axes = list(range(len(node.meta["val"].shape))) if isinstance(node.meta.get("val"), torch.Tensor) else []
+    if node.target in (aten.t.default, aten.numpy_T.default):
+        return axes[::-1]
+    if node.target is aten.permute.default:
+        return [axes[int(dim)] for dim in bound(node)["dims"]]
+    if node.target is aten.transpose.int:
+        first, second = (axes[int(bound(node)[name])] for name in ("dim0", "dim1"))
+        axes[first], axes[second] = axes[second], axes[first]
+        return axes
+    return None
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A call that is not refitted: by which name it goes, and why."""
+
+    name: str
+    why: str
+
+
+def find(traced: TracedModule, graph: fx.Graph) -> tuple[list[Reader], dict[fx.Node, LeftAlone]]:
+    """The readers of a graph in its order, and why others are left alone."""
+    weights = Weights(traced, graph)
+    readers, alone = [], dict[fx.Node, LeftAlone]()
+    for node in graph.nodes:
+        call = REGISTRY.call(node) if node.op == "call_function" else None
+        if not isinstance(call, Contraction | Convolution | Recurrent) or not _has_weight(call):
+            continue
+        reader = _reader(weights, call)
+        if isinstance(reader, Why):
+            alone[node] = LeftAlone(node.name, reader.text)
+            continue
+        if reader.sizes[2] > MOST_COLUMNS:
+            alone[node] = LeftAlone(reader.name, f"{reader.sizes[2]:,} inputs, more than {MOST_COLUMNS:,}")
+        else:
+            readers.append(reader)
+        if isinstance(call, Recurrent) and call.num_layers > 1:
+            alone[node] = LeftAlone(f"{node.name} above its first layer", "what it reads stays within the call")
+    return readers, alone
+
+
+def _has_weight(call: OperatorCall) -> bool:
+    """Whether the second operand depends on no input."""
+    if isinstance(call, Recurrent):
+        return True
+    pending = [call.right if isinstance(call, Contraction) else call.weight]  # type: ignore[attr-defined]
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder":
+            return False
+        pending += node.all_input_nodes
+    return True
+
+
+def _reader(weights: Weights, call: Contraction | Convolution | Recurrent) -> Reader | Why:
+    if isinstance(call, Recurrent):
+        return _recurrent(weights, call)
+    if isinstance(call, Contraction):
+        return _matrix(weights, call)
+    return _convolution(weights, call)
+
+
+def _bias(weights: Weights, node: fx.Node | None, outputs: int) -> str | Why | None:
+    """The parameter that is added to the outputs, None where nothing is."""
+    if node is None:
+        return None
+    if tuple(node.meta["val"].shape) != (outputs,):
+        return Why("what is added to it is no bias")
+    found = weights.find(node, "bias")
+    return found if isinstance(found, Why) else found[0]
+
+
+def _moving_mean(weights: Weights, node: fx.Node, bias: str | None) -> str | None:
+    """The running mean of a batch norm that alone reads a node, where there is no bias."""
+    if bias is not None or len(node.users) != 1:
+        return None
+    (user,) = node.users
+    mean = bound(user)["running_mean"] if is_fixed_norm(user) and _normalizes_outputs(node) else None
+    if not isinstance(mean, fx.Node) or mean.op != "get_attr" or len(mean.users) != 1:
+        return None
+    return str(mean.target)
+
+
+def is_fixed_norm(node: fx.Node) -> bool:
+    """Whether a node is a batch norm by running statistics."""
+    return node.target is aten.batch_norm.default and not bound(node)["training"]
+
+
+def _normalizes_outputs(node: fx.Node) -> bool:
+    """Whether axis 1, which batch norms normalize, is that of a reader's outputs."""
+    return isinstance(REGISTRY.call(node), Convolution) or len(node.meta["val"].shape) == 2
+
+
+def _matrix(weights: Weights, call: Contraction) -> Reader | Why:
+    labels = call.labels
+    if labels is None or len(labels.right) != 2 or labels.left[-1] != labels.contracted:
+        return Why("a product of another form than inputs times a matrix")
+    if len(labels.left) < 2:
+        return Why("its input has no batch")
+    if labels.out != labels.left[:-1] + labels.inner or not _is_plain_sum(call.node):
+        return Why("a product whose parts are scaled or permuted")
+    found = weights.find(call.right, "weight")
+    if isinstance(found, Why):
+        return found
+    name, order = found
+    outputs, columns = (order[labels.right.index(label)] for label in (labels.inner, labels.contracted))
+    shape = view(weights.root, name).value().shape
+    bias = _bias(weights, call.bias_operand, shape[outputs])
+    if isinstance(bias, Why):
+        return bias
+    return MatrixReader(
+        call.node, call.left, (name,), (bias,), (1, shape[outputs], shape[columns]),
+        _moving_mean(weights, call.node, bias), (outputs, columns),
+    )  # fmt: skip
+
+
+def _is_plain_sum(node: fx.Node) -> bool:
+    """Whether product and bias are added as they are (`addmm` can scale both)."""
+    given = bound(node)
+    return all(given.get(name, 1) == 1 for name in ("alpha", "beta"))
+
+
+def _recurrent(weights: Weights, call: Recurrent) -> Reader | Why:
+    names, biases, shapes = [], [], []
+    for weight, added in call.first_layer:
+        found = weights.find(weight, "weight")
+        if isinstance(found, Why):
+            return found
+        shapes.append(view(weights.root, found[0]).value().shape)
+        bias = _bias(weights, added, shapes[-1][0])
+        if isinstance(bias, Why):
+            return bias
+        names.append(found[0])
+        biases.append(bias)
+    sizes = 1, sum(shape[0] for shape in shapes), shapes[0][1]
+    return RecurrentReader(call.node, call.data, tuple(names), tuple(biases), sizes, None)
+
+
+def _convolution(weights: Weights, call: Convolution) -> Reader | Why:
+    found = weights.find(call.weight, "weight")
+    if isinstance(found, Why):
+        return found
+    given, space = bound(call.node), call.space
+    if len(call.data.meta["val"].shape) != space + 2:
+        return Why("its input has no batch")
+    (name, _), (outputs, inputs) = found, call.counts
+    weight = view(weights.root, name).value()
+    kernel = tuple(weight.shape[2:])
+    stride, dilation = _each(given["stride"] or 1, space), _each(given["dilation"], space)
+    bias = _bias(weights, call.bias, outputs * call.groups)
+    if isinstance(bias, Why):
+        return bias
+    mean = _moving_mean(weights, call.node, bias)
+    sizes = call.groups, outputs, inputs * weight[0, 0].numel()
+    common = call.node, call.data, (name,), (bias,), sizes, mean, kernel
+    reach = [gap * (size - 1) for gap, size in zip(dilation, kernel, strict=True)]
+    if not call.is_transposed:
+        return ConvolutionReader(*common, stride, dilation, _padding(call.padding, reach))
+    behind = _each(given["output_padding"], space)
+    pads = zip(reach, _each(call.padding, space), behind, strict=True)
+    padding = tuple((span - cut, span - cut + more) for span, cut, more in pads)
+    return TransposedReader(*common, (1,) * space, dilation, padding, stride)
+
+
+def _each(value: int | list[int], space: int) -> tuple[int, ...]:
+    """An option as one number an axis."""
+    values = [value] if isinstance(value, int) else [*value]
+    return tuple(values * space if len(values) == 1 else values)
+
+
+def _padding(padding: str | int | list[int], reach: list[int]) -> tuple[tuple[int, int], ...]:
+    if padding == "same":
+        return tuple((span // 2, span - span // 2) for span in reach)
+    if padding == "valid":
+        return ((0, 0),) * len(reach)
+    assert not isinstance(padding, str)
+    return tuple((size, size) for size in _each(padding, len(reach)))
+
+
+def stream_of(reader: fx.Node) -> Stream | None:
+    """What a reader's output is added to, where that is all that is done with it.
+
+    A batch norm, and what does nothing in eval mode, may lie between.
+    """
+    norm, node = None, reader
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target in (aten.add.Tensor, aten.add_.Tensor):
+            operands = user.args[:2]
+            others = [each for each in operands if each is not node]
+            is_plain = len(others) == 1 and isinstance(others[0], fx.Node) and bound(user)["alpha"] == 1
+            return Stream(others[0], norm) if is_plain else None  # type: ignore[arg-type]
+        if is_fixed_norm(user) and norm is None and user.args[0] is node and _normalizes_outputs(reader):
+            norm = user
+        elif not _is_off(user):
+            return None
+        node = user
+    return None
+
+
+def _is_off(node: fx.Node) -> bool:
+    """Whether a node gives what it reads."""
+    if node.target in (aten.dropout.default, aten.dropout_.default):
+        return not bound(node)["train"]
+    return node.target in (aten.clone.default, aten.contiguous.default, aten.alias.default)

@@ -1,0 +1,171 @@
+"""The masked network and its reference, run side by side over pieces of batches, a wave at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from fxprune.graph.interpretation import Interpreter
+from fxprune.graph.mutation import is_mutating, written
+from fxprune.prune.repair.shelf import State
+from fxprune.prune.repair.waves import Layout, Wave
+
+Environment = dict[fx.Node, Any]
+Tensors = Callable[[str], Tensor]
+
+
+class _Behind(Environment):
+    """The reference's values; those that are the same in both networks stand with the masked one's."""
+
+    def __init__(self, own: Mapping[fx.Node, Any], others: Environment) -> None:
+        super().__init__(own)
+        self._others = others
+
+    def __missing__(self, node: fx.Node) -> Any:
+        return self._others[node]
+
+    def __contains__(self, node: object) -> bool:
+        return super().__contains__(node) or node in self._others
+
+
+class Pair:
+    """Two networks of one graph.
+
+    Args:
+        graph: what both compute.
+        layout: which nodes run.
+        waves: in which order.
+        tensors, references: the parameters and buffers of the masked network and of its reference, by name.
+        unmasked: the products of parameters with masks -> what the reference has there instead.
+        streams: nodes beside the readers' inputs that fits need, by the node of the reader.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        layout: Layout,
+        waves: Sequence[Wave],
+        tensors: Tensors,
+        references: Tensors,
+        unmasked: Mapping[fx.Node, fx.Node],
+        streams: Mapping[fx.Node, fx.Node],
+    ) -> None:
+        self.layout, self.waves, self.unmasked = layout, waves, unmasked
+        self.places = graph.find_nodes(op="placeholder")
+        self._current = Interpreter(graph, tensors, keep=True)
+        self._reference = Interpreter(graph, references, keep=True)
+        self._streams = streams
+        self._last = self._last_waves()
+        self._nodes = {node.name: node for node in layout.moving}
+
+    def _last_waves(self) -> dict[tuple[str, fx.Node], int]:
+        """The number of the last wave that needs a value of one of the networks."""
+        last: dict[tuple[str, fx.Node], int] = {}
+        for number, wave in enumerate(self.waves):
+            fits = [reader.data for reader in wave.readers]
+            fits += [self._streams[reader.node] for reader in wave.corrected]
+            for node in (*(each for run in wave.current for each in run.all_input_nodes), *fits):
+                last["current", node] = number
+            for node in (*(each for run in wave.reference for each in run.all_input_nodes), *fits):
+                last["reference" if node in self.layout.differing else "current", node] = number
+        return last
+
+    def start(self, inputs: Sequence[Any]) -> State:
+        """The state of a piece before the first wave."""
+        found = {}
+        for node, value in zip(self.places, inputs, strict=True):
+            if node.name not in self._nodes:
+                continue
+            if self.layout.is_strict and isinstance(value, Tensor):
+                found[f"reference {node.name}"] = value.clone()
+                value = value.clone()
+            found[f"current {node.name}"] = value
+        return found
+
+    def fixed(self) -> tuple[Environment, Environment]:
+        """What depends on parameters alone, in both networks, as the parameters are now."""
+        current = self._current.env = {}
+        reference = self._reference.env = _Behind({}, current)
+        for node in self.layout.fixed:
+            self._step(self._current, node)
+            if node in self.layout.differing:
+                self._step(self._reference, node)
+        return current, reference
+
+    def run(
+        self, number: int, state: State, fixed: tuple[Environment, Environment], *, keep: bool = False
+    ) -> tuple[Environment, Environment]:
+        """Run a wave on the state of a piece; returns the values of both networks that are needed still, or all."""
+        wave = self.waves[number]
+        current: Environment = dict(fixed[0])
+        reference = _Behind(fixed[1], current)
+        for key, value in state.items():
+            network, _, name = key.partition(" ")
+            (current if network == "current" else reference)[self._nodes[name]] = value
+        self._current.env, self._reference.env = current, reference
+        runs, ahead = set(wave.current), set(wave.reference)
+        order = sorted(runs | ahead)
+        ends = {node: run for run in order for node in run.all_input_nodes if node.name in self._nodes}
+        fits = {reader.data for reader in wave.readers} | {self._streams[each.node] for each in wave.corrected}
+        for run in order:
+            if run in runs:
+                self._step(self._current, run)
+            if run in ahead:
+                self._step(self._reference, run)
+            for node in run.all_input_nodes:
+                if not keep and ends.get(node) is run and node not in fits:
+                    self._drop(node, number, current, reference)
+        return current, reference
+
+    def _drop(self, node: fx.Node, number: int, current: Environment, reference: Environment) -> None:
+        for network, values in (("current", current), ("reference", reference)):
+            if self._last.get((network, node), -1) <= number:
+                values.pop(node, None)
+
+    def kept(self, number: int, current: Environment, reference: Environment) -> State:
+        """The state of a piece after a wave: what later waves need."""
+        found = {}
+        for network, values in (("current", current), ("reference", reference)):
+            for node, value in values.items():
+                if self._last.get((network, node), -1) > number and node.name in self._nodes:
+                    found[f"{network} {node.name}"] = value
+        return found
+
+    def _step(self, interpreter: Interpreter, node: fx.Node) -> None:
+        """Run one node of one network."""
+        env = interpreter.env
+        if interpreter is self._reference and node in self.unmasked:
+            env[node] = env[self.unmasked[node]]
+            return
+        operands = written(node) if is_mutating(node) and not self.layout.is_strict else []
+        values = {operand: env[operand] for operand in operands}
+        env.update({operand: value.clone() for operand, value in values.items()})
+        env[node] = interpreter.run_node(node)
+        env.update(values)
+
+
+def origin_of_non_finite(node: fx.Node, values: Mapping[fx.Node, Any]) -> fx.Node:
+    """The first node, of those that a node's value comes from, that gives NaN or inf where it reads none."""
+    while True:
+        guilty = [each for each in node.all_input_nodes if _is_bad(_value(values, each))]
+        if not guilty:
+            return node
+        node = guilty[0]
+
+
+def _value(values: Mapping[fx.Node, Any], node: fx.Node) -> Any:
+    try:
+        return values[node]
+    except KeyError:
+        return None
+
+
+def _is_bad(value: Any) -> bool:
+    return any(
+        isinstance(each, Tensor) and each.is_floating_point() and not bool(torch.isfinite(each).all())
+        for each in pytree.tree_leaves(value)
+    )

@@ -1,0 +1,261 @@
+"""`reconstruct`: one sweep over a masked network and its reference, side by side, that refits every reader."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
+from fxprune.graph.masks import masked_views, view
+from fxprune.graph.names import tensor_at
+from fxprune.graph.requirements import require_eval
+from fxprune.graph.text import describe
+from fxprune.graph.traced import TracedModule
+from fxprune.prune.repair.batches import Batches, Piece
+from fxprune.prune.repair.changes import Changes
+from fxprune.prune.repair.finding import Stream, find, mask_product, stream_of
+from fxprune.prune.repair.fitting import families
+from fxprune.prune.repair.layers import Reader
+from fxprune.prune.repair.pair import Pair, origin_of_non_finite
+from fxprune.prune.repair.references import References
+from fxprune.prune.repair.report import ReaderRepair, ReconstructionReport
+from fxprune.prune.repair.shelf import Shelf, State
+from fxprune.prune.repair.waves import Layout, plan
+from fxprune.reports import first_of
+
+_DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# values between two readers that are held in memory; more lie in a temporary folder meanwhile
+_MOST_BYTES = 2**31
+
+
+def reconstruct(
+    traced: TracedModule,
+    batches: Any,
+    *,
+    damping: float | Iterable[float] = _DAMPINGS,
+    reference: nn.Module | None = None,
+    weight: Callable[..., Tensor] | None = None,
+) -> ReconstructionReport:
+    """Refit what is alive to do the work of what is masked, without labels, gradients or training.
+
+    The masked network and the same one without its masks run side by side. Each reader in turn (linear layers,
+    products with a matrix, convolutions of all kinds, the input weights of recurrent layers) gets as live weights and
+    bias the ridge least-squares fit, towards the weights that were there, of what it computes in the reference, from
+    what it receives now that the readers before it are refitted. Where its output is added to a stream, its target
+    includes what the stream is missing. Masks stay masks: what is masked stays as it is, and training, schedules,
+    `finalize`, `save` and export go on as they do.
+
+    One sample in five is held back: on these the damping is chosen, and a reader whose fit does not lower its error
+    there keeps its weights.
+
+    Where a reader has no bias, and a batch norm follows at once, the running mean of that takes up the mean shift.
+
+    Sources: least squares over the inputs, Hassibi and Stork, "Second order derivatives for network pruning: Optimal
+    Brain Surgeon" (1993), https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050; layer after
+    layer, with what a stream is missing, He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural
+    Networks" (2017), https://arxiv.org/abs/1707.06168; a support for each row, Frantar and Alistarh, "SparseGPT"
+    (2023), https://arxiv.org/abs/2301.00774.
+
+    Args:
+        traced: the masked module, changed in place; its eval graph is what runs, in whichever mode it is.
+        batches: inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, a `fxprune.Call` of
+            both, or a list, loader or generator of these. At least two samples. Values between two readers lie in a
+            temporary folder where they need more than 2 GiB.
+        damping: what is added to the diagonal of the inputs' second moments, relative to its mean; of several, each
+            reader gets the one with the least error on held-back samples.
+        reference: the network to approach, traced or eager, with parameters of the same names and shapes; None:
+            `traced` without its masks. Once weights have changed since they were masked, by training or by another
+            reconstruction, it has to be given.
+        weight: called as the module is, gives the rows that count: a tensor [samples], or [samples, positions], zero
+            for padding. Readers whose outputs begin with other sizes count all rows.
+
+    Returns:
+        A `ReconstructionReport`: errors before and after on held-back samples, what was left alone, and why.
+
+    Raises:
+        InputError: batches hold labels, or inputs of another form.
+        ArgumentError, ArgumentTypeError: fewer than two samples, an unusable option, or a reference that does not fit.
+        PruningError: nothing is masked, nothing can be refitted, or NaN or inf come up; the message has the node.
+        The parameters are as they were then.
+
+    Example:
+        >>> fxprune.prune.channels(traced, macs=0.5)
+        >>> report = fxprune.reconstruct(traced, batches)
+        >>> final = fxprune.finalize(traced)
+    """
+    start = time.perf_counter()
+    require_eval(traced, "reconstruct", PruningError)
+    dampings = _dampings(damping)
+    changes = Changes()
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            sweep = _Sweep(traced, References(traced, traced.graphs["eval"], reference, changes), changes)
+            readers, samples = sweep.run(Batches(traced, sweep.graph, batches, weight), dampings)
+        except BaseException:
+            changes.undo()
+            raise
+        changes.keep()
+    return ReconstructionReport(readers, sweep.alone, samples, time.perf_counter() - start)
+
+
+def _dampings(damping: Any) -> tuple[float, ...]:
+    given = tuple(damping) if isinstance(damping, Iterable) and not isinstance(damping, str) else (damping,)
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ArgumentTypeError(f"damping={damping!r}: a number is needed, or several.")
+        if not math.isfinite(value) or value < 0:
+            raise ArgumentError(f"damping={damping!r}: numbers of 0 or more are needed.")
+    if not given:
+        raise ArgumentError("damping is empty: at least one number is needed.")
+    return given
+
+
+class _Sweep:
+    """What is to be refitted of a module, and how.
+
+    Attributes:
+        graph: the eval graph. readers: those to refit. alone: why others are left alone.
+    """
+
+    def __init__(self, traced: TracedModule, references: References, changes: Changes) -> None:
+        self.traced, self.references, self.changes = traced, references, changes
+        self.graph = traced.graphs["eval"]
+        readers, alone = find(traced, self.graph)
+        products = {node: mask_product(traced, node) for node in self.graph.nodes}
+        if references.is_own and (
+            changed := [found.name for found in masked_views(traced) if found.changed_since_masked]
+        ):
+            raise PruningError(
+                f"{first_of(changed)} changed since they were masked, so that the module without its masks is no "
+                "reference. Give one: reference=, a copy of the module from before pruning."
+            )
+        self.unmasked = {node: operand for node, operand in products.items() if operand is not None}
+        sources = self._sources()
+        if not sources:
+            raise PruningError(
+                "nothing is masked, so there is nothing to reconstruct. Mask first, by fxprune.prune.channels or "
+                "another of its methods, or give the reference that the module was."
+            )
+        differing = Layout.of(self.graph, [reader.node for reader in readers], sources).differing
+        self.alone = {each.name: each.why for node, each in alone.items() if node in differing}
+        self.streams = _streams(readers)
+        self.readers = [reader for reader in readers if self._is_to_fit(reader, differing)]
+        if not self.readers:
+            why = "; ".join(f"{name}: {reason}" for name, reason in self.alone.items()) or "no contraction reads it"
+            raise PruningError(f"no reader can be refitted: {why}.")
+        ends = [reader.node for reader in self.readers]
+        ends += [self.streams[node].other for node in ends if node in self.streams]
+        self.layout = Layout.of(self.graph, ends, sources)
+
+    def _sources(self) -> list[fx.Node]:
+        """Where the two networks have other values from the start."""
+        found = []
+        for node in self.graph.nodes:
+            if node in self.unmasked:
+                masks = [each for each in node.all_input_nodes if each is not self.unmasked[node]]
+                if not bool((tensor_at(self.traced, str(masks[0].target)) == 1).all()):
+                    found.append(node)
+            elif node.op == "get_attr" and self.references.differs(str(node.target)):
+                found.append(node)
+        return found
+
+    def _is_to_fit(self, reader: Reader, differing: Iterable[fx.Node]) -> bool:
+        """Whether a reader lacks anything; says of the others why they are left alone."""
+        found = [view(self.traced, name) for name in reader.weights]
+        support = reader.table([each.value() if each.mask is None else each.mask for each in found]) != 0
+        alive = support.any(-1) if any(each.mask is not None for each in found) else None
+        if alive is not None and not bool(alive.any()):
+            self.alone[reader.name] = "all of its outputs are masked"
+            return False
+        if reader.node not in differing:
+            return False  # nothing in front of it is masked either
+        stream = self.streams.get(reader.node)
+        if reader.data in differing or (stream is not None and stream.other in differing):
+            return True
+        own = reader.table([each.value() for each in found])
+        dense = reader.table([self.references.value(name) for name in reader.weights])
+        if not torch.equal(own if alive is None else own[alive], dense if alive is None else dense[alive]):
+            return True
+        self.alone[reader.name] = "it computes what the reference does"
+        return False
+
+    def run(
+        self, batches: Iterable[Piece], dampings: Sequence[float]
+    ) -> tuple[dict[str, ReaderRepair], tuple[int, int]]:
+        """Fit every reader, in the order of the waves; returns what came of it, and how many samples there were."""
+        waves = plan(self.layout, self.readers, self.streams)
+        others = {node: stream.other for node, stream in self.streams.items()}
+        pair = Pair(
+            self.graph, self.layout, waves, lambda target: tensor_at(self.traced, target), self.references,
+            self.unmasked, others,
+        )  # fmt: skip
+        repairs: dict[str, ReaderRepair] = {}
+        with Shelf(_MOST_BYTES) as shelf:
+            pieces = []
+            for number, piece in enumerate(batches):
+                shelf.put(number, pair.start(piece.inputs))
+                pieces.append(Piece([], piece.counts, piece.samples, piece.first, piece.is_held))
+            samples = _totals(pieces)
+            for wave in range(len(waves)):
+                for reader, repair in self._fitted(pair, wave, shelf, pieces, samples[0], dampings):
+                    repairs[reader.name] = repair
+        return repairs, samples
+
+    def _fitted(
+        self,
+        pair: Pair,
+        number: int,
+        shelf: Shelf,
+        pieces: Sequence[Piece],
+        samples: int,
+        dampings: Sequence[float],
+    ) -> list[tuple[Reader, ReaderRepair]]:
+        """Run a wave over all pieces, and fit its readers."""
+        start = time.perf_counter()
+        wave = pair.waves[number]
+        found = families(wave.readers, wave.corrected, self.streams, self.traced, self.references, samples)
+        fixed = pair.fixed()
+        for place, piece in enumerate(pieces):
+            state = shelf.take(place)
+            current, reference = pair.run(number, state, fixed)
+            self._check(pair, number, state, current, reference)
+            for family in found:
+                family.add(current, reference, piece)
+            shelf.put(place, pair.kept(number, current, reference))
+        spent = (time.perf_counter() - start) / len(wave.readers)
+        return [each for family in found for each in family.solve(dampings, self.changes, spent)]
+
+    def _check(
+        self, pair: Pair, number: int, state: State, current: Mapping[fx.Node, Any], reference: Mapping[fx.Node, Any]
+    ) -> None:
+        """Raise where a reader gets, or should give, NaN or inf."""
+        for reader in pair.waves[number].readers:
+            for node, network, values in (
+                (reader.data, "the masked network", current),
+                (reader.node if reader.gives_products else reader.data, "the reference", reference),
+            ):
+                if bool(torch.isfinite(values[node]).all()):
+                    continue
+                again = pair.run(number, state, pair.fixed(), keep=True)
+                origin = origin_of_non_finite(node, again[0] if values is current else again[1])
+                raise PruningError(
+                    f"NaN or inf come up in {network} at {describe(origin)}, in front of {reader.name!r}. Check the "
+                    "batches, and the weights."
+                )
+
+
+def _streams(readers: Iterable[Reader]) -> dict[fx.Node, Stream]:
+    """What the outputs of readers are added to."""
+    found = {reader.node: stream_of(reader.node) for reader in readers if reader.gives_products}
+    return {node: stream for node, stream in found.items() if stream is not None}
+
+
+def _totals(pieces: Sequence[Piece]) -> tuple[int, int]:
+    fitted, held = (sum(piece.samples for piece in pieces if piece.is_held == is_held) for is_held in (False, True))
+    return fitted, held

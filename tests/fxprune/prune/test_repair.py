@@ -1,0 +1,523 @@
+"""`reconstruct` against dense algebra: every kind of reader and of mask, streams, what is held back, bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional
+
+import fxprune
+from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, InputError, PruningError
+
+SAMPLES = 40
+HELD = torch.arange(SAMPLES) % 5 == 1
+
+
+class Product(nn.Module):
+    """A product with a matrix that is stored [columns, outputs], as some models write a linear layer."""
+
+    def __init__(self, columns: int, outputs: int, transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.weight = nn.Parameter(torch.randn(outputs, columns) if transposed else torch.randn(columns, outputs))
+        self.bias = None if transposed else nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T if self.transposed else torch.addmm(self.bias, x, self.weight)
+
+
+class Chain(nn.Module):
+    """A layer whose outputs go, and the reader of them."""
+
+    def __init__(self, first: nn.Module, reader: nn.Module) -> None:
+        super().__init__()
+        self.first, self.reader = first, reader
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reader(torch.tanh(self.first(x)))
+
+
+def chain(reader: nn.Module, space: tuple[int, ...], channels: int) -> tuple[nn.Module, Tensor]:
+    convolution = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(space)]
+    first = convolution(3, channels, *([1] if space else []))
+    model = Chain(first, reader).double().eval()
+    return model, torch.randn(SAMPLES, 3, *space, dtype=torch.float64)
+
+
+READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 3), ()),
+    "addmm": (lambda: Product(6, 3, transposed=False), ()),
+    "matmul without bias": (lambda: Product(6, 3, transposed=True), ()),
+    "conv": (lambda: nn.Conv2d(6, 3, 3, padding=1), (5, 4)),
+    "strided and dilated": (lambda: nn.Conv2d(6, 3, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (6, 5)),
+    "same padding": (lambda: nn.Conv2d(6, 2, 3, padding="same", dilation=(1, 2)), (4, 4)),
+    "grouped": (lambda: nn.Conv2d(6, 4, 2, groups=2), (5, 5)),
+    "depthwise": (lambda: nn.Conv2d(6, 12, 3, groups=6, bias=False), (6, 5)),
+    "conv1d": (lambda: nn.Conv1d(6, 3, 3, stride=2), (9,)),
+    "conv3d": (lambda: nn.Conv3d(6, 2, 2), (3, 3, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 3, 3, stride=2, padding=1, output_padding=1), (4, 3)),
+    "transposed in groups": (
+        lambda: nn.ConvTranspose2d(6, 4, 2, stride=(1, 3), padding=(2, 0), dilation=(2, 1), groups=2, bias=False),
+        (4, 4),
+    ),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(6, 2, 3, dilation=2), (6,)),
+}
+
+
+def masked(model: nn.Module, x: Tensor, *, rows: tuple[int, ...] = (1, 4)) -> fxprune.TracedModule:
+    """The model, traced, without some outputs of its first layer."""
+    traced = fxprune.trace(copy.deepcopy(model), (x[:2],), modes=("eval",))
+    for name in ("first.weight", "first.bias"):
+        mask = torch.ones_like(traced.get_parameter(name))
+        mask[list(rows)] = 0
+        fxprune.prune.custom_from_mask(traced, name, mask)
+    return traced
+
+
+def dense_fit(reader: nn.Module, inputs: Tensor, target: Tensor, live: Tensor) -> dict[str, Tensor]:
+    """The parameters that torch.linalg.lstsq finds, towards those that there are, from one run for every entry."""
+    parameters = {name: tensor.detach() for name, tensor in reader.named_parameters()}
+    bias = parameters.get("bias")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+    weight = parameters["weight"]
+    count = int(live.sum())
+    basis = torch.zeros(count, *weight.shape, dtype=torch.float64)
+    basis[(torch.arange(count), *live.nonzero(as_tuple=True))] = 1
+    columns = [vmap(lambda entry: functional_call(reader, zeros | {"weight": entry}, inputs))(basis)]
+    if bias is not None:
+        units = torch.eye(len(bias), dtype=torch.float64)
+        columns.append(vmap(lambda entry: functional_call(reader, zeros | {"bias": entry}, inputs))(units))
+    design = torch.cat(columns).flatten(1).T
+    lack = target - functional_call(reader, parameters | {"weight": weight * live}, inputs)
+    found = torch.linalg.lstsq(design, lack.flatten()[:, None]).solution[:, 0]
+    fitted = {"weight": weight.clone()}
+    fitted["weight"][live] += found[:count]
+    return fitted if bias is None else fitted | {"bias": bias + found[count:]}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_the_refit_of_every_kind_of_reader_is_that_of_dense_algebra(kind: str) -> None:
+    torch.manual_seed(0)
+    build, space = READERS[kind]
+    model, x = chain(build(), space, 6)
+    model.requires_grad_(False)
+    traced = masked(model, x, rows=() if kind == "depthwise" else (1, 4))
+    live = torch.ones_like(model.reader.weight, dtype=torch.bool)
+    hidden = torch.tanh(model.first(x))
+    if kind == "depthwise":  # what a channel loses no other one makes up for: mask taps
+        live[:, :, 1, 1] = False
+        fxprune.prune.custom_from_mask(traced, "reader.weight", live)
+    else:
+        hidden[:, [1, 4]] = 0
+        live = live.unflatten(0, (getattr(model.reader, "groups", 1), -1))
+        by_input = live if "transposed" in kind or kind == "addmm" else live.transpose(1, 2)
+        for channel in (1, 4):
+            by_input[channel // by_input.shape[1], channel % by_input.shape[1]] = False
+        live = live.flatten(0, 1)
+    target = model(x)
+    expected = dense_fit(model.reader, hidden[~HELD], target[~HELD], live)
+    before = (traced(x) - target)[HELD].square().sum()
+    repair = fxprune.reconstruct(traced, x, damping=0.0).readers["reader.weight"]
+    assert repair.damping == 0
+    for name, tensor in expected.items():
+        stored = f"reader.{name}{'_orig' if kind == 'depthwise' else ''}"
+        torch.testing.assert_close(traced.get_parameter(stored), tensor, rtol=1e-7, atol=1e-9)
+    energy = target[HELD].square().sum()
+    assert repair.before == pytest.approx(float(before / energy))
+    assert repair.after == pytest.approx(float((traced(x) - target)[HELD].square().sum() / energy))
+    assert repair.after < repair.before
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_the_input_weights_of_recurrent_layers_are_refitted_for_all_gates_and_directions(kind: str) -> None:
+    torch.manual_seed(0)
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.reader = nn.Linear(3, 6), getattr(nn, kind)(6, 2, bidirectional=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.reader(torch.tanh(self.first(x)).transpose(0, 1))[0]
+
+    model, x = Steps().double().eval(), torch.randn(SAMPLES, 4, 3, dtype=torch.float64)
+    traced = masked(model, x)
+    report = fxprune.reconstruct(traced, x, damping=0.0)
+    assert report.refitted == ["reader.weight_ih_l0"]
+    with torch.no_grad():
+        hidden = torch.tanh(model.first(x[~HELD])).flatten(0, 1)
+        now = hidden[:, [0, 2, 3, 5]]
+        design = torch.cat([now, torch.ones(len(now), 1)], 1)
+        for end in ("", "_reverse"):
+            weight, bias = (getattr(model.reader, f"{name}_ih_l0{end}") for name in ("weight", "bias"))
+            fitted = torch.linalg.lstsq(design, hidden @ weight.T + bias).solution.T
+            found = traced.get_parameter(f"reader.weight_ih_l0{end}")
+            torch.testing.assert_close(found[:, [0, 2, 3, 5]], fitted[:, :-1])
+            torch.testing.assert_close(found[:, [1, 4]], weight[:, [1, 4]])
+            torch.testing.assert_close(traced.get_parameter(f"reader.bias_ih_l0{end}").detach(), fitted[:, -1])
+
+
+def mlp(batches: int = SAMPLES) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = Chain(nn.Linear(3, 6), nn.Linear(6, 4)).double().eval()
+    return model, torch.randn(batches, 3, dtype=torch.float64)
+
+
+def test_damping_is_relative_to_the_mean_of_the_diagonal_and_towards_the_weights_that_were_there() -> None:
+    model, x = mlp()
+    traced = masked(model, x)
+    fxprune.reconstruct(traced, x, damping=0.05)
+    with torch.no_grad():
+        dense = torch.tanh(model.first(x[~HELD]))
+        now = dense[:, [0, 2, 3, 5]]
+        weight = model.reader.weight[:, [0, 2, 3, 5]]
+        centred, lack = now - now.mean(0), dense[:, [1, 4]] @ model.reader.weight[:, [1, 4]].T
+        square = centred.T @ centred
+        damped = square + 0.05 * square.diagonal().mean() * torch.eye(4)
+        expected = weight + torch.linalg.solve(damped, centred.T @ (lack - lack.mean(0))).T
+    torch.testing.assert_close(traced.get_parameter("reader.weight")[:, [0, 2, 3, 5]], expected)
+
+
+def test_each_output_has_the_support_of_its_own_mask_and_masked_entries_stay() -> None:
+    model, x = mlp()
+    traced = fxprune.trace(copy.deepcopy(model), (x[:2],), modes=("eval",))
+    fxprune.prune.random_unstructured(traced, "reader.weight", 0.4)
+    fxprune.prune.random_unstructured(traced, "reader.bias", 1)
+    live, biased = (traced.get_buffer(f"reader.{name}_mask").bool() for name in ("weight", "bias"))
+    fxprune.reconstruct(traced, x, damping=0.0)
+    found = traced.get_parameter("reader.weight_orig").detach()
+    assert torch.equal(found[~live], model.reader.weight[~live])
+    with torch.no_grad():
+        hidden = torch.tanh(model.first(x[~HELD]))
+        for row in range(4):
+            constant = torch.ones(len(hidden), int(biased[row]), dtype=torch.float64)
+            target = hidden @ model.reader.weight[row] + model.reader.bias[row]
+            design = torch.cat([hidden[:, live[row]], constant], 1)
+            fitted = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
+            torch.testing.assert_close(found[row, live[row]], fitted[: int(live[row].sum())])
+    final = fxprune.finalize(traced)
+    torch.testing.assert_close(final(x), traced(x))
+
+
+@pytest.mark.parametrize("how", ["nm", "block", "channels"])
+def test_masks_of_all_kinds_are_repaired_and_stay_as_they_are(how: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2)).double().eval()
+    x = torch.randn(SAMPLES, 3, dtype=torch.float64)
+    traced = fxprune.trace(model, (x[:2],), modes=("eval",))
+    target = traced(x).detach()
+    if how == "nm":
+        fxprune.prune.nm_structured(traced, "2.weight", 2, 4)
+    elif how == "block":
+        fxprune.prune.block_structured(traced, "2.weight", 0.5, (4, 2))
+    else:
+        fxprune.prune.channels(traced, 0.5, round_to=1)
+    masks = {name: buffer.clone() for name, buffer in traced.named_buffers()}
+    before = (traced(x) - target).square().mean()
+    report = fxprune.reconstruct(traced, x)
+    assert (traced(x) - target).square().mean() < 0.3 * before
+    assert report.refitted
+    assert all(torch.equal(buffer, masks[name]) for name, buffer in traced.named_buffers())
+    torch.testing.assert_close(fxprune.finalize(traced)(x), traced(x))
+
+
+class Block(nn.Module):
+    """A convolution, a batch norm, and an addition in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = torch.tanh(self.first(x))
+        y = self.norm(self.inner(stream))
+        y += stream
+        return functional.relu_(y)
+
+
+def block() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = Block().double().eval()
+    for name, tensor in model.norm.state_dict().items():
+        if name != "num_batches_tracked":
+            tensor.uniform_(0.5, 2)
+    return model, torch.randn(SAMPLES, 3, 4, 4, dtype=torch.float64)
+
+
+def test_the_target_includes_what_the_stream_is_missing_and_a_batch_norm_takes_the_mean_shift() -> None:
+    model, x = block()
+    traced = masked(model, x)
+    report = fxprune.reconstruct(traced, x, damping=0.0)
+    assert report.readers["inner.weight"].corrects_stream
+    with torch.no_grad():
+        dense = torch.tanh(model.first(x[~HELD]))
+        now = dense.clone()
+        now[:, [1, 4]] = 0
+        scale = model.norm.weight / (model.norm.running_var + model.norm.eps).sqrt()
+        lack = model.inner(dense - now) + (dense - now) / scale.view(-1, 1, 1)
+        columns = functional.unfold(now, 3, padding=1).transpose(1, 2).flatten(0, 1)
+        kept = columns.abs().sum(0) > 0
+        design = torch.cat([columns[:, kept], torch.ones(len(columns), 1)], 1)
+        fitted = torch.linalg.lstsq(design, lack.permute(0, 2, 3, 1).flatten(0, 2)).solution.T
+        change = traced.get_parameter("inner.weight").flatten(1) - model.inner.weight.flatten(1)
+        mean = traced.get_buffer("norm.running_mean") - model.norm.running_mean
+    torch.testing.assert_close(change[:, kept], fitted[:, :-1], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(mean, -fitted[:, -1], rtol=1e-6, atol=1e-9)
+
+
+def test_a_reader_whose_fit_does_not_help_on_samples_held_back_keeps_its_weights() -> None:
+    torch.manual_seed(0)
+    model = Chain(nn.Linear(60, 60), nn.Linear(60, 3)).double().eval()
+    nn.init.eye_(model.first.weight)  # inputs of the reader say nothing of each other, and there are few
+    x = torch.randn(SAMPLES, 60, dtype=torch.float64)
+    traced = masked(model, x, rows=(0,))
+    report = fxprune.reconstruct(traced, x, damping=1e-9)
+    repair = report.readers["reader.weight"]
+    assert repair.damping is None
+    assert repair.after == repair.before > 0
+    assert "fewer rows than unknowns" in repair.note
+    assert torch.equal(traced.get_parameter("reader.weight"), model.reader.weight)
+    assert torch.equal(traced.get_parameter("reader.bias"), model.reader.bias)
+    chosen = fxprune.reconstruct(traced, x, damping=[1e-9, 10.0]).readers["reader.weight"]
+    assert chosen.damping == 10
+    assert chosen.after < chosen.before
+
+
+def test_readers_read_what_the_refitted_ones_before_them_give() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).double().eval()
+    x = torch.randn(SAMPLES, 3, dtype=torch.float64)
+    traced = fxprune.trace(copy.deepcopy(model), (x[:2],), modes=("eval",))
+    mask = torch.ones(8, 3)
+    mask[:3] = 0
+    fxprune.prune.custom_from_mask(traced, "0.weight", mask)
+    fxprune.reconstruct(traced, x, damping=0.0)
+    with torch.no_grad():
+        now = traced.get_parameter("2.weight") @ torch.tanh(
+            (model[0].weight * mask) @ x[~HELD].T + model[0].bias[:, None]
+        ) + traced.get_parameter("2.bias")[:, None]  # fmt: skip
+        design = torch.cat([torch.tanh(now).T, torch.ones(int((~HELD).sum()), 1)], 1)
+        fitted = torch.linalg.lstsq(design, model(x[~HELD])).solution.T
+    torch.testing.assert_close(traced.get_parameter("4.weight").detach(), fitted[:, :-1], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(traced.get_parameter("4.bias").detach(), fitted[:, -1], rtol=1e-5, atol=1e-8)
+
+
+def generated(*inputs: Any) -> Iterator[Any]:
+    yield from inputs
+
+
+def test_results_depend_neither_on_how_samples_are_batched_nor_on_the_mode_nor_on_the_run() -> None:
+    model, x = mlp()
+    state = torch.random.get_rng_state()
+    found = []
+    for batches in (x, [x[:7], x[7:8], x[8:]], generated(*x.split(3)), [(each,) for each in x.split(13)], {"x": x}):
+        traced = masked(model, x)
+        fxprune.reconstruct(traced, batches)
+        found.append(traced.get_parameter("reader.weight"))
+    both = fxprune.trace(copy.deepcopy(model), (x[:2],))
+    for name in ("first.weight", "first.bias"):
+        mask = torch.ones_like(both.get_parameter(name))
+        mask[[1, 4]] = 0
+        fxprune.prune.custom_from_mask(both, name, mask)
+    fxprune.reconstruct(both.train(), x)
+    assert both.training
+    for other in (*found[1:], both.get_parameter("reader.weight")):
+        torch.testing.assert_close(other, found[0])
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_values_that_do_not_fit_in_memory_lie_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = block()
+    in_memory, on_disk = masked(model, x), masked(model, x)
+    fxprune.reconstruct(in_memory, [*x.split(10)])
+    monkeypatch.setattr("fxprune.prune.repair.sweep._MOST_BYTES", 0)
+    fxprune.reconstruct(on_disk, [*x.split(10)])
+    for name, tensor in in_memory.state_dict().items():
+        assert torch.equal(tensor, on_disk.state_dict()[name])
+
+
+class Written(nn.Module):
+    """In-place operators whose results others see, or the same without them."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.first, self.inner, self.last = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        seen = hidden.view(-1, 3, 2)
+        if self.in_place:
+            hidden.mul_(2)
+            y = self.inner(hidden)
+            seen.add_(1)
+        else:
+            hidden = hidden * 2
+            y = self.inner(hidden)
+            hidden = hidden + 1
+        return self.last(torch.tanh(y + hidden))
+
+
+def test_operators_that_write_into_what_others_read_run_in_their_order() -> None:
+    torch.manual_seed(0)
+    plain = Written(in_place=False).double().eval()
+    in_place = Written(in_place=True).double().eval()
+    in_place.load_state_dict(plain.state_dict())
+    x = torch.randn(SAMPLES, 3, dtype=torch.float64)
+    first, second = (masked(model, x) for model in (plain, in_place))
+    reports = [fxprune.reconstruct(traced, x) for traced in (first, second)]
+    assert reports[0].refitted == ["inner.weight", "last.weight"]
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(tensor, second.state_dict()[name])
+    torch.testing.assert_close(*(report.readers["inner.weight"].before for report in reports))
+
+
+def test_a_batch_of_fixed_size_is_held_back_as_a_whole() -> None:
+    model, x = mlp()
+    free, fixed = masked(model, x), fxprune.trace(copy.deepcopy(model), (x[:8],), dynamic_shapes=None, modes=("eval",))
+    for name in ("first.weight", "first.bias"):
+        fxprune.prune.custom_from_mask(fixed, name, free.get_buffer(f"{name}_mask"))
+    report = fxprune.reconstruct(fixed, [*x.split(8)], damping=0.0)
+    assert report.samples == (4, 1)
+    assert (report.readers["reader.weight"].rows, report.readers["reader.weight"].held) == (32, 8)
+    with pytest.raises(ArgumentError, match="1 batches of the captured size; at least 2"):
+        fxprune.reconstruct(fixed, x[:8], reference=model)
+
+
+def test_rows_that_do_not_count_change_nothing() -> None:
+    torch.manual_seed(0)
+    model = Chain(nn.Linear(3, 6), nn.Linear(6, 4)).double().eval()
+    x = torch.randn(SAMPLES, 5, 3, dtype=torch.float64)
+    other = x.clone()
+    other[:, 3:] = torch.randn(SAMPLES, 2, 3, dtype=torch.float64) * 9
+    found = []
+    for batch in (x, other):
+        traced = masked(model, x)
+        fxprune.reconstruct(traced, batch, weight=lambda inputs: torch.arange(5).expand(len(inputs), 5) < 3)
+        found.append(traced.get_parameter("reader.weight"))
+    assert torch.equal(*found)
+
+
+def test_a_reference_is_the_model_from_before_training_or_a_traced_one() -> None:
+    model, x = mlp()
+    results = []
+    for reference in (None, copy.deepcopy(model), fxprune.trace(copy.deepcopy(model), (x[:2],), modes=("eval",))):
+        traced = masked(model, x)
+        fxprune.reconstruct(traced, x, reference=reference)
+        results.append(traced.get_parameter("reader.weight"))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_weights_that_changed_since_they_were_masked_need_a_reference() -> None:
+    model, x = mlp()
+    traced = masked(model, x)
+    fxprune.reconstruct(traced, x)  # the reader has no mask: the reference is what it was
+    optimizer = torch.optim.SGD(traced.parameters(), 0.1)
+    traced(x).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(PruningError, match=r"first\.weight, first\.bias changed since they were masked.*reference="):
+        fxprune.reconstruct(traced, x)
+    before = (traced(x) - model(x)).square().sum()
+    fxprune.reconstruct(traced, x, reference=model)
+    assert (traced(x) - model(x)).square().sum() < before
+
+
+def test_the_report_prints_and_is_data_and_says_what_was_left_alone() -> None:
+    torch.manual_seed(0)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.twice, self.last = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.twice(torch.tanh(self.twice(torch.tanh(self.first(x)))))))
+
+    model, x = Tied().eval(), torch.randn(SAMPLES, 3)
+    traced = masked(model, x)
+    report = fxprune.reconstruct(traced, x)
+    assert isinstance(report, fxprune.ReconstructionReport)
+    assert report.refitted == ["last.weight"]
+    assert report.samples == (32, 8)
+    assert set(report.alone.values()) == {"its weight is used by 2 calls", "it computes what the reference does"}
+    assert "1 of 1 reader refitted" in str(report)
+    assert "used by 2 calls" in report.table()
+    assert json.loads(json.dumps(report.to_dict()))["readers"]["last.weight"]["rows"] == 32
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "options"),
+    [
+        (InputError, "Of batches with labels give the inputs alone", lambda x: {"batches": [[x, x[:, 0].long()]]}),
+        (InputError, "inputs alone", lambda x: {"batches": torch.utils.data.DataLoader([(x[0], 1), (x[1], 0)], 2)}),
+        (InputError, "shape", lambda x: {"batches": [x, x[:, :2]]}),
+        (ArgumentError, "hold 0 samples", lambda x: {"batches": iter(())}),
+        (ArgumentError, "hold 1 samples", lambda x: {"batches": x[:1]}),
+        (ArgumentError, "numbers of 0 or more", lambda x: {"batches": x, "damping": -1.0}),
+        (ArgumentTypeError, "damping", lambda x: {"batches": x, "damping": "little"}),
+        (ArgumentError, "empty", lambda x: {"batches": x, "damping": []}),
+        (ArgumentTypeError, "a module is needed", lambda x: {"batches": x, "reference": {}}),
+        (ArgumentError, "no parameter 'reader.weight'", lambda x: {"batches": x, "reference": nn.Linear(3, 6)}),
+        (
+            ArgumentError, "shape",
+            lambda x: {"batches": x, "reference": Chain(nn.Linear(3, 5), nn.Linear(5, 4))},
+        ),
+        (ArgumentError, "weight gave", lambda x: {"batches": x, "weight": lambda inputs: 1}),
+        (PruningError, "NaN or inf .* at `x`", lambda x: {"batches": torch.where(x == x[3, 0], torch.nan, x)}),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_and_changes_nothing(
+    error: type[FxpruneError], match: str, options: Callable[[Tensor], dict[str, Any]]
+) -> None:
+    model, x = mlp()
+    traced = masked(model, x)
+    before = {name: tensor.clone() for name, tensor in traced.state_dict().items()}
+    with pytest.raises(error, match=match):
+        fxprune.reconstruct(traced, **options(x))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in traced.state_dict().items())
+
+
+def test_an_error_after_the_first_fit_takes_it_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    x = torch.randn(SAMPLES, 3)
+    traced = fxprune.trace(model, (x[:2],), modes=("eval",))
+    fxprune.prune.l1_unstructured(traced, "0.weight", 4)
+    with torch.no_grad():
+        traced.get_parameter("4.weight").fill_(torch.inf)
+    before = {name: tensor.clone() for name, tensor in traced.state_dict().items()}
+    with pytest.raises(PruningError, match=r"the reference at `_4_weight`"):
+        fxprune.reconstruct(traced, x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in traced.state_dict().items())
+    with torch.no_grad():
+        traced.get_parameter("4.weight").fill_(1.0)
+    assert fxprune.reconstruct(traced, x).refitted  # what was taken back counts as never changed
+
+
+def test_what_has_nothing_to_repair_is_refused() -> None:
+    model, x = mlp()
+    traced = fxprune.trace(model, (x[:2],), modes=("eval",))
+    with pytest.raises(PruningError, match="nothing is masked"):
+        fxprune.reconstruct(traced, x)
+    with pytest.raises(ArgumentTypeError, match=r"fxprune\.trace"):
+        fxprune.reconstruct(model, x)
+    pointwise = fxprune.trace(nn.BatchNorm1d(3).double().eval(), (x[:2],), modes=("eval",))
+    fxprune.prune.l1_unstructured(pointwise, "weight", 1)
+    with pytest.raises(PruningError, match="no reader can be refitted"):
+        fxprune.reconstruct(pointwise, x)
+
+
+def test_constant_inputs_and_dead_channels_leave_finite_weights() -> None:
+    model, x = mlp()
+    traced = masked(model, x)
+    fxprune.reconstruct(traced, torch.ones_like(x))
+    torch.testing.assert_close(traced(torch.ones_like(x)), model(torch.ones_like(x)))  # the bias makes up for all
