@@ -13,8 +13,8 @@ from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_request import ChannelRequest
 from fxprune.prune.importance_registry import IMPORTANCES
 
-# by tensor a hash of its bits, and the sum of its entries
-_Contents = tuple[tuple[int, float], ...]
+# by tensor the sums of its entries and of every third, which no training leaves as they are
+_Contents = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,12 @@ def _asks_for_more(request: ChannelRequest, earlier: ChannelRequest) -> bool:
 
 
 def _contents(traced: TracedModule) -> _Contents | None:
-    """What tells a module's parameters and masks from others, None where torch has no hash of their dtype."""
+    """What tells a module's parameters and masks from others, None where torch has no sums of their dtype."""
     tensors = [*traced.parameters(), *(own.mask for own in masked_views(traced) if own.mask is not None)]
     found = []
     for tensor in tensors:
-        values = tensor.detach()
-        if values.is_complex() or (values.is_floating_point() and values.dtype.itemsize == 1):
+        values = tensor.detach().reshape(-1)
+        if values.is_floating_point() and values.dtype.itemsize == 1:
             return None
-        bits = int(torch.hash_tensor(values).item()) if values.numel() else 0
-        found.append((bits, float(values.sum())))
+        found.append((values.sum().item(), values[::3].sum().item()))
     return tuple(found)
