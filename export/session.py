@@ -14,6 +14,7 @@ import onnxruntime
 import torch
 
 from fxprune.errors import ArgumentTypeError, CompareError, ProviderWarning
+from fxprune.files import check_suffix
 from fxprune.graph.calls import as_call
 from fxprune.renaming import renamed
 
@@ -71,6 +72,7 @@ class Session:
         providers: those that it runs on. placement: how many operators each of them runs.
 
     Raises:
+        SuffixError: a file of another format. ArgumentTypeError: `providers` is no list, or `threads` no integer.
         CompareError: the file is missing, truncated, not ONNX, or holds an operator that onnxruntime cannot run; or
             this build of onnxruntime lacks a provider.
 
@@ -91,6 +93,8 @@ class Session:
         check_providers(providers)
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
             raise ArgumentTypeError(f"threads={threads!r}: an integer is needed, or None for onnxruntime's choice.")
+        if Path(path).suffix in (".pt2", ".pt", ".pth", ".fxp", ".safetensors"):
+            check_suffix(path, ".onnx", what="run by onnxruntime", cure="Write it by fxprune.export.to_onnx.")
         self.name, self.path = Path(path).name, path
         if not Path(path).is_file():
             found = "a folder" if Path(path).is_dir() else "nothing"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, ParamSpec, TypeVar
 
 from fxprune.errors import ArgumentTypeError, FxpruneError
@@ -62,9 +62,15 @@ def _misfit(name: str, signature: inspect.Signature, args: Sequence[Any], kwargs
 def _meant(parameters: Sequence[inspect.Parameter], kwargs: Mapping[str, Any]) -> str:
     """The names that were meant by those that there are not."""
     names = [parameter.name for parameter in parameters]
-    near = [difflib.get_close_matches(key, names, 1, 0.5) for key in kwargs if key not in names]
+    near = ([name for name in names if _is_near(key, name)] for key in kwargs if key not in names)
     meant = [found[0] for found in near if found]
     return f" Did you mean {', '.join(meant)}?" if meant else ""
+
+
+def _is_near(key: str, name: str) -> bool:
+    """Whether one name is within the other, begins as it does, or is the same but for a letter or two."""
+    is_within = min(len(key), len(name)) >= 3 and (key in name or name in key)
+    return is_within or key[:4] == name[:4] or bool(get_close_matches(key, [name], 1, 0.8))
 
 
 def _form(parameters: Sequence[inspect.Parameter]) -> str:

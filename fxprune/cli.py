@@ -187,7 +187,12 @@ def _model_or_file(name: str) -> nn.Module | Path:
         return Path(name)
     sys.path.insert(0, "")
     try:
-        model = operator.attrgetter(factory)(importlib.import_module(module))()
+        found = operator.attrgetter(factory)(importlib.import_module(module))
+        if isinstance(found, nn.Module) or not callable(found):
+            raise ArgumentError(
+                f"'{name}' is a {type(found).__name__}; a function is needed that takes nothing and returns the model."
+            )
+        model = found()
     except (ImportError, AttributeError) as error:
         raise ArgumentError(
             f"'{name}' was to be called for a model: {error}. Name it package.module:factory."

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 import torch
 from torch import fx, nn
 
+from fxprune.calling import named_arguments
 from fxprune.channels.arguments import bound
 from fxprune.channels.axes import Axis
 from fxprune.channels.evaluation import exactly
@@ -247,6 +248,7 @@ def register(*operators: Operator) -> Callable[[_Class], _Class]:
     return decorate
 
 
+@named_arguments
 def register_operator(operator: Operator, rule: Rule | Operator) -> None:
     """Tell the channel analysis about an operator that it does not know, such as one of `torch.library.custom_op`.
 

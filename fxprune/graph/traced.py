@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
-from fxprune.errors import ArgumentError, ArtifactError, CaptureError, ExportError
+from fxprune.errors import ArgumentError, ArtifactError, CaptureError, ExportError, FxpruneWarning
 from fxprune.graph.arguments import InputCheck
 from fxprune.graph.containers import Container, ReadByName, provenance_of, set_provenance, share_contents
 from fxprune.graph.names import join
@@ -333,6 +334,30 @@ class TracedModule(ReadByName, fx.GraphModule):
             "a traced module was to be pickled; pickles are not supported, since loading one runs code. "
             "Store it with fxprune.save, or keep `state_dict()`."
         )
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Any:
+        """As in torch; the modules below are of none of torch's layers.
+
+        Warns:
+            FxpruneWarning: `fn` changed nothing, as one that asks for classes of layers.
+        """
+        before = self._touched()
+        result = super().apply(fn)
+        if self._touched() == before:
+            warnings.warn(
+                "apply changed nothing of a traced module. The modules below it are of no layer's class: what asks by "
+                "isinstance is applied to the eager model before fxprune.trace, or by name, over named_parameters(); "
+                "batch norms are frozen by fxprune.freeze_batch_norms.",
+                FxpruneWarning,
+                stacklevel=2,
+            )
+        return result
+
+    def _touched(self) -> list[Any]:
+        """What changes when a tensor is written to or replaced, or a mode or flag is set."""
+        tensors = [*self.parameters(), *self.buffers()]
+        modes = [module.training for module in self.modules()]
+        return [*((id(t), t.data_ptr(), t._version, t.requires_grad) for t in tensors), modes]
 
     def _apply(self, fn: Any, recurse: bool = True) -> TracedModule:
         dtypes, devices = self._dtypes(), self._devices()

@@ -171,7 +171,7 @@ def _gradients(
         raise
     except Exception as error:  # whatever the caller's function raises
         raise ArgumentError(
-            f"the loss failed: {type(error).__name__}: {str(error).partition(chr(10))[0]} It is called as "
+            f"the loss failed: {type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}. It is called as "
             f"loss(outputs, target), here with {_described(outputs)} and {_described(target)}."
         ) from error
     if not isinstance(value, torch.Tensor) or value.numel() != 1:

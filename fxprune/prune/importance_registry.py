@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fxprune.calling import named_arguments
 from fxprune.channels.groups import ChannelGroup
 from fxprune.errors import ArgumentError, ArgumentTypeError
 from fxprune.graph.traced import TracedModule
@@ -107,6 +108,7 @@ IMPORTANCES = Registry()
 SCORES = EntryScores(IMPORTANCES)
 
 
+@named_arguments
 def register(name: str) -> Callable[[Score], Score]:
     """Give a function of entries a name, under which `scores` and `fxprune.prune.channels` take it.
 

@@ -36,6 +36,8 @@ class inner:
 
 def number():
     return 3
+
+made = nn.Linear(3, 2)
 """
 
 
@@ -145,6 +147,7 @@ def test_bench(run: Any, files: dict[str, str]) -> None:
     [
         (("compare", "no_such:model", "a.onnx", "--inputs", "2x3"), "No module named 'no_such'"),
         (("compare", "cli_models:no", "a.onnx", "--inputs", "2x3"), "has no attribute 'no'"),
+        (("compare", "cli_models:made", "a.onnx", "--inputs", "2x3"), "'cli_models:made' is a Linear; a function"),
         (("compare", "cli_models:number", "a.onnx", "--inputs", "2x3"), "returns a int"),
         (("compare", "a.onnx", "a.pt2", "--inputs", "2xthree"), "input '2xthree' cannot be used"),
         (("compare", "a.onnx", "a.pt2", "--inputs", "2x3:int99"), "cannot be used"),

@@ -58,6 +58,8 @@ FILES: dict[str, Case] = {
     "a session's provider that is no list": (
         lambda f: fxprune.export.Session("m.onnx", "CPUExecutionProvider"), ArgumentTypeError, "providers='CPUE",
         r"\['CPUExecutionProvider'\]"),
+    "a session of a program": (
+        lambda f: fxprune.export.Session("m.pt2"), SuffixError, "'m.pt2' was to be run by onnxruntime", "to_onnx"),
     "a session's threads as text": (
         lambda f: fxprune.export.Session("m.onnx", threads="2"), ArgumentTypeError, "threads='2'", "an integer"),
     "a negative tolerance": (
