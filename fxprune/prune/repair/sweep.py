@@ -151,6 +151,8 @@ class _Sweep:
             raise PruningError(f"no reader can be refitted: {why}.")
         ends = [reader.node for reader in self.readers]
         ends += [self.streams[node].other for node in ends if node in self.streams]
+        means = {reader.moving_mean for reader in self.readers}  # change before the reference is done with them
+        sources += [node for node in self.graph.find_nodes(op="get_attr") if node.target in means]
         self.layout = Layout.of(self.graph, ends, sources)
 
     def _sources(self) -> list[fx.Node]:

@@ -273,6 +273,19 @@ def test_the_target_includes_what_the_stream_is_missing_and_a_batch_norm_takes_t
     torch.testing.assert_close(mean, -fitted[:, -1], rtol=1e-6, atol=1e-9)
 
 
+def test_the_reference_stays_what_it_was_while_running_means_change() -> None:
+    torch.manual_seed(0)
+    blocks = [Block() for _ in range(2)]
+    blocks[1].first = nn.Conv2d(6, 6, 1)
+    model = nn.Sequential(*blocks, nn.Conv2d(6, 4, 2)).double().eval().requires_grad_(False)
+    x = torch.randn(SAMPLES, 3, 4, 4, dtype=torch.float64)
+    traced = fxprune.trace(copy.deepcopy(model), (x[:2],), modes=("eval",))
+    fxprune.prune.l1_unstructured(traced, "0.*.weight", 0.3)
+    report = fxprune.reconstruct(traced, x)
+    lack, energy = ((each[HELD].square().sum()) for each in (traced(x) - model(x), model(x)))
+    assert report.readers["2.weight"].after == pytest.approx(float(lack / energy))
+
+
 def test_a_reader_whose_fit_does_not_help_on_samples_held_back_keeps_its_weights() -> None:
     torch.manual_seed(0)
     model = Chain(nn.Linear(60, 60), nn.Linear(60, 3)).double().eval()
