@@ -137,9 +137,15 @@ class _Landing:
         self._left: dict[bytes, float] = {}
 
     def best(self) -> Vector:
-        whole = [self._spared(levels) for levels in self._whole()]
-        spent = [levels for levels in whole if self._spends(levels)]
-        return spent[0] if spent else self._filled(whole)
+        whole = []
+        for levels in self._whole():
+            if self._spends(levels):
+                return levels
+            spared = self._spared(levels)
+            if self._spends(spared):
+                return spared
+            whole.append(spared)
+        return self._filled(whole)
 
     def _whole(self) -> Iterator[Vector]:
         """The first stairs, and all but the last with the next stair of another ladder instead."""
