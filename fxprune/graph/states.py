@@ -36,10 +36,11 @@ def check_state(given: object, own: Mapping[str, Any], *, strict: bool, is_final
     sizes = [name for name, value in given.items() if name in own and not _fits(value, own[name])]
     if not (missing or unexpected or sizes):
         return
-    told = [f"missing key(s): {first_of(missing)}"] if missing else []
-    told += [f"unexpected key(s): {first_of(unexpected)}"] if unexpected else []
+    told = [f"missing key(s): {first_of(missing, 3)}"] if missing else []
+    told += [f"unexpected key(s): {first_of(unexpected, 3)}"] if unexpected else []
     if sizes:
-        told.append(f"size mismatch: {first_of(f'{n} {_shape(given[n])} for {_shape(own[n])}' for n in sizes)}")
+        pairs = [f"{name} {_shape(given[name])} for {_shape(own[name])}" for name in sizes]
+        told.append(f"size mismatch: {first_of(pairs, 3)}")
     cure = _cure(given, missing, unexpected, sizes, is_finalized)
     raise StateDictError(f"the state dict does not fit the traced module: {'; '.join(told)}. {cure}")
 
