@@ -22,6 +22,7 @@ from fxprune.prune.repair.finding import Stream, find, mask_product, stream_of
 from fxprune.prune.repair.fitting import families
 from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.pair import Pair, origin_of_non_finite
+from fxprune.prune.repair.progress import Progress
 from fxprune.prune.repair.references import References
 from fxprune.prune.repair.report import ReaderRepair, ReconstructionReport
 from fxprune.prune.repair.shelf import Shelf, State
@@ -53,7 +54,8 @@ def reconstruct(
     One sample in five is held back: on these the damping is chosen, and a reader whose fit does not lower its error
     there keeps its weights.
 
-    Where a reader has no bias, and a batch norm follows at once, the running mean of that takes up the mean shift.
+    Where a reader has no bias, and a batch norm follows at once, the running mean of that takes up the mean shift. On a
+    terminal, a line says how far the sweep is.
 
     Sources: least squares over the inputs, Hassibi and Stork, "Second order derivatives for network pruning: Optimal
     Brain Surgeon" (1993), https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050; layer after
@@ -198,15 +200,17 @@ class _Sweep:
             self.unmasked, others,
         )  # fmt: skip
         repairs: dict[str, ReaderRepair] = {}
-        with Shelf(_MOST_BYTES) as shelf:
+        with Shelf(_MOST_BYTES) as shelf, Progress(len(self.readers)) as progress:
             pieces = []
             for number, piece in enumerate(batches):
                 shelf.put(number, pair.start(piece.inputs))
                 pieces.append(Piece([], piece.counts, piece.samples, piece.first, piece.is_held))
             samples = _totals(pieces)
-            for wave in range(len(waves)):
-                for reader, repair in self._fitted(pair, wave, shelf, pieces, samples[0], dampings):
+            for number, wave in enumerate(waves):
+                progress.show(wave.readers[0].name)
+                for reader, repair in self._fitted(pair, number, shelf, pieces, samples[0], dampings):
                     repairs[reader.name] = repair
+                progress.advance(len(wave.readers))
         return repairs, samples
 
     def _fitted(

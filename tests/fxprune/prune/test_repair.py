@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -403,6 +404,21 @@ def test_a_batch_of_fixed_size_is_held_back_as_a_whole() -> None:
     assert (report.readers["reader.weight"].rows, report.readers["reader.weight"].held) == (32, 8)
     with pytest.raises(ArgumentError, match="1 batches of the captured size; at least 2"):
         fxprune.reconstruct(fixed, x[:8], reference=model)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_how_far_it_is_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = mlp()
+    for stream, expected in ((Terminal(), "reconstruct 0/1 reader.weight"), (io.StringIO(), "")):
+        traced = masked(model, x)
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stderr", stream)
+            fxprune.reconstruct(traced, x)
+        assert stream.getvalue().partition("  ")[0].strip() == expected
 
 
 def test_rows_that_do_not_count_change_nothing() -> None:
