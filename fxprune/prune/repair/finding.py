@@ -26,9 +26,6 @@ from fxprune.prune.repair.layers import (
 
 aten = torch.ops.aten
 
-# more columns would need matrices of more than 2 GiB
-MOST_COLUMNS = 12_000
-
 
 @dataclass(frozen=True, eq=False)
 class Stream:
@@ -133,10 +130,10 @@ def find(traced: TracedModule, graph: fx.Graph) -> tuple[list[Reader], dict[fx.N
         if isinstance(reader, Why):
             alone[node] = LeftAlone(node.name, reader.text)
             continue
-        if reader.sizes[2] > MOST_COLUMNS:
-            alone[node] = LeftAlone(reader.name, f"{reader.sizes[2]:,} inputs, more than {MOST_COLUMNS:,}")
-        else:
-            readers.append(reader)
+        if view(traced, reader.name).value().is_complex():
+            alone[node] = LeftAlone(reader.name, "its weight is complex")
+            continue
+        readers.append(reader)
         if isinstance(call, Recurrent) and call.num_layers > 1:
             alone[node] = LeftAlone(f"{node.name} above its first layer", "what it reads stays within the call")
     return readers, alone

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.channels.arguments import bound
+from fxprune.errors import ArgumentError
 from fxprune.graph.expressions import evaluate
 from fxprune.graph.masks import ParameterView, view
 from fxprune.graph.names import tensor_at
@@ -180,7 +181,16 @@ class Family:
         (self.held if is_held else self.fit).add(inputs, errors, outputs, self._shift)
 
     def solve(self, dampings: Sequence[float], changes: Changes, spent: float) -> Iterator[tuple[Reader, ReaderRepair]]:
-        """Refit every reader; `spent` are the seconds that summing took for each."""
+        """Refit every reader; `spent` are the seconds that summing took for each.
+
+        Raises:
+            ArgumentError: no row counts.
+        """
+        if not (self.fit.count and self.held.count):
+            raise ArgumentError(
+                f"weight leaves {self.targets[0].reader.name!r} {self.fit.count} rows to fit and {self.held.count} to "
+                "judge the fit by; some of each are needed. Give more samples, or let more rows count."
+            )
         for number, target in enumerate(self.targets):
             start = time.perf_counter()
             support = target.support[..., self.columns] & self._tells(target.biased)

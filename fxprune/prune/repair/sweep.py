@@ -32,6 +32,8 @@ from fxprune.reports import first_of
 _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # values between two readers that are held in memory; more lie in a temporary folder meanwhile
 _MOST_BYTES = 2**31
+# of a reader that is fitted: a matrix of more squared takes a gigabyte, and a fit needs some of them
+_MOST_COLUMNS = 10_000
 
 
 def reconstruct(
@@ -179,6 +181,9 @@ class _Sweep:
             return False
         if reader.node not in differing:
             return False  # nothing in front of it is masked either
+        if (columns := int(support.any(1).any(0).sum())) > _MOST_COLUMNS:
+            self.alone[reader.name] = f"{columns:,} inputs of an output, more than {_MOST_COLUMNS:,}"
+            return False
         stream = self.streams.get(reader.node)
         if reader.data in differing or (stream is not None and stream.other in differing):
             return True

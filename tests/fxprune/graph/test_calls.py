@@ -17,7 +17,7 @@ from fxprune import Call
 from fxprune.errors import CompareError, InputError
 from fxprune.export import Session, bench, to_onnx, to_program, to_torchscript
 from fxprune.export.judging import Tolerance
-from fxprune.graph.calls import as_call, as_calls
+from fxprune.graph.calls import as_call, as_calls, each_call
 
 pytestmark = pytest.mark.usefixtures("shared_translations")
 
@@ -133,6 +133,24 @@ def test_a_loader_without_labels_is_a_list_of_calls() -> None:
     assert [call.args[0].shape for call in alone] == [(1, 4)] * 3
     with pytest.raises(InputError, match=r"hold a list, of a DataLoader.*inputs for inputs, labels in loader"):
         as_calls(DataLoader(TensorDataset(X, Y), 1))
+
+
+def test_calls_are_asked_for_one_by_one() -> None:
+    asked: list[int] = []
+
+    def batches() -> Iterator[Any]:
+        for i in range(3):
+            asked.append(i)
+            yield [X] if i else (X, Y)
+
+    calls = each_call(batches())
+    assert next(calls) == Call((X, Y), {})
+    assert asked == [0]
+    assert [call.args for call in calls] == [(X,), (X,)]
+    assert [*each_call({"x": X})] == [Call((), {"x": X})]
+    assert len([*each_call([X, X])]) == 2
+    with pytest.raises(InputError, match=r"hold a list, of a DataLoader.*inputs for inputs, labels in loader"):
+        next(each_call(DataLoader(TensorDataset(X, Y), 1)))
 
 
 def test_what_is_no_form_is_named_with_the_forms() -> None:

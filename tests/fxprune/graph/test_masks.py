@@ -85,3 +85,15 @@ def test_a_mask_on_a_parametrized_original_is_told_apart() -> None:
     assert found.original is None
     assert found.original_is_computed
     assert masked(nn.Sequential(layer)) == ["0.weight"]
+
+
+def test_a_write_after_the_mask_was_inserted_shows(pruned: nn.Module) -> None:
+    view(pruned, "2.weight").insert_mask(torch.ones(2, 2))
+    assert not view(pruned, "2.weight").changed_since_masked
+    assert not view(pruned, "0.weight").changed_since_masked  # torch inserted this one: not known
+    view(pruned, "2.weight").replace_mask(torch.eye(2))
+    assert not view(pruned, "2.weight").changed_since_masked
+    with torch.no_grad():
+        pruned[2].weight_orig.mul_(2)
+    assert view(pruned, "2.weight").changed_since_masked
+    assert not view(pruned, "2.bias").changed_since_masked

@@ -324,6 +324,13 @@ def test_readers_read_what_the_refitted_ones_before_them_give() -> None:
     torch.testing.assert_close(traced.get_parameter("4.bias").detach(), fitted[:, -1], rtol=1e-5, atol=1e-8)
 
 
+def test_a_reader_of_too_many_inputs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxprune.prune.repair.sweep._MOST_COLUMNS", 5)
+    model, x = mlp()
+    with pytest.raises(PruningError, match=r"reader\.weight: 6 inputs of an output, more than 5"):
+        fxprune.reconstruct(masked(model, x), x)
+
+
 def generated(*inputs: Any) -> Iterator[Any]:
     yield from inputs
 
@@ -346,6 +353,42 @@ def test_results_depend_neither_on_how_samples_are_batched_nor_on_the_mode_nor_o
     for other in (*found[1:], both.get_parameter("reader.weight")):
         torch.testing.assert_close(other, found[0])
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_of_many_positions_the_same_share_is_taken_of_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = block()
+    monkeypatch.setattr("fxprune.prune.repair.fitting._LEAST_POSITIONS", 64)
+    monkeypatch.setattr("fxprune.prune.repair.fitting._MOST_POSITIONS", 1)
+    found = []
+    for batches in (x, [*x.split(7)]):
+        traced = masked(model, x)
+        repair = fxprune.reconstruct(traced, batches).readers["inner.weight"]
+        assert (repair.rows, repair.held) == (64, 16)  # 2 of the 16 positions of 32 and of 8 samples
+        assert repair.after < repair.before
+        found.append(traced.get_parameter("inner.weight"))
+    torch.testing.assert_close(*found)
+
+
+def test_single_precision_keeps_its_digits_where_inputs_are_far_from_zero() -> None:
+    torch.manual_seed(0)
+    model = Chain(nn.Linear(3, 6), nn.Linear(6, 4)).double().eval()
+    x = torch.randn(200, 3, dtype=torch.float64)
+
+    class Far(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.reader = copy.deepcopy(model.first), copy.deepcopy(model.reader)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.reader(torch.tanh(self.first(x)) + 100)
+
+    lacks = []
+    for dtype in (torch.float64, torch.float32):
+        network, inputs = Far().to(dtype).eval(), x.to(dtype)
+        traced = masked(network, inputs)
+        fxprune.reconstruct(traced, inputs, damping=1e-5)
+        lacks.append((traced(inputs) - network(inputs)).double().square().mean().item())
+    assert lacks[1] == pytest.approx(lacks[0], rel=1e-3)
 
 
 def test_values_that_do_not_fit_in_memory_lie_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,6 +544,7 @@ def test_the_report_prints_and_is_data_and_says_what_was_left_alone() -> None:
             lambda x: {"batches": x, "reference": Chain(nn.Linear(3, 5), nn.Linear(5, 4))},
         ),
         (ArgumentError, "weight gave", lambda x: {"batches": x, "weight": lambda inputs: 1}),
+        (ArgumentError, "0 rows to fit", lambda x: {"batches": x, "weight": lambda inputs: torch.zeros(len(inputs))}),
         (PruningError, "NaN or inf .* at `x`", lambda x: {"batches": torch.where(x == x[3, 0], torch.nan, x)}),
     ],
 )  # fmt: skip
