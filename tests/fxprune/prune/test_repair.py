@@ -430,7 +430,7 @@ def test_operators_that_write_into_what_others_read_run_in_their_order() -> None
     in_place.load_state_dict(plain.state_dict())
     x = torch.randn(SAMPLES, 3, dtype=torch.float64)
     first, second = (masked(model, x) for model in (plain, in_place))
-    reports = [fxprune.reconstruct(traced, x) for traced in (first, second)]
+    reports = [fxprune.reconstruct(traced, x, damping=1e-3) for traced in (first, second)]
     assert reports[0].refitted == ["inner.weight", "last.weight"]
     for name, tensor in first.state_dict().items():
         torch.testing.assert_close(tensor, second.state_dict()[name])
