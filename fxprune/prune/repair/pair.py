@@ -58,7 +58,7 @@ class Pair:
         self.places = graph.find_nodes(op="placeholder")
         self._current = Interpreter(graph, tensors, keep=True)
         self._reference = Interpreter(graph, references, keep=True)
-        self._streams = streams
+        self._streams, self._fixed = streams, frozenset(layout.fixed)
         self._last = self._last_waves()
         self._nodes = {node.name: node for node in layout.moving}
 
@@ -86,15 +86,25 @@ class Pair:
             found[f"current {node.name}"] = value
         return found
 
-    def fixed(self) -> tuple[Environment, Environment]:
-        """What depends on parameters alone, in both networks, as the parameters are now."""
+    def fixed(self, number: int) -> tuple[Environment, Environment]:
+        """What a wave needs that depends on parameters alone, in both networks, as the parameters are now."""
         current = self._current.env = {}
         reference = self._reference.env = _Behind({}, current)
-        for node in self.layout.fixed:
+        for node in self._fixed_nodes(self.waves[number]):
             self._step(self._current, node)
             if node in self.layout.differing:
                 self._step(self._reference, node)
         return current, reference
+
+    def _fixed_nodes(self, wave: Wave) -> list[fx.Node]:
+        pending = [node for run in (*wave.current, *wave.reference) for node in run.all_input_nodes]
+        found: set[fx.Node] = set()
+        while pending:
+            node = pending.pop()
+            if node in self._fixed and node not in found:
+                found.add(node)
+                pending += node.all_input_nodes
+        return sorted(found)
 
     def run(
         self, number: int, state: State, fixed: tuple[Environment, Environment], *, keep: bool = False

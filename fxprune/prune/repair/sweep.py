@@ -96,7 +96,8 @@ def reconstruct(
     require_eval(traced, "reconstruct", PruningError)
     dampings = _dampings(damping)
     changes = Changes()
-    with torch.no_grad(), torch.random.fork_rng():
+    devices = {tensor.device.index for tensor in traced.parameters() if tensor.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(0)
         try:
             sweep = _Sweep(traced, References(traced, traced.graphs["eval"], reference, changes), changes)
@@ -231,7 +232,7 @@ class _Sweep:
         start = time.perf_counter()
         wave = pair.waves[number]
         found = families(wave.readers, wave.corrected, self.streams, self.traced, self.references, samples)
-        fixed = pair.fixed()
+        fixed = pair.fixed(number)
         for place, piece in enumerate(pieces):
             state = shelf.take(place)
             current, reference = pair.run(number, state, fixed)
@@ -253,7 +254,7 @@ class _Sweep:
             ):
                 if bool(torch.isfinite(values[node]).all()):
                     continue
-                again = pair.run(number, state, pair.fixed(), keep=True)
+                again = pair.run(number, state, pair.fixed(number), keep=True)
                 origin = origin_of_non_finite(node, again[0] if values is current else again[1])
                 raise PruningError(
                     f"NaN or inf come up in {network} at {describe(origin)}, in front of {reader.name!r}. Check the "

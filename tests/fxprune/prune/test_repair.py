@@ -503,6 +503,22 @@ def test_weights_that_changed_since_they_were_masked_need_a_reference() -> None:
     assert (traced(x) - model(x)).square().sum() < before
 
 
+def test_pruning_and_repair_alternate_towards_one_reference() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 2)).eval()
+    x, own = torch.randn(200, 3), copy.deepcopy(model)
+    traced = fxprune.trace(own, (x[:2],), modes=("eval",))
+    for amount in (0.25, 0.5):
+        fxprune.prune.channels(traced, amount, round_to=1)
+        unrepaired = (traced(x) - model(x)).square().mean()
+        report = fxprune.reconstruct(traced, x, reference=model)
+        assert report.refitted
+        assert (traced(x) - model(x)).square().mean() < 0.5 * unrepaired
+    final = fxprune.finalize(traced)
+    assert final.get_parameter("4.weight").shape[1] < 24
+    torch.testing.assert_close(final(x), traced(x))
+
+
 def test_the_report_prints_and_is_data_and_says_what_was_left_alone() -> None:
     torch.manual_seed(0)
 
