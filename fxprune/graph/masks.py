@@ -86,8 +86,9 @@ class ParameterView:
 
         It is not known of copies and of what was loaded.
         """
-        version = None if self.original is None else vars(self.original).get(_VERSION)
-        return self.mask is not None and version is not None and version != self.original._version  # type: ignore[union-attr]
+        if self.original is None or self.mask is None:
+            return False
+        return vars(self.original).get(_VERSION) not in (None, self.original._version)
 
     def insert_mask(self, values: torch.Tensor) -> None:
         """Store the parameter, which carries no mask, as a masked one, the same object; graphs are the caller's."""
