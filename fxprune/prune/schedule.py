@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
@@ -15,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from fxprune import driver
 from fxprune.calling import named_arguments
-from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneWarning, PruningError
+from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, PruningError
 from fxprune.graph.masks import ParameterView
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
@@ -225,13 +224,6 @@ class Schedule(Readable):
             raise
         if isinstance(report, ChannelReport):
             self._reports.append(report)
-        elif not self._class and self._calls == self._plan.stop and total and not is_pruned(self.traced):
-            warnings.warn(
-                f"the schedule ends with this call, {total:g} was asked for, and nothing of the module is masked: the "
-                "function prunes nothing, or another module.",
-                FxpruneWarning,
-                stacklevel=4,
-            )
 
     def _request(self, total: float, counts: Mapping[str, tuple[int, int]]) -> object:
         """Ask for so many masked entries, given by name how many entries there are and how many are masked.
@@ -258,7 +250,12 @@ class Schedule(Readable):
         return constructed(self._class, amount=fraction, **self.kwargs)
 
     def unused(self) -> str:
-        """What to say where no call of `step` was made, which `finalize` warns of; empty where one was."""
+        """What `finalize` warns of: that no call of `step` was made, or that nothing came of them; else nothing."""
+        if self._is_stepped and self._class is None and self.amount and not is_pruned(self.traced):
+            return (
+                f"a schedule asked its function for {self.amount:g}, and nothing of the module is masked: the function "
+                "prunes nothing, or another module."
+            )
         if self._is_stepped:
             return ""
         return (

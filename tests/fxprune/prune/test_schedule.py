@@ -39,7 +39,6 @@ def _masked(traced: fxprune.TracedModule, name: str) -> int:
     return int((traced.state_dict()[f"{name}_mask"] == 0).sum()) if fxprune.prune.is_pruned(traced, name) else 0
 
 
-@pytest.mark.filterwarnings("ignore:the schedule ends with this call")
 def test_the_curves_are_the_published_formulas(traced: fxprune.TracedModule) -> None:
     formulas = {
         "one-shot": lambda x: 0.9,
@@ -60,7 +59,6 @@ def test_the_curves_are_the_published_formulas(traced: fxprune.TracedModule) -> 
         assert schedule.amount == 0.9
 
 
-@pytest.mark.filterwarnings("ignore:the schedule ends with this call")
 @given(
     amount=st.floats(0, 1),
     initial=st.floats(0, 1),
