@@ -36,8 +36,8 @@ def check_state(given: object, own: Mapping[str, Any], *, strict: bool, is_final
     sizes = [name for name, value in given.items() if name in own and not _fits(value, own[name])]
     if not (missing or unexpected or sizes):
         return
-    told = [f"missing key(s): {first_of(missing, 3)}"] if missing else []
-    told += [f"unexpected key(s): {first_of(unexpected, 3)}"] if unexpected else []
+    told = [f"Missing key(s): {first_of(missing, 3)}"] if missing else []
+    told += [f"Unexpected key(s): {first_of(unexpected, 3)}"] if unexpected else []
     if sizes:
         pairs = [f"{name} {_shape(given[name])} for {_shape(own[name])}" for name in sizes]
         told.append(f"size mismatch: {first_of(pairs, 3)}")

@@ -432,8 +432,8 @@ def _check_amount(method: BasePruningMethod) -> None:
             f"{type(method).__name__}: amount={amount}: a fraction (float) or a count (int) is needed, no bool."
         )
     if isinstance(amount, Real) and math.isnan(amount):
-        raise ArgumentError(
-            f"{type(method).__name__}: amount={amount}: a fraction from 0.0 to 1.0 or a count is needed."
+        raise PruningError(
+            f"{type(method).__name__}: amount={amount} is NaN: a fraction from 0.0 to 1.0 or a count is needed."
         )
 
 

@@ -132,8 +132,8 @@ def _group_of(optimizer: torch.optim.Optimizer, sources: Collection[nn.Parameter
     if strange := [p for _, p in held if id(p) not in known]:
         if {id(p) for p in strange} <= own:
             raise ArgumentError(
-                "the optimizer holds the parameters of the finalized module already: use it as it is. optimizer_after "
-                "takes the one that trained the module before, to carry its state over."
+                "the optimizer holds parameters of the finalized module, none of the module that was finalized: use it "
+                "as it is. optimizer_after takes the one that trained the module before, to carry its state over."
             )
         raise ArgumentError(
             f"{len(strange)} of the optimizer's {len(held)} parameters, such as one of shape "

@@ -257,7 +257,7 @@ PRUNE: dict[str, Case] = {
     "an amount as text": (
         lambda t: fxprune.prune.l1_unstructured(t, "0.weight", "0.5"), ArgumentTypeError, "amount='0.5'", "a fraction"),
     "no number for an amount": (
-        lambda t: fxprune.prune.ln_structured(t, "0.weight", float("nan"), 2, 0), ArgumentError, "amount=nan", "a fr"),
+        lambda t: fxprune.prune.ln_structured(t, "0.weight", float("nan"), 2, 0), PruningError, "amount=nan", "a fr"),
     "pairs as torch takes them": (
         lambda t: fxprune.prune.global_unstructured(t, [(t.get_submodule("0"), "weight")], L1, amount=0.5),
         NameLookupError, "got tuple", "path and the name: 'conv1.weight'"),

@@ -61,7 +61,7 @@ ACCESS: dict[str, Case] = {
     "a path for a state": (
         lambda t: t.load_state_dict("w.pth"), ArgumentTypeError, "a mapping .* got str", r"torch.load\(path"),
     "a whole checkpoint for a state": (
-        lambda t: t.load_state_dict({"model": t.state_dict(), "epoch": 3}), StateDictError, "unexpected key.*model",
+        lambda t: t.load_state_dict({"model": t.state_dict(), "epoch": 3}), StateDictError, "Unexpected key.*model",
         "load its entry 'model'"),
     "the state of a wrapped model": (
         lambda t: t.load_state_dict(nn.DataParallel(small()).state_dict()), StateDictError, "module.0.weight",
@@ -87,7 +87,7 @@ def test_states_of_before_pruning_and_before_removal_are_named_and_nothing_of_th
     final = smaller(copy.deepcopy(traced))
     fxprune.prune.identity(traced, "0.weight")
     cases = (
-        (traced, "missing key.*0.weight_mask", "It has no masks.*Load it before pruning"),
+        (traced, "Missing key.*0.weight_mask", "It has no masks.*Load it before pruning"),
         (final, r"size mismatch: 0.weight \[16, 3, 3, 3\] for \[8, 3, 3, 3\]", "removed by fxprune.finalize"),
     )
     for module, mistake, cure in cases:

@@ -525,7 +525,7 @@ def test_state_dicts_of_legacy_and_current_weight_norm_load_into_each_other():
         assert torch.allclose(call(traced[target], "eval", X)[0], call(source, "eval", X)[0], rtol=1e-6)
         with torch.no_grad():
             source[0].bias.add_(1)
-    with pytest.raises(RuntimeError, match="missing key"):
+    with pytest.raises(RuntimeError, match="Missing key"):
         traced[legacy].load_state_dict(mlp().state_dict())
 
 

@@ -296,7 +296,7 @@ def test_what_it_cannot_continue_is_refused(pruned: dict[str, fxprune.TracedModu
     other = torch.optim.SGD(nn.Linear(3, 2).parameters(), 0.1)
     with pytest.raises(ArgumentError, match=r"2 of the optimizer's 2 parameters, such as one of shape \(2, 3\)"):
         fxprune.optimizer_after(final, other)
-    with pytest.raises(ArgumentError, match="holds the parameters of the finalized module already: use it"):
+    with pytest.raises(ArgumentError, match="none of the module that was finalized: use it"):
         fxprune.optimizer_after(final, OPTIMIZERS["sgd"](final.parameters()))
 
     class Odd(torch.optim.SGD):
