@@ -126,8 +126,9 @@ def _carry_out(
     fill_in(relations, alive, plan)
     _slice(traced, relations, plan, values | _shifted_indices(relations, kept))
     plan.dropped = tuple(sorted({*wanted.dropped, *_drop(traced, relations, computing, names)}))
+    tensors = tensors_of(traced)
     for walk in relations.walks.values():
-        update_shapes(walk, kept)
+        update_shapes(walk, kept, tensors)
         walk.graph.lint()
     traced.recompile()
     plan.parameters = (wanted.parameters[0], parameter_count(traced))

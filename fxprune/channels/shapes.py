@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,18 @@ from fxprune.torch_internals import FakeTensor
 _Empties = dict[Any, Tensor]
 
 
-def update_shapes(walk: Walk, kept: Kept) -> None:
-    """Bring `node.meta["val"]` of every node to the sizes that are kept."""
+def update_shapes(walk: Walk, kept: Kept, tensors: Mapping[str, Tensor]) -> None:
+    """Bring `node.meta["val"]` of every node to the sizes that are kept; those of `tensors` are as they were cut."""
     empties: _Empties = {}
     for node, value in walk.env.items():
         if value is None or node.op == "placeholder" or "val" not in node.meta:
             continue
         before = node.meta["val"]
-        after = _updated(value, before, kept, empties)
+        stored = tensors.get(str(node.target)) if node.op == "get_attr" else None
+        if stored is not None and isinstance(before, FakeTensor):
+            after = _resized(before, stored.shape, empties)
+        else:
+            after = _updated(value, before, kept, empties)
         if after is not before:
             _allow_any_layout(node)
             node.meta["val"] = after
@@ -38,6 +42,10 @@ def _updated(value: Result, recorded: Any, kept: Kept, empties: _Empties) -> Any
     if not isinstance(value, Value) or not isinstance(recorded, FakeTensor) or value.rank != recorded.dim():
         return recorded
     sizes = [_size(kept, size, axis) for size, axis in zip(recorded.shape, value.axes, strict=True)]
+    return _resized(recorded, sizes, empties)
+
+
+def _resized(recorded: FakeTensor, sizes: Sequence[Any], empties: _Empties) -> FakeTensor:
     if all(new is old for new, old in zip(sizes, recorded.shape, strict=True)):
         return recorded
     return resized(recorded, sizes, empties)

@@ -261,3 +261,24 @@ def test_a_request_that_fails_decides_nothing() -> None:
     with pytest.raises(PruningError, match="cannot be reached"):
         fxprune.prune.channels(traced, macs=0.0001)
     assert traced.decided == frozenset()
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_finalized_module_with_grouped_convolutions_is_cut_again(layer: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), layer(32, 32, 3, groups=4), nn.ReLU(), nn.Conv2d(32, 4, 1))
+    images = torch.randn(2, 3, 9, 9)
+    traced = fxprune.trace(model, images)
+    first = fxprune.prune.channels(traced, macs=0.6, round_to=1)
+    final = fxprune.finalize(traced)
+    for graph in final.graphs.values():
+        for node in graph.find_nodes(op="get_attr"):
+            tensor = final.get_parameter(str(node.target))
+            assert node.meta["val"].shape == tensor.shape
+    assert all(group.macs > 0 for group in fxprune.channel_groups(final))
+    second = fxprune.prune.channels(final, macs=0.6, round_to=1)
+    assert second.macs[0] == first.macs[1]
+    smaller = fxprune.finalize(final)
+    assert smaller.plan is not None
+    assert (smaller.plan.macs, smaller.plan.parameters) == (second.macs, second.parameters)
+    assert torch.allclose(smaller(images), final(images), atol=1e-6)
