@@ -44,7 +44,7 @@ from fxprune.prune.channel_scores import (
     scorable,
     unit_scores,
 )
-from fxprune.prune.decisions import mask_values, record, undone, untouched
+from fxprune.prune.decisions import record, undone
 from fxprune.prune.importance_registry import Evidence
 from fxprune.renaming import renamed
 
@@ -145,7 +145,7 @@ def channels(
     )  # fmt: skip
     evidence = Evidence(loader, loss, batches, seed)
     check_evidence(importance, evidence)
-    before, hidden = undone(traced, request)
+    before, earlier = undone(traced, request)
     grouping = Grouping(driver.plain_view(before))
     picked, lacking = scorable(grouping, chosen_groups(grouping.groups, request), importance)
     decided = before.decided | _written_axes(picked)
@@ -155,10 +155,16 @@ def channels(
             measure = stack.enter_context(driver.stopwatch(before, threads=threads, batch=batch, providers=providers))
         ranked = _ranked(before, grouping, picked, request, evidence, decided)
         found = _chosen(before, grouping, picked, ranked, request, decided, measure)
-    alone = untouched(before, hidden, found.masks)
-    driver.insert_masks(traced, mask_values(before, hidden) | found.masks)
-    record(traced, request, decided, alone)
+    earlier = {**{name: view(before, name).mask for name in found.masks}, **earlier}
+    driver.insert_masks(traced, {name: _mask_or_ones(before, name) for name in earlier} | found.masks)
+    record(traced, request, decided, earlier)
     return _report(grouping, picked, lacking, found, name)
+
+
+def _mask_or_ones(traced: TracedModule, name: str) -> torch.Tensor:
+    own = view(traced, name)
+    assert own.original is not None, name
+    return torch.ones_like(own.original) if own.mask is None else own.mask
 
 
 @dataclass(frozen=True)

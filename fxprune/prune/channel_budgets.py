@@ -63,6 +63,7 @@ class Amount(Budget):
     def __init__(self, groups: Sequence[ChannelGroup], alive: Callable[[Vector], Mask], value: float) -> None:
         self.alive, self.value = alive, value
         self.units = np.concatenate([group.units for group in groups])
+        self.together = 0
 
     def left(self, units: Vector) -> int:
         """How many units stay without these."""
@@ -82,6 +83,9 @@ class Amount(Budget):
         assert units is not None
         if self.left(units) < total - wanted:  # a step of several units: one step fewer
             units = stairs.units(max(0, self._fewest(stairs, total - wanted) - 1))
+        if wanted and self.left(units) == total:
+            self.together = total - self.left(stairs.units(1))
+            return None
         return Choice(units)
 
     def _fewest(self, stairs: Staircase, limit: int) -> int:
@@ -89,6 +93,11 @@ class Amount(Budget):
         return len(stairs) if height is None else height
 
     def refusal(self) -> PruningError:
+        if self.together:
+            return PruningError(
+                f"amount={self.value} of {len(self.units)} units cannot be reached: the fewest that go together are "
+                f"{self.together}. Raise it, or leave out groups with `ignore`."
+            )
         return PruningError(f"amount={self.value} cannot be reached: max_per_group and at_least leave nothing to mask.")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from fxprune.graph.masks import masked, masked_views, view
+from fxprune.graph.masks import masked_views, view
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_request import ChannelRequest
 from fxprune.prune.importance_registry import IMPORTANCES
@@ -23,36 +23,40 @@ class Decision:
 
     Attributes:
         request: what was asked for.
-        masks: the parameters whose masks are those of this choice, or of one that it took the place of, alone.
+        masks: the parameters that it masked, or one that it took the place of, with their masks of before; None where
+            they had none.
         contents: of the module's parameters and masks.
     """
 
     request: ChannelRequest
-    masks: frozenset[str]
+    masks: Mapping[str, torch.Tensor | None]
     contents: _Contents
 
 
-def undone(traced: TracedModule, request: ChannelRequest) -> tuple[TracedModule, frozenset[str]]:
-    """A copy of the module as it was before channels were chosen, and the parameters whose masks are ones there.
+def undone(traced: TracedModule, request: ChannelRequest) -> tuple[TracedModule, Mapping[str, torch.Tensor | None]]:
+    """A copy of the module as it was before channels were chosen, and the masks of before, as in `Decision`.
 
     It is the module itself, and nothing, unless the request asks for more of what was asked for last, by scores that
     depend on weights alone, and neither weights nor masks have changed since.
     """
     decision = traced.decided_by
     if not isinstance(decision, Decision) or not _asks_for_more(request, decision.request):
-        return traced, frozenset()
+        return traced, {}
     if _contents(traced) != decision.contents:
-        return traced, frozenset()
+        return traced, {}
     before = copy.deepcopy(traced)
-    for name in decision.masks:
+    for name, mask in decision.masks.items():
         own = view(before, name)
         assert own.mask is not None, name
-        own.replace_mask(torch.ones_like(own.mask))
+        own.replace_mask(torch.ones_like(own.mask) if mask is None else mask)
     return before, decision.masks
 
 
 def record(
-    traced: TracedModule, request: ChannelRequest, axes: Collection[tuple[str, int]], inserted: frozenset[str] | None
+    traced: TracedModule,
+    request: ChannelRequest,
+    axes: Collection[tuple[str, int]],
+    masks: Mapping[str, torch.Tensor | None],
 ) -> None:
     """Note on a module which counts of channels are decided now, and by what.
 
@@ -60,22 +64,10 @@ def record(
         traced: the module, its masks inserted.
         request: what was asked for.
         axes: those that are decided.
-        inserted: the parameters whose masks are those of the choice alone; None where others were there before.
+        masks: of before, as in `Decision`.
     """
-    contents = None if inserted is None else _contents(traced)
-    decision = None if inserted is None or contents is None else Decision(request, inserted, contents)
-    traced.decide(axes, decision)
-
-
-def untouched(module: TracedModule, hidden: Collection[str], names: Collection[str]) -> frozenset[str] | None:
-    """The parameters that a choice masks alone, as for `record`; `module` and `hidden` are as from `undone`."""
-    others = set(masked(module)) - set(hidden)
-    return None if others & set(names) else frozenset(names) | frozenset(hidden)
-
-
-def mask_values(module: TracedModule, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """The masks of some parameters, by name."""
-    return {name: mask for name in names if (mask := view(module, name).mask) is not None}
+    contents = _contents(traced)
+    traced.decide(axes, None if contents is None else Decision(request, masks, contents))
 
 
 def _asks_for_more(request: ChannelRequest, earlier: ChannelRequest) -> bool:

@@ -67,7 +67,7 @@ ACCESS: dict[str, Case] = {
         lambda t: t.load_state_dict(nn.DataParallel(small()).state_dict()), StateDictError, "module.0.weight",
         r"nn.DataParallel.*removeprefix\('module.'\)"),
     "a state with masks": (
-        lambda t: t.load_state_dict(_masked_state(t)), StateDictError, "unexpected.*0.weight_orig, 0.weight_mask",
+        lambda t: t.load_state_dict(_masked_state(t)), StateDictError, "Unexpected.*0.weight_orig, 0.weight_mask",
         r"prune.identity\(traced, '0.weight'\)"),
     "the state of another model": (
         lambda t: t.load_state_dict(Tokens().state_dict()), StateDictError, "words.weight", "as it was traced"),

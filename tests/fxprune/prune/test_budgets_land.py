@@ -165,6 +165,28 @@ def test_masks_of_the_user_stay_when_a_budget_is_chosen_anew() -> None:
     assert (traced.get_submodule("1.0").weight_mask[zeros] == 0).all()
 
 
+def test_steps_end_where_one_call_does_beside_masks_of_the_user() -> None:
+    once = _traced("cnn", 32)
+    fxprune.prune.l1_unstructured(once, "1.0.weight", 0.5)
+    fxprune.prune.ln_structured(once, "1.0.weight", 5, 2, 0)
+    steps = copy.deepcopy(once)
+    report = fxprune.prune.channels(once, macs=0.5)
+    for share in (0.9, 0.71, 0.5):
+        stepped = fxprune.prune.channels(steps, macs=share)
+    assert stepped.removed == report.removed
+    found = _masks(steps)
+    assert all(torch.equal(mask, found[name]) for name, mask in _masks(once).items())
+
+
+def test_an_amount_that_is_less_than_what_goes_together_is_refused() -> None:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 1, groups=4), nn.Conv2d(32, 4, 1)
+    traced = fxprune.trace(nn.Sequential(*layers), torch.randn(2, 3, 4, 4), modes=("eval",), dynamic_shapes=None)
+    with pytest.raises(PruningError, match="amount=1 of .* together are 4"):
+        fxprune.prune.channels(traced, 1, targets="1")
+    assert not _masks(traced)
+
+
 @pytest.mark.parametrize("family", ["cnn", "branches"])
 def test_what_is_masked_stays_masked_while_weights_change(family: str) -> None:
     model, inputs = network(family, 32)
