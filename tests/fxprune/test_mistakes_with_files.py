@@ -84,7 +84,7 @@ FILES: dict[str, Case] = {
         lambda f: fxprune.save(f, "m.pt2"), SuffixError, "the format that .pt2 says", "export.to_program"),
     "an optimizer that is there already": (
         lambda f: fxprune.optimizer_after(f, torch.optim.SGD(f.parameters(), 0.1)), ArgumentError,
-        "holds the parameters of the finalized module", "use it as it is"),
+        "holds parameters of the finalized module", "use it as it is"),
     "calibration with labels": (
         lambda f: fxprune.export.to_onnx(f, "m.onnx", precision="int8", calibration=LOADER), CompareError,
         "a list, of a DataLoader among the calibration batches", "inputs for inputs, labels in loader"),
