@@ -69,8 +69,8 @@ def operators(path: Path) -> Counter[str]:
 
 
 RANKS = [
-    *((2, False), (3, False), (4, True)),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, False), (5, False))),
+    *((3, False), (4, True)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, False), (4, False), (5, False))),
 ]
 
 

@@ -214,6 +214,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     return Digits(final, files, images[test], labels[test])
 
 
+@pytest.mark.slow
 def test_int8_keeps_the_accuracy_of_the_pruned_demo(digits: Digits) -> None:
     assert digits.final.plan is not None
     assert digits.final.plan.macs[1] <= 0.5 * digits.final.plan.macs[0]

@@ -161,7 +161,7 @@ def test_finalized_in_float64_is_the_masked_model_and_has_the_keys_of_the_dense_
 # the others are exported by the tests of divergence; one of the public networks shows as much as all
 @pytest.mark.parametrize(
     "pair",
-    ["lstm", QUICK_CNN, *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name != "lstm")],
+    ["lstm", *(pytest.param(name, marks=pytest.mark.slow) for name in (QUICK_CNN, *NETWORKS) if name != "lstm")],
     indirect=True,
 )
 @pytest.mark.usefixtures("shared_translations")
