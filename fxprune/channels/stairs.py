@@ -20,6 +20,8 @@ FINER = (8, 4, 1)
 TRIED = 8
 CUT_FINER = 3
 KEPT = 2
+# how often a step of one ladder is exchanged for smaller ones of another where nothing else uses a limit up
+EXCHANGED = 4
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,27 @@ class _Landing:
                 break
             front = sorted(options, key=lambda levels: (self._unblocked(levels), -self._remaining(levels)))[:KEPT]
         spent = [levels for levels in found if self._spends(levels)]
-        return min(spent, key=self._waste) if spent else max(found, key=self._remaining)
+        return min(spent, key=self._waste) if spent else self._exchanged(max(found, key=self._remaining))
+
+    def _exchanged(self, levels: Vector) -> Vector:
+        """Levels where steps of one ladder, of which one is too much, are exchanged for smaller ones of another."""
+        for _ in range(EXCHANGED):
+            best = max([levels, *self._exchanges(levels)], key=self._remaining)
+            if self._spends(best) or self._remaining(best) <= self._remaining(levels):
+                return best
+            levels = best
+        return levels
+
+    def _exchanges(self, levels: Vector) -> Iterator[Vector]:
+        """With one step of a ladder given back, and the fewest of another one taken that the limit then asks for."""
+        ladders = self._stairs.ladders
+        for ladder in self._latest[:TRIED]:
+            if levels[ladder] <= ladders[ladder].gone:
+                continue
+            given = _with(levels, ladder, int(levels[ladder]) - 1)
+            for other in range(len(ladders)):
+                if other != ladder and levels[other] < ladders[other].most:
+                    yield from self._cut(given, other, ladders[other].most)
 
     def _given_back(self, levels: Vector, whole: Sequence[Vector]) -> Iterator[Vector]:
         """With as much of the last stair of one more ladder given back as the limit allows, by each multiple.
@@ -211,14 +233,18 @@ class _Landing:
         smooth = [i for i, ladder in enumerate(ladders) if not ladder.is_blocked and levels[i] < most_of[i]]
         smooth.sort(key=lambda i: float(ladders[i].scores[levels[i]]))
         for ladder in smooth[:KEPT]:
-            fewest, most = int(levels[ladder]), min(most_of[ladder], int(levels[ladder]) + BLOCK)
-            if not self._holds(_with(levels, ladder, most)):
-                continue
-            while most - fewest > 1:
-                middle = (fewest + most) // 2
-                holds = self._holds(_with(levels, ladder, middle))
-                fewest, most = (fewest, middle) if holds else (middle, most)
-            yield _with(levels, ladder, most)
+            yield from self._cut(levels, ladder, min(most_of[ladder], int(levels[ladder]) + BLOCK))
+
+    def _cut(self, levels: Vector, ladder: int, most: int) -> Iterator[Vector]:
+        """With the fewest more steps of a ladder that the limit asks for, if there are so many."""
+        fewest = int(levels[ladder])
+        if not self._holds(_with(levels, ladder, most)):
+            return
+        while most - fewest > 1:
+            middle = (fewest + most) // 2
+            holds = self._holds(_with(levels, ladder, middle))
+            fewest, most = (fewest, middle) if holds else (middle, most)
+        yield _with(levels, ladder, most)
 
     def _most(self, levels: Vector, ladder: int, each: int, room: int) -> int:
         """How many steps of a ladder can be given back, of a number that may be, and in multiples."""

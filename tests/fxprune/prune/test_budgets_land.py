@@ -125,6 +125,18 @@ def test_a_budget_lands_again_after_training(family: str, budget: str) -> None:
     assert again.removed == report.removed
 
 
+@pytest.mark.parametrize(("budget", "share"), [("macs", 0.7), ("parameters", 0.7)])
+def test_large_steps_of_one_group_are_exchanged_for_small_ones_of_another(budget: str, share: float) -> None:
+    torch.manual_seed(0)
+    first = nn.Linear(10, 256), nn.ReLU(), nn.Unflatten(1, (16, 4, 4)), nn.ConvTranspose2d(16, 32, 4, 2, 1), nn.ReLU()
+    grouped = nn.ConvTranspose2d(32, 16, 4, 2, 1, groups=2), nn.ReLU(), nn.Conv2d(16, 3, 3, padding=1)
+    model = nn.Sequential(*first, *grouped).eval()
+    traced = fxprune.trace(model, torch.randn(2, 10), modes=("eval",), dynamic_shapes=None)
+    report = fxprune.prune.channels(traced, round_to=8 if budget == "macs" else 1, **{budget: share})
+    before, after = getattr(report, budget)
+    assert 0.98 * share <= after / before <= share
+
+
 def _mask_entries(traced: fxprune.TracedModule) -> int:
     return sum(int((mask == 0).sum()) for mask in _masks(traced).values())
 
