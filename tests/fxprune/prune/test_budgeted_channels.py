@@ -290,7 +290,7 @@ def test_heads_that_share_keys_and_values_go_in_every_way(form: str, kind: str, 
 
 
 @pytest.mark.parametrize("words", [False, True])
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 40))])
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 40))])
 def test_what_is_chosen_in_a_random_network_goes_as_predicted(seed: int, words: bool) -> None:
     model, sample = network(seed, words)
     with torch.no_grad():

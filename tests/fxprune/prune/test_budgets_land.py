@@ -112,7 +112,10 @@ def _train(traced: fxprune.TracedModule, inputs: torch.Tensor, steps: int) -> No
     traced.eval()
 
 
-@pytest.mark.parametrize(("family", "budget"), [("cnn", "macs"), ("depthwise", "parameters"), ("transformer", "macs")])
+@pytest.mark.parametrize(
+    ("family", "budget"),
+    [("cnn", "macs"), ("depthwise", "parameters"), pytest.param("transformer", "macs", marks=pytest.mark.slow)],
+)
 def test_a_budget_lands_again_after_training(family: str, budget: str) -> None:
     model, inputs = network(family, 32)
     traced = fxprune.trace(model, inputs, dynamic_shapes=None)
@@ -200,7 +203,7 @@ def test_an_amount_that_is_less_than_what_goes_together_is_refused() -> None:
     assert not _masks(traced)
 
 
-@pytest.mark.parametrize("family", ["cnn", "branches"])
+@pytest.mark.parametrize("family", [pytest.param("cnn", marks=pytest.mark.slow), "branches"])
 def test_what_is_masked_stays_masked_while_weights_change(family: str) -> None:
     model, inputs = network(family, 32)
     traced = fxprune.trace(model, inputs, dynamic_shapes=None)
@@ -213,7 +216,9 @@ def test_what_is_masked_stays_masked_while_weights_change(family: str) -> None:
         _train(traced, inputs, 2)
 
 
-@pytest.mark.parametrize(("curve", "budget"), [("cubic", "macs"), ("linear", "parameters")])
+@pytest.mark.parametrize(
+    ("curve", "budget"), [("cubic", "macs"), pytest.param("linear", "parameters", marks=pytest.mark.slow)]
+)
 def test_a_schedule_lands_and_keeps_its_reports(curve: str, budget: str) -> None:
     model, inputs = network("cnn", 32)
     traced = fxprune.trace(model, inputs, dynamic_shapes=None)
