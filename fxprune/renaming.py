@@ -15,7 +15,7 @@ def renamed(old: str, new: str, converted: Callable[[Any], Any] = lambda value: 
     """A decorator of a function or a class that takes the option `new` under its name of before, too.
 
     Args:
-        old: the name of before, with which the function warns.
+        old: the name of before, which the signature does not show.
         new: the name that the function has.
         converted: from a value as it was given to the value that is taken now.
 
