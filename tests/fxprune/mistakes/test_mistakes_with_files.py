@@ -28,21 +28,6 @@ from tests.beginners import IMAGES, LABELS, LOADER, Case, Tokens, refused, small
 pytestmark = pytest.mark.usefixtures("shared_translations")
 
 
-@pytest.fixture(scope="module")
-def captured() -> fxprune.TracedModule:
-    return fxprune.trace(small(), (IMAGES,))
-
-
-@pytest.fixture
-def traced(captured: fxprune.TracedModule) -> fxprune.TracedModule:
-    return copy.deepcopy(captured)
-
-
-@pytest.fixture(scope="module")
-def finalized(captured: fxprune.TracedModule) -> fxprune.TracedModule:
-    return fxprune.finalize(captured)
-
-
 FILES: dict[str, Case] = {
     "the order of torch.onnx": (
         lambda f: fxprune.export.to_onnx(f, IMAGES, "m.onnx"), ArgumentTypeError, "3 arguments by position: too many",

@@ -46,21 +46,6 @@ class Silent(nn.Module):
         self.result = x + 1
 
 
-@pytest.fixture(scope="module")
-def captured() -> fxprune.TracedModule:
-    return fxprune.trace(small(), (IMAGES,))
-
-
-@pytest.fixture
-def traced(captured: fxprune.TracedModule) -> fxprune.TracedModule:
-    return copy.deepcopy(captured)
-
-
-@pytest.fixture(scope="module")
-def finalized(captured: fxprune.TracedModule) -> fxprune.TracedModule:
-    return fxprune.finalize(captured)
-
-
 def _scripted() -> torch.jit.ScriptModule:
     with pytest.warns(DeprecationWarning, match="torch.jit.script"):
         return torch.jit.script(nn.Sequential(nn.Linear(3, 2)))

@@ -22,16 +22,6 @@ from fxprune.errors import (
 from tests.beginners import IMAGES, Case, Tokens, refused, small, smaller, unchanged
 
 
-@pytest.fixture(scope="module")
-def captured() -> fxprune.TracedModule:
-    return fxprune.trace(small(), (IMAGES,))
-
-
-@pytest.fixture
-def traced(captured: fxprune.TracedModule) -> fxprune.TracedModule:
-    return copy.deepcopy(captured)
-
-
 def _script(module: nn.Module) -> object:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
