@@ -1,10 +1,8 @@
-"""`reconstruct` against dense algebra: every kind of reader and of mask, streams, what is held back, bad input."""
+"""`reconstruct` against dense algebra: every kind of reader and of mask, streams, order, and what is held back."""
 
 from __future__ import annotations
 
 import copy
-import io
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,10 +13,8 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 import fxprune
-from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, InputError, PruningError
-
-SAMPLES = 40
-HELD = torch.arange(SAMPLES) % 5 == 1
+from fxprune.errors import ArgumentError, PruningError
+from tests.repairs import HELD, SAMPLES, Chain, chain, masked, mlp
 
 
 class Product(nn.Module):
@@ -32,24 +28,6 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T if self.transposed else torch.addmm(self.bias, x, self.weight)
-
-
-class Chain(nn.Module):
-    """A layer whose outputs go, and the reader of them."""
-
-    def __init__(self, first: nn.Module, reader: nn.Module) -> None:
-        super().__init__()
-        self.first, self.reader = first, reader
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.reader(torch.tanh(self.first(x)))
-
-
-def chain(reader: nn.Module, space: tuple[int, ...], channels: int) -> tuple[nn.Module, Tensor]:
-    convolution = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(space)]
-    first = convolution(3, channels, *([1] if space else []))
-    model = Chain(first, reader).double().eval()
-    return model, torch.randn(SAMPLES, 3, *space, dtype=torch.float64)
 
 
 READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -70,16 +48,6 @@ READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "transposed 1d": (lambda: nn.ConvTranspose1d(6, 2, 3, dilation=2), (6,)),
 }
-
-
-def masked(model: nn.Module, x: Tensor, *, rows: tuple[int, ...] = (1, 4)) -> fxprune.TracedModule:
-    """The model, traced, without some outputs of its first layer."""
-    traced = fxprune.trace(copy.deepcopy(model), (x[:2],), modes=("eval",))
-    for name in ("first.weight", "first.bias"):
-        mask = torch.ones_like(traced.get_parameter(name))
-        mask[list(rows)] = 0
-        fxprune.prune.custom_from_mask(traced, name, mask)
-    return traced
 
 
 def dense_fit(reader: nn.Module, inputs: Tensor, target: Tensor, live: Tensor) -> dict[str, Tensor]:
@@ -163,12 +131,6 @@ def test_the_input_weights_of_recurrent_layers_are_refitted_for_all_gates_and_di
             torch.testing.assert_close(found[:, [0, 2, 3, 5]], fitted[:, :-1])
             torch.testing.assert_close(found[:, [1, 4]], weight[:, [1, 4]])
             torch.testing.assert_close(traced.get_parameter(f"reader.bias_ih_l0{end}").detach(), fitted[:, -1])
-
-
-def mlp(batches: int = SAMPLES) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    model = Chain(nn.Linear(3, 6), nn.Linear(6, 4)).double().eval()
-    return model, torch.randn(batches, 3, dtype=torch.float64)
 
 
 def test_damping_is_relative_to_the_mean_of_the_diagonal_and_towards_the_weights_that_were_there() -> None:
@@ -447,166 +409,3 @@ def test_a_batch_of_fixed_size_is_held_back_as_a_whole() -> None:
     assert (report.readers["reader.weight"].rows, report.readers["reader.weight"].held) == (32, 8)
     with pytest.raises(ArgumentError, match="1 batches of the captured size; at least 2"):
         fxprune.reconstruct(fixed, x[:8], reference=model)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_shows_how_far_it_is_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = mlp()
-    for stream, expected in ((Terminal(), "reconstruct 0/1 reader.weight"), (io.StringIO(), "")):
-        traced = masked(model, x)
-        with monkeypatch.context() as patch:
-            patch.setattr("sys.stderr", stream)
-            fxprune.reconstruct(traced, x)
-        assert stream.getvalue().partition("  ")[0].strip() == expected
-
-
-def test_rows_that_do_not_count_change_nothing() -> None:
-    torch.manual_seed(0)
-    model = Chain(nn.Linear(3, 6), nn.Linear(6, 4)).double().eval()
-    x = torch.randn(SAMPLES, 5, 3, dtype=torch.float64)
-    other = x.clone()
-    other[:, 3:] = torch.randn(SAMPLES, 2, 3, dtype=torch.float64) * 9
-    found = []
-    for batch in (x, other):
-        traced = masked(model, x)
-        fxprune.reconstruct(traced, batch, weight=lambda inputs: torch.arange(5).expand(len(inputs), 5) < 3)
-        found.append(traced.get_parameter("reader.weight"))
-    assert torch.equal(*found)
-
-
-def test_a_reference_is_the_model_from_before_training_or_a_traced_one() -> None:
-    model, x = mlp()
-    results = []
-    for reference in (None, copy.deepcopy(model), fxprune.trace(copy.deepcopy(model), (x[:2],), modes=("eval",))):
-        traced = masked(model, x)
-        fxprune.reconstruct(traced, x, reference=reference)
-        results.append(traced.get_parameter("reader.weight"))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
-def test_weights_that_changed_since_they_were_masked_need_a_reference() -> None:
-    model, x = mlp()
-    traced = masked(model, x)
-    fxprune.reconstruct(traced, x)  # the reader has no mask: the reference is what it was
-    optimizer = torch.optim.SGD(traced.parameters(), 0.1)
-    traced(x).square().sum().backward()
-    optimizer.step()
-    with pytest.raises(PruningError, match=r"first\.weight, first\.bias changed since they were masked.*reference="):
-        fxprune.reconstruct(traced, x)
-    before = (traced(x) - model(x)).square().sum()
-    fxprune.reconstruct(traced, x, reference=model)
-    assert (traced(x) - model(x)).square().sum() < before
-
-
-def test_pruning_and_repair_alternate_towards_one_reference() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 2)).eval()
-    x, own = torch.randn(200, 3), copy.deepcopy(model)
-    traced = fxprune.trace(own, (x[:2],), modes=("eval",))
-    for amount in (0.25, 0.5):
-        fxprune.prune.channels(traced, amount, round_to=1)
-        unrepaired = (traced(x) - model(x)).square().mean()
-        report = fxprune.reconstruct(traced, x, reference=model)
-        assert report.refitted
-        assert (traced(x) - model(x)).square().mean() < 0.5 * unrepaired
-    final = fxprune.finalize(traced)
-    assert final.get_parameter("4.weight").shape[1] < 24
-    torch.testing.assert_close(final(x), traced(x))
-
-
-def test_the_report_prints_and_is_data_and_says_what_was_left_alone() -> None:
-    torch.manual_seed(0)
-
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.twice, self.last = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(torch.tanh(self.twice(torch.tanh(self.twice(torch.tanh(self.first(x)))))))
-
-    model, x = Tied().eval(), torch.randn(SAMPLES, 3)
-    traced = masked(model, x)
-    report = fxprune.reconstruct(traced, x)
-    assert isinstance(report, fxprune.ReconstructionReport)
-    assert report.refitted == ["last.weight"]
-    assert report.samples == (32, 8)
-    assert set(report.alone.values()) == {"its weight is used by 2 calls", "it computes what the reference does"}
-    assert "1 of 1 reader refitted" in str(report)
-    assert "used by 2 calls" in report.table()
-    assert json.loads(json.dumps(report.to_dict()))["readers"]["last.weight"]["rows"] == 32
-
-
-@pytest.mark.parametrize(
-    ("error", "match", "options"),
-    [
-        (InputError, "Of batches with labels give the inputs alone", lambda x: {"batches": [[x, x[:, 0].long()]]}),
-        (InputError, "inputs alone", lambda x: {"batches": torch.utils.data.DataLoader([(x[0], 1), (x[1], 0)], 2)}),
-        (InputError, "shape", lambda x: {"batches": [x, x[:, :2]]}),
-        (ArgumentError, "hold 0 samples", lambda x: {"batches": iter(())}),
-        (ArgumentError, "hold 1 samples", lambda x: {"batches": x[:1]}),
-        (ArgumentError, "numbers of 0 or more", lambda x: {"batches": x, "damping": -1.0}),
-        (ArgumentTypeError, "damping", lambda x: {"batches": x, "damping": "little"}),
-        (ArgumentError, "empty", lambda x: {"batches": x, "damping": []}),
-        (ArgumentTypeError, "a module is needed", lambda x: {"batches": x, "reference": {}}),
-        (ArgumentError, "no parameter 'reader.weight'", lambda x: {"batches": x, "reference": nn.Linear(3, 6)}),
-        (
-            ArgumentError, "shape",
-            lambda x: {"batches": x, "reference": Chain(nn.Linear(3, 5), nn.Linear(5, 4))},
-        ),
-        (ArgumentError, "weight gave", lambda x: {"batches": x, "weight": lambda inputs: 1}),
-        (ArgumentError, "0 rows to fit", lambda x: {"batches": x, "weight": lambda inputs: torch.zeros(len(inputs))}),
-        (PruningError, "NaN or inf .* at `x`", lambda x: {"batches": torch.where(x == x[3, 0], torch.nan, x)}),
-    ],
-)  # fmt: skip
-def test_bad_input_is_named_and_changes_nothing(
-    error: type[FxpruneError], match: str, options: Callable[[Tensor], dict[str, Any]]
-) -> None:
-    model, x = mlp()
-    traced = masked(model, x)
-    before = {name: tensor.clone() for name, tensor in traced.state_dict().items()}
-    with pytest.raises(error, match=match):
-        fxprune.reconstruct(traced, **options(x))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in traced.state_dict().items())
-
-
-def test_an_error_after_the_first_fit_takes_it_back() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
-    x = torch.randn(SAMPLES, 3)
-    traced = fxprune.trace(model, (x[:2],), modes=("eval",))
-    fxprune.prune.l1_unstructured(traced, "0.weight", 4)
-    with torch.no_grad():
-        traced.get_parameter("4.weight").fill_(torch.inf)
-    before = {name: tensor.clone() for name, tensor in traced.state_dict().items()}
-    with pytest.raises(PruningError, match=r"the reference at `_4_weight`"):
-        fxprune.reconstruct(traced, x)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in traced.state_dict().items())
-    with torch.no_grad():
-        traced.get_parameter("4.weight").fill_(1.0)
-    assert fxprune.reconstruct(traced, x).refitted  # what was taken back counts as never changed
-
-
-def test_what_has_nothing_to_repair_is_refused() -> None:
-    model, x = mlp()
-    traced = fxprune.trace(model, (x[:2],), modes=("eval",))
-    with pytest.raises(PruningError, match="nothing is masked"):
-        fxprune.reconstruct(traced, x)
-    with pytest.raises(ArgumentTypeError, match=r"fxprune\.trace"):
-        fxprune.reconstruct(model, x)
-    pointwise = fxprune.trace(nn.BatchNorm1d(3).double().eval(), (x[:2],), modes=("eval",))
-    fxprune.prune.l1_unstructured(pointwise, "weight", 1)
-    with pytest.raises(PruningError, match="no reader can be refitted"):
-        fxprune.reconstruct(pointwise, x)
-
-
-def test_constant_inputs_and_dead_channels_leave_finite_weights() -> None:
-    model, x = mlp()
-    traced = masked(model, x)
-    fxprune.reconstruct(traced, torch.ones_like(x))
-    torch.testing.assert_close(traced(torch.ones_like(x)), model(torch.ones_like(x)))  # the bias makes up for all
