@@ -20,8 +20,8 @@ FINER = (8, 4, 1)
 TRIED = 8
 CUT_FINER = 3
 KEPT = 2
-# how often a step of one ladder is exchanged for smaller ones of another where nothing else uses a limit up
-EXCHANGED = 4
+# how often steps of one ladder are exchanged for smaller ones of another where nothing else uses a limit up
+EXCHANGED = 8
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class Staircase:
            ones that need not be taken then.
         2. Where these do not use the limit up, units of one to three ladders are given back, in multiples of 8, of 4,
            or one by one, in the way that costs the least latency (`Ladder.waste`).
+        3. Where that does not either, steps of one ladder are given back for smaller ones of another.
 
         Returns:
             The units, None where all stairs leave more than the limit.
@@ -188,24 +189,37 @@ class _Landing:
         return min(spent, key=self._waste) if spent else self._exchanged(max(found, key=self._remaining))
 
     def _exchanged(self, levels: Vector) -> Vector:
-        """Levels where steps of one ladder, of which one is too much, are exchanged for smaller ones of another."""
+        """Levels where steps of one ladder, of which one is too much, are exchanged for smaller ones of another.
+
+        One step at a time; more where that leaves no more than before.
+        """
+        steps = 1
         for _ in range(EXCHANGED):
-            best = max([levels, *self._exchanges(levels)], key=self._remaining)
-            if self._spends(best) or self._remaining(best) <= self._remaining(levels):
+            best = max([levels, *map(self._refilled, self._exchanges(levels, steps))], key=self._remaining)
+            if self._spends(best):
                 return best
+            steps = 1 if self._remaining(best) > self._remaining(levels) else steps + 1
             levels = best
         return levels
 
-    def _exchanges(self, levels: Vector) -> Iterator[Vector]:
-        """With one step of a ladder given back, and the fewest of another one taken that the limit then asks for."""
+    def _exchanges(self, levels: Vector, steps: int) -> Iterator[Vector]:
+        """With steps of a ladder given back, and the fewest of another one taken that the limit then asks for."""
         ladders = self._stairs.ladders
         for ladder in self._latest[:TRIED]:
-            if levels[ladder] <= ladders[ladder].gone:
+            if levels[ladder] - steps < ladders[ladder].gone:
                 continue
-            given = _with(levels, ladder, int(levels[ladder]) - 1)
+            given = _with(levels, ladder, int(levels[ladder]) - steps)
             for other in range(len(ladders)):
                 if other != ladder and levels[other] < ladders[other].most:
                     yield from self._cut(given, other, ladders[other].most)
+
+    def _refilled(self, levels: Vector) -> Vector:
+        """Without the steps that need not be taken, ladder by ladder, the latest first."""
+        for ladder in self._latest:
+            level = int(levels[ladder])
+            room = max(0, level - self._stairs.ladders[ladder].gone)
+            levels = _with(levels, ladder, level - self._most(levels, ladder, 1, room))
+        return levels
 
     def _given_back(self, levels: Vector, whole: Sequence[Vector]) -> Iterator[Vector]:
         """With as much of the last stair of one more ladder given back as the limit allows, by each multiple.

@@ -140,6 +140,16 @@ def test_large_steps_of_one_group_are_exchanged_for_small_ones_of_another(budget
     assert 0.98 * share <= after / before <= share
 
 
+@pytest.mark.parametrize(("share", "round_to"), [(0.9, 1), (0.5, 8)])
+def test_several_large_steps_are_exchanged_where_one_leaves_too_little(share: float, round_to: int) -> None:
+    torch.manual_seed(0)
+    grouped = nn.Conv3d(16, 32, 3, padding=1, groups=2), nn.BatchNorm3d(32), nn.ReLU(), nn.MaxPool3d(2)
+    last = nn.Conv3d(32, 32, (1, 3, 3)), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(32, 4)
+    model = nn.Sequential(nn.Conv3d(1, 16, 3, padding=1), nn.BatchNorm3d(16), nn.ReLU(), *grouped, *last).eval()
+    traced = fxprune.trace(model, torch.randn(2, 1, 8, 8, 8), modes=("eval",), dynamic_shapes=None)
+    _check(traced, fxprune.prune.channels(traced, macs=share, round_to=round_to), "macs", share, unit=0)
+
+
 def _mask_entries(traced: fxprune.TracedModule) -> int:
     return sum(int((mask == 0).sum()) for mask in _masks(traced).values())
 
