@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -191,16 +192,33 @@ class _Landing:
     def _exchanged(self, levels: Vector) -> Vector:
         """Levels where steps of one ladder, of which one is too much, are exchanged for smaller ones of another.
 
-        One step at a time; more where that leaves no more than before.
+        One step at a time; where that ends, and one step more would not be too much, several.
         """
         steps = 1
         for _ in range(EXCHANGED):
-            best = max([levels, *map(self._refilled, self._exchanges(levels, steps))], key=self._remaining)
-            if self._spends(best):
-                return best
-            steps = 1 if self._remaining(best) > self._remaining(levels) else steps + 1
+            options = list(self._exchanges(levels, steps))
+            if steps > 1:
+                options = [self._refilled(option) for option in options]
+            best = max([levels, *options], key=self._remaining)
+            is_better = self._remaining(best) > self._remaining(levels)
             levels = best
+            if self._spends(levels) or not (is_better or self._has_room(levels)):
+                return levels
+            steps = 1 if is_better else steps + 1
         return levels
+
+    def _has_room(self, levels: Vector) -> bool:
+        """Whether as much as the smallest step of a ladder could stay within the limit."""
+        unused = self._limit.most - self._remaining(levels)
+        return any(self._step(levels, ladder) <= unused for ladder in range(len(levels)))
+
+    def _step(self, levels: Vector, ladder: int) -> float:
+        """How much is left more by a step of a ladder: the last that is taken, or the first where none is."""
+        own, level = self._stairs.ladders[ladder], int(levels[ladder])
+        beside = level - 1 if level > own.gone else level + 1
+        if beside > own.most:
+            return math.inf
+        return abs(self._remaining(_with(levels, ladder, beside)) - self._remaining(levels))
 
     def _exchanges(self, levels: Vector, steps: int) -> Iterator[Vector]:
         """With steps of a ladder given back, and the fewest of another one taken that the limit then asks for."""
