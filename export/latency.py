@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fxprune.calling import named_arguments
+from fxprune.calling import renamed
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.files import check_suffix
 from fxprune.graph.calls import Call, as_calls
-from fxprune.renaming import renamed
 from fxprune.reports import Readable, columns, counted
 
 from .session import Session, check_providers
@@ -70,7 +69,6 @@ _SHOWN = 6  # of the files that were measured, where they are printed
 
 
 @renamed("provider", "providers", lambda provider: (provider,))
-@named_arguments
 def bench(
     paths: Sequence[str | os.PathLike[str]],
     *,

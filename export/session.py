@@ -13,10 +13,10 @@ import numpy as np
 import onnxruntime
 import torch
 
+from fxprune.calling import renamed
 from fxprune.errors import ArgumentTypeError, CompareError, ProviderWarning
 from fxprune.files import check_suffix
 from fxprune.graph.calls import as_call
-from fxprune.renaming import renamed
 
 from .values import input_tensors, match_inputs
 

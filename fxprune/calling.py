@@ -1,19 +1,23 @@
-"""Calls that do not fit a function's arguments: what was given, what is meant, and the form of the call."""
+"""Calls that do not fit a function's arguments: what was given, what is meant, the form of the call, old names."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 from fxprune.errors import ArgumentTypeError, FxpruneError
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
+Called = TypeVar("Called", bound=Callable[..., Any])
 _STARS: Mapping[object, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 _SHOWN = 6  # of the options of a function
+_CURE = "__when_called__"
 
 
 def named_arguments(function: Callable[Given, Result]) -> Callable[Given, Result]:
@@ -27,16 +31,58 @@ def named_arguments(function: Callable[Given, Result]) -> Callable[Given, Result
         fxprune.errors.ArgumentTypeError: clip was called with 2 arguments by position: too many positional arguments.
         It is called clip(optimizer, *, max_norm=None).
     """
+    return _checked(function)
+
+
+def renamed(old: str, new: str, converted: Callable[[Any], Any] = lambda value: value) -> Callable[[Called], Called]:
+    """As `named_arguments`, of a function or a class that takes the option `new` under its name of before, too.
+
+    Code that uses the old name runs on, without a warning that it would end in.
+
+    Args:
+        old: the name of before, which the signature does not show.
+        new: the name that the function has.
+        converted: from a value as it was given to the value that is taken now.
+
+    The function raises ArgumentTypeError where it is given both.
+
+    Example:
+        >>> @renamed("check", "verify")
+        ... def remove(traced, *, verify=True): ...
+    """
+
+    def decorate(target: Called) -> Called:
+        if isinstance(target, type):
+            target.__init__ = _checked(target.__init__, current)  # type: ignore[misc]
+            return target
+        return cast(Called, _checked(target, current))
+
+    def current(name: str, kwargs: dict[str, Any]) -> None:
+        if old in kwargs:
+            if new in kwargs:
+                name = name.rpartition(".")[2]
+                raise ArgumentTypeError(f"{name} was given {new} and {old}, its name of before. Leave {old} out.")
+            kwargs[new] = converted(kwargs.pop(old))
+
+    return decorate
+
+
+def _checked(
+    function: Callable[Given, Result], current: Callable[[str, dict[str, Any]], None] = lambda name, kwargs: None
+) -> Callable[Given, Result]:
+    """The function with `named_arguments`; `current` brings the options of a call to their names of now."""
     signature = inspect.signature(function)
+    name = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        current(name, kwargs)
         try:
             return function(*args, **kwargs)
         except FxpruneError:
             raise
         except TypeError as error:
-            if told := _misfit(function.__qualname__, signature, args, kwargs):
+            if told := _misfit(name, signature, args, kwargs):
                 raise ArgumentTypeError(told) from error
             raise
 
@@ -48,7 +94,6 @@ def _misfit(name: str, signature: inspect.Signature, args: Sequence[Any], kwargs
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        name = name.removesuffix(".__init__")
         parameters = [p for p in signature.parameters.values() if p.name != "self"]
         count = len(args) - ("self" in signature.parameters)
         given = [f"{count} argument{'' if count == 1 else 's'} by position", *(f"{key}=" for key in kwargs)]
@@ -90,3 +135,23 @@ def _form(parameters: Sequence[inspect.Parameter]) -> str:
         default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
         parts.append(f"{star}{parameter.name}{default}")
     return ", ".join(parts)
+
+
+class Room(types.ModuleType):
+    """A module that has the name of what is done in it, and is called for one of its functions by mistake."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises ArgumentTypeError, which says what to call."""
+        raise ArgumentTypeError(f"{self.__name__} was called, which is a module. {vars(self)[_CURE]}")
+
+
+def is_no_function(name: str, cure: str) -> None:
+    """Let a module say what to call where it is called itself.
+
+    Args:
+        name: its `__name__`.
+        cure: the sentence to say.
+    """
+    module = sys.modules[name]
+    vars(module)[_CURE] = cure
+    module.__class__ = Room

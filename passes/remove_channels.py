@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fxprune.calling import renamed
 from fxprune.channels import ChannelPlan, analyze, impose, remove
 from fxprune.errors import ArgumentError
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
-from fxprune.renaming import renamed
 
 from .base import Pass
 

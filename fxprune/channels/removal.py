@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.calling import renamed
 from fxprune.channels.analysis import Analysis, fill_in, parameter_count
 from fxprune.channels.checking import Before, macs_verified
 from fxprune.channels.constants import Constant, place
@@ -26,7 +27,6 @@ from fxprune.graph.names import locate, tensors_of
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
-from fxprune.renaming import renamed
 
 
 @renamed("check", "verify")

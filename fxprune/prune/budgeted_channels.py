@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fxprune import driver
-from fxprune.calling import named_arguments
+from fxprune.calling import renamed
 from fxprune.channels.budget import ladders, masks
 from fxprune.channels.foresight import classes_left, foresee, parameters_left
 from fxprune.channels.groups import ChannelGroup, Grouping, Repair, Scores
@@ -46,13 +46,11 @@ from fxprune.prune.channel_scores import (
 )
 from fxprune.prune.decisions import record, undone
 from fxprune.prune.importance_registry import Evidence
-from fxprune.renaming import renamed
 
 MOST_CORRECTIONS = 12
 
 
 @renamed("provider", "providers", lambda provider: (provider,))
-@named_arguments
 def channels(
     traced: TracedModule,
     amount: float | None = DEFAULT_AMOUNT,

@@ -13,11 +13,11 @@ from torch import nn
 
 import fxprune
 from fxprune import cli
+from fxprune.calling import renamed
 from fxprune.channels import analyze, remove
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError, ExportError, SuffixError
 from fxprune.export import Session, bench, to_onnx, to_program, to_torchscript
 from fxprune.passes import RemoveChannels
-from fxprune.renaming import renamed
 
 pytestmark = pytest.mark.usefixtures("shared_translations")
 
