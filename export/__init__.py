@@ -1,5 +1,6 @@
 """Files for deployment, and the proof that they compute what they came from."""
 
+from fxprune.calling import is_no_function
 from fxprune.graph.calls import Call
 
 from .comparison import compare
@@ -30,3 +31,9 @@ __all__ = [
     "to_program",
     "to_torchscript",
 ]
+
+is_no_function(
+    __name__,
+    "Files are written by its functions: fxprune.export.to_onnx(final, 'model.onnx'), "
+    "fxprune.export.to_program(final, 'model.pt2') and fxprune.export.to_torchscript(final, 'model.pt').",
+)

@@ -82,12 +82,18 @@ __all__ = [  # noqa: RUF022
 ]
 
 
+# functions that are looked for at the top; those of `prune` come from there
+_ROOMS = dict.fromkeys(("bench", "inspect", "to_onnx", "to_program", "to_torchscript"), "export")
+
+
 def __getattr__(name: str) -> Any:
     """`export` and `compare` on first use: onnxruntime and onnxscript take as long to import as torch."""
     if name == "export":
         return importlib.import_module("fxprune.export")
     if name == "compare":
         return importlib.import_module("fxprune.export").compare
+    if where := _ROOMS.get(name) or ("prune" if name in prune.__all__ else ""):
+        raise errors.NameLookupError(f"{__name__} has no {name!r}. It is {__name__}.{where}.{name}.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

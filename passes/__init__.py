@@ -1,5 +1,6 @@
 """Graph passes: one file a pass, and the default pipelines."""
 
+from fxprune.calling import is_no_function
 from fxprune.graph.error_sites import visit, working_on
 
 from .base import Callback, Pass, run_passes
@@ -29,3 +30,9 @@ __all__ = [
     "visit",
     "working_on",
 ]
+
+is_no_function(
+    __name__,
+    "A pipeline runs by fxprune.passes.run_passes(traced, fxprune.passes.FINALIZE), all that finalizes a module by "
+    "fxprune.finalize(traced).",
+)

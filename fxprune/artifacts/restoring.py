@@ -40,6 +40,6 @@ def _containers(checkpoint: Checkpoint) -> Container:
 
 
 def _container(stored: StoredModule) -> Container:
-    container = Container(Provenance(getattr(nn, stored.kind), stored.order, stored.reads, stored.options))
+    container = Container(Provenance(getattr(nn, stored.kind), stored.order, stored.reads, options=stored.options))
     container._non_persistent_buffers_set.update(stored.loose)
     return container

@@ -20,6 +20,7 @@ from fxprune.capture.structures import register_dataclasses
 from fxprune.capture.tagging import tag_results
 from fxprune.capture.unlifting import unlift
 from fxprune.errors import ArgumentError, CaptureError
+from fxprune.graph.attributes import attributes_of
 from fxprune.graph.containers import Container, Provenance, provenance_of, share_contents
 from fxprune.graph.editing import erase_dead, splice
 from fxprune.graph.metadata import tagged_names
@@ -129,9 +130,9 @@ def _containers(model: nn.Module, reads: Reads) -> Container:
 
 def _provenance(module: nn.Module, reads: Reads) -> Provenance:
     is_captured = isinstance(module, Container | TracedModule)
-    source_class = provenance_of(module).source_class if is_captured else type(module)
+    known = provenance_of(module) if is_captured else Provenance(type(module), attributes=attributes_of(module))
     counts = {name: reads[id(vars(module)), name] for name in module._parameters}
-    return Provenance(source_class, original_order(module), counts)
+    return Provenance(known.source_class, original_order(module), counts, known.attributes)
 
 
 def _graph(model: nn.Module, root: Container, mode: str, exported: Exported) -> fx.Graph:

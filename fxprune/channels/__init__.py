@@ -5,6 +5,7 @@
 `register_operator` adds one.
 """
 
+from fxprune.calling import is_no_function
 from fxprune.channels.analysis import Analysis, analyze
 from fxprune.channels.coupling import Coupling, coupling
 from fxprune.channels.groups import ChannelGroup, ChannelGroups, Member
@@ -26,3 +27,9 @@ __all__ = [
     "register_operator",
     "remove",
 ]
+
+is_no_function(
+    __name__,
+    "Channels are masked by fxprune.prune.channels(traced, macs=0.5), removed by fxprune.finalize(traced), and listed "
+    "by fxprune.channel_groups(traced).",
+)

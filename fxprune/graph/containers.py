@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from fxprune.errors import ArgumentError, NameLookupError, PruningError
+from fxprune.errors import ArgumentError, ArgumentTypeError, NameLookupError, PruningError
 from fxprune.graph.masks import named_by_original
 from fxprune.graph.parts import Part
 
@@ -24,6 +24,7 @@ class Provenance:
         parameter_order: its parameters as they are without reparametrizations, so that removing a mask or a norm
             restores the order that optimizers and `parameters_to_vector` go by.
         reads: by parameter, how often one forward read it, in train mode where that was captured.
+        attributes: what else it had, by name: numbers, texts and None as they were.
         options: how the parametrization that the container belongs to was inserted; what was set on a part since the
             capture (`fxprune.graph.switching`); empty for all others.
     """
@@ -31,6 +32,7 @@ class Provenance:
     source_class: type[nn.Module] = nn.Module
     parameter_order: tuple[str, ...] = ()
     reads: Mapping[str, int] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:
@@ -64,6 +66,17 @@ class ReadByName(nn.Module):
                 f"and the qualified name: fxprune.prune.l1_unstructured(traced, 'conv1.{plain}', amount=0.3)."
             )
         super().register_parameter(name, param)
+
+    def __len__(self) -> NoReturn:
+        """Raises ArgumentTypeError: as for items."""
+        raise ArgumentTypeError(
+            "the length of a traced module or a module below it was asked for, which stand for no list or Sequential. "
+            "Modules are counted by their names: len(dict(traced.named_children())); the eager model has its length."
+        )
+
+    def __bool__(self) -> bool:
+        """True, as of every module that has no length."""
+        return True
 
     def __getitem__(self, index: object) -> NoReturn:
         """Raises NameLookupError: what is below a traced module has names."""

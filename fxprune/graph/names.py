@@ -32,13 +32,15 @@ def tensor_at(root: nn.Module, target: str) -> torch.Tensor:
 
 
 def exists(root: nn.Module, target: str) -> bool:
-    """Whether a parameter, buffer or module stands under this name."""
-    try:
-        owner, attribute = locate(root, target)
-        getattr(owner, attribute)
-    except AttributeError:
+    """Whether a parameter, buffer or module stands under this name, or what is computed in the place of one."""
+    path, _, attribute = target.rpartition(".")
+    owner: nn.Module | None = root
+    for part in path.split(".") if path else ():
+        owner = None if owner is None else owner._modules.get(part)
+    if owner is None:
         return False
-    return True
+    held = (owner._parameters, owner._buffers, owner._modules, vars(owner))
+    return any(attribute in found for found in held) or hasattr(type(owner), attribute)
 
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, Protocol
 
 from torch import nn
 
-from fxprune.errors import CaptureError, NameLookupError
+from fxprune.errors import CaptureError
 
 _OWNER = "fxprune.owner"  # no name of a child, a parameter or a buffer has a dot
 
@@ -20,6 +20,9 @@ class Owner(Protocol):
 
     def set_option(self, part: nn.Module, name: str, value: Any) -> None:
         """Change a number that the calls of one part were captured with."""
+
+    def option_of(self, part: nn.Module, name: str) -> Any:
+        """A number that the calls of one part have; raises NameLookupError where they have none of that name."""
 
 
 def adopt(owner: Owner, root: nn.Module) -> None:
@@ -63,13 +66,10 @@ class Part(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or _owner_of(self) is None:
+            owner = _owner_of(self)
+            if name.startswith("_") or owner is None:
                 raise
-            raise NameLookupError(
-                f"a module below a traced one has no {name!r}: it keeps parameters, buffers and children of the one "
-                "that was captured. Sizes are those of parameters, as in traced.get_parameter('conv1.weight').shape; "
-                "all else is told by the eager model."
-            ) from None
+        return owner.option_of(self, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != _OWNER}

@@ -14,9 +14,10 @@ from fxprune.graph.traced import TracedModule
 
 
 def require_traced(value: Any) -> None:
-    """Raise ArgumentTypeError unless the value is a traced module."""
+    """Raise ArgumentTypeError unless the value is a traced module, ArgumentError where its tensors do not fit it."""
     if not isinstance(value, TracedModule):
         raise ArgumentTypeError(f"a traced module is needed, got {type(value).__name__}. {_way_to_a_traced(value)}")
+    value.check_shapes()
 
 
 def _way_to_a_traced(value: Any) -> str:

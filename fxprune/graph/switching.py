@@ -127,6 +127,16 @@ def set_option(root: nn.Module, graphs: Mapping[str, fx.Graph], part: nn.Module,
     set_provenance(part, replace(known, options={**known.options, _SET: {**present, name: float(value)}}))
 
 
+def read_option(root: nn.Module, graphs: Mapping[str, fx.Graph], part: nn.Module, name: str) -> float | None:
+    """The number that `set_option` sets; None where the graphs have none, or several."""
+    if name not in _OPTIONS:
+        return None
+    chosen = Selection.of(root, part, below=False)
+    values = (_get(node, name) for graph in graphs.values() for node in chosen.nodes(graph))
+    found = {value for value in values if value is not None}
+    return float(found.pop()) if len(found) == 1 else None
+
+
 def set_options(module: nn.Module | Provenance) -> Mapping[str, float]:
     """The numbers that were set on a part since the capture."""
     found: Mapping[str, float] = _options(module).get(_SET, {})
@@ -225,6 +235,16 @@ def _position(node: fx.Node, names: Iterable[str]) -> int | None:
         if argument.name in names:
             return position
     return None
+
+
+def _get(node: fx.Node, name: str) -> float | None:
+    """The number that a call has under this name; None where it has none."""
+    position = _position(node, (name,))
+    if position is None:
+        return None
+    argument = node.target._schema.arguments[position]  # type: ignore[union-attr]
+    value = node.args[position] if position < len(node.args) else node.kwargs.get(name, argument.default_value)
+    return value if isinstance(value, int | float) else None
 
 
 def _set(node: fx.Node, names: Iterable[str], value: Any) -> Any:

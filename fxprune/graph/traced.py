@@ -16,14 +16,16 @@ from torch.fx.graph import PythonCode
 
 from fxprune.errors import ArgumentError, ArtifactError, CaptureError, ExportError, FxpruneWarning
 from fxprune.graph.arguments import InputCheck
+from fxprune.graph.attributes import absent, check_unseen
 from fxprune.graph.containers import Container, ReadByName, provenance_of, set_provenance, share_contents
 from fxprune.graph.names import join
 from fxprune.graph.parts import adopt, refuse_replacement
 from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.shape_check import ShapeCheck
 from fxprune.graph.snapshot import preserved
 from fxprune.graph.spellings import respelled
 from fxprune.graph.states import check_state
-from fxprune.graph.switching import is_frozen, set_option, switch
+from fxprune.graph.switching import is_frozen, read_option, set_option, switch
 from fxprune.torch_internals import state_of_generated_code
 
 # The order in which graphs are kept and worked on: what is decided by the eval graph, the train graph follows.
@@ -50,6 +52,7 @@ class _Generated:
     code: PythonCode
     forward: Callable[..., Any]
     input_check: InputCheck
+    shape_check: ShapeCheck
     attributes: Mapping[str, Any]
 
 
@@ -118,7 +121,18 @@ class TracedModule(ReadByName, fx.GraphModule):
 
     @property
     def plan(self) -> ChannelPlan | None:
-        """What was removed by `finalize`, now or before this module was copied or loaded; None where nothing was."""
+        """What was removed by `finalize`, now or before this module was copied or loaded; None where nothing was.
+
+        Raises:
+            NameLookupError: the module does not come from `finalize`.
+        """
+        if self._plan is None and self._origin is None:
+            raise AttributeError("plan")  # and __getattr__ says what to do
+        return self._plan
+
+    @property
+    def plan_or_none(self) -> ChannelPlan | None:
+        """The plan of what was removed; None where nothing was, yet or at all."""
         return self._plan
 
     @property
@@ -201,6 +215,33 @@ class TracedModule(ReadByName, fx.GraphModule):
         set_option(self, self.graphs, part, name, value)
         self.recompile()
 
+    def option_of(self, part: nn.Module, name: str) -> float:
+        """A number of a module below, as its calls have it: what `traced.drop.p` does.
+
+        Raises:
+            NameLookupError: the graphs have none, or several.
+        """
+        value = read_option(self, self.graphs, part, name)
+        if value is None:
+            path = next((path for path, module in self.named_modules() if module is part), "")
+            raise absent(self, path, name, provenance_of(part).attributes)
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_selected" not in vars(self):
+                raise
+        raise absent(self, "", name, provenance_of(self).attributes)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """As in torch; the NameLookupError that it raises is an AttributeError, and has the names that may be meant."""
+        try:
+            return super().get_parameter(target)
+        except AttributeError as error:
+            raise absent(self, "", target, {}) from error
+
     def __setattr__(self, name: str, value: Any) -> None:
         if "_selected" not in vars(self):
             super().__setattr__(name, value)
@@ -210,6 +251,8 @@ class TracedModule(ReadByName, fx.GraphModule):
         elif isinstance(self._modules.get(name), nn.Module) and value is not self._modules[name]:
             refuse_replacement(name)
         else:
+            if not hasattr(type(self), name) and name not in vars(self):
+                check_unseen(provenance_of(self).attributes, name, value)
             super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -253,7 +296,8 @@ class TracedModule(ReadByName, fx.GraphModule):
             self._graph = self.graphs[mode]
             code = super().recompile()
             check = InputCheck.of(self._graph, *self._examples)
-            self._generated[mode] = _Generated(code, type(self).forward, check, state_of_generated_code(self))
+            shapes = ShapeCheck.of(self, self._graph)
+            self._generated[mode] = _Generated(code, type(self).forward, check, shapes, state_of_generated_code(self))
         self._selected = selected = self._generated[mode]
         self._python_code = selected.code
         type(self).forward = selected.forward  # torch makes a class for each object
@@ -274,6 +318,10 @@ class TracedModule(ReadByName, fx.GraphModule):
         """Raise InputError unless the current mode's graph holds for this call."""
         self.input_check(args, kwargs)
 
+    def check_shapes(self) -> None:
+        """Raise ArgumentError where a parameter or buffer has another shape than the current mode's graph holds for."""
+        ShapeCheck.of(self, self.graph)()  # graphs may have been edited since code was generated
+
     @property
     def input_check(self) -> InputCheck:
         """What the inputs of the current mode's graph must be."""
@@ -283,6 +331,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         """Run the graph of the current mode on inputs of the captured structure, shapes and dtypes."""
         if not torch.compiler.is_compiling():
             self.check_inputs(args, kwargs)
+            self._selected.shape_check()
         # torch.compile learns of the mode by this read: train and eval are two functions under one name
         assert self.training in (True, False)
         return super().__call__(*args, **kwargs)
@@ -306,7 +355,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         """
         own = self.state_dict()
         given = respelled(state_dict, own.keys()) if isinstance(state_dict, Mapping) else state_dict
-        check_state(given, own, strict=strict, is_finalized=self.plan is not None)
+        check_state(given, own, strict=strict, is_finalized=self.plan_or_none is not None)
         return super().load_state_dict(given, strict, assign)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
@@ -315,7 +364,7 @@ class TracedModule(ReadByName, fx.GraphModule):
             getattr(root, field).update(copy.deepcopy(getattr(self, field), memo))
         graphs = {mode: copy.deepcopy(graph) for mode, graph in self.graphs.items()}
         clone = TracedModule(root, graphs, *self._examples, self.dynamic_shapes, training=self.training)
-        clone.record(self.plan, self.origin)
+        clone.record(self.plan_or_none, self.origin)
         clone.decide(self.decided, self.decided_by)
         memo[id(self)] = clone
         return clone

@@ -1,5 +1,6 @@
 """Masks: `torch.nn.utils.prune` on traced modules, methods that torch lacks, channels under a budget, schedules."""
 
+from fxprune.calling import is_no_function
 from fxprune.prune.budgeted_channels import channels
 from fxprune.prune.channel_report import ChannelReport
 from fxprune.prune.methods import BlockStructured, NMStructured
@@ -36,3 +37,9 @@ __all__ = [
     "random_unstructured",
     "remove",
 ]
+
+is_no_function(
+    __name__,
+    "Masks are made by its functions: fxprune.prune.channels(traced, macs=0.5) for whole channels, "
+    "fxprune.prune.l1_unstructured(traced, 'conv1.weight', amount=0.3) for entries.",
+)

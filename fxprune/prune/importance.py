@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from fxprune.calling import is_no_function
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, InputError, PruningError
 from fxprune.graph.arguments import Signature
 from fxprune.graph.calls import as_call
@@ -248,3 +249,9 @@ IMPORTANCES.add("random", Importance(entries=_random, units=_draws, relative=Tru
 IMPORTANCES.add("bn", Importance(slices=_norm(1.0), reads="gains", relative=True))
 IMPORTANCES.add("fpgm", Importance(slices=_distances, reads="filters", relative=True))
 IMPORTANCES.add("taylor", Importance(entries=_taylor, relative=True))
+
+is_no_function(
+    __name__,
+    "Scores are given by fxprune.importance.scores(traced, '*.weight', 'l1'), a score of one's own by "
+    "fxprune.importance.register('name', function).",
+)

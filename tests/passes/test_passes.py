@@ -266,7 +266,7 @@ def test_an_error_outside_of_any_node_names_none_of_an_earlier_pass(traced: fxpr
 
 
 def _wrong_statistics(traced: fxprune.TracedModule) -> None:
-    traced.get_submodule("norm").running_var = torch.ones(3)
+    traced.get_submodule("norm").running_var = torch.ones(4, device="meta")
 
 
 def _wrong_mask(traced: fxprune.TracedModule) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,3 +107,117 @@ def test_attributes_of_parts_that_are_asked_for_with_a_default_are_absent(traced
     assert getattr(part, "kernel_size", None) is None
     assert not hasattr(part, "anything")
     assert not hasattr(copy.deepcopy(part), "anything")
+
+
+class Configured(nn.Module):
+    scale = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.drop, self.norm = nn.Linear(4, 2), nn.Dropout(0.3), nn.BatchNorm1d(4, eps=0.01)
+        self.dropout_p, self.config = 0.5, {"layers": 1}
+
+    def extract(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.drop(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(nn.functional.dropout(self.extract(x), self.dropout_p, self.training)) * self.scale
+
+
+@pytest.fixture(scope="module")
+def configured() -> fxprune.TracedModule:
+    return fxprune.trace(Configured(), torch.randn(3, 4))
+
+
+def _reshape(module: fxprune.TracedModule, name: str) -> None:
+    module.get_parameter(name).data = torch.zeros(3, 4)
+
+
+ATTRIBUTES: dict[str, Case] = {
+    "a length": (lambda t: len(t), ArgumentTypeError, "the length of a traced module", "named_children"),
+    "a length of a part": (lambda t: len(t.head), ArgumentTypeError, "a module below it", "the eager model has"),
+    "a layer that there is not": (lambda t: t.haed, NameLookupError, "has no 'haed'", "Did you mean head"),
+    "a name like no other": (lambda t: t.conv7, NameLookupError, "has no 'conv7'", "It has head, drop, norm"),
+    "a parameter without its layer": (lambda t: t.running_var, NameLookupError, "has no", "mean norm.running_var"),
+    "a parameter that there is not": (lambda t: t.head.wieght, NameLookupError, "'head'.*'wieght'", "head.weight"),
+    "a path": (lambda t: t.get_parameter("hed.weight"), NameLookupError, "no 'hed.weight'", "mean head.weight"),
+    "a method": (lambda t: t.extract(1), NameLookupError, "no 'extract': of the captured", "by the eager model"),
+    "a number": (lambda t: t.dropout_p, NameLookupError, "no 'dropout_p': of the captured", "p of dropouts"),
+    "a function as a method": (lambda t: t.to_onnx("m.onnx"), NameLookupError, "no 'to_onnx'", "export.to_onnx"),
+    "a plan before removal": (lambda t: t.plan.explain(), NameLookupError, "has no plan", "fxprune.finalize.traced"),
+    "a number that is set": (
+        lambda t: setattr(t, "dropout_p", 0.2), CaptureError, "'dropout_p' .* go on with 0.5", "on the eager model"),
+    "a number of the class that is set": (
+        lambda t: setattr(t, "scale", 3.0), CaptureError, "'scale' .* go on with 2.0", "on the eager model"),
+    "a module that is called": (
+        lambda t: fxprune.export(t, "m.onnx"), ArgumentTypeError, "export was called, which is a mod", "to_onnx"),
+    "the module of masks that is called": (
+        lambda t: fxprune.prune(t, 0.5), ArgumentTypeError, "prune was called", "prune.channels.traced"),
+    "the module of channels that is called": (
+        lambda t: fxprune.channels(t, 0.5), ArgumentTypeError, "channels was called", "prune.channels.traced"),
+    "a function that is elsewhere": (
+        lambda t: fxprune.l1_unstructured(t, "head.weight", 0.5), NameLookupError, "no 'l1_uns", "prune.l1_unstr"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ATTRIBUTES.values(), ids=ATTRIBUTES)
+def test_what_no_graph_has_is_named_where_it_is_asked_for_or_set(configured: fxprune.TracedModule, case: Case) -> None:
+    with unchanged(configured):
+        refused(case, configured)
+
+
+SHAPES: dict[str, Callable[[fxprune.TracedModule], object]] = {
+    "a call": lambda t: t(torch.randn(3, 4)),
+    "a call in train mode": lambda t: t.train()(torch.randn(3, 4)),
+    "a mask": lambda t: fxprune.prune.l1_unstructured(t, "head.weight", amount=0.5),
+    "channels": lambda t: fxprune.prune.channels(t, 0.5),
+    "groups": fxprune.channel_groups,
+    "finalize": fxprune.finalize,
+    "export": lambda t: fxprune.export.to_onnx(t, "m.onnx"),
+    "save": lambda t: fxprune.save(t, "m.fxp"),
+}
+
+
+@pytest.mark.parametrize("call", SHAPES.values(), ids=SHAPES)
+def test_a_parameter_that_was_given_another_shape_is_named_at_its_next_use(
+    configured: fxprune.TracedModule, call: Callable[[fxprune.TracedModule], object], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    traced = copy.deepcopy(configured).eval()
+    _reshape(traced, "head.weight")
+    refused((call, ArgumentError, r"'head.weight' .* shape \[3, 4\]; .* hold for \[2, 4\]", "change the eager"), traced)
+    assert not list(tmp_path.iterdir())
+    traced.get_parameter("head.weight").data = torch.zeros(2, 4)
+    assert not traced(torch.randn(3, 4)).isnan().any()
+
+
+def test_attributes_of_a_traced_module_that_are_asked_for_with_a_default_are_absent(
+    configured: fxprune.TracedModule,
+) -> None:
+    assert getattr(configured, "haed", None) is None
+    assert getattr(configured, "plan", None) is None
+    assert not hasattr(configured, "dropout_p")
+    with pytest.raises(ImportError):
+        exec("from fxprune import to_onnx")
+    assert bool(configured)
+    assert bool(configured.head)
+
+
+def test_what_is_set_on_a_traced_module_and_was_the_same_or_is_the_users_own_passes(
+    configured: fxprune.TracedModule,
+) -> None:
+    traced = copy.deepcopy(configured)
+    traced.dropout_p, traced.epoch = 0.5, 3
+    assert (traced.dropout_p, traced.epoch) == (0.5, 3)
+    with pytest.warns(FxpruneWarning, match="'config' was set on a traced module.*on the eager model"):
+        traced.config = {"layers": 2}
+    assert traced.config == {"layers": 2}
+
+
+def test_numbers_of_parts_are_read_from_the_graphs(configured: fxprune.TracedModule) -> None:
+    traced = copy.deepcopy(configured)
+    assert (traced.drop.p, traced.norm.eps, traced.norm.momentum) == (0.3, 0.01, 0.1)
+    traced.drop.p = 0.1
+    assert traced.drop.p == copy.deepcopy(traced).drop.p == 0.1
+    assert not hasattr(traced.drop, "eps")
