@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,37 @@ def test_groups_that_were_cut_before_stay_cut_when_others_are() -> None:
     second = fxprune.prune.channels(traced, 0.25, targets="1*")
     assert first.removed.keys().isdisjoint(second.removed)
     assert fxprune.finalize(traced).get_parameter("0.0.weight").shape[0] == 24
+
+
+def _flip_in_data(traced: fxprune.TracedModule, name: str) -> None:
+    weight = traced.get_parameter(name)
+    weight.data.copy_(weight.detach().flip(0))
+
+
+def _flip_by_a_state(traced: fxprune.TracedModule, name: str) -> None:
+    traced.load_state_dict({**traced.state_dict(), name: traced.get_parameter(name).detach().flip(0)})
+
+
+def _flip_in_numpy(traced: fxprune.TracedModule, name: str) -> None:
+    weight = traced.get_parameter(name).detach().numpy()
+    weight[:] = weight[::-1].copy()
+
+
+@pytest.mark.parametrize("flip", [_flip_in_data, _flip_by_a_state, _flip_in_numpy])
+def test_what_is_masked_stays_masked_while_weights_change_places(
+    flip: Callable[[fxprune.TracedModule, str], None],
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)).requires_grad_(False)
+    model[0].weight.copy_((torch.arange(16) + 1).view(-1, 1, 1, 1).expand(16, 3, 3, 3) / 64)  # every sum is exact
+    model[2].weight.fill_(0.5)
+    traced = fxprune.trace(model, torch.randn(2, 3, 8, 8), modes=("eval",))
+    fxprune.prune.channels(traced, macs=0.8, round_to=1)
+    before = traced.get_buffer("0.weight_mask").clone()
+    flip(traced, "0.weight_orig")
+    fxprune.prune.channels(traced, macs=0.5, round_to=1)
+    after = traced.get_buffer("0.weight_mask")
+    assert after.sum() < before.sum()
+    assert not after[before == 0].any()
 
 
 def test_masks_of_the_user_stay_when_a_budget_is_chosen_anew() -> None:
