@@ -26,6 +26,7 @@ METHOD = st.one_of(
     st.tuples(st.just("identity"), st.just(())),
 )
 MODES = st.lists(st.sampled_from(["train", "eval"]), min_size=1, max_size=3)
+SEED = st.integers(0, 99)
 SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -110,55 +111,35 @@ def assert_global_selection_agrees(names, method, amounts, seed):
     assert_same_state(traced, eager, "pruned")
 
 
-MASKED = given(layer=LAYER, methods=st.lists(METHOD, min_size=1, max_size=3), seed=st.integers(0, 99), modes=MODES)
-NORMED = given(
-    layer=LAYER.filter(lambda layer: layer not in ("bias", "layer norm", "batch norm")),
-    system=st.sampled_from(list(NORMS)),
-    seed=st.integers(0, 99),
-    modes=MODES,
-)
-SELECTED = given(
-    names=st.lists(st.sampled_from(["0.weight", "0.bias", "2.weight", "2.bias"]), min_size=1, max_size=4, unique=True),
-    method=st.sampled_from([torch_prune.L1Unstructured, torch_prune.RandomUnstructured]),
-    amounts=st.lists(st.floats(0, 1), min_size=1, max_size=3),
-    seed=st.integers(0, 99),
-)
+def hold(agree, draws, **drawn):
+    """Run a check on so many draws of its arguments."""
+    settings(SETTINGS, max_examples=draws)(given(**drawn)(agree))()
 
 
-@MASKED
-@settings(SETTINGS, max_examples=25)
-def test_masks_agree_with_torch_and_so_do_their_refusals(layer, methods, seed, modes):
-    assert_masks_agree(layer, methods, seed, modes)
+def few_or_many(few, many):
+    return pytest.mark.parametrize("draws", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
-@NORMED
-@settings(SETTINGS, max_examples=8)
-def test_norms_agree_with_torch(layer, system, seed, modes):
-    assert_norms_agree(layer, system, seed, modes)
+@few_or_many(25, 300)
+def test_masks_agree_with_torch_and_so_do_their_refusals(draws):
+    methods = st.lists(METHOD, min_size=1, max_size=3)
+    hold(assert_masks_agree, draws, layer=LAYER, methods=methods, seed=SEED, modes=MODES)
 
 
-@SELECTED
-@settings(SETTINGS, max_examples=20)
-def test_global_selection_agrees_with_torch(names, method, amounts, seed):
-    assert_global_selection_agrees(names, method, amounts, seed)
+@few_or_many(8, 100)
+def test_norms_agree_with_torch(draws):
+    layer = LAYER.filter(lambda layer: layer not in ("bias", "layer norm", "batch norm"))
+    hold(assert_norms_agree, draws, layer=layer, system=st.sampled_from(list(NORMS)), seed=SEED, modes=MODES)
 
 
-@pytest.mark.slow
-@MASKED
-@settings(SETTINGS, max_examples=300)
-def test_masks_agree_in_many_more_draws(layer, methods, seed, modes):
-    assert_masks_agree(layer, methods, seed, modes)
-
-
-@pytest.mark.slow
-@NORMED
-@settings(SETTINGS, max_examples=100)
-def test_norms_agree_in_many_more_draws(layer, system, seed, modes):
-    assert_norms_agree(layer, system, seed, modes)
-
-
-@pytest.mark.slow
-@SELECTED
-@settings(SETTINGS, max_examples=200)
-def test_global_selection_agrees_in_many_more_draws(names, method, amounts, seed):
-    assert_global_selection_agrees(names, method, amounts, seed)
+@few_or_many(20, 200)
+def test_global_selection_agrees_with_torch(draws):
+    names = st.sampled_from(["0.weight", "0.bias", "2.weight", "2.bias"])
+    hold(
+        assert_global_selection_agrees,
+        draws,
+        names=st.lists(names, min_size=1, max_size=4, unique=True),
+        method=st.sampled_from([torch_prune.L1Unstructured, torch_prune.RandomUnstructured]),
+        amounts=st.lists(st.floats(0, 1), min_size=1, max_size=3),
+        seed=SEED,
+    )
