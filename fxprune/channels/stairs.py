@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -187,7 +188,11 @@ class _Landing:
                 break
             front = sorted(options, key=lambda levels: (self._unblocked(levels), -self._remaining(levels)))[:KEPT]
         spent = [levels for levels in found if self._spends(levels)]
-        return min(spent, key=self._waste) if spent else self._exchanged(max(found, key=self._remaining))
+        if not spent:
+            return self._exchanged(max(found, key=self._remaining))
+        if min(map(self._unblocked, spent)) > min(map(self._unblocked, whole)):
+            spent += [option for levels in whole for option in self._in_blocks(levels) if self._spends(option)]
+        return min(spent, key=self._waste)
 
     def _exchanged(self, levels: Vector) -> Vector:
         """Levels where steps of one ladder, of which one is too much, are exchanged for smaller ones of another.
@@ -223,7 +228,7 @@ class _Landing:
     def _exchanges(self, levels: Vector, steps: int) -> Iterator[Vector]:
         """With steps of a ladder given back, and the fewest of another one taken that the limit then asks for."""
         ladders = self._stairs.ladders
-        for ladder in self._latest[:TRIED]:
+        for ladder in self._taken(levels)[:TRIED]:
             if levels[ladder] - steps < ladders[ladder].gone:
                 continue
             given = _with(levels, ladder, int(levels[ladder]) - steps)
@@ -233,11 +238,16 @@ class _Landing:
 
     def _refilled(self, levels: Vector) -> Vector:
         """Without the steps that need not be taken, ladder by ladder, the latest first."""
-        for ladder in self._latest:
+        for ladder in self._taken(levels):
             level = int(levels[ladder])
             room = max(0, level - self._stairs.ladders[ladder].gone)
             levels = _with(levels, ladder, level - self._most(levels, ladder, 1, room))
         return levels
+
+    def _taken(self, levels: Vector) -> list[int]:
+        """The ladders that steps are taken of, the latest first: before those of the first stairs what stands in."""
+        instead = [i for i, ladder in enumerate(self._stairs.ladders) if levels[i] > ladder.gone]
+        return [*(i for i in instead if i not in self._latest), *self._latest]
 
     def _given_back(self, levels: Vector, whole: Sequence[Vector]) -> Iterator[Vector]:
         """With as much of the last stair of one more ladder given back as the limit allows, by each multiple.
@@ -245,7 +255,7 @@ class _Landing:
         Also with more than that, where a ladder that costs no latency is cut instead.
         """
         ladders = self._stairs.ladders
-        uncut = [ladder for ladder in self._latest if any(levels[ladder] == own[ladder] for own in whole)]
+        uncut = [ladder for ladder in self._taken(levels) if any(levels[ladder] == own[ladder] for own in whole)]
         smooth = [ladder for ladder in uncut if not ladders[ladder].is_blocked]
         for ladder in dict.fromkeys([*uncut[:TRIED], *smooth[:TRIED]]):
             level = int(levels[ladder])
@@ -266,6 +276,32 @@ class _Landing:
         smooth.sort(key=lambda i: float(ladders[i].scores[levels[i]]))
         for ladder in smooth[:KEPT]:
             yield from self._cut(levels, ladder, min(most_of[ladder], int(levels[ladder]) + BLOCK))
+
+    def _in_blocks(self, levels: Vector) -> Iterator[Vector]:
+        """With too many steps of a ladder given back, and the fewest of another one taken that mend that.
+
+        Both stay in the blocked layout, in which fewer channels than a block may be any number.
+        """
+        for ladder in self._taken(levels)[:TRIED]:
+            level = int(levels[ladder])
+            below = self._stairs.below(ladder, level)
+            for fewer in range(max(below, level - BLOCK), level):
+                given = _with(levels, ladder, fewer)
+                if not self._stairs.ladders[ladder].is_unblocked(fewer) and not self._holds(given):
+                    for other, least in self._least_in_blocks(given):
+                        if other != ladder:
+                            yield _with(given, other, least)
+
+    def _least_in_blocks(self, levels: Vector) -> Iterator[tuple[int, int]]:
+        """Ladders, the lowest scores first, and their fewest steps in the blocked layout that keep the limit."""
+        ladders = self._stairs.ladders
+        most_of = [min(x.most, int(n) + BLOCK, int(n + x.steps) // 2) for x, n in zip(ladders, levels, strict=True)]
+        free = [i for i, most in enumerate(most_of) if levels[i] < most]
+        for i in sorted(free, key=lambda i: float(ladders[i].scores[levels[i]]))[:TRIED]:
+            steps = [n for n in range(int(levels[i]) + 1, most_of[i] + 1) if not ladders[i].is_unblocked(n)]
+            at = bisect.bisect_left(steps, True, key=lambda n, i=i: self._holds(_with(levels, i, n)))
+            if at < len(steps):
+                yield i, steps[at]
 
     def _cut(self, levels: Vector, ladder: int, most: int) -> Iterator[Vector]:
         """With the fewest more steps of a ladder that the limit asks for, if there are so many."""

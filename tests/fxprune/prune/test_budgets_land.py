@@ -151,6 +151,41 @@ def test_several_large_steps_are_exchanged_where_one_leaves_too_little(share: fl
     _check(traced, fxprune.prune.channels(traced, macs=share, round_to=round_to), "macs", share, unit=0)
 
 
+@pytest.mark.parametrize(
+    ("widths", "budget", "value"),
+    [((16, 64), "macs", 0.7), ((48, 16), "parameters", 0.5), ((16, 16, 32), "macs", 0.9), ((16, 48), "amount", 9)],
+)
+def test_convolutions_stay_in_their_layout_where_another_choice_lands(
+    widths: tuple[int, ...], budget: str, value: float
+) -> None:
+    torch.manual_seed(0)
+    layers = [(nn.Conv2d(inputs, outputs, 3), nn.ReLU()) for inputs, outputs in zip((3, *widths), widths, strict=False)]
+    model = nn.Sequential(*(module for layer in layers for module in layer), nn.Conv2d(widths[-1], 4, 1)).eval()
+    traced = fxprune.trace(model, torch.randn(2, 3, 9, 9), modes=("eval",), dynamic_shapes=None)
+    report = fxprune.prune.channels(traced, **{budget: value})
+    left = [size - masked for masked, size in report.removed.values()]
+    assert all(count <= 16 or count % 4 == 0 for count in left)
+    if budget == "amount":
+        assert sum(left) == sum(widths) - value
+    else:
+        _check(traced, report, budget, value, unit=0)
+
+
+def test_the_first_to_be_given_back_is_what_stands_in_for_the_last_stair() -> None:
+    torch.manual_seed(0)
+    first = nn.Linear(10, 256), nn.ReLU(), nn.Unflatten(1, (16, 4, 4)), nn.ConvTranspose2d(16, 32, 4, 2, 1)
+    grouped = nn.BatchNorm2d(32), nn.ReLU(), nn.ConvTranspose2d(32, 16, 4, 2, 1, groups=2), nn.ReLU()
+    model = nn.Sequential(*first, *grouped, nn.Conv2d(16, 3, 3, padding=1)).eval()
+    traced = fxprune.trace(model, torch.randn(2, 10), modes=("eval",), dynamic_shapes=None)
+    scores = {"0.weight": 1.2, "3.weight": 1.0, "6.weight": 2.0}
+
+    def by_group(group: fxprune.ChannelGroup) -> torch.Tensor:
+        return torch.full((group.size,), scores[group.name])
+
+    report = fxprune.prune.channels(traced, macs=0.9, round_to=8, importance=by_group)
+    _check(traced, report, "macs", 0.9, unit=0)
+
+
 def _mask_entries(traced: fxprune.TracedModule) -> int:
     return sum(int((mask == 0).sum()) for mask in _masks(traced).values())
 
