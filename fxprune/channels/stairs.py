@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -234,7 +233,7 @@ class _Landing:
             given = _with(levels, ladder, int(levels[ladder]) - steps)
             for other in range(len(ladders)):
                 if other != ladder and levels[other] < ladders[other].most:
-                    yield from self._cut(given, other, ladders[other].most)
+                    yield from self._cut(given, other, range(int(levels[other]) + 1, ladders[other].most + 1))
 
     def _refilled(self, levels: Vector) -> Vector:
         """Without the steps that need not be taken, ladder by ladder, the latest first."""
@@ -275,7 +274,8 @@ class _Landing:
         smooth = [i for i, ladder in enumerate(ladders) if not ladder.is_blocked and levels[i] < most_of[i]]
         smooth.sort(key=lambda i: float(ladders[i].scores[levels[i]]))
         for ladder in smooth[:KEPT]:
-            yield from self._cut(levels, ladder, min(most_of[ladder], int(levels[ladder]) + BLOCK))
+            level = int(levels[ladder])
+            yield from self._cut(levels, ladder, range(level + 1, min(most_of[ladder], level + BLOCK) + 1))
 
     def _in_blocks(self, levels: Vector) -> Iterator[Vector]:
         """With too many steps of a ladder given back, and the fewest of another one taken that mend that.
@@ -288,31 +288,26 @@ class _Landing:
             for fewer in range(max(below, level - BLOCK), level):
                 given = _with(levels, ladder, fewer)
                 if not self._stairs.ladders[ladder].is_unblocked(fewer) and not self._holds(given):
-                    for other, least in self._least_in_blocks(given):
-                        if other != ladder:
-                            yield _with(given, other, least)
+                    yield from self._mended_in_blocks(given, ladder)
 
-    def _least_in_blocks(self, levels: Vector) -> Iterator[tuple[int, int]]:
-        """Ladders, the lowest scores first, and their fewest steps in the blocked layout that keep the limit."""
+    def _mended_in_blocks(self, levels: Vector, spared: int) -> Iterator[Vector]:
+        """With more steps of one ladder but a spared one, at most half of what is left of it."""
         ladders = self._stairs.ladders
         most_of = [min(x.most, int(n) + BLOCK, int(n + x.steps) // 2) for x, n in zip(ladders, levels, strict=True)]
-        free = [i for i, most in enumerate(most_of) if levels[i] < most]
+        free = [i for i, most in enumerate(most_of) if levels[i] < most and i != spared]
         for i in sorted(free, key=lambda i: float(ladders[i].scores[levels[i]]))[:TRIED]:
-            steps = [n for n in range(int(levels[i]) + 1, most_of[i] + 1) if not ladders[i].is_unblocked(n)]
-            at = bisect.bisect_left(steps, True, key=lambda n, i=i: self._holds(_with(levels, i, n)))
-            if at < len(steps):
-                yield i, steps[at]
+            steps = range(int(levels[i]) + 1, most_of[i] + 1)
+            yield from self._cut(levels, i, [n for n in steps if not ladders[i].is_unblocked(n)])
 
-    def _cut(self, levels: Vector, ladder: int, most: int) -> Iterator[Vector]:
-        """With the fewest more steps of a ladder that the limit asks for, if there are so many."""
-        fewest = int(levels[ladder])
-        if not self._holds(_with(levels, ladder, most)):
+    def _cut(self, levels: Vector, ladder: int, choices: Sequence[int]) -> Iterator[Vector]:
+        """With the fewest steps of a ladder, out of ascending ones, that keep the limit, if any do."""
+        low, high = -1, len(choices) - 1
+        if high < 0 or not self._holds(_with(levels, ladder, choices[high])):
             return
-        while most - fewest > 1:
-            middle = (fewest + most) // 2
-            holds = self._holds(_with(levels, ladder, middle))
-            fewest, most = (fewest, middle) if holds else (middle, most)
-        yield _with(levels, ladder, most)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._holds(_with(levels, ladder, choices[middle])) else (middle, high)
+        yield _with(levels, ladder, choices[high])
 
     def _most(self, levels: Vector, ladder: int, each: int, room: int) -> int:
         """How many steps of a ladder can be given back, of a number that may be, and in multiples."""
