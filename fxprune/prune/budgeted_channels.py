@@ -50,6 +50,7 @@ from fxprune.prune.importance_registry import Evidence
 MOST_CORRECTIONS = 12
 
 
+@renamed("batches", "max_batches")
 @renamed("provider", "providers", lambda provider: (provider,))
 def channels(
     traced: TracedModule,
@@ -70,7 +71,7 @@ def channels(
     seed: int | None = None,
     loader: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
-    batches: int | None = None,
+    max_batches: int | None = None,
     threads: int = 1,
     batch: int = 1,
     providers: Sequence[str] = ("CPUExecutionProvider",),
@@ -115,7 +116,7 @@ def channels(
         macs, parameters: what may be left, as a fraction of the dense model or as a count, of MACs for one sample.
         speedup: how many times faster in onnxruntime than `traced` finalized as it is, measured on this machine.
         seed: for "random"; None draws from the global generator.
-        loader, loss, batches: for "taylor" and what is registered, as for `fxprune.importance.scores`.
+        loader, loss, max_batches: for "taylor" and what is registered, as for `fxprune.importance.scores`.
         threads, batch, providers: of the measurement for `speedup`; a batch that is not free is the sample's, providers
             are onnxruntime's, a list in order of preference.
 
@@ -141,7 +142,7 @@ def channels(
         normalize,
         None if targets is None else listed(targets), listed(ignore), None if kinds is None else listed(kinds),
     )  # fmt: skip
-    evidence = Evidence(loader, loss, batches, seed)
+    evidence = Evidence(loader, loss, max_batches, seed)
     check_evidence(importance, evidence)
     before, earlier = undone(traced, request)
     grouping = Grouping(driver.plain_view(before))

@@ -103,7 +103,7 @@ def check_evidence(importance: Importance, evidence: Evidence) -> None:
     """Raise where data is given to an importance that looks at none, or a seed is no integer."""
     if evidence.seed is not None and (isinstance(evidence.seed, bool) or not isinstance(evidence.seed, int)):
         raise ArgumentTypeError(f"seed={evidence.seed!r}: an integer is needed, or None.")
-    given = [name for name in ("loader", "loss", "batches") if getattr(evidence, name) is not None]
+    given = [name for name in ("loader", "loss", "max_batches") if getattr(evidence, name) is not None]
     blind = callable(importance) or importance == "random" or IMPORTANCES[importance].slices is not None
     if given and blind:
         name = "a function of a ChannelGroup" if callable(importance) else f'"{importance}"'

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from fxprune.calling import is_no_function
+from fxprune.calling import is_no_function, renamed
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, InputError, PruningError
 from fxprune.graph.arguments import Signature
 from fxprune.graph.calls import as_call
@@ -33,6 +33,7 @@ from fxprune.prune.mirror import find_all, original, state
 __all__ = ["IMPORTANCES", "SCORES", "Evidence", "Importance", "alive", "register", "scores", "value"]
 
 
+@renamed("batches", "max_batches")
 def scores(
     traced: TracedModule,
     names: str | Iterable[str],
@@ -40,7 +41,7 @@ def scores(
     *,
     loader: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
-    batches: int | None = None,
+    max_batches: int | None = None,
     seed: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Scores of every entry of the named parameters, for `importance_scores` of the functions of `fxprune.prune`.
@@ -61,7 +62,7 @@ def scores(
         loader: for "taylor", batches: pairs (inputs, target), or mappings of keyword arguments. Inputs are a tensor, a
             tuple of positional arguments, a dict of keyword arguments, or a `fxprune.Call` of both.
         loss: for "taylor", `(outputs, target) -> scalar`; for a mapping the target is the mapping itself.
-        batches: how many batches to take; None takes all of them.
+        max_batches: how many batches to take; None takes all of them.
         seed: of the draws of "random"; None draws from the global generator.
 
     Returns:
@@ -81,7 +82,7 @@ def scores(
     if not callable(importance) and (not isinstance(importance, str) or importance not in SCORES):
         raise ArgumentError(f"importance={importance!r}: one of {', '.join(SCORES)} is needed, or a function.")
     score = importance if callable(importance) else SCORES[importance]
-    given = score(traced, found, Evidence(loader, loss, batches, seed))
+    given = score(traced, found, Evidence(loader, loss, max_batches, seed))
     if not isinstance(given, Mapping) or not given.keys() >= set(found):
         what = f"keys {', '.join(given)}" if isinstance(given, Mapping) else type(given).__name__
         raise ArgumentTypeError(f"importance={importance!r} gave {what}; tensors for {', '.join(found)} are needed.")
@@ -127,7 +128,7 @@ def _generator(evidence: Evidence) -> torch.Generator | None:
 
 
 def _taylor(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> dict[str, torch.Tensor]:
-    loader, loss, batches, _ = evidence
+    loader, loss, most, _ = evidence
     if isinstance(loss, type):
         raise ArgumentTypeError(f"loss is the class {loss.__name__}; give an object of it: loss={loss.__name__}().")
     if isinstance(loader, Dataset) and not isinstance(loader, Iterable):
@@ -140,21 +141,23 @@ def _taylor(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> d
             f'"taylor" needs an iterable loader and a loss function; got loader={loader!r}, loss={loss!r}. Batches are '
             "pairs (inputs, target), as a torch.utils.data.DataLoader gives them; loss takes outputs and target."
         )
-    if batches is not None and (not isinstance(batches, int) or batches < 1):
-        raise ArgumentError(f"batches={batches!r}: a count of 1 or more is needed, or None for the whole loader.")
+    if most is not None and (not isinstance(most, int) or most < 1):
+        raise ArgumentError(
+            f"max_batches={most!r}: a count of 1 or more is needed, or None for the whole loader, which holds the data."
+        )
     # for a masked parameter w_orig * dL/dw_orig is w * dL/dw, as w = mask * w_orig
     parameters = [original(traced, name) for name in names]
     totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     count = 0
     with preserved(traced), torch.enable_grad():
         traced.train("eval" not in traced.modes)
-        for batch in itertools.islice(loader, batches):
+        for batch in itertools.islice(loader, most):
             gradients = _gradients(traced, names, parameters, loss, batch)
             for total, parameter, gradient in zip(totals, parameters, gradients, strict=True):
                 total += (parameter.detach() * gradient).abs()
             count += 1
-    if count < (batches or 1):
-        raise ArgumentError(f"the loader yielded {count} batches; {batches or 'at least 1'} were asked for.")
+    if count < (most or 1):
+        raise ArgumentError(f"the loader yielded {count} batches; {most or 'at least 1'} were asked for.")
     return {name: alive(traced, name, total / count) for name, total in zip(names, totals, strict=True)}
 
 

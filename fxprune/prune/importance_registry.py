@@ -19,8 +19,13 @@ class Evidence(NamedTuple):
 
     loader: Iterable[Any] | None = None
     loss: Callable[[Any, Any], torch.Tensor] | None = None
-    batches: int | None = None
+    max_batches: int | None = None
     seed: int | None = None
+
+    @property
+    def batches(self) -> int | None:
+        """`max_batches` under its name of before."""
+        return self.max_batches
 
 
 Score = Callable[[TracedModule, Sequence[str], Evidence], Mapping[str, torch.Tensor]]

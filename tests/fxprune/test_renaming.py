@@ -63,11 +63,21 @@ def _outputs(file: Path, **options: Any) -> list[str]:
     return list(Session(file).run(**options))
 
 
+def _scored(file: Path, **options: Any) -> list[str]:
+    traced, calls = traced_with_dead_rows(), []
+    scores = fxprune.importance.scores(
+        traced, "*.weight", "taylor", loader=[(X, X[:, :2])] * 3, loss=lambda *both: calls.append(1) or both[0].sum(),
+        **options,
+    )  # fmt: skip
+    return [*scores, str(len(calls))]
+
+
 RENAMED: dict[str, tuple[Callable[..., object], dict[str, Any], dict[str, Any], object]] = {
     "verify of remove": (_removed, {"check": False}, {"verify": False}, (0, 0)),
     "verify of RemoveChannels": (_removed_by_a_pass, {"check": False}, {"verify": False}, (0, 0)),
     "providers of bench": (
         _measured, {"provider": "CPUExecutionProvider"}, {"providers": ["CPUExecutionProvider"]}, ["model.onnx"]),
+    "max_batches of scores": (_scored, {"batches": 2}, {"max_batches": 2}, ["0.weight", "2.weight", "2"]),
     "inputs of a session": (_outputs, {"args": (X,)}, {"inputs": (X,)}, ["output"]),
     "providers of channels": (
         _cut, {"provider": "CPUExecutionProvider"}, {"providers": ("CPUExecutionProvider",)}, True),
@@ -77,7 +87,7 @@ RENAMED: dict[str, tuple[Callable[..., object], dict[str, Any], dict[str, Any], 
 @pytest.mark.parametrize("case", RENAMED.values(), ids=RENAMED)
 def test_the_option_works_under_both_names_but_not_both_at_once(case: Any, file: Path) -> None:
     call, old, new, wanted = case
-    arguments = (file,) if call in (_measured, _cut, _outputs) else ()
+    arguments = (file,) if call in (_measured, _cut, _outputs, _scored) else ()
     assert call(*arguments, **new) == wanted
     assert call(*arguments, **old) == wanted
     with pytest.raises(ArgumentTypeError, match=f"Leave {next(iter(old))} out"):

@@ -59,7 +59,7 @@ def test_taylor_is_the_mean_of_weight_times_gradient_of_eager(
             module = model.get_submodule(name.split(".")[0])
             parameter = module.weight_orig if name.startswith("inner") else module.weight
             want[name] = want[name] + (parameter * parameter.grad).abs().detach() / len(batches[:count])
-    got = scores(traced, NAMES, "taylor", loader=batches, loss=functional.cross_entropy, batches=count)
+    got = scores(traced, NAMES, "taylor", loader=batches, loss=functional.cross_entropy, max_batches=count)
     assert all(torch.allclose(got[name], want[name], rtol=1e-9, atol=1e-15) for name in NAMES)
     assert list(got) == NAMES
 
@@ -189,8 +189,8 @@ def test_what_scores_channels_alone_scores_no_entries(traced: fxprune.TracedModu
         ({"loss": None}, "loss=None"),
         ({"loader": []}, "yielded 0 batches"),
         ({"loader": iter(())}, "yielded 0 batches"),
-        ({"batches": 9}, "yielded 4 batches; 9"),
-        ({"batches": 0}, "batches=0"),
+        ({"max_batches": 9}, "yielded 4 batches; 9"),
+        ({"max_batches": 0}, "max_batches=0"),
         ({"loader": [torch.randn(4, 3, 6, 6)]}, "Tensor; a pair"),
         ({"loss": lambda out, y: out}, "no scalar"),
         ({"loss": lambda out, y: 1.0}, "no scalar"),
@@ -205,7 +205,7 @@ def test_what_is_missing_is_named(
     traced: fxprune.TracedModule, batches: list[Any], change: dict[str, Any], match: str
 ) -> None:
     arguments = {
-        "names": NAMES, "importance": "taylor", "loader": batches, "loss": functional.cross_entropy, "batches": None,
+        "names": NAMES, "importance": "taylor", "loader": batches, "loss": functional.cross_entropy,
     }  # fmt: skip
     with pytest.raises(FxpruneError, match=match):
         scores(traced, **arguments | change)
