@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -81,35 +82,56 @@ def check_unseen(known: Mapping[str, Any], name: str, value: Any) -> None:
         )
 
 
-def absent(root: nn.Module, path: str, name: str, known: Mapping[str, Any]) -> NameLookupError:
+def absent(root: nn.Module, part: nn.Module, name: str, known: Mapping[str, Any]) -> NameLookupError:
     """The error where a traced module, or one below it, is asked for what it has not.
 
     Args:
         root: the traced module.
-        path: of the module that was asked; empty for the traced one.
-        name: what it was asked for.
+        part: the module that was asked; the traced one itself, or one below it.
+        name: what it was asked for; of the traced module a path, too.
         known: what the captured module had.
     """
-    if name == "plan" and not path:
-        return NameLookupError(
+    return NameLookupError(_Message(lambda: _said_of_absent(root, part, name, known)))
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A text that is put together when it is read: `hasattr` asks often, and reads none."""
+
+    tell: Callable[[], str]
+
+    def __str__(self) -> str:
+        return self.tell()
+
+    def __repr__(self) -> str:
+        return repr(self.tell())
+
+    def __reduce__(self) -> Any:
+        return str, (self.tell(),)
+
+
+def _said_of_absent(root: nn.Module, part: nn.Module, name: str, known: Mapping[str, Any]) -> str:
+    if name == "plan" and part is root:
+        return (
             "the traced module has no plan: nothing was removed from it yet. A plan comes with what finalize returns: "
             "final = fxprune.finalize(traced), then final.plan.explain(). What can go is told by "
             "fxprune.channel_groups(traced), what was masked by the report of fxprune.prune.channels."
         )
+    path = next((path for path, module in root.named_modules() if module is part), "")
     told = f"{f'the module {path!r} of a traced one' if path else 'the traced module'} has no {name!r}"
     if name in known:
-        return NameLookupError(
+        return (
             f"{told}: of the captured one it keeps parameters, buffers and modules. Sizes are those of parameters, as "
             "in traced.get_parameter('conv1.weight').shape; p of dropouts, momentum and eps of norms are those of the "
             "captured graphs; all else is told by the eager model."
         )
     if name in _FUNCTIONS and not path:
-        return NameLookupError(f"{told}. What does it: {_FUNCTIONS[name]}.")
-    below = [*_below(root.get_submodule(path))]
+        return f"{told}. What does it: {_FUNCTIONS[name]}."
+    below = [*_below(part)]
     if near := [other for other in below if other.rpartition(".")[2] == name] or _similar(name, below):
-        return NameLookupError(f"{told}. Did you mean {first_of([join(path, other) for other in near], 3)}?")
+        return f"{told}. Did you mean {first_of([join(path, other) for other in near], 3)}?"
     there = [other for other in below if "." not in other]
-    return NameLookupError(f"{told}. It has {first_of(there, _SHOWN)}." if there else f"{told}, nor anything else.")
+    return f"{told}. It has {first_of(there, _SHOWN)}." if there else f"{told}, nor anything else."
 
 
 def _similar(name: str, names: Sequence[str]) -> list[str]:

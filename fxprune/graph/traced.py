@@ -223,8 +223,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         """
         value = read_option(self, self.graphs, part, name)
         if value is None:
-            path = next((path for path, module in self.named_modules() if module is part), "")
-            raise absent(self, path, name, provenance_of(part).attributes)
+            raise absent(self, part, name, provenance_of(part).attributes)
         return value
 
     def __getattr__(self, name: str) -> Any:
@@ -233,14 +232,14 @@ class TracedModule(ReadByName, fx.GraphModule):
         except AttributeError:
             if name.startswith("_") or "_selected" not in vars(self):
                 raise
-        raise absent(self, "", name, provenance_of(self).attributes)
+        raise absent(self, self, name, provenance_of(self).attributes)
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """As in torch; the NameLookupError that it raises is an AttributeError, and has the names that may be meant."""
         try:
             return super().get_parameter(target)
         except AttributeError as error:
-            raise absent(self, "", target, {}) from error
+            raise absent(self, self, target, {}) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_selected" not in vars(self):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +204,10 @@ def test_attributes_of_a_traced_module_that_are_asked_for_with_a_default_are_abs
         exec("from fxprune import to_onnx")
     assert bool(configured)
     assert bool(configured.head)
+    assert dict(inspect.getmembers(configured))["graphs"] is configured.graphs
+    with pytest.raises(NameLookupError) as caught:
+        _ = configured.haed
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # as between processes
 
 
 def test_what_is_set_on_a_traced_module_and_was_the_same_or_is_the_users_own_passes(
