@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
-from fxprune.calling import named_arguments
+from fxprune.calling import is_no_function, named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call, as_calls
@@ -324,3 +324,6 @@ def _verify(request: _Request, draft: Draft, exported: ExportedProgram) -> _Veri
     if set(session.placement) - {request.providers[0]}:
         notes.append(f"operators by provider: {session.placement}")
     return _Verification(comparison, tuple(notes))
+
+
+is_no_function(__name__, "A file is written by fxprune.export.to_onnx(final, 'model.onnx').")

@@ -153,6 +153,8 @@ ATTRIBUTES: dict[str, Case] = {
         lambda t: setattr(t, "scale", 3.0), CaptureError, "'scale' .* go on with 2.0", "on the eager model"),
     "a module that is called": (
         lambda t: fxprune.export(t, "m.onnx"), ArgumentTypeError, "export was called, which is a mod", "to_onnx"),
+    "the module of a format that is called": (
+        lambda t: fxprune.export.onnx(t, "m.onnx"), ArgumentTypeError, "export.onnx was called", "export.to_onnx"),
     "the module of masks that is called": (
         lambda t: fxprune.prune(t, 0.5), ArgumentTypeError, "prune was called", "prune.channels.traced"),
     "the module of channels that is called": (
