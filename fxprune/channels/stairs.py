@@ -143,10 +143,10 @@ class _Landing:
     def best(self) -> Vector:
         whole = []
         for levels in self._whole():
-            if self._spends(levels):
+            if self._lands(levels):
                 return levels
             spared = self._spared(levels)
-            if self._spends(spared):
+            if self._lands(spared):
                 return spared
             whole.append(spared)
         return self._filled(whole)
@@ -186,12 +186,12 @@ class _Landing:
             if any(self._spends(levels) and not self._unblocked(levels) for levels in options):
                 break
             front = sorted(options, key=lambda levels: (self._unblocked(levels), -self._remaining(levels)))[:KEPT]
+        nearest = max(found, key=self._remaining)
         spent = [levels for levels in found if self._spends(levels)]
-        if not spent:
-            return self._exchanged(max(found, key=self._remaining))
-        if min(map(self._unblocked, spent)) > min(map(self._unblocked, whole)):
+        is_wanting = all(map(self._leaves_layout, spent)) if spent else self._has_room(nearest)
+        if is_wanting:
             spent += [option for levels in whole for option in self._in_blocks(levels) if self._spends(option)]
-        return min(spent, key=self._waste)
+        return min(spent, key=self._waste) if spent else self._exchanged(nearest)
 
     def _exchanged(self, levels: Vector) -> Vector:
         """Levels where steps of one ladder, of which one is too much, are exchanged for smaller ones of another.
@@ -331,6 +331,10 @@ class _Landing:
     def _spends(self, levels: Vector) -> bool:
         return self._remaining(levels) >= self._limit.spent * self._limit.most
 
+    def _lands(self, levels: Vector) -> bool:
+        """Whether nothing better is to be looked for."""
+        return self._spends(levels) and not self._leaves_layout(levels)
+
     def _waste(self, levels: Vector) -> tuple[float, int]:
         """What runs for nothing, and how many ladders are cut finer."""
         ladders = self._stairs.ladders
@@ -341,6 +345,13 @@ class _Landing:
     def _unblocked(self, levels: Vector) -> int:
         """How many ladders leave the blocked layout."""
         return sum(ladder.is_unblocked(int(n)) for ladder, n in zip(self._stairs.ladders, levels, strict=True))
+
+    def _leaves_layout(self, levels: Vector) -> bool:
+        """Whether a ladder leaves the blocked layout by what was chosen finer than it is to be rounded."""
+        return any(
+            n > ladder.gone and n not in ladder.taken[0] and ladder.is_unblocked(n)
+            for ladder, n in zip(self._stairs.ladders, levels.tolist(), strict=True)
+        )
 
 
 def _with(levels: Vector, ladder: int, level: int) -> Vector:

@@ -171,6 +171,18 @@ def test_convolutions_stay_in_their_layout_where_another_choice_lands(
         _check(traced, report, budget, value, unit=0)
 
 
+@pytest.mark.parametrize("amount", [8, 16])
+def test_channels_of_a_grouped_convolution_stay_in_their_layout_where_another_choice_lands(amount: int) -> None:
+    torch.manual_seed(0)
+    grouped = nn.Conv2d(16, 32, 3, padding=1, groups=2), nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), *grouped, nn.Conv2d(32, 4, 3)).eval()
+    traced = fxprune.trace(model, torch.randn(2, 3, 9, 9), modes=("eval",), dynamic_shapes=None)
+    report = fxprune.prune.channels(traced, amount)
+    left = [size - masked for masked, size in report.removed.values()]
+    assert sum(left) == 48 - amount
+    assert all(count <= 16 or count % 4 == 0 for count in left)
+
+
 def test_the_first_to_be_given_back_is_what_stands_in_for_the_last_stair() -> None:
     torch.manual_seed(0)
     first = nn.Linear(10, 256), nn.ReLU(), nn.Unflatten(1, (16, 4, 4)), nn.ConvTranspose2d(16, 32, 4, 2, 1)
