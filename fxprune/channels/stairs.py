@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxprune.channels.alignment import BLOCK
+from fxprune.channels.alignment import BLOCK, FINEST
 from fxprune.channels.budget import Ladder
 from fxprune.channels.groups import Scores
 from fxprune.channels.ids import Vector
@@ -121,7 +121,7 @@ class Staircase:
            ones that need not be taken then.
         2. Where these do not use the limit up, units of one to three ladders are given back, in multiples of 8, of 4,
            or one by one, in the way that costs the least latency (`Ladder.waste`).
-        3. Where that does not either, steps of one ladder are given back for smaller ones of another.
+        3. Where that does not either, those of more ladders, and steps of one for smaller ones of another.
 
         Returns:
             The units, None where all stairs leave more than the limit.
@@ -187,6 +187,9 @@ class _Landing:
                 break
             front = sorted(options, key=lambda levels: (self._unblocked(levels), -self._remaining(levels)))[:KEPT]
         nearest = max(found, key=self._remaining)
+        if not self._spends(nearest):
+            nearest = self._refilled(nearest)
+            found.append(nearest)
         spent = [levels for levels in found if self._spends(levels)]
         is_wanting = all(map(self._leaves_layout, spent)) if spent else self._has_room(nearest)
         if is_wanting:
@@ -236,11 +239,14 @@ class _Landing:
                     yield from self._cut(given, other, range(int(levels[other]) + 1, ladders[other].most + 1))
 
     def _refilled(self, levels: Vector) -> Vector:
-        """Without the steps that need not be taken, ladder by ladder, the latest first."""
-        for ladder in self._taken(levels):
-            level = int(levels[ladder])
-            room = max(0, level - self._stairs.ladders[ladder].gone)
-            levels = _with(levels, ladder, level - self._most(levels, ladder, 1, room))
+        """With steps that need not be taken given back, the latest ladder first, until the limit is used up."""
+        for each in (FINEST, 1):
+            for ladder in self._taken(levels):
+                if self._spends(levels):
+                    return levels
+                level = int(levels[ladder])
+                room = max(0, level - self._stairs.ladders[ladder].gone)
+                levels = _with(levels, ladder, level - self._most(levels, ladder, each, room))
         return levels
 
     def _taken(self, levels: Vector) -> list[int]:

@@ -183,6 +183,12 @@ def test_channels_of_a_grouped_convolution_stay_in_their_layout_where_another_ch
     assert all(count <= 16 or count % 4 == 0 for count in left)
 
 
+def test_many_groups_give_back_what_a_large_step_of_another_leaves_unused(pytorchcv_model: Any) -> None:
+    model = pytorchcv_model("shufflenet_g2_w1").eval()  # stages go together, a quarter of their channels at a time
+    traced = fxprune.trace(model, torch.randn(1, 3, 224, 224), modes=("eval",), dynamic_shapes=None)
+    _check(traced, fxprune.prune.channels(traced, parameters=0.5), "parameters", 0.5, unit=0)
+
+
 def test_the_first_to_be_given_back_is_what_stands_in_for_the_last_stair() -> None:
     torch.manual_seed(0)
     first = nn.Linear(10, 256), nn.ReLU(), nn.Unflatten(1, (16, 4, 4)), nn.ConvTranspose2d(16, 32, 4, 2, 1)
