@@ -25,6 +25,7 @@ from fxprune.graph.traced import TracedModule
 from fxprune.prune import ChannelReport, importance
 from fxprune.prune.repair import ReconstructionReport, reconstruct
 from fxprune.prune.schedule import Schedule
+from fxprune.prune.sensitivity import Sensitivity, sensitivity
 from fxprune.training.clipping import GradientClipping, clip_gradients
 from fxprune.training.continuation import optimizer_after
 from fxprune.training.freezing import freeze_batch_norms
@@ -49,6 +50,8 @@ __all__ = [  # noqa: RUF022
     "importance",
     "Schedule",
     "ChannelReport",
+    "sensitivity",
+    "Sensitivity",
     "reconstruct",
     "ReconstructionReport",
     "channel_groups",

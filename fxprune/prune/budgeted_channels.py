@@ -25,6 +25,7 @@ from fxprune.graph.masks import masked, view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_budgets import Amount, Budget, Choice, Macs, Size, Speed
+from fxprune.prune.channel_curves import GroupCurves, cheapest, prices
 from fxprune.prune.channel_report import ChannelReport
 from fxprune.prune.channel_request import (
     DEFAULT_AMOUNT,
@@ -45,7 +46,8 @@ from fxprune.prune.channel_scores import (
     unit_scores,
 )
 from fxprune.prune.decisions import record, undone
-from fxprune.prune.importance_registry import Evidence
+from fxprune.prune.importance_registry import IMPORTANCES, Evidence
+from fxprune.prune.sensitivity import Sensitivity
 
 MOST_CORRECTIONS = 12
 
@@ -70,7 +72,8 @@ def channels(
     speedup: float | None = None,
     seed: int | None = None,
     loader: Iterable[Any] | None = None,
-    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    weight: Callable[..., torch.Tensor] | None = None,
     max_batches: int | None = None,
     threads: int = 1,
     batch: int = 1,
@@ -142,7 +145,7 @@ def channels(
         normalize,
         None if targets is None else listed(targets), listed(ignore), None if kinds is None else listed(kinds),
     )  # fmt: skip
-    evidence = Evidence(loader, loss, max_batches, seed)
+    evidence = Evidence(loader, loss, max_batches, seed, weight)
     check_evidence(importance, evidence)
     before, earlier = undone(traced, request)
     grouping = Grouping(driver.plain_view(before))
@@ -176,6 +179,7 @@ class _Ranked:
         started: for each group whether an earlier budget chose them.
         masking: with what is masked of the groups themselves, for the masks.
         counting: with all that is masked, for the budget: other groups are left alone, and count.
+        curves: what is lost with the units, where that is known; scores are made of them.
     """
 
     scores: list[Scores]
@@ -183,6 +187,7 @@ class _Ranked:
     started: list[bool]
     masking: Repair
     counting: Repair
+    curves: GroupCurves | None = None
 
     def corrected(self, stays: Mask, lost: Mask) -> _Ranked:
         """The same, where some classes stay whatever is chosen, and others are gone."""
@@ -226,7 +231,11 @@ def _ranked(
     def masked_of(groups: Sequence[ChannelGroup]) -> Vector:
         return np.concatenate([group.units[gone[id(group)]] for group in groups])
 
-    scores = unit_scores(traced, grouping, picked, request.importance, evidence)
+    curves = _curves(traced, grouping, picked, request.importance, evidence)
+    if curves is None:
+        scores = unit_scores(traced, grouping, picked, request.importance, evidence)
+    else:
+        scores = curves.scores(prices(grouping, picked, request.budget))
     normalize = is_relative(request.importance) if request.normalize is None else request.normalize
     dead = [gone[id(group)] for group in picked]
     if normalize and request.scope == "global":
@@ -234,7 +243,25 @@ def _ranked(
     ranks = [(g, s - d * (np.ptp(s) + 1)) for g, d, s in zip(picked, dead, scores, strict=True)]
     repairs = (grouping.repair(masked_of(groups), ranks, "auto", decided) for groups in (picked, removable))
     started = [not traced.decided.isdisjoint(_written_axes([group])) for group in picked]
-    return _Ranked(scores, dead, started, *repairs)
+    masking, counting = repairs
+    return _Ranked(scores, dead, started, masking, counting, curves)
+
+
+def _curves(
+    traced: TracedModule,
+    grouping: Grouping,
+    picked: Sequence[ChannelGroup],
+    importance: Importance,
+    evidence: Evidence,
+) -> GroupCurves | None:
+    """What the output loses with the units of groups, where the importance is that."""
+    found = importance if isinstance(importance, Sensitivity) else None
+    if isinstance(importance, str) and (measure := IMPORTANCES[importance].curves) is not None:
+        found = measure(traced, grouping, picked, evidence)
+    if found is None:
+        return None
+    curves = [found.curve_of(group) for group in picked]
+    return GroupCurves(picked, [curve.slopes() for curve in curves], [curve.losses() for curve in curves])
 
 
 def _chosen(
@@ -252,6 +279,9 @@ def _chosen(
     analysis of the masked module; then it is known, and the choice is made again.
     """
     added, corrected = 0, False
+    ranked = _priced(
+        _budget(traced, grouping, picked, ranked, request, measure, added), grouping, picked, ranked, request
+    )
     for corrections in range(MOST_CORRECTIONS):
         choice = _fit(_budget(traced, grouping, picked, ranked, request, measure, added), picked, ranked, request)
         alive, counted = ranked.masking.alive(choice.units), ranked.counting.alive(choice.units)
@@ -309,15 +339,34 @@ def _budget(
     return Speed(grouping, ranked.counting.alive, value, speedup_of)
 
 
+def _priced(
+    budget: Budget, grouping: Grouping, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest
+) -> _Ranked:
+    """With the scores whose choice loses least, where curves say what is lost."""
+    if ranked.curves is None or request.budget not in ("macs", "parameters"):
+        return ranked
+
+    def choose(scores: list[Scores]) -> Mask | None:
+        choice = _landed(budget, picked, replace(ranked, scores=scores), request)
+        return None if choice is None else ranked.masking.alive(choice.units)
+
+    scores = cheapest(ranked.curves, lambda alive: prices(grouping, picked, request.budget, alive), choose)
+    return replace(ranked, scores=scores)
+
+
 def _fit(budget: Budget, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest) -> Choice:
     """The choice that keeps the budget."""
-    roundings = budget.roundings if isinstance(request.round_to, str) else (request.round_to, 1)
-    most, least = request.max_per_group, request.at_least
-    steps = ladders(picked, ranked.scores, roundings, most, least, budget.timed, ranked.gone, ranked.started)
-    choice = budget.fit(Staircase(steps, request.scope))
+    choice = _landed(budget, picked, ranked, request)
     if choice is None:
         raise budget.refusal()
     return choice
+
+
+def _landed(budget: Budget, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest) -> Choice | None:
+    roundings = budget.roundings if isinstance(request.round_to, str) else (request.round_to, 1)
+    most, least = request.max_per_group, request.at_least
+    steps = ladders(picked, ranked.scores, roundings, most, least, budget.timed, ranked.gone, ranked.started)
+    return budget.fit(Staircase(steps, request.scope))
 
 
 def _masks(traced: TracedModule, grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:

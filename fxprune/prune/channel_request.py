@@ -103,8 +103,11 @@ def check_evidence(importance: Importance, evidence: Evidence) -> None:
     """Raise where data is given to an importance that looks at none, or a seed is no integer."""
     if evidence.seed is not None and (isinstance(evidence.seed, bool) or not isinstance(evidence.seed, int)):
         raise ArgumentTypeError(f"seed={evidence.seed!r}: an integer is needed, or None.")
-    given = [name for name in ("loader", "loss", "max_batches") if getattr(evidence, name) is not None]
+    given = [name for name in ("loader", "loss", "max_batches", "weight") if getattr(evidence, name) is not None]
     blind = callable(importance) or importance == "random" or IMPORTANCES[importance].slices is not None
+    measures = isinstance(importance, str) and IMPORTANCES[importance].curves is not None
+    if evidence.weight is not None and not blind and not measures:
+        raise ArgumentError(f'weight would be ignored by "{importance}": it says which inputs count for "obs".')
     if given and blind:
         name = "a function of a ChannelGroup" if callable(importance) else f'"{importance}"'
         raise ArgumentError(
@@ -171,9 +174,18 @@ def chosen_groups(groups: Sequence[ChannelGroup], request: ChannelRequest) -> li
         NameLookupError: a pattern matches nothing, or there is no such kind.
         PruningError: nothing is left to prune.
     """
-    wanted, unwanted = request.targets, request.ignore
+    return chosen_among(groups, request.targets, request.ignore, request.kinds)
+
+
+def chosen_among(
+    groups: Sequence[ChannelGroup],
+    wanted: Sequence[str] | None,
+    unwanted: Sequence[str],
+    kinds: Sequence[str] | None,
+) -> list[ChannelGroup]:
+    """The groups that may be pruned and are asked for: by targets, by what is ignored, and by kinds; as above."""
     _check_patterns(groups, [*(wanted or ()), *unwanted])
-    allowed = _kinds(groups, request.kinds)
+    allowed = _kinds(groups, kinds)
     usable = [g for g in groups if g.reason is None and g.size > 1 and g.kind in allowed]
     asked = [g for g in usable if wanted is None or _matches(g, wanted, ("writer",))]
     ignored = [g for g in usable if _matches(g, unwanted, ("writer", "reader"))]

@@ -131,7 +131,9 @@ def _by_entries(
     traced: TracedModule, grouping: Grouping, groups: Sequence[ChannelGroup], importance: str, evidence: Evidence
 ) -> list[Scores]:
     names = (_members(groups) - bias_operands(grouping.plain.graphs["eval"])) & plain_names(traced)
-    entries = scores(traced, sorted(names), importance, **evidence._asdict())
+    given = evidence._asdict()
+    del given["weight"]  # of inputs that curves are measured on
+    entries = scores(traced, sorted(names), importance, **given)
     return _mean_over_slices(grouping, groups, entries, lambda values, axes: values.sum(axes))
 
 

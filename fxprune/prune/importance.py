@@ -128,7 +128,7 @@ def _generator(evidence: Evidence) -> torch.Generator | None:
 
 
 def _taylor(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> dict[str, torch.Tensor]:
-    loader, loss, most, _ = evidence
+    loader, loss, most = evidence.loader, evidence.loss, evidence.max_batches
     if isinstance(loss, type):
         raise ArgumentTypeError(f"loss is the class {loss.__name__}; give an object of it: loss={loss.__name__}().")
     if isinstance(loader, Dataset) and not isinstance(loader, Iterable):

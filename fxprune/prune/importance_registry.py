@@ -21,6 +21,7 @@ class Evidence(NamedTuple):
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     max_batches: int | None = None
     seed: int | None = None
+    weight: Callable[..., torch.Tensor] | None = None
 
     @property
     def batches(self) -> int | None:
@@ -44,6 +45,8 @@ class Importance:
             those within a slice, the result has one value for each index of the others. The mean over a unit's slices
             scores the unit.
         units: from the evidence to a function of a `ChannelGroup` that scores each of its units, a tensor [units].
+        curves: from module, grouping, groups and evidence to what the output loses with the units of each group, an
+            object with `curve_of(group)` (`fxprune.Sensitivity`).
         reads: the parameters that `slices` looks at: "weights" (all but biases), "filters" (weights of two and more
             axes where they write a group) or "gains" (those of batch norms; groups without one are left alone).
         relative: whether units of different groups compare by their scores divided by the group's mean, where the
@@ -53,6 +56,7 @@ class Importance:
     entries: Score | None = None
     slices: SliceScore | None = None
     units: Callable[[Evidence], UnitScore] | None = None
+    curves: Callable[[TracedModule, Any, Sequence[ChannelGroup], Evidence], Any] | None = None
     reads: str = "weights"
     relative: bool = False
 

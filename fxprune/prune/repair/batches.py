@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -121,6 +121,15 @@ class Batches:
                 yield from _run(part)
             part.waiting.append(taken)
             part.samples += len(some)
+
+    def head(self, piece: Piece, samples: int) -> Piece:
+        """The first samples of a piece; all of it where its size is fixed."""
+        if not self.is_free or samples >= piece.samples:
+            return piece
+        some = torch.arange(samples)
+        return replace(
+            piece, inputs=self._taken(piece.inputs, some), counts=_picked(piece.counts, some), samples=samples
+        )
 
     def _taken(self, inputs: list[Any], places: Tensor) -> list[Any]:
         return [_picked(each, places) if leads else each for each, leads in zip(inputs, self.is_batch, strict=True)]

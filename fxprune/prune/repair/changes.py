@@ -7,10 +7,11 @@ from torch.autograd.graph import increment_version
 
 
 class Changes:
-    """What was changed, with the values before the first change."""
+    """What was changed, with the values before the first change, and what the network stands for."""
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._meant: dict[int, Tensor] = {}
 
     def set(self, tensor: Tensor, values: Tensor) -> None:
         """Write values into a tensor, which stays the same object."""
@@ -18,8 +19,15 @@ class Changes:
             self._before[id(tensor)] = tensor, tensor.detach().clone()
         tensor.data.copy_(values)  # what is taken back shall not count as written
 
+    def restate(self, tensor: Tensor, values: Tensor) -> None:
+        """Write other values that mean the same: no change of what the unmasked network computes."""
+        self.set(tensor, values)
+        self._meant[id(tensor)] = tensor.detach().clone()
+
     def before(self, tensor: Tensor) -> Tensor:
-        """The values of a tensor before any change."""
+        """The values of a tensor before any change of its meaning."""
+        if id(tensor) in self._meant:
+            return self._meant[id(tensor)]
         return self._before[id(tensor)][1] if id(tensor) in self._before else tensor
 
     def undo(self) -> None:

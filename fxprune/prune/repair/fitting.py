@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,17 +18,13 @@ from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.batches import Piece
 from fxprune.prune.repair.changes import Changes
 from fxprune.prune.repair.finding import Stream
-from fxprune.prune.repair.layers import ConvolutionReader, Reader
+from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.moments import Moments
 from fxprune.prune.repair.pair import Environment
 from fxprune.prune.repair.references import References
 from fxprune.prune.repair.report import ReaderRepair
+from fxprune.prune.repair.rows import Rows
 from fxprune.prune.repair.solving import Fit, Problem, best_fit
-
-# So many rows a column are taken, and never fewer than the least; neighbouring positions of an image say much the same.
-_MOST_ROWS, _LEAST_ROWS = 64, 2**16
-_MOST_POSITIONS, _LEAST_POSITIONS = 16, 2**14
-_MOST_ENTRIES = 2**24  # of inputs that are laid out as rows at once
 
 
 @dataclass(eq=False)
@@ -142,25 +137,19 @@ class Family:
     """
 
     def __init__(self, targets: Sequence[Target], samples: int) -> None:
-        self.targets, self.samples = targets, samples
+        self.targets = targets
         support = torch.stack([target.support.any(1).any(0) for target in targets]).any(0)
         self.columns = support.nonzero()[:, 0]
         outputs = [target.reader.sizes[1] for target in targets]
         self.fit, self.held = Moments(outputs), Moments(outputs)
         self._shift: Tensor | None = None
-        self._stride: int | None = None
+        self._rows = Rows(targets[0].reader, len(self.columns), samples)
 
     def add(self, current: Environment, reference: Environment, piece: Piece) -> None:
         """Add the rows of a piece."""
         first = self.targets[0].reader
         data = current[first.data]
-        positions = first.positions(data)
-        if self._stride is None:
-            rows = math.prod(positions) / piece.samples * self.samples
-            is_image = isinstance(first, ConvolutionReader)
-            each, least = (_MOST_POSITIONS, _LEAST_POSITIONS) if is_image else (_MOST_ROWS, _LEAST_ROWS)
-            self._stride = max(1, round(rows / max(least, each * len(self.columns))))
-        for places in _places(positions, piece, self._stride, first.sizes[0] * first.sizes[2], data.device):
+        for places in self._rows.places(data, piece):
             self._add(data, current, reference, places, piece.is_held)
 
     def _add(
@@ -220,24 +209,6 @@ def _note(target: Target, rows: int, unknowns: int) -> str:
     notes = ["fewer rows than unknowns"] if rows < unknowns else []
     notes += [] if bool(target.biased.any()) else ["no bias takes the mean shift"]
     return "; ".join(notes)
-
-
-def _places(
-    positions: tuple[int, ...], piece: Piece, stride: int, columns: int, device: torch.device
-) -> Iterator[tuple[Tensor, ...]]:
-    """The positions of a piece that are taken, as an index tensor an axis, in parts that fit in memory."""
-    rows = torch.arange(math.prod(positions))
-    leads = positions[0] == piece.samples
-    each = max(math.prod(positions) // positions[0], 1) if leads else max(len(rows), 1)
-    sample = rows.div(each, rounding_mode="floor") + piece.first  # other positions of every sample
-    taken = (rows % each + sample) % stride == 0
-    counts = piece.counts
-    if counts is not None and tuple(counts.shape) == positions[: counts.dim()]:
-        wide = counts.reshape(*counts.shape, *[1] * (len(positions) - counts.dim()))
-        taken &= wide.expand(positions).flatten().cpu()
-    for part in rows[taken].split(max(_MOST_ENTRIES // columns, 1)):
-        if len(part):
-            yield tuple(index.to(device) for index in torch.unravel_index(part, positions))
 
 
 def families(

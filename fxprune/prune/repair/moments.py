@@ -80,16 +80,22 @@ class Moments:
         sums = [self.total, *(each for found in self.errors for each in (found.energy, found.output))]
         return all(bool(torch.isfinite(each).all()) for each in sums)
 
+    def normal_square(self, centred: bool) -> Tensor:
+        """X^T X, about the mean or about zero."""
+        if centred:
+            return self.square - self.total[:, :, None] * self.total[:, None, :] / self.count
+        mixed = self.total[:, :, None] * self.shift[:, None, :]
+        square = self.square + mixed + mixed.transpose(1, 2)
+        return square + self.count * self.shift[:, :, None] * self.shift[:, None, :]
+
     def normal_equations(self, reader: int, centred: bool) -> tuple[Tensor, Tensor]:
         """X^T X and X^T E of a reader, about the mean or about zero."""
         errors = self.errors[reader]
         if centred:
-            square = self.square - self.total[:, :, None] * self.total[:, None, :] / self.count
-            return square, errors.cross - self.total[:, :, None] * errors.total[:, None, :] / self.count
-        mixed = self.total[:, :, None] * self.shift[:, None, :]
-        square = self.square + mixed + mixed.transpose(1, 2)
-        square = square + self.count * self.shift[:, :, None] * self.shift[:, None, :]
-        return square, errors.cross + self.shift[:, :, None] * errors.total[:, None, :]
+            cross = errors.cross - self.total[:, :, None] * errors.total[:, None, :] / self.count
+        else:
+            cross = errors.cross + self.shift[:, :, None] * errors.total[:, None, :]
+        return self.normal_square(centred), cross
 
     def mean_shift(self, reader: int, change: Tensor) -> Tensor:
         """What a bias adds, [groups, outputs], so that the mean of the error is zero after a change of the weights."""

@@ -1,4 +1,4 @@
-"""How far a reconstruction is, on a terminal."""
+"""How far a long work is, on a terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Progress:
     """One line on a terminal's standard error, gone at the end; nothing where it is no terminal.
 
     Args:
-        total: how many readers there are.
+        what: what is done. total: how many steps there are.
     """
 
-    def __init__(self, total: int) -> None:
-        self._total = total
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total = what, total
         self._done = 0
 
     def __enter__(self) -> Progress:
@@ -28,11 +28,11 @@ class Progress:
         self._write(" " * _WIDTH + "\r")
 
     def show(self, name: str) -> None:
-        """The reader that is worked on."""
-        self._write(f"reconstruct {self._done}/{self._total} {name}"[:_WIDTH].ljust(_WIDTH))
+        """What is worked on."""
+        self._write(f"{self._what} {self._done}/{self._total} {name}"[:_WIDTH].ljust(_WIDTH))
 
     def advance(self, count: int) -> None:
-        """So many readers are done."""
+        """So many steps are done."""
         self._done += count
 
     def _write(self, text: str) -> None:

@@ -71,6 +71,10 @@ class References:
         """A parameter of the reference by its name without masks."""
         return self(view(self._traced, name).original_name)
 
+    def restate(self, name: str, values: Tensor) -> None:
+        """Give a parameter of another module other values that mean the same; the module stays as it is."""
+        self._tensors[view(self._traced, name).original_name] = values
+
     def differs(self, target: str) -> bool:
         """Whether the two networks have different values there."""
         return target in self._tensors and not torch.equal(self(target), tensor_at(self._traced, target))

@@ -26,6 +26,7 @@ from fxprune.prune.repair.progress import Progress
 from fxprune.prune.repair.references import References
 from fxprune.prune.repair.report import ReaderRepair, ReconstructionReport
 from fxprune.prune.repair.shelf import Shelf, State
+from fxprune.prune.repair.turning import Turning
 from fxprune.prune.repair.waves import Layout, plan
 from fxprune.reports import first_of
 
@@ -131,7 +132,8 @@ class _Sweep:
     def __init__(self, traced: TracedModule, references: References, changes: Changes) -> None:
         self.traced, self.references, self.changes = traced, references, changes
         self.graph = traced.graphs["eval"]
-        readers, alone = find(traced, self.graph)
+        self.found, alone = find(traced, self.graph)
+        readers = self.found
         products = {node: mask_product(traced, node) for node in self.graph.nodes}
         if references.is_own and (
             changed := [found.name for found in masked_views(traced) if found.changed_since_masked]
@@ -195,9 +197,7 @@ class _Sweep:
         self.alone[reader.name] = "it computes what the reference does"
         return False
 
-    def run(
-        self, batches: Iterable[Piece], dampings: Sequence[float]
-    ) -> tuple[dict[str, ReaderRepair], tuple[int, int]]:
+    def run(self, batches: Batches, dampings: Sequence[float]) -> tuple[dict[str, ReaderRepair], tuple[int, int]]:
         """Fit every reader, in the order of the waves; returns what came of it, and how many samples there were."""
         waves = plan(self.layout, self.readers, self.streams)
         others = {node: stream.other for node, stream in self.streams.items()}
@@ -206,11 +206,11 @@ class _Sweep:
             self.unmasked, others,
         )  # fmt: skip
         repairs: dict[str, ReaderRepair] = {}
-        with Shelf(_MOST_BYTES) as shelf, Progress(len(self.readers)) as progress:
-            pieces = []
-            for number, piece in enumerate(batches):
+        with Shelf(_MOST_BYTES) as shelf, Progress("reconstruct", len(self.readers)) as progress:
+            pieces = self._turned(batches)
+            for number, piece in enumerate(pieces):
                 shelf.put(number, pair.start(piece.inputs))
-                pieces.append(Piece([], piece.counts, piece.samples, piece.first, piece.is_held))
+                pieces[number] = Piece([], piece.counts, piece.samples, piece.first, piece.is_held)
             samples = _totals(pieces)
             for number, wave in enumerate(waves):
                 progress.show(wave.readers[0].name)
@@ -218,6 +218,14 @@ class _Sweep:
                     repairs[reader.name] = repair
                 progress.advance(len(wave.readers))
         return repairs, samples
+
+    def _turned(self, batches: Batches) -> list[Piece]:
+        """The pieces of the batches, after heads have turned by those of them that are fitted."""
+        pieces = [*batches]
+        turning = Turning(self.traced, self.graph, self.found, self.references, batches)
+        if bases := turning.bases(pieces[0]):
+            turning.turn(bases, [piece for piece in pieces if not piece.is_held], self.changes)
+        return pieces
 
     def _fitted(
         self,

@@ -319,8 +319,8 @@ def test_results_depend_neither_on_how_samples_are_batched_nor_on_the_mode_nor_o
 
 def test_of_many_positions_the_same_share_is_taken_of_every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = block()
-    monkeypatch.setattr("fxprune.prune.repair.fitting._LEAST_POSITIONS", 64)
-    monkeypatch.setattr("fxprune.prune.repair.fitting._MOST_POSITIONS", 1)
+    monkeypatch.setattr("fxprune.prune.repair.rows._LEAST_POSITIONS", 64)
+    monkeypatch.setattr("fxprune.prune.repair.rows._MOST_POSITIONS", 1)
     found = []
     for batches in (x, [*x.split(7)]):
         traced = masked(model, x)

@@ -1,0 +1,37 @@
+"""Products of two activations, as queries and keys are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product of two activations, summed over channels of both, as queries and keys are.
+
+    Attributes:
+        node: the call. left, right: the operands, and the axis of each that is summed over.
+    """
+
+    node: fx.Node
+    left: tuple[fx.Node, int]
+    right: tuple[fx.Node, int]
+
+    def gram(self, values: Sequence[Tensor]) -> Tensor:
+        """[channels, channels], sums over all outputs of the products of what two channels add."""
+        left, right = (
+            value.movedim(axis, -1) for value, (_, axis) in zip(values, (self.left, self.right), strict=True)
+        )
+        grams = []
+        for value in (left, right):
+            rows = value if value.dim() > 2 else value[None]
+            grams.append(rows.transpose(-1, -2) @ rows)
+        first, second = grams
+        if first.shape != second.shape and first.dim() == second.dim():  # key heads that several query heads share
+            sizes = zip(first.shape[:-2], second.shape[:-2], strict=True)
+            second = second.repeat_interleave(max(one // other for one, other in sizes), dim=-3)
+        products = first.double() * second.double()
+        return products.flatten(0, -3).sum(0)

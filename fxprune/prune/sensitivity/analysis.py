@@ -1,0 +1,320 @@
+"""The analysis behind `fxprune.sensitivity` and the importance "obs": orders of removal, and curves of losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxprune.channels.budget import masks
+from fxprune.channels.groups import ChannelGroup, Grouping
+from fxprune.graph.names import tensor_at
+from fxprune.prune.repair.bases import Basis, Change, changed, find_bases, only_exact, sorted_bases
+from fxprune.prune.repair.batches import Batches, Piece
+from fxprune.prune.repair.input_moments import InputMoments, in_passes
+from fxprune.prune.repair.layers import Reader
+from fxprune.prune.repair.moments import Moments
+from fxprune.prune.repair.products import Product
+from fxprune.prune.repair.progress import Progress
+from fxprune.prune.repair.shelf import Shelf
+from fxprune.prune.sensitivity.curve import Curve
+from fxprune.prune.sensitivity.curves import Forks
+from fxprune.prune.sensitivity.distances import OutputDistance
+from fxprune.prune.sensitivity.elimination import Order, Part, removal_order
+from fxprune.prune.sensitivity.readings import Reading, owners, readings
+
+SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
+DAMPING = 1e-2
+_MOST_BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of it.
+
+    Attributes:
+        curves: one a group. samples: how many moments were made from, and how many curves were measured on.
+    """
+
+    curves: list[Curve]
+    samples: tuple[int, int]
+
+
+def measure(
+    grouping: Grouping,
+    groups: Sequence[ChannelGroup],
+    batches: Batches,
+    distance: OutputDistance,
+    shares: Sequence[float],
+    samples: int,
+) -> Measured:
+    """The curve of each group.
+
+    Args:
+        grouping: of the module. groups: those to measure. batches: inputs. distance: of outputs.
+        shares: of a group's units, at which it is measured. samples: how many it is measured on at most.
+
+    Raises:
+        PruningError: NaN or inf come up. ArgumentError: there are fewer than two samples.
+    """
+    curves: dict[int, Curve] = {}
+    graph = grouping.plain.graphs["eval"]
+    with torch.no_grad(), Shelf(_MOST_BYTES) as shelf, Progress("sensitivity", len(groups)) as progress:
+        fitted, judging = _kept(batches, shelf, samples)
+        forks = Forks(grouping.plain, graph, judging, distance)
+        analysis = _Analysis(grouping, groups, forks, shares, batches.head(judging[0], 2))
+        total = sum(piece.samples for piece in fitted)
+        for part in in_passes(analysis.needed) or [[]]:
+            moments = InputMoments(part, total)
+            for number, piece in enumerate(fitted):
+                state = shelf.take(number)
+                moments.add(graph, analysis.tensor, replace(piece, inputs=state["inputs"]))
+                shelf.put(number, state)
+            analysis.take(moments)
+            curves |= analysis.ready(progress)
+    judged = sum(piece.samples for piece in judging)
+    return Measured([curves[id(group)] for group in groups], (total, judged))
+
+
+def _kept(batches: Batches, shelf: Shelf, samples: int) -> tuple[list[Piece], list[Piece]]:
+    """The pieces whose moments are taken, with inputs on the shelf, and those that curves are measured on."""
+    fitted: list[Piece] = []
+    judging: list[Piece] = []
+    for piece in batches:
+        if not piece.is_held:
+            shelf.put(len(fitted), {"inputs": piece.inputs})
+            fitted.append(replace(piece, inputs=[]))
+        elif (missing := samples - sum(each.samples for each in judging)) > 0:
+            judging.append(batches.head(piece, missing))
+    return fitted, judging
+
+
+class _Analysis:
+    """Groups whose readers' moments are not all there yet."""
+
+    def __init__(
+        self,
+        grouping: Grouping,
+        groups: Sequence[ChannelGroup],
+        forks: Forks,
+        shares: Sequence[float],
+        piece: Piece,
+    ) -> None:
+        self._grouping, self._forks, self._shares = grouping, forks, shares
+        everything = readings(grouping)
+        self._columns: dict[int, list[tuple[Reading, list[tuple[int, Tensor]]]]] = {}
+        self._bases: dict[int, list[Basis]] = {}
+        graph = grouping.plain.graphs["eval"]
+        readers = [each.reader for each in everything if isinstance(each.reader, Reader)]
+        bases = find_bases(graph, readers, self.tensor, piece.inputs)
+        bases = only_exact(bases, graph, self.tensor, piece.inputs)
+        rows = {each.reader.name: each.rows for each in everything if isinstance(each.reader, Reader)}
+        for group in groups:
+            owner = owners(grouping, group)
+            found = [(each, columns) for each in everything if (columns := each.columns(owner, group.size))]
+            self._columns[id(group)] = found
+            own = [basis for basis in bases if _turns(basis, rows.get(basis.first.name), owner)]
+            allowed = {id(basis.second) for basis in own}
+            if all(isinstance(each.reader, Product) or id(each.reader) in allowed for each, _ in found):
+                self._bases[id(group)] = own
+        self._positions = {
+            (id(group), id(basis)): [self._units(rows[basis.first.name], head.first[0], group) for head in basis.heads]
+            for group in groups
+            for basis in self._bases.get(id(group), ())
+        }
+        order = {node: number for number, node in enumerate(graph.nodes)}
+        needed = {id(each): each for group in groups for each in self._readers(group)}
+        self.needed = sorted(needed.values(), key=lambda reader: order[reader.node])
+        self._starts = {id(group): forks.start_of([*self._masks(group, range(group.size))]) for group in groups}
+        self._waiting = sorted(groups, key=lambda group: self._starts[id(group)])
+        self._moments: dict[object, Any] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer of the module."""
+        return tensor_at(self._grouping.plain, name).detach()
+
+    def _units(self, rows: Any, places: Tensor, group: ChannelGroup) -> Tensor:
+        """The units of a group that some outputs go with."""
+        return torch.from_numpy(owners(self._grouping, group)[rows.reshape(-1)[places.numpy()]])
+
+    def _readers(self, group: ChannelGroup) -> list[Reader | Product]:
+        """Those whose moments a group needs."""
+        found = [each.reader for each, _ in self._columns[id(group)]]
+        return found + [reader for basis in self._bases.get(id(group), ()) for reader in basis.readers]
+
+    def take(self, moments: InputMoments) -> None:
+        """Keep moments until the groups that need them are done."""
+        self._moments |= moments.found
+
+    def ready(self, progress: Progress) -> dict[int, Curve]:
+        """The curves of the groups, in the order of the graph, whose moments are there."""
+        found = {}
+        while self._waiting and all(_key(each) in self._moments for each in self._readers(self._waiting[0])):
+            group = self._waiting.pop(0)
+            progress.show(group.name)
+            progress.advance(1)
+            found[id(group)] = self._curve(group)
+            needed = {_key(each) for left in self._waiting for each in self._readers(left)}
+            self._moments = {key: value for key, value in self._moments.items() if key in needed}
+        return found
+
+    def _curve(self, group: ChannelGroup) -> Curve:
+        parts = [
+            (each, number, part)
+            for each, columns in self._columns[id(group)]
+            for number, part in self._parts(each, columns)
+        ]
+        order = removal_order([part for _, _, part in parts], group.size) if parts else _as_they_come(group)
+        counts = sorted({max(1, min(round(share * group.size), group.size - 1)) for share in self._shares})
+        begin = self._starts[id(group)]
+        turned = {
+            id(basis): sorted_bases(basis, self._moments, self.tensor) for basis in self._bases.get(id(group), ())
+        }
+        if turned:
+            energy = torch.stack([change.energy for changes in turned.values() for change in changes]).sum(0)
+            order = Order(order.units, energy.flip(0) / energy.sum())
+        measured = []
+        for count in counts:
+            units = order.units[:count]
+            tensors = self._turned(group, turned, units) if turned else self._changed(group, parts, units)
+            measured.append(self._forks.losses(tensors, begin))
+        return Curve(
+            group.name, group.kind, group.size, tuple(order.units.tolist()), tuple(counts), tuple(measured),
+            tuple(order.losses.tolist()),
+        )  # fmt: skip
+
+    def _parts(self, reading: Reading, columns: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Part]]:
+        found = self._moments[_key(reading.reader)]
+        if isinstance(reading.reader, Product):
+            assert isinstance(found, Tensor)
+            (number, table), square = columns[0], found
+            return [(number, Part(_inverse(square), square.new_ones(1, len(square)), table, float(square.sum())))]
+        assert isinstance(found, Moments)
+        reader = reading.reader
+        square = _square(found, reader)
+        weights = _table(self._grouping, reader).double()
+        parts = []
+        for number, table in columns:
+            energy = float(((weights[number] @ square[number]) * weights[number]).sum())
+            parts.append((number, Part(_inverse(square[number]), weights[number], table, max(energy, 1e-300))))
+        return parts
+
+    def _turned(self, group: ChannelGroup, turned: Mapping[int, Sequence[Change]], units: Tensor) -> dict[str, Tensor]:
+        """The parameters without some channels of heads, in bases in which these matter least."""
+        found: dict[str, Tensor] = {}
+
+        def tensor(name: str) -> Tensor:
+            return found.get(name, self.tensor(name))
+
+        zeroed = self._masks(group, units.tolist())
+        for basis in self._bases[id(group)]:
+            places = self._positions[id(group), id(basis)]
+            dead = [torch.isin(own, units) for own in places]
+            changes = [each.arranged(gone) for each, gone in zip(turned[id(basis)], dead, strict=True)]
+            found |= changed(basis, changes, tensor)
+            if not basis.is_product:
+                self._make_up(basis, changes, dead, found)
+        return {name: tensor(name) * zeroed.get(name, 1) for name in {**found, **zeroed}}
+
+    def _make_up(
+        self, basis: Basis, changes: Sequence[Change], dead: Sequence[Tensor], found: dict[str, Tensor]
+    ) -> None:
+        """Let the columns of all heads make up for those that are dead, in the bases that the heads have now."""
+        reader = basis.second
+        moments = self._moments[reader.key]
+        turn = torch.eye(reader.sizes[2], dtype=torch.float64)
+        for head, change in zip(basis.heads, changes, strict=True):
+            for columns in head.second:
+                turn[columns[:, None], columns] = change.first
+        square = turn.T @ _square(moments, reader)[0] @ turn
+        weights = reader.table([found[reader.name]])[0].double()
+        gone = torch.cat([head.second[:, own].flatten() for head, own in zip(basis.heads, dead, strict=True)])
+        difference = Part(_inverse(square), weights, gone[:, None], 1.0).change(torch.arange(len(gone)))
+        (values,) = reader.stored((weights + difference)[None], [found[reader.name]])
+        found[reader.name] = values.to(found[reader.name].dtype)
+        if reader.biases[0] is not None:
+            mean = (moments.total[0] / moments.count + moments.shift[0]) @ turn
+            bias = self.tensor(reader.biases[0])
+            found[reader.biases[0]] = bias - (difference @ mean).to(bias.dtype)
+
+    def _changed(
+        self, group: ChannelGroup, parts: Sequence[tuple[Reading, int, Part]], units: Tensor
+    ) -> dict[str, Tensor]:
+        """The parameters without some units, whose readers make up for them."""
+        plain = self._grouping.plain
+        zeroed = self._masks(group, units.tolist())
+        changed = {name: tensor_at(plain, name) * mask for name, mask in zeroed.items()}
+        changes: dict[int, tuple[Reader, Tensor]] = {}
+        for reading, number, part in parts:
+            reader = reading.reader
+            if isinstance(reader, Product):
+                continue
+            _, change = changes.setdefault(id(reader), (reader, torch.zeros(reader.sizes, dtype=torch.float64)))
+            change[number] = part.change(units)
+        for reader, change in changes.values():
+            stored = [tensor_at(plain, name) for name in reader.weights]
+            table = reader.table(stored)
+            for name, values in zip(reader.weights, reader.stored(table + change, stored), strict=True):
+                changed[name] = values.to(stored[0].dtype) * zeroed.get(name, 1)
+            self._shift(reader, change, changed)
+        return changed
+
+    def _shift(self, reader: Reader, change: Tensor, changed: dict[str, Tensor]) -> None:
+        """Let the bias, or a running mean behind, take up the mean shift."""
+        plain = self._grouping.plain
+        found = self._moments[reader.key]
+        assert isinstance(found, Moments)
+        mean = found.total / found.count + found.shift
+        shift = -torch.einsum("gk,grk->gr", mean, change).flatten()
+        names = [name for name in reader.biases if name is not None]
+        parts = shift.split([len(tensor_at(plain, name)) for name in names]) if names else ()
+        for name, part in zip(names, parts, strict=True):
+            bias = changed.get(name, tensor_at(plain, name))
+            alive = changed[name] != 0 if name in changed else 1
+            changed[name] = bias + part.to(bias.dtype) * alive
+        if not names and reader.moving_mean is not None:
+            moving = tensor_at(plain, reader.moving_mean)
+            changed[reader.moving_mean] = moving - shift.to(moving.dtype)
+
+    def _masks(self, group: ChannelGroup, units: Sequence[int]) -> dict[str, Tensor]:
+        alive = np.ones(self._grouping.found.classes.count, bool)
+        alive[self._grouping.units.dying.of(group.units[list(units)])] = False
+        return masks(self._grouping, alive)
+
+
+def _key(reader: Reader | Product) -> Any:
+    return reader.node if isinstance(reader, Product) else reader.key
+
+
+def _turns(basis: Basis, rows: Any, owner: Any) -> bool:
+    """Whether every channel of the heads is a unit of a group."""
+    if rows is None:
+        return False
+    own = owner[rows.reshape(-1)]
+    units = [own[each] for head in basis.heads for each in head.first.numpy()]
+    return all(bool((each >= 0).all()) and len(np.unique(each)) == len(each) for each in units)
+
+
+def _square(found: Moments, reader: Reader) -> Tensor:
+    """The second moment of a reader's inputs, a mean over rows: about the mean where a bias takes that up."""
+    is_centred = reader.moving_mean is not None or all(name is not None for name in reader.biases)
+    return found.normal_square(is_centred) / found.count
+
+
+def _inverse(square: Tensor) -> Tensor:
+    damped = square.clone()
+    mean = float(square.diagonal().mean())
+    damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
+def _table(grouping: Grouping, reader: Reader) -> Tensor:
+    return reader.table([tensor_at(grouping.plain, name).detach() for name in reader.weights])
+
+
+def _as_they_come(group: ChannelGroup) -> Order:
+    return Order(torch.arange(group.size), torch.ones(group.size, dtype=torch.float64))

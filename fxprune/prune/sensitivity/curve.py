@@ -1,0 +1,77 @@
+"""A curve of one group: what the output loses against how many units went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxprune.reports import plain
+
+Losses = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One group.
+
+    Attributes:
+        name, kind, size: of the group, and how many units it has.
+        order: the units in the order in which they go, numbered as in the group.
+        counts, measured: numbers of units, and what the output loses without the first so many.
+        local: by unit in `order`, what its readers lose with it, relative to the energy of their outputs.
+    """
+
+    name: str
+    kind: str
+    size: int
+    order: tuple[int, ...]
+    counts: tuple[int, ...]
+    measured: tuple[float, ...]
+    local: tuple[float, ...]
+
+    def losses(self) -> Losses:
+        """What is lost without the first 0, 1, ... all units: convex, through or below what was measured.
+
+        Between two measured points it grows as the readers' own losses do.
+        """
+        local = np.concatenate([[0.0], np.cumsum(np.maximum(self.local, 1e-30))])
+        counts = np.array([0, *self.counts])
+        measured = np.maximum.accumulate(np.array([0.0, *self.measured]))
+        found = np.empty(self.size + 1)
+        for first, last, low, high in zip(counts[:-1], counts[1:], measured[:-1], measured[1:], strict=True):
+            share = (local[first : last + 1] - local[first]) / (local[last] - local[first])
+            found[first : last + 1] = low + share * (high - low)
+        end = int(counts[-1])
+        if end < self.size:  # beyond what was measured, as steeply as at its end, or as the readers lose
+            steep = (measured[-1] - measured[-2]) / (local[end] - local[counts[-2]]) if end else 1.0
+            found[end:] = measured[-1] + steep * (local[end:] - local[end])
+        return _convex(found)
+
+    def slopes(self) -> Losses:
+        """By unit in the order of the group, what is lost with it."""
+        found = np.empty(self.size)
+        found[list(self.order)] = np.diff(self.losses())
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The curve in JSON's types."""
+        found: dict[str, Any] = plain(vars(self))
+        return found
+
+
+def _convex(values: Losses) -> Losses:
+    """The largest convex function that is nowhere above the values."""
+    hull: list[int] = []
+    for place in range(len(values)):
+        while len(hull) > 1 and _is_above(values, hull[-2], hull[-1], place):
+            hull.pop()
+        hull.append(place)
+    found: Losses = np.interp(np.arange(len(values)), hull, values[hull])
+    return found
+
+
+def _is_above(values: Losses, first: int, middle: int, last: int) -> bool:
+    return bool((values[middle] - values[first]) * (last - first) >= (values[last] - values[first]) * (middle - first))

@@ -1,0 +1,132 @@
+"""What the output loses when units of one group go, measured on samples that no moment was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from fxprune.graph.interpretation import Interpreter
+from fxprune.graph.mutation import is_mutating, written
+from fxprune.graph.names import tensor_at
+from fxprune.graph.traced import TracedModule
+from fxprune.prune.repair.batches import Piece
+from fxprune.prune.repair.waves import Layout
+from fxprune.prune.sensitivity.distances import OutputDistance
+
+Environment = dict[fx.Node, Any]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(eq=False)
+class _Run:
+    """A dense run of one piece that is under way."""
+
+    piece: Piece
+    env: Environment = field(default_factory=dict)
+    outputs: list[Any] = field(default_factory=list)
+
+
+class Forks:
+    """Dense runs over a graph, from which runs with other parameters branch off where these are first read.
+
+    Args:
+        traced: the module. graph: its eval graph. pieces: what it is run on. distance: of outputs.
+    """
+
+    def __init__(
+        self, traced: TracedModule, graph: fx.Graph, pieces: Sequence[Piece], distance: OutputDistance
+    ) -> None:
+        self._traced, self._graph, self._distance = traced, graph, distance
+        self._nodes = list(graph.nodes)
+        self._at = {node: number for number, node in enumerate(self._nodes)}
+        ends = graph.find_nodes(op="output")
+        self._is_strict = Layout.of(graph, ends, []).is_strict
+        self._last = self._last_uses()
+        self._done = 0
+        self._runs = [_Run(piece) for piece in pieces]
+        for run in self._runs:
+            run.outputs = self._outputs(self._finished(dict(self._inputs(run.piece)), 0, {}))
+            run.env = {} if self._is_strict else dict(self._inputs(run.piece))
+
+    def start_of(self, names: Sequence[str]) -> int:
+        """The number of the first node that reads some parameters; runs branch off there."""
+        read = [node for node in self._graph.find_nodes(op="get_attr") if str(node.target) in set(names)]
+        return min((self._at[user] for node in read for user in node.users), default=len(self._nodes))
+
+    def losses(self, changed: Tensors, start: int) -> float:
+        """The mean distance of the outputs with other parameters; `start` may not be less than in an earlier call."""
+        if not self._is_strict:
+            self._advance(start)
+        found, samples = 0.0, 0
+        for run in self._runs:
+            begin = 0 if self._is_strict else self._done
+            env = dict(self._inputs(run.piece)) if self._is_strict else dict(run.env)
+            outputs = self._outputs(self._finished(env, begin, changed))
+            found += self._distance(outputs, run.outputs, run.piece.counts, self._structure) * run.piece.samples
+            samples += run.piece.samples
+        return found / samples
+
+    def _inputs(self, piece: Piece) -> Environment:
+        places = self._graph.find_nodes(op="placeholder")
+        values = [each.clone() if self._is_strict and isinstance(each, Tensor) else each for each in piece.inputs]
+        return dict(zip(places, values, strict=True))
+
+    def _advance(self, start: int) -> None:
+        """Let the dense runs go on to a node."""
+        for run in self._runs:
+            self._span(run.env, self._done, start, {})
+        self._done = max(self._done, start)
+
+    def _finished(self, env: Environment, start: int, changed: Tensors) -> Environment:
+        self._span(env, start, len(self._nodes), changed)
+        return env
+
+    def _span(self, env: Environment, start: int, stop: int, changed: Tensors) -> None:
+        """Run some nodes; values that no later node needs are dropped."""
+
+        def tensor(name: str) -> Tensor:
+            return changed[name] if name in changed else tensor_at(self._traced, name)
+
+        interpreter = Interpreter(self._graph, tensor, keep=True)
+        interpreter.env = env
+        for number in range(start, stop):
+            node = self._nodes[number]
+            if node.op in ("placeholder", "output"):
+                continue
+            if node.op == "get_attr":
+                env[node] = interpreter.run_node(node)
+                continue
+            for operand in node.all_input_nodes:
+                if operand.op == "get_attr":
+                    env[operand] = interpreter.run_node(operand)
+            operands = written(node) if is_mutating(node) and not self._is_strict else []
+            kept = {operand: env[operand] for operand in operands}
+            env.update({operand: value.clone() for operand, value in kept.items()})
+            env[node] = interpreter.run_node(node)
+            env.update(kept)
+            for operand in node.all_input_nodes:
+                if self._last[operand] <= number:
+                    env.pop(operand, None)
+
+    def _last_uses(self) -> dict[fx.Node, int]:
+        return {node: max((self._at[user] for user in node.users), default=-1) for node in self._nodes}
+
+    def _outputs(self, env: Environment) -> list[Any]:
+        return [env[leaf] for leaf in self._distance.leaves]
+
+    @property
+    def _structure(self) -> Callable[[Sequence[Any]], Any]:
+        (output,) = self._graph.find_nodes(op="output")
+        leaves, spec = pytree.tree_flatten(output.args)
+
+        def structured(values: Sequence[Any]) -> Any:
+            given = iter(values)
+            flat = [next(given) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+            (found,) = pytree.tree_unflatten(flat, spec)
+            return found
+
+        return structured

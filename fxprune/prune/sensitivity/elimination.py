@@ -1,0 +1,156 @@
+"""The optimal brain surgeon for whole units: in which order columns go, and what is left makes up for them.
+
+A part is one contraction, or one group of one, seen by a group of channels: H, the second moment of its inputs, and W,
+its weights. Without the columns S of some units, the best that the others can do loses tr(W_S (H^-1_SS)^-1 W_S^T);
+their weights change by -W_S (H^-1_SS)^-1 H^-1_S,: . Units go one after the other, the cheapest first, by H^-1 without
+the columns that went, so that what two units both carry is lost with the second one.
+
+Sources: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (1993),
+https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050; for whole structures Kurtic et al.,
+"ZipLM" (2023), https://arxiv.org/abs/2302.04089.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Losses of all units are computed this often; between two times, the cheapest go exactly, among this many more.
+_CHUNKS, _CANDIDATES = 48, 3
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A contraction that reads the units of a group.
+
+    Attributes:
+        inverse: [columns, columns], H^-1, float64.
+        weights: [outputs, columns], W, float64.
+        columns: [units, width], the columns of each unit; -1 where it has fewer than others.
+        energy: tr(W H W^T), by which losses are divided.
+    """
+
+    inverse: Tensor
+    weights: Tensor
+    columns: Tensor
+    energy: float
+
+    def change(self, units: Tensor) -> Tensor:
+        """What the weights change by, [outputs, columns], when units go; the columns of these become zero."""
+        gone = self.columns[units].flatten()
+        gone = gone[gone >= 0]
+        factor = torch.linalg.cholesky(self.inverse[gone[:, None], gone])
+        found = -torch.cholesky_solve(self.weights[:, gone].T, factor).T @ self.inverse[gone]
+        found[:, gone] = -self.weights[:, gone]
+        return found
+
+
+class _Rest:
+    """What is left of a part: the columns of the units that are left, unit by unit.
+
+    Attributes:
+        inverse: [units, width, units, width]. weights: [units, outputs, width].
+    """
+
+    def __init__(self, inverse: Tensor, weights: Tensor, energy: float) -> None:
+        self.inverse, self.weights, self._energy = inverse, weights, energy
+
+    @classmethod
+    def of(cls, part: Part) -> _Rest:
+        units, width = part.columns.shape
+        flat = part.columns.flatten()
+        there = flat >= 0
+        inverse = part.inverse[flat.clamp(min=0)[:, None], flat.clamp(min=0)]
+        if not bool(there.all()):  # columns that are not there cost nothing and change nothing
+            inverse = inverse * (there[:, None] & there)
+            inverse.diagonal()[~there] = 1.0
+        weights = part.weights[:, flat.clamp(min=0)] * there
+        weights = weights.reshape(-1, units, width).transpose(0, 1).contiguous()
+        return cls(inverse.reshape(units, width, units, width), weights, part.energy)
+
+    def losses(self) -> Tensor:
+        """What each unit's removal loses, relative to the energy of the output."""
+        if self.inverse.shape[1] == 1:
+            lost = self.weights[..., 0].square().sum(1) / self.inverse[:, 0, :, 0].diagonal()
+        else:
+            blocks = self.inverse.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            grams = self.weights.transpose(1, 2) @ self.weights
+            lost = torch.linalg.solve(blocks, grams).diagonal(dim1=1, dim2=2).sum(1)
+        return lost / self._energy
+
+    def only(self, units: Tensor) -> _Rest:
+        """The same for some of the units, which are chosen among."""
+        return _Rest(self.inverse[units][:, :, units], self.weights[units], self._energy)
+
+    def without(self, units: Tensor, rest: Tensor) -> _Rest:
+        """The rest without some units, whose work is done by those that are left."""
+        width = self.inverse.shape[1]
+        own = self.inverse[units][:, :, units].reshape(len(units) * width, -1)
+        across = self.inverse[units][:, :, rest].reshape(len(units) * width, -1)
+        solved = torch.linalg.solve(own, across)
+        inverse = self.inverse[rest][:, :, rest].reshape(len(rest) * width, -1) - across.T @ solved
+        gone = self.weights[units].transpose(0, 1).flatten(1)
+        shift = (gone @ solved).reshape(-1, len(rest), width).transpose(0, 1)
+        return _Rest(inverse.reshape(len(rest), width, len(rest), width), self.weights[rest] - shift, self._energy)
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """In which order the units of a group go.
+
+    Attributes:
+        units: [units], the first to go first. losses: what each adds to the sum over the parts of their relative
+            losses; those that were not reached have the last one's.
+    """
+
+    units: Tensor
+    losses: Tensor
+
+
+def removal_order(parts: Sequence[Part], units: int) -> Order:
+    """The order in which units go, by the sum of what all parts lose; the last one stays.
+
+    Args:
+        parts: the readers of the units, on one device. units: how many there are.
+    """
+    rests = [_Rest.of(part) for part in parts]
+    left = torch.arange(units)
+    order: list[int] = []
+    losses: list[float] = []
+    chunk = max(1, units // _CHUNKS)
+    while len(left) > 1:
+        count = min(chunk, len(left) - 1)
+        candidates = _summed(rests).argsort(stable=True)[: count * (1 + _CANDIDATES) if count > 1 else 1].cpu()
+        gone = candidates[_cheapest([rest.only(candidates) for rest in rests], count, losses)]
+        stays = torch.ones(len(left), dtype=torch.bool)
+        stays[gone] = False
+        rest_units = stays.nonzero()[:, 0]
+        rests = [rest.without(gone, rest_units) for rest in rests]
+        order += left[gone].tolist()
+        left = left[rest_units]
+    order += left.tolist()
+    losses.append(losses[-1] if losses else 0.0)
+    return Order(torch.tensor(order), torch.tensor(losses, dtype=torch.float64))
+
+
+def _summed(rests: Sequence[_Rest]) -> Tensor:
+    return torch.stack([rest.losses() for rest in rests]).sum(0).clamp(min=0)
+
+
+def _cheapest(rests: Sequence[_Rest], count: int, losses: list[float]) -> list[int]:
+    """Which of the candidates go, one after the other; what each costs is added to `losses`."""
+    left = list(range(len(rests[0].weights)))
+    found = []
+    while True:
+        costs = _summed(rests)
+        place = int(costs.argmin())
+        losses.append(float(costs[place]))
+        found.append(left.pop(place))
+        if len(found) == count:
+            return found
+        stays = torch.ones(len(costs), dtype=torch.bool)
+        stays[place] = False
+        rests = [rest.without(torch.tensor([place]), stays.nonzero()[:, 0]) for rest in rests]

@@ -1,0 +1,147 @@
+"""`fxprune.sensitivity`, and the importance "obs"."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune import driver
+from fxprune.calling import named_arguments
+from fxprune.channels.groups import ChannelGroup, Grouping
+from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
+from fxprune.graph.requirements import require_eval, require_traced
+from fxprune.graph.traced import TracedModule
+from fxprune.prune.channel_request import chosen_among, listed
+from fxprune.prune.importance_registry import IMPORTANCES, Evidence, Importance
+from fxprune.prune.repair.batches import Batches
+from fxprune.prune.sensitivity.analysis import SHARES, measure
+from fxprune.prune.sensitivity.distances import Distance, OutputDistance
+from fxprune.prune.sensitivity.report import Sensitivity, sensitivity_of
+
+_SAMPLES = 32
+
+
+@named_arguments
+def sensitivity(
+    traced: TracedModule,
+    batches: Any,
+    *,
+    distance: str | Distance = "auto",
+    weight: Callable[..., Tensor] | None = None,
+    targets: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] = (),
+    kinds: str | Iterable[str] | None = None,
+    shares: Iterable[float] = SHARES,
+    max_samples: int = _SAMPLES,
+) -> Sensitivity:
+    """Measure what the output loses with the channels of each group, when what reads them makes up for it.
+
+    For each group of channels: its units are ordered by what their readers lose, after the best that is left can do
+    (the optimal brain surgeon on second moments of the inputs; heads in the basis that `reconstruct` gives them). The
+    order is cut at several shares, the readers' weights are made up for what is gone, and the outputs are compared
+    with those of the module as it is, on samples that no moment was made from. Nothing is changed.
+
+    Sources: the order, Kurtic et al., "ZipLM" (2023), https://arxiv.org/abs/2302.04089, after Hassibi and Stork,
+    "Optimal Brain Surgeon" (1993).
+
+    Args:
+        traced: the module; its eval graph is what runs.
+        batches: inputs without labels: a tensor, a tuple of positional arguments, a dict of keyword arguments, a
+            `fxprune.Call` of both, or a list, loader or generator of these. At least two samples: one in five is held
+            back, for the curves.
+        distance: of outputs to those of the module as it is: "divergence" (Kullback-Leibler, of outputs that are
+            logits), "error" (squared, relative to their spread), "cosine" (1 - cosine similarity along the last axis),
+            "auto": divergence for outputs of a softmax, a linear layer or a convolution, else error; or a function
+            `(outputs, outputs as they are) -> scalar`.
+        weight: called as the module is, gives the rows that count: a tensor [samples], or [samples, positions], zero
+            for padding. Outputs that begin with other sizes count as a whole.
+        targets, ignore, kinds: the groups to measure, as for `fxprune.prune.channels`.
+        shares: of the units of a group, from 0 to 1, at which its curve is measured.
+        max_samples: that curves are measured on, of those held back.
+
+    Returns:
+        A `Sensitivity`, which prints as a summary, and is an importance for `fxprune.prune.channels`.
+
+    Raises:
+        InputError: batches hold labels, or inputs of another form.
+        ArgumentError, ArgumentTypeError: fewer than two samples, or an unusable option.
+        PruningError: nothing may be pruned, or NaN or inf come up; the message has the node.
+
+    Example:
+        >>> sensitivity = fxprune.sensitivity(traced, batches)
+        >>> print(sensitivity.table())
+        >>> report = fxprune.prune.channels(traced, macs=0.5, importance=sensitivity)
+    """
+    require_traced(traced)
+    require_eval(traced, "sensitivity", PruningError)
+    grouping = Grouping(driver.plain_view(traced))
+    groups = chosen_among(
+        grouping.groups, None if targets is None else listed(targets), listed(ignore),
+        None if kinds is None else listed(kinds),
+    )  # fmt: skip
+    return _measured(traced, grouping, groups, batches, distance, weight, _shares(shares), _count(max_samples))
+
+
+def measured_for_choice(
+    traced: TracedModule, grouping: Grouping, groups: Sequence[ChannelGroup], evidence: Evidence
+) -> Sensitivity:
+    """The curves behind `importance="obs"`.
+
+    Raises:
+        ArgumentError: there is no loader.
+    """
+    require_eval(traced, 'importance="obs"', PruningError)
+    if evidence.loader is None:
+        raise ArgumentError(
+            'importance="obs" looks at data: give loader=, batches of inputs without labels, such as a list of tensors.'
+        )
+    distance: str | Distance = "auto" if evidence.loss is None else evidence.loss
+    return _measured(traced, grouping, groups, evidence.loader, distance, evidence.weight, SHARES, _SAMPLES)
+
+
+def _measured(
+    traced: TracedModule,
+    grouping: Grouping,
+    groups: Sequence[ChannelGroup],
+    batches: Any,
+    distance: str | Distance,
+    weight: Callable[..., Tensor] | None,
+    shares: Sequence[float],
+    samples: int,
+) -> Sensitivity:
+    start = time.perf_counter()
+    graph = grouping.plain.graphs["eval"]
+    far = OutputDistance(graph, distance)
+    devices = {tensor.device.index for tensor in traced.parameters() if tensor.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        torch.manual_seed(0)
+        found = measure(grouping, groups, Batches(traced, graph, batches, weight), far, shares, samples)
+    return sensitivity_of(found.curves, groups, str(far), found.samples, time.perf_counter() - start)
+
+
+def _shares(shares: Any) -> tuple[float, ...]:
+    given = tuple(shares) if isinstance(shares, Iterable) and not isinstance(shares, str) else (shares,)
+    for share in given:
+        if isinstance(share, bool) or not isinstance(share, int | float):
+            raise ArgumentTypeError(f"shares={shares!r}: numbers from 0 to 1 are needed.")
+        if not (math.isfinite(share) and 0 < share < 1):
+            raise ArgumentError(f"shares={shares!r}: numbers above 0 and below 1 are needed.")
+    if not given:
+        raise ArgumentError("shares is empty: at least one number is needed.")
+    return tuple(sorted(given))
+
+
+def _count(count: Any) -> int:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise ArgumentTypeError(f"max_samples={count!r}: an integer is needed.")
+    if count < 1:
+        raise ArgumentError(f"max_samples={count}: 1 or more are needed.")
+    return count
+
+
+IMPORTANCES.add("obs", Importance(curves=measured_for_choice))

@@ -1,0 +1,106 @@
+"""What `fxprune.sensitivity` returns: curves as data and as a table, and an importance for channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxprune.channels.groups import ChannelGroup
+from fxprune.errors import PruningError
+from fxprune.prune.sensitivity.curve import Curve
+from fxprune.reports import Readable, columns, counted, first_of, number, plain
+
+_SHOWN = (0.1, 0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True, repr=False)
+class Sensitivity(Readable):
+    """What the output loses with the units of each group, one group at a time.
+
+    It is an importance: `fxprune.prune.channels(traced, macs=0.5, importance=sensitivity)` minimizes the sum of the
+    losses under the budget, whichever budget it is, without another look at data.
+
+    Attributes:
+        curves: one a group. distance: how losses were measured. sample: what MACs are counted for.
+        macs, parameters: what one unit of each group saves, by the order of `curves`.
+        samples: how many moments were made from, and how many curves were measured on.
+        seconds: of the whole.
+    """
+
+    curves: tuple[Curve, ...]
+    distance: str
+    sample: str
+    macs: tuple[int, ...]
+    parameters: tuple[int, ...]
+    samples: tuple[int, int]
+    seconds: float
+
+    def curve_of(self, group: ChannelGroup) -> Curve:
+        """The curve of a group.
+
+        Raises:
+            PruningError: it was not measured, or had other units then.
+        """
+        for curve in self.curves:
+            if (curve.name, curve.kind, curve.size) == (group.name, group.kind, group.size):
+                return curve
+        there = first_of(f"{curve.name} ({curve.kind}, {curve.size})" for curve in self.curves)
+        raise PruningError(
+            f"the sensitivity has no curve of {group.name!r} ({group.kind}, {group.size} units); it has "
+            f"{there}. Measure the module that is pruned: "
+            " fxprune.sensitivity(traced, batches), or leave the group out by `ignore` or `kinds`."
+        )
+
+    def __call__(self, group: ChannelGroup) -> torch.Tensor:
+        """What is lost with each unit of a group, [units], when those before it in the order of removal are gone."""
+        return torch.from_numpy(self.curve_of(group).slopes())
+
+    def fragile(self) -> list[str]:
+        """The groups by what the output loses when half of the units go, the most first."""
+        half = {self._label(curve): float(curve.losses()[curve.size // 2]) for curve in self.curves}
+        return sorted(half, key=lambda label: -half[label])
+
+    @staticmethod
+    def _label(curve: Curve) -> str:
+        return f"{curve.name} ({curve.kind})"
+
+    def __str__(self) -> str:
+        fitted, judged = self.samples
+        fragile = self.fragile()
+        return (
+            f"{counted(len(self.curves), 'group')} measured in {self.seconds:.1f} s, moments of "
+            f"{counted(fitted, 'sample')}, losses ({self.distance}) on {judged:,} others\n"
+            f"most is lost with half of {first_of(fragile, 3)}; least with half of {first_of(fragile[::-1], 3)}"
+        )
+
+    def table(self) -> str:
+        """A line for each group, in the order of the network: losses when a share of its units goes."""
+        heads = [f"{share:.0%} gone" for share in _SHOWN]
+        rows = [("group", "kind", "units", *heads, "MACs each", "parameters each")]
+        for curve, macs, parameters in zip(self.curves, self.macs, self.parameters, strict=True):
+            losses = curve.losses()
+            shown = [number(float(losses[min(round(share * curve.size), curve.size - 1)])) for share in _SHOWN]
+            rows.append((curve.name, curve.kind, f"{curve.size:,}", *shown, f"{macs:,}", f"{parameters:,}"))
+        return f"{self}\n\n{columns(rows)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The curves in JSON's types."""
+        found: dict[str, Any] = plain(vars(self))
+        return found
+
+
+def sensitivity_of(
+    curves: Sequence[Curve],
+    groups: Sequence[ChannelGroup],
+    distance: str,
+    samples: tuple[int, int],
+    seconds: float,
+) -> Sensitivity:
+    """The curves of groups, which stand in the same order."""
+    return Sensitivity(
+        tuple(curves), distance, groups[0].sample, tuple(group.macs for group in groups),
+        tuple(group.parameters for group in groups), samples, seconds,
+    )  # fmt: skip
