@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +25,7 @@ from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_budgets import Amount, Budget, Choice, Macs, Size, Speed
 from fxprune.prune.channel_curves import GroupCurves, cheapest, prices
-from fxprune.prune.channel_report import ChannelReport
+from fxprune.prune.channel_report import ChannelReport, numbered_labels
 from fxprune.prune.channel_request import (
     DEFAULT_AMOUNT,
     ChannelRequest,
@@ -388,20 +387,10 @@ def _report(
     found: _Found,
     budget: str,
 ) -> ChannelReport:
-    labels = _labels(grouping.groups)
+    labels = dict(zip(map(id, grouping.groups), numbered_labels(grouping.groups), strict=True))
     stayed = {labels[id(group)]: group.reason for group in grouping.groups if group.reason}
     stayed |= {labels[id(group)]: "no batch norm has its gain" for group in lacking}
     removed = {labels[id(group)]: (int((~found.alive[group.units]).sum()), group.size) for group in picked}
     macs, parameters, _ = grouping.dense
     sizes = (macs, found.macs), (parameters, found.parameters)
     return ChannelReport(removed, stayed, *sizes, found.speedup, grouping.sample, budget)
-
-
-def _labels(groups: Sequence[ChannelGroup]) -> dict[int, str]:
-    """By the identity of a group, "name (kind)", numbered from the second of that label on."""
-    found, seen = dict[int, str](), Counter[str]()
-    for group in groups:
-        label = f"{group.name} ({group.kind})"
-        seen[label] += 1
-        found[id(group)] = label if seen[label] == 1 else f"{label} {seen[label]}"
-    return found

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fxprune.reports import Readable, change, columns, counted, first_of, plain
+
+
+class Labelled(Protocol):
+    """What has the name and the kind of a group."""
+
+    @property
+    def name(self) -> str:
+        """Of the group."""
+
+    @property
+    def kind(self) -> str:
+        """Of its units."""
+
+
+def numbered_labels(groups: Iterable[Labelled]) -> list[str]:
+    """ "name (kind)" of each group, numbered from the second of that label on."""
+    found, seen = list[str](), Counter[str]()
+    for group in groups:
+        label = f"{group.name} ({group.kind})"
+        seen[label] += 1
+        found.append(label if seen[label] == 1 else f"{label} {seen[label]}")
+    return found
 
 
 @dataclass(frozen=True, repr=False)

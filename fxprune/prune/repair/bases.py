@@ -52,6 +52,11 @@ class Path:
     start: fx.Node
     steps: tuple[fx.Node, ...]
 
+    @property
+    def nodes(self) -> frozenset[fx.Node]:
+        """All of them."""
+        return frozenset((self.start, *self.steps))
+
     def moved(self, values: Tensor, env: Mapping[fx.Node, Any], graph: fx.Graph) -> Tensor:
         """Entries of a value of the start, where the last node has them; scales are left out."""
         interpreter = Interpreter(graph, lambda _: None, keep=True)
@@ -85,12 +90,14 @@ class Basis:
     Attributes:
         first, second: the readers: of queries and of keys, or of values and the layer that reads them.
         heads: the heads. is_product: whether the outputs of both are multiplied, as queries and keys are.
+        inside: the nodes whose values are in the basis of the heads.
     """
 
     first: MatrixReader
     second: MatrixReader
     heads: list[Head]
     is_product: bool
+    inside: frozenset[fx.Node]
 
     @property
     def readers(self) -> tuple[MatrixReader, ...]:
@@ -114,7 +121,8 @@ def find_bases(graph: fx.Graph, readers: Sequence[Reader], tensors: Tensors, inp
     for each in joined:
         if each.query is not None and each.key is not None:
             heads = _met(each.product, each.query, each.key, env, graph)
-            found += [Basis(by_node[each.query.start], by_node[each.key.start], heads, True)] if heads else []
+            inside = each.query.nodes | each.key.nodes
+            found += [Basis(by_node[each.query.start], by_node[each.key.start], heads, True, inside)] if heads else []
         if each.value is not None:
             found += _passed(each.product, each.value, by_node, env, graph)
     return found
@@ -175,44 +183,63 @@ def only_exact(
     inputs: Sequence[Any],
     name_of: Callable[[str], str] = str,
 ) -> list[Basis]:
-    """Those whose change leaves the outputs as they are, tried in float64 with rotations drawn at random.
+    """Those whose change leaves all values outside of the heads as they are, tried in float64 with bases drawn.
 
     Args:
-        bases: those to try. graph, tensors: what computes the outputs.
+        bases: those to try. graph, tensors: what computes the values.
         inputs: one a placeholder. name_of: from what a `get_attr` node reads to the name of a parameter.
     """
     if not bases:
         return []
 
-    def outputs(overrides: Mapping[str, Tensor]) -> list[Any]:
-        return run(graph, lambda target: overrides.get(name_of(target), tensors(target)), inputs, torch.float64)
+    dense = _values(graph, tensors, inputs, torch.float64)
+    moving = _of_inputs(graph)
 
     def is_exact(some: Sequence[Basis]) -> bool:
         overrides: dict[str, Tensor] = {}
         for basis in some:
             now = {name: value.double() for name, value in overrides.items()}
-            turned = changed(basis, _rotations(basis), lambda name: now.get(name, tensors(name).double()))  # noqa: B023
+            turned = changed(basis, _drawn(basis), lambda name: now.get(name, tensors(name).double()))  # noqa: B023
             overrides |= turned
-        return all(_is_close(one, other) for one, other in zip(outputs(overrides), plain, strict=True))
+        inside = {node for basis in some for node in basis.inside}
+        same = []
 
-    plain = outputs({})
+        def watch(node: fx.Node, value: Any) -> None:
+            if node in moving and node not in inside:
+                same.append(_is_close(value, dense[node]))
+
+        run(graph, lambda target: overrides.get(name_of(target), tensors(target)), inputs, torch.float64, watch)
+        return all(same)
+
     return [*bases] if is_exact(bases) else [basis for basis in bases if is_exact([basis])]
 
 
+def _of_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on inputs."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def _is_close(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor) or not one.is_floating_point():
+    if not isinstance(one, Tensor) or not one.is_floating_point() or not one.numel():
         return True
-    return bool((one - other).abs().max() <= 1e-8 * other.abs().max())
+    most = float(other.nan_to_num(posinf=0, neginf=0).abs().max())
+    return torch.allclose(one, other, rtol=0, atol=1e-8 * most, equal_nan=True)
 
 
-def _rotations(basis: Basis) -> list[Change]:
+def _drawn(basis: Basis) -> list[Change]:
+    """A basis for each head that keeps neither lengths nor angles."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for head in basis.heads:
         size = head.first.shape[1]
         turn = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
         turn = turn.to(head.first.device)
-        found.append(Change(turn, turn, turn.new_ones(size)))
+        lengths = torch.linspace(0.5, 2, size, dtype=torch.float64, device=turn.device)
+        found.append(Change(turn * lengths, turn / lengths, turn.new_ones(size)))
     return found
 
 
@@ -296,31 +323,48 @@ class _Product:
     """Where heads meet.
 
     Attributes:
-        node: the call. operands: of queries, keys and values; None where the call does not read them.
+        node: the call. query, key, value: what it reads as such.
         shared: whether each key-value head may stand for several query heads.
+        orders: of the axes of queries, keys, values and the result, so that heads are followed by positions and
+            channels; None where they stand so.
     """
 
     node: fx.Node
-    operands: tuple[fx.Node | None, fx.Node | None, fx.Node | None]
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
     shared: bool = False
+    orders: tuple[list[int], ...] | None = None
+
+    def ordered(self, values: Tensor, place: int) -> Tensor:
+        """What stands at a place of `orders`, [heads, positions, channels]."""
+        return values if self.orders is None else values.permute(self.orders[place])
+
+    def stored(self, result: Tensor) -> Tensor:
+        """An ordered result as the call gives it."""
+        if self.orders is None:
+            return result
+        axes = self.orders[-1]
+        return result.permute([axes.index(axis) for axis in range(len(axes))])
 
 
 def _product(node: fx.Node) -> _Product | None:
-    """A call in which queries meet keys (in the last axis of both), or weights values."""
+    """A call in which queries meet keys, or weights values."""
     call = REGISTRY.call(node) if node.op == "call_function" else None
     if isinstance(call, Attention):
-        return _Product(node, (call.query, call.key, call.value), call.enable_gqa)
+        return _Product(node, call.query, call.key, call.value, call.enable_gqa)
     if not isinstance(call, Contraction) or call.labels is None or call.bias_operand is not None:
         return None
     labels = call.labels
-    if len(labels.left) < 3 or len(labels.left) != len(labels.right) or labels.left[:-2] != labels.right[:-2]:
+    batch, outer, inner, contracted = labels.batch, labels.outer, labels.inner, labels.contracted
+    if not (batch and len(outer) == len(inner) == 1) or not {*batch} <= {*labels.left} & {*labels.right}:
         return None
-    if labels.left[-1] != labels.contracted:
-        return None
-    if labels.right[-2] == labels.contracted:  # the keys are transposed, or these are values
-        transposed = call.right.target in (aten.transpose.int, aten.permute.default)
-        return _Product(node, (call.left, call.right, None) if transposed else (None, None, call.right))
-    return _Product(node, (call.left, call.right, None))
+    orders = (
+        (labels.left, outer + contracted), (labels.right, inner + contracted), (labels.right, contracted + inner),
+        (labels.out, outer + inner),
+    )  # fmt: skip
+    axes = tuple([names.index(label) for label in batch + last] for names, last in orders)
+    return _Product(node, call.left, call.right, call.right, orders=axes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,8 +378,7 @@ class _Joined:
 
     @classmethod
     def of(cls, product: _Product, readers: Mapping[fx.Node, Any]) -> _Joined:
-        query, key, value = product.operands
-        return cls(product, _path(query, readers), _path(key, readers), _path(value, readers))
+        return cls(product, *(_path(each, readers) for each in (product.query, product.key, product.value)))
 
     @property
     def can_turn(self) -> bool:
@@ -365,8 +408,10 @@ def _is_item(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[1], int)
 
 
-def _values(graph: fx.Graph, tensors: Tensors, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
-    interpreter = Interpreter(graph, tensors, keep=True)
+def _values(
+    graph: fx.Graph, tensors: Tensors, inputs: Sequence[Any], dtype: torch.dtype | None = None
+) -> dict[fx.Node, Any]:
+    interpreter = Interpreter(graph, tensors, dtype, keep=True)
     interpreter.run(*inputs, enable_io_processing=False)
     return interpreter.env
 
@@ -377,17 +422,15 @@ def _numbered(node: fx.Node, env: Mapping[fx.Node, Any]) -> Tensor:
     return torch.arange(shape[-1], dtype=torch.float64).expand(shape)
 
 
-def _rows(values: Tensor, channel_axis: int) -> Tensor:
+def _rows(values: Tensor) -> Tensor:
     """The channels of every matrix of a stack, [matrices, channels]; the same for all positions."""
-    values = values.movedim(channel_axis, -1)
     return values.flatten(0, -3)[:, 0].long()
 
 
 def _met(product: _Product, query: Path, key: Path, env: Mapping[fx.Node, Any], graph: fx.Graph) -> list[Head]:
     """The heads of a product of queries and keys."""
-    key_axis = -1 if isinstance(REGISTRY.call(product.node), Attention) else -2
-    first = _rows(query.moved(_numbered(query.start, env), env, graph), -1)
-    second = _rows(key.moved(_numbered(key.start, env), env, graph), key_axis)
+    first = _rows(product.ordered(query.moved(_numbered(query.start, env), env, graph), 0))
+    second = _rows(product.ordered(key.moved(_numbered(key.start, env), env, graph), 1))
     if product.shared and len(first) != len(second):
         second = second.repeat_interleave(len(first) // len(second), 0)
     if first.shape != second.shape:
@@ -407,15 +450,15 @@ def _passed(
     if len(behind) != 1:
         return
     (reader, path) = behind[0]
-    rows = _rows(value.moved(_numbered(value.start, env), env, graph), -1)
-    output = env[product.node]
+    rows = _rows(product.ordered(value.moved(_numbered(value.start, env), env, graph), 2))
+    output = product.ordered(env[product.node], 3)
     matrices = output.shape[:-2].numel()
     if product.shared and matrices != len(rows):
         rows = rows.repeat_interleave(matrices // len(rows), 0)
     if len(rows) != matrices or rows.shape[1] != output.shape[-1]:
         return
     marked = rows.double().reshape(*output.shape[:-2], 1, -1).expand(output.shape)
-    columns = path.moved(marked, env, graph)
+    columns = path.moved(product.stored(marked), env, graph)
     read = columns.reshape(-1, columns.shape[-1])[0].long()
     heads: dict[tuple[int, ...], Head] = {}
     for own in {tuple(each) for each in rows.tolist()}:
@@ -425,7 +468,7 @@ def _passed(
         heads[own] = Head(torch.tensor([own]), torch.stack(places, 1))
     found = _distinct([heads[own] for own in sorted(heads)])
     if found and sum(head.second.numel() for head in found) == reader.sizes[2]:
-        yield Basis(by_node[value.start], reader, found, False)
+        yield Basis(by_node[value.start], reader, found, False, value.nodes | path.nodes)
 
 
 def _distinct(heads: list[Head]) -> list[Head]:

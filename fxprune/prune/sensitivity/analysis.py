@@ -174,18 +174,32 @@ class _Analysis:
         turned = {
             id(basis): sorted_bases(basis, self._moments, self.tensor) for basis in self._bases.get(id(group), ())
         }
-        if turned:
-            energy = torch.stack([change.energy for changes in turned.values() for change in changes]).sum(0)
-            order = Order(order.units, energy.flip(0) / energy.sum())
+        order = self._reordered(group, turned, order)
         measured = []
         for count in counts:
             units = order.units[:count]
             tensors = self._turned(group, turned, units) if turned else self._changed(group, parts, units)
             measured.append(self._forks.losses(tensors, begin))
         return Curve(
-            group.name, group.kind, group.size, tuple(order.units.tolist()), tuple(counts), tuple(measured),
-            tuple(order.losses.tolist()),
+            group.name, group.kind, group.size, tuple(map(str, group.members)), tuple(group.units.tolist()),
+            tuple(order.units.tolist()), tuple(counts), tuple(measured), tuple(order.losses.tolist()),
         )  # fmt: skip
+
+    def _reordered(self, group: ChannelGroup, turned: Mapping[int, Sequence[Change]], order: Order) -> Order:
+        """The order by what units add in the bases that heads get: those that go first are given what adds least."""
+        if not turned:
+            return order
+        ranks, added = order.units.argsort(), torch.zeros_like(order.losses)
+        has_basis = torch.zeros(group.size, dtype=torch.bool)
+        for basis in self._bases[id(group)]:
+            energy = torch.stack([change.energy for change in turned[id(basis)]]).cpu()
+            shares = energy / energy.sum().clamp(min=1e-300)
+            for units, share in zip(self._positions[id(group), id(basis)], shares, strict=True):
+                added[units[ranks[units].argsort()]] += share.flip(0)
+                has_basis[units] = True
+        losses = torch.where(has_basis, added, order.losses[ranks])[order.units]
+        again = losses.argsort(stable=True)
+        return Order(order.units[again], losses[again])
 
     def _parts(self, reading: Reading, columns: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Part]]:
         found = self._moments[_key(reading.reader)]

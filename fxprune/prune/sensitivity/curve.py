@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fxprune.channels.groups import ChannelGroup
 from fxprune.reports import plain
 
 Losses = NDArray[np.float64]
@@ -19,6 +20,7 @@ class Curve:
 
     Attributes:
         name, kind, size: of the group, and how many units it has.
+        members, units: the axes that it cuts, and the classes of its units, by which groups of one name differ.
         order: the units in the order in which they go, numbered as in the group.
         counts, measured: numbers of units, and what the output loses without the first so many.
         local: by unit in `order`, what its readers lose with it, relative to the energy of their outputs.
@@ -27,10 +29,17 @@ class Curve:
     name: str
     kind: str
     size: int
+    members: tuple[str, ...]
+    units: tuple[int, ...]
     order: tuple[int, ...]
     counts: tuple[int, ...]
     measured: tuple[float, ...]
     local: tuple[float, ...]
+
+    def fits(self, group: ChannelGroup) -> bool:
+        """Whether a group is of the same name and form."""
+        members = tuple(map(str, group.members))
+        return (self.name, self.kind, self.size, self.members) == (group.name, group.kind, group.size, members)
 
     def losses(self) -> Losses:
         """What is lost without the first 0, 1, ... all units: convex, through or below what was measured.

@@ -10,6 +10,7 @@ import torch
 
 from fxprune.channels.groups import ChannelGroup
 from fxprune.errors import PruningError
+from fxprune.prune.channel_report import numbered_labels
 from fxprune.prune.sensitivity.curve import Curve
 from fxprune.reports import Readable, columns, counted, first_of, number, plain
 
@@ -44,9 +45,10 @@ class Sensitivity(Readable):
         Raises:
             PruningError: it was not measured, or had other units then.
         """
-        for curve in self.curves:
-            if (curve.name, curve.kind, curve.size) == (group.name, group.kind, group.size):
-                return curve
+        fitting = [curve for curve in self.curves if curve.fits(group)]
+        if fitting:
+            same = (curve for curve in fitting if curve.units == tuple(group.units.tolist()))
+            return next(same, fitting[0])
         there = first_of(f"{curve.name} ({curve.kind}, {curve.size})" for curve in self.curves)
         raise PruningError(
             f"the sensitivity has no curve of {group.name!r} ({group.kind}, {group.size} units); it has "
@@ -60,12 +62,9 @@ class Sensitivity(Readable):
 
     def fragile(self) -> list[str]:
         """The groups by what the output loses when half of the units go, the most first."""
-        half = {self._label(curve): float(curve.losses()[curve.size // 2]) for curve in self.curves}
-        return sorted(half, key=lambda label: -half[label])
-
-    @staticmethod
-    def _label(curve: Curve) -> str:
-        return f"{curve.name} ({curve.kind})"
+        half = [float(curve.losses()[curve.size // 2]) for curve in self.curves]
+        labels = dict(zip(numbered_labels(self.curves), half, strict=True))
+        return sorted(labels, key=lambda label: -labels[label])
 
     def __str__(self) -> str:
         fitted, judged = self.samples
