@@ -16,30 +16,12 @@ from command import argument, prepare, rounds
 from models import macs
 from peers import magnitude_pruner
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.nn import functional
+from trained_networks import accuracy, train
 
 import fxprune
 from fxprune.demo import DigitNet
 
-EPOCHS, FINE_TUNING, BATCH = 15, 5, 64
-
-
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float, seed: int) -> None:
-    order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
-    model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images), generator=order).split(BATCH):
-            optimizer.zero_grad()
-            functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-            optimizer.step()
-    model.eval()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return float((model(images).argmax(1) == labels).double().mean())
+EPOCHS, FINE_TUNING = 15, 5
 
 
 def main() -> None:

@@ -46,8 +46,9 @@ def sample(batch: int) -> torch.Tensor:
     return torch.randn(batch, 3, 224, 224)
 
 
-def macs(model: nn.Module, x: torch.Tensor) -> float:
-    """Multiply-accumulates by torch's formulas."""
-    with torch.no_grad(), flop_counter() as counter:
-        model(x)
+def macs(model: nn.Module, x: torch.Tensor | dict[str, torch.Tensor]) -> float:
+    """Multiply-accumulates by torch's formulas, for one input or several by name."""
+    # the fused kernels of recurrent layers have no formula
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), flop_counter() as counter:
+        model(**x) if isinstance(x, dict) else model(x)
     return float(counted_macs(counter))
