@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from fxprune.graph.mutation import may_write
+from fxprune.graph.mutation import is_mutating, may_write
 
 Watch = Callable[[fx.Node, Any], None]
 
@@ -26,7 +27,7 @@ def converted(value: Any, dtype: torch.dtype | None) -> Any:
 class Interpreter(fx.Interpreter):
     """torch's interpreter, which computes what is float32 or float64 as `dtype`.
 
-    What a node writes into is a copy: the tensors that it reads stay as they are.
+    What a node writes into is a copy: the tensors that it reads, and the inputs, stay as they are.
 
     Args:
         graph: what to run.
@@ -49,6 +50,11 @@ class Interpreter(fx.Interpreter):
         self.extra_traceback = False  # errors are the operators' own
         self.tensors, self.dtype, self.watch = tensors, dtype, watch
 
+    @functools.cached_property
+    def _writes(self) -> bool:
+        """Whether any node writes into its operands; an input may have views that are written into."""
+        return any(map(is_mutating, self.graph.nodes))
+
     def fetch_attr(self, target: str) -> Any:
         """The value of a `get_attr` node."""
         return self.tensors(target)
@@ -63,7 +69,8 @@ class Interpreter(fx.Interpreter):
         value = super().run_node(n)
         if n.op in ("placeholder", "get_attr"):
             value = converted(value, self.dtype)
-        if n.op == "get_attr" and isinstance(value, Tensor) and any(map(may_write, n.users)):
+        is_written = any(map(may_write, n.users)) if n.op == "get_attr" else n.op == "placeholder" and self._writes
+        if is_written and isinstance(value, Tensor):
             value = value.clone()
         if self.watch is not None:
             self.watch(n, value)

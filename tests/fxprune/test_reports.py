@@ -58,6 +58,7 @@ def _results(folder: Path) -> dict[str, Readable]:
         "groups": groups, "group": groups[0], "group that stays": groups[-1], "channels": masked, "schedule": schedule,
         "schedule of entries": fxprune.Schedule(traced, "5.weight", eager_prune.L1Unstructured, 0.5),
         "reconstruction": fxprune.reconstruct(repaired, IMAGES), "plan": final.plan,
+        "sensitivity": fxprune.sensitivity(repaired, IMAGES),
         "empty plan": fxprune.ChannelPlan(), "onnx": onnx, "program": program, "agreeing": agreeing,
         "unverified": replace(onnx, comparison=None, notes=("one", "two", "three")),
         "differing": differing, "divergence": differing.first_divergence,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.errors import PruningError
+from fxprune.errors import ArgumentError, PruningError
 from fxprune.graph.interpretation import Interpreter
 from fxprune.graph.text import describe
 from fxprune.prune.repair.batches import Piece
@@ -55,18 +55,20 @@ class InputMoments:
         for key, (reader, _) in self._readers.items():
             wanted.setdefault(reader.node, []).append(key)
 
+        def value_of(node: fx.Node, reader: str) -> Tensor:
+            value: Tensor = interpreter.env[node]
+            if not bool(torch.isfinite(value).all()):
+                raise PruningError(
+                    f"NaN or inf come up at {describe(node)}, which {reader} reads. Check the batches, and the weights."
+                )
+            return value
+
         def watch(node: fx.Node, _: object) -> None:
             for key in wanted.get(node, ()):
                 reader = self._readers[key][0]
-                data = interpreter.env[reader.data]
-                if not bool(torch.isfinite(data).all()):
-                    raise PruningError(
-                        f"NaN or inf come up at {describe(reader.data)}, which {reader.name!r} reads. Check the "
-                        "batches, and the weights."
-                    )
-                self._add(key, data, piece)
+                self._add(key, value_of(reader.data, repr(reader.name)), piece)
             if (product := self._products.get(node)) is not None:
-                operands = [interpreter.env[operand] for operand, _ in (product.left, product.right)]
+                operands = [value_of(operand, describe(node)) for operand, _ in (product.left, product.right)]
                 self.found[node] = self.found[node] + product.gram(operands)
             if node is last:
                 raise _Done
@@ -75,6 +77,20 @@ class InputMoments:
         interpreter = Interpreter(graph, tensors, watch=watch)
         with contextlib.suppress(_Done):
             interpreter.run(*piece.inputs, enable_io_processing=False)
+
+    def complete(self) -> dict[object, Any]:
+        """What was found.
+
+        Raises:
+            ArgumentError: no row of a reader counts.
+        """
+        for key, (reader, _) in self._readers.items():
+            if not self.found[key].count:
+                raise ArgumentError(
+                    f"weight leaves {reader.name!r} no row of the samples that are not held back; some are needed. "
+                    "Give more samples, or let more rows count."
+                )
+        return self.found
 
     def _add(self, key: object, data: Tensor, piece: Piece) -> None:
         reader, rows = self._readers[key]

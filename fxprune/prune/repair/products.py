@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 
@@ -28,6 +29,7 @@ class Product:
         grams = []
         for value in (left, right):
             rows = value if value.dim() > 2 else value[None]
+            rows = rows if rows.dtype == torch.float64 else rows.float()
             grams.append(rows.transpose(-1, -2) @ rows)
         first, second = grams
         if first.shape != second.shape and first.dim() == second.dim():  # key heads that several query heads share

@@ -46,8 +46,9 @@ class Turning:
         moments = InputMoments([reader for basis in bases for reader in basis.readers], _samples(pieces))
         for piece in pieces:
             moments.add(self._graph, self._tensor, piece)
+        inputs = moments.complete()
         for basis in bases:
-            found = sorted_bases(basis, moments.found, self._references.value)
+            found = sorted_bases(basis, inputs, self._references.value)
             turned = [change.arranged(self._dead(basis, head)) for change, head in zip(found, basis.heads, strict=True)]
             own = changed(basis, turned, self._original)
             if not self._references.is_own:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxprune.channels.budget import masks
 from fxprune.channels.groups import ChannelGroup, Grouping
+from fxprune.errors import ArgumentError
 from fxprune.graph.names import tensor_at
 from fxprune.prune.repair.bases import Basis, Change, changed, find_bases, only_exact, sorted_bases
 from fxprune.prune.repair.batches import Batches, Piece
@@ -59,7 +60,7 @@ def measure(
         shares: of a group's units, at which it is measured. samples: how many it is measured on at most.
 
     Raises:
-        PruningError: NaN or inf come up. ArgumentError: there are fewer than two samples.
+        PruningError: NaN or inf come up. ArgumentError: there are fewer than two samples, or no row counts.
     """
     curves: dict[int, Curve] = {}
     graph = grouping.plain.graphs["eval"]
@@ -89,7 +90,13 @@ def _kept(batches: Batches, shelf: Shelf, samples: int) -> tuple[list[Piece], li
             shelf.put(len(fitted), {"inputs": piece.inputs})
             fitted.append(replace(piece, inputs=[]))
         elif (missing := samples - sum(each.samples for each in judging)) > 0:
-            judging.append(batches.head(piece, missing))
+            some = batches.head(piece, missing)
+            judging += [some] if some.counts is None or bool(some.counts.any()) else []
+    if not judging:
+        raise ArgumentError(
+            "weight leaves no row of the samples that are held back, on which losses are measured; some are needed. "
+            "Give more samples, or let more rows count."
+        )
     return fitted, judging
 
 
@@ -148,7 +155,7 @@ class _Analysis:
 
     def take(self, moments: InputMoments) -> None:
         """Keep moments until the groups that need them are done."""
-        self._moments |= moments.found
+        self._moments |= moments.complete()
 
     def ready(self, progress: Progress) -> dict[int, Curve]:
         """The curves of the groups, in the order of the graph, whose moments are there."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from fxprune.errors import PruningError
 from fxprune.graph.interpretation import Interpreter
 from fxprune.graph.mutation import is_mutating, written
 from fxprune.graph.names import tensor_at
+from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.batches import Piece
+from fxprune.prune.repair.pair import origin_of_non_finite
 from fxprune.prune.repair.waves import Layout
 from fxprune.prune.sensitivity.distances import OutputDistance
+from fxprune.torch_internals import pytree_info
 
 Environment = dict[fx.Node, Any]
 Tensors = Mapping[str, Tensor]
@@ -58,7 +64,11 @@ class Forks:
         return min((self._at[user] for node in read for user in node.users), default=len(self._nodes))
 
     def losses(self, changed: Tensors, start: int) -> float:
-        """The mean distance of the outputs with other parameters; `start` may not be less than in an earlier call."""
+        """The mean distance of the outputs with other parameters; `start` may not be less than in an earlier call.
+
+        Raises:
+            PruningError: it is NaN or inf.
+        """
         if not self._is_strict:
             self._advance(start)
         found, samples = 0.0, 0
@@ -68,7 +78,23 @@ class Forks:
             outputs = self._outputs(self._finished(env, begin, changed))
             found += self._distance(outputs, run.outputs, run.piece.counts, self._structure) * run.piece.samples
             samples += run.piece.samples
+        if not math.isfinite(found):
+            raise PruningError(self._why_not_finite())
         return found / samples
+
+    def _why_not_finite(self) -> str:
+        for run in self._runs:
+            ends = [*self._inputs(run.piece).items(), *zip(self._distance.leaves, run.outputs, strict=True)]
+            for leaf, value in ends:
+                if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+                    interpreter = Interpreter(self._graph, lambda name: tensor_at(self._traced, name), keep=True)
+                    interpreter.run(*run.piece.inputs, enable_io_processing=False)
+                    origin = origin_of_non_finite(leaf, interpreter.env)
+                    return f"NaN or inf come up at {describe(origin)}. Check the batches, and the weights."
+        return (
+            f"the distance ({self._distance}) of the outputs without some channels is NaN or inf. Check the function, "
+            "or give another one."
+        )
 
     def _inputs(self, piece: Piece) -> Environment:
         places = self._graph.find_nodes(op="placeholder")
@@ -120,13 +146,13 @@ class Forks:
 
     @property
     def _structure(self) -> Callable[[Sequence[Any]], Any]:
+        """From flat outputs to what the module returns."""
         (output,) = self._graph.find_nodes(op="output")
-        leaves, spec = pytree.tree_flatten(output.args)
+        leaves, spec = pytree.tree_leaves(output.args), pytree_info(self._graph).out_spec
+        assert spec is not None
 
         def structured(values: Sequence[Any]) -> Any:
             given = iter(values)
-            flat = [next(given) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
-            (found,) = pytree.tree_unflatten(flat, spec)
-            return found
+            return pytree.tree_unflatten([next(given) if isinstance(leaf, fx.Node) else leaf for leaf in leaves], spec)
 
         return structured

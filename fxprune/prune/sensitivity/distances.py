@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from fxprune.channels.arguments import bound
 from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.contractions import Contraction
 from fxprune.channels.rules.convolutions import Convolution
-from fxprune.errors import ArgumentError, PruningError
+from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 
 aten = torch.ops.aten
 
@@ -31,12 +32,15 @@ class OutputDistance:
 
     Args:
         graph: of the network. name: one of `NAMES`, or a function `(outputs, dense outputs) -> scalar`.
+        option: under which it was given.
     """
 
-    def __init__(self, graph: fx.Graph, name: str | Distance) -> None:
-        self.given = name
-        if not callable(name) and name not in NAMES:
-            raise ArgumentError(f"distance={name!r}: one of {', '.join(NAMES)} is needed, or a function.")
+    def __init__(self, graph: fx.Graph, name: str | Distance, option: str = "distance") -> None:
+        self.given, self._option = name, option
+        if callable(name):
+            _check_function(name, option)
+        elif name not in NAMES:
+            raise ArgumentError(f"{option}={name!r}: one of {', '.join(NAMES)} is needed, or a function.")
         (output,) = graph.find_nodes(op="output")
         self.leaves = [each for each in pytree.tree_leaves(output.args) if isinstance(each, fx.Node)]
         self.kinds = [_kind(leaf) for leaf in self.leaves]
@@ -55,7 +59,7 @@ class OutputDistance:
             structure: from flat outputs to those of the module, for a function of the user.
         """
         if callable(self.given):
-            return _number(self.given(structure(outputs), structure(dense)))
+            return _number(self.given(structure(outputs), structure(dense)), self._option)
         found = []
         for value, reference, (kind, axis) in zip(outputs, dense, self.kinds, strict=True):
             if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
@@ -63,16 +67,37 @@ class OutputDistance:
             name = kind if self.given == "auto" else str(self.given)
             found.append(_distance(name, axis, value, reference, counts))
         if not found:
-            raise PruningError("the module returns no floating-point tensor to compare. Give a function as distance.")
+            raise PruningError(
+                f"the module returns no floating-point tensor to compare. Give a function as {self._option}."
+            )
         return sum(found) / len(found)
 
 
-def _number(value: Any) -> float:
+def _check_function(function: Distance, option: str) -> None:
+    """Raise ArgumentTypeError unless a function can be called with two outputs."""
+    if isinstance(function, type):
+        raise ArgumentTypeError(
+            f"{option} is the class {function.__name__}; give an object of it: {function.__name__}()."
+        )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"{option} takes ({', '.join(signature.parameters)}); a function of two is needed: of the outputs, and of "
+            "the outputs of the module as it is."
+        ) from None
+
+
+def _number(value: Any, option: str) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentError(
-            f"distance gave a {type(value).__name__}; a number is needed, larger for outputs further off."
+            f"{option} gave a {type(value).__name__}; a number is needed, larger for outputs further off."
         )
     return float(value)
 
@@ -105,18 +130,20 @@ def _has_classes(leaf: fx.Node, axis: int) -> bool:
 
 
 def _distance(kind: str, axis: int, value: Tensor, reference: Tensor, counts: Tensor | None) -> float:
-    value, reference = (each.movedim(axis, -1).float() for each in (value, reference))
+    value, reference = (each.movedim(axis, -1).double() for each in (value, reference))  # small ones count
     if kind.startswith("divergence"):
         first, second = (
             (each.clamp(min=1e-12).log() if "probabilities" in kind else each.log_softmax(-1))
             for each in (reference, value)
         )
-        each = (first.exp() * (first - second)).sum(-1).clamp(min=0)
+        each = torch.where(first.isneginf(), 0, first.exp() * (first - second)).sum(-1).clamp(min=0)
         return float(_counted(each, counts).mean())
+    if bool(reference.isneginf().any()):  # what is masked out says nothing
+        value, reference = (torch.where(reference.isneginf(), 0, each) for each in (value, reference))
     if kind == "cosine":
         return float(1 - _counted(torch.cosine_similarity(value, reference, -1), counts).mean())
-    lacking = _counted((value - reference).square().sum(-1), counts).double().sum()
-    spread = _counted((reference - reference.mean()).square().sum(-1), counts).double().sum()
+    lacking = _counted((value - reference).square().sum(-1), counts).sum()
+    spread = _counted((reference - reference.mean()).square().sum(-1), counts).sum()
     return float(lacking / spread.clamp(min=1e-30))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from fxprune import driver
 from fxprune.calling import named_arguments
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
+from fxprune.graph.calls import each_call
 from fxprune.graph.requirements import require_eval, require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_request import chosen_among, listed
@@ -84,7 +86,9 @@ def sensitivity(
         grouping.groups, None if targets is None else listed(targets), listed(ignore),
         None if kinds is None else listed(kinds),
     )  # fmt: skip
-    return _measured(traced, grouping, groups, batches, distance, weight, _shares(shares), _count(max_samples))
+    far = OutputDistance(grouping.plain.graphs["eval"], distance)
+    most = _count(max_samples, "max_samples")
+    return _measured(traced, grouping, groups, batches, far, weight, _shares(shares), most)
 
 
 def measured_for_choice(
@@ -100,8 +104,11 @@ def measured_for_choice(
         raise ArgumentError(
             'importance="obs" looks at data: give loader=, batches of inputs without labels, such as a list of tensors.'
         )
-    distance: str | Distance = "auto" if evidence.loss is None else evidence.loss
-    return _measured(traced, grouping, groups, evidence.loader, distance, evidence.weight, SHARES, _SAMPLES)
+    far = OutputDistance(grouping.plain.graphs["eval"], "auto" if evidence.loss is None else evidence.loss, "loss")
+    batches = evidence.loader
+    if evidence.max_batches is not None:
+        batches = itertools.islice(each_call(batches), _count(evidence.max_batches, "max_batches"))
+    return _measured(traced, grouping, groups, batches, far, evidence.weight, SHARES, _SAMPLES)
 
 
 def _measured(
@@ -109,14 +116,13 @@ def _measured(
     grouping: Grouping,
     groups: Sequence[ChannelGroup],
     batches: Any,
-    distance: str | Distance,
+    far: OutputDistance,
     weight: Callable[..., Tensor] | None,
     shares: Sequence[float],
     samples: int,
 ) -> Sensitivity:
     start = time.perf_counter()
     graph = grouping.plain.graphs["eval"]
-    far = OutputDistance(graph, distance)
     devices = {tensor.device.index for tensor in traced.parameters() if tensor.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(0)
@@ -136,11 +142,11 @@ def _shares(shares: Any) -> tuple[float, ...]:
     return tuple(sorted(given))
 
 
-def _count(count: Any) -> int:
+def _count(count: Any, option: str) -> int:
     if isinstance(count, bool) or not isinstance(count, int):
-        raise ArgumentTypeError(f"max_samples={count!r}: an integer is needed.")
+        raise ArgumentTypeError(f"{option}={count!r}: an integer is needed.")
     if count < 1:
-        raise ArgumentError(f"max_samples={count}: 1 or more are needed.")
+        raise ArgumentError(f"{option}={count}: 1 or more are needed.")
     return count
 
 
