@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,39 @@ import fxprune
 
 SAMPLES = 40
 HELD = torch.arange(SAMPLES) % 5 == 1
+
+
+class Product(nn.Module):
+    """A product with a matrix that is stored [columns, outputs], as some models write a linear layer."""
+
+    def __init__(self, columns: int, outputs: int, transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.weight = nn.Parameter(torch.randn(outputs, columns) if transposed else torch.randn(columns, outputs))
+        self.bias = None if transposed else nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T if self.transposed else torch.addmm(self.bias, x, self.weight)
+
+
+READERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 3), ()),
+    "addmm": (lambda: Product(6, 3, transposed=False), ()),
+    "matmul without bias": (lambda: Product(6, 3, transposed=True), ()),
+    "conv": (lambda: nn.Conv2d(6, 3, 3, padding=1), (5, 4)),
+    "strided and dilated": (lambda: nn.Conv2d(6, 3, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (6, 5)),
+    "same padding": (lambda: nn.Conv2d(6, 2, 3, padding="same", dilation=(1, 2)), (4, 4)),
+    "grouped": (lambda: nn.Conv2d(6, 4, 2, groups=2), (5, 5)),
+    "depthwise": (lambda: nn.Conv2d(6, 12, 3, groups=6, bias=False), (6, 5)),
+    "conv1d": (lambda: nn.Conv1d(6, 3, 3, stride=2), (9,)),
+    "conv3d": (lambda: nn.Conv3d(6, 2, 2), (3, 3, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 3, 3, stride=2, padding=1, output_padding=1), (4, 3)),
+    "transposed in groups": (
+        lambda: nn.ConvTranspose2d(6, 4, 2, stride=(1, 3), padding=(2, 0), dilation=(2, 1), groups=2, bias=False),
+        (4, 4),
+    ),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(6, 2, 3, dilation=2), (6,)),
+}
 
 
 class Chain(nn.Module):

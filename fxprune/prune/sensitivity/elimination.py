@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 # Losses of all units are computed this often; between two times, the cheapest go exactly, among this many more.
-_CHUNKS, _CANDIDATES = 48, 3
+_CHUNKS, _CANDIDATES = 48, 10
 
 
 @dataclass(frozen=True, eq=False)
