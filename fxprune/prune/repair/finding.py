@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxprune.channels.arguments import bound
 from fxprune.channels.registry import REGISTRY, OperatorCall
@@ -19,6 +20,7 @@ from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.layers import (
     ConvolutionReader,
     MatrixReader,
+    NormalizationReader,
     Reader,
     RecurrentReader,
     TransposedReader,
@@ -121,8 +123,13 @@ class LeftAlone:
 def find(traced: TracedModule, graph: fx.Graph) -> tuple[list[Reader], dict[fx.Node, LeftAlone]]:
     """The readers of a graph in its order, and why others are left alone."""
     weights = Weights(traced, graph)
-    readers, alone = [], dict[fx.Node, LeftAlone]()
+    readers: list[Reader] = []
+    alone: dict[fx.Node, LeftAlone] = {}
     for node in graph.nodes:
+        if node.target in _NORMALIZE:
+            gain = _normalization(weights, node)
+            readers += [] if gain is None else [gain]
+            continue
         call = REGISTRY.call(node) if node.op == "call_function" else None
         if not isinstance(call, Contraction | Convolution | Recurrent) or not _has_weight(call):
             continue
@@ -137,6 +144,54 @@ def find(traced: TracedModule, graph: fx.Graph) -> tuple[list[Reader], dict[fx.N
         if isinstance(call, Recurrent) and call.num_layers > 1:
             alone[node] = LeftAlone(f"{node.name} above its first layer", "what it reads stays within the call")
     return readers, alone
+
+
+# the axis of the channels
+_NORMALIZE: dict[Any, int] = {
+    aten.layer_norm.default: -1,
+    aten.rms_norm.default: -1,
+    aten.batch_norm.default: 1,
+    aten.group_norm.default: 1,
+}
+
+
+def _normalization(weights: Weights, node: fx.Node) -> NormalizationReader | None:
+    """The gain of a normalization over one axis, None where it has none of its own, or is left alone."""
+    given = bound(node)
+    gain, shift, data = given["weight"], given.get("bias"), given["input"]
+    if (
+        gain is None
+        or len(gain.meta["val"].shape) != 1
+        or given.get("training")
+        or given.get("use_input_stats") is False
+    ):
+        return None
+    found = weights.find(gain, "gain")
+    if isinstance(found, Why) or view(weights.root, found[0]).value().is_complex():
+        return None
+    count = view(weights.root, found[0]).value().numel()
+    bias = _bias(weights, shift, count)
+    if isinstance(bias, Why):
+        return None
+
+    def normalized(values: Tensor) -> Tensor:
+        return _called_bare(weights.root, node, given, values)
+
+    return NormalizationReader(
+        node, data, (found[0],), (bias,), (count, 1, 1), None, _NORMALIZE[node.target], normalized
+    )
+
+
+def _called_bare(root: nn.Module, node: fx.Node, given: Mapping[str, Any], data: Tensor) -> Tensor:
+    """A normalization without gain and shift."""
+    arguments = {**given, "input": data, "weight": None}
+    if "bias" in arguments:
+        arguments["bias"] = None
+    for name in ("running_mean", "running_var"):
+        buffer = arguments.get(name)
+        if isinstance(buffer, fx.Node):
+            arguments[name] = tensor_at(root, str(buffer.target))
+    return node.target(**arguments)  # type: ignore[operator, no-any-return]
 
 
 def _has_weight(call: OperatorCall) -> bool:

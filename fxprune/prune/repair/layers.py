@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -188,3 +188,36 @@ class TransposedReader(ConvolutionReader):
         entries = [slice(None, None, step) for step in self.spread]
         wide[(slice(None), slice(None), *entries)] = data
         return super()._windows(wide)
+
+
+@dataclass(frozen=True, eq=False)
+class NormalizationReader(Reader):
+    """The gain of a normalization: one column for each output, what is normalized.
+
+    Attributes:
+        axis: the axis of the channels.
+        normalized: from the input to what the gain is multiplied with.
+    """
+
+    axis: int
+    normalized: Callable[[Tensor], Tensor]
+
+    @property
+    def key(self) -> Hashable:
+        return self.node
+
+    def table(self, weights: Sequence[Tensor]) -> Tensor:
+        return weights[0].reshape(-1, 1, 1)
+
+    def stored(self, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        return [table.reshape(weights[0].shape)]
+
+    def positions(self, data: Tensor) -> tuple[int, ...]:
+        return tuple(data.movedim(self.axis, -1).shape[:-1])
+
+    def inputs_at(self, data: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+        rows: Tensor = self.normalized(data).movedim(self.axis, -1)[places]
+        return rows.T[..., None]
+
+    def outputs_at(self, output: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+        return super().outputs_at(output.movedim(self.axis, -1), places)

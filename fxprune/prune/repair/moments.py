@@ -32,6 +32,12 @@ class Errors:
 
         return cls(of(groups, columns, outputs), of(groups, outputs), of(groups, outputs), of(groups, outputs))
 
+    def with_those_of(self, other: Errors) -> Errors:
+        """The sums over the rows of both."""
+        return Errors(
+            self.cross + other.cross, self.total + other.total, self.energy + other.energy, self.output + other.output
+        )
+
 
 @dataclass
 class Moments:
@@ -73,6 +79,14 @@ class Moments:
             found.total += error.sum(1, dtype=torch.float64)
             found.energy += error.double().square().sum(1)
             found.output += output.double().square().sum(1)
+
+    def with_those_of(self, other: Moments) -> Moments:
+        """The sums over the rows of both, which are counted from the same shift."""
+        found = Moments(self.readers, self.count + other.count)
+        found.shift, found.total = self.shift, self.total + other.total
+        found.square = self.square + other.square
+        found.errors = [one.with_those_of(another) for one, another in zip(self.errors, other.errors, strict=True)]
+        return found
 
     @property
     def is_finite(self) -> bool:

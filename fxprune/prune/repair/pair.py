@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from fxprune.graph.interpretation import Interpreter
@@ -156,26 +154,3 @@ class Pair:
         env.update({operand: value.clone() for operand, value in values.items()})
         env[node] = interpreter.run_node(node)
         env.update(values)
-
-
-def origin_of_non_finite(node: fx.Node, values: Mapping[fx.Node, Any]) -> fx.Node:
-    """The first node, of those that a node's value comes from, that gives NaN or inf where it reads none."""
-    while True:
-        guilty = [each for each in node.all_input_nodes if _is_bad(_value(values, each))]
-        if not guilty:
-            return node
-        node = guilty[0]
-
-
-def _value(values: Mapping[fx.Node, Any], node: fx.Node) -> Any:
-    try:
-        return values[node]
-    except KeyError:
-        return None
-
-
-def _is_bad(value: Any) -> bool:
-    return any(
-        isinstance(each, Tensor) and each.is_floating_point() and not bool(torch.isfinite(each).all())
-        for each in pytree.tree_leaves(value)
-    )

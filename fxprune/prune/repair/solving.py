@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,7 +57,10 @@ class Fit:
 
 
 def best_fit(problem: Problem, dampings: Sequence[float]) -> Fit:
-    """The fit whose damping leaves the least error on held-back rows; no change where none leaves less than now."""
+    """The fit whose damping leaves the least error on held-back rows; no change where none leaves less than now.
+
+    Once that is decided, the rows that were held back are fitted too.
+    """
     shape = problem.support.shape
     none = torch.zeros(shape, dtype=torch.float64, device=problem.support.device)
     alive, still = problem.alive, none[..., 0]
@@ -70,6 +73,8 @@ def best_fit(problem: Problem, dampings: Sequence[float]) -> Fit:
         change, bias = _solution(problem, blocks, damping)
         after = problem.energy(change, bias, alive)
         if after < before:
+            everything = replace(problem, fit=problem.fit.with_those_of(problem.held))
+            change, bias = _solution(everything, blocks, damping)
             return Fit(change, bias, damping, _share(before, scale), _share(after, scale))
     return Fit(none, still, None, _share(before, scale), _share(before, scale))
 

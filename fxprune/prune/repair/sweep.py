@@ -19,9 +19,10 @@ from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.batches import Batches, Piece
 from fxprune.prune.repair.changes import Changes
 from fxprune.prune.repair.finding import Stream, find, mask_product, stream_of
+from fxprune.prune.repair.finite import is_finite, origin_of_non_finite
 from fxprune.prune.repair.fitting import families
 from fxprune.prune.repair.layers import Reader
-from fxprune.prune.repair.pair import Pair, origin_of_non_finite
+from fxprune.prune.repair.pair import Pair
 from fxprune.prune.repair.progress import Progress
 from fxprune.prune.repair.references import References
 from fxprune.prune.repair.report import ReaderRepair, ReconstructionReport
@@ -260,7 +261,7 @@ class _Sweep:
                 (reader.data, "the masked network", current),
                 (reader.node if reader.gives_products else reader.data, "the reference", reference),
             ):
-                if bool(torch.isfinite(values[node]).all()):
+                if is_finite(values[node]):
                     continue
                 again = pair.run(number, state, pair.fixed(number), keep=True)
                 origin = origin_of_non_finite(node, again[0] if values is current else again[1])

@@ -58,7 +58,8 @@ def test_the_refit_of_every_kind_of_reader_is_that_of_dense_algebra(kind: str) -
             by_input[channel // by_input.shape[1], channel % by_input.shape[1]] = False
         live = live.flatten(0, 1)
     target = model(x)
-    expected = dense_fit(model.reader, hidden[~HELD], target[~HELD], live)
+    expected = dense_fit(model.reader, hidden, target, live)
+    judged = dense_fit(model.reader, hidden[~HELD], target[~HELD], live)
     before = (traced(x) - target)[HELD].square().sum()
     repair = fxprune.reconstruct(traced, x, damping=0.0).readers["reader.weight"]
     assert repair.damping == 0
@@ -67,8 +68,44 @@ def test_the_refit_of_every_kind_of_reader_is_that_of_dense_algebra(kind: str) -
         torch.testing.assert_close(traced.get_parameter(stored), tensor, rtol=1e-7, atol=1e-9)
     energy = target[HELD].square().sum()
     assert repair.before == pytest.approx(float(before / energy))
-    assert repair.after == pytest.approx(float((traced(x) - target)[HELD].square().sum() / energy))
+    judged["weight"] = judged["weight"] * live
+    after = functional_call(model.reader, judged, hidden[HELD]) - target[HELD]
+    assert repair.after == pytest.approx(float(after.square().sum() / energy))
     assert repair.after < repair.before
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "layer": lambda: nn.LayerNorm(6),
+    "root mean square": lambda: nn.RMSNorm(6),
+    "batch": lambda: nn.BatchNorm1d(6),
+    "group": lambda: nn.GroupNorm(2, 6),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_gains_and_shifts_of_normalizations_are_refitted(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = chain(NORMS[kind](), (), 6)
+    for tensor in [*model.reader.parameters(), *model.reader.buffers()]:
+        if tensor.is_floating_point():
+            tensor.detach().uniform_(0.5, 2)
+    model.requires_grad_(False)
+    traced = masked(model, x)
+    hidden = torch.tanh(model.first(x))
+    hidden[:, [1, 4]] = 0
+    bare = {
+        name: torch.ones_like(each) if name == "weight" else 0 * each for name, each in model.reader.named_parameters()
+    }
+    normalized, target = functional_call(model.reader, bare, hidden), model(x)
+    before = (traced(x) - target).square().sum()
+    report = fxprune.reconstruct(traced, x, damping=0.0)
+    assert (traced(x) - target).square().sum() < before
+    assert "reader.weight" in report.refitted
+    for channel in (0, 2, 3, 5):
+        columns = [normalized[:, channel], torch.ones(len(x), dtype=torch.float64)][: len(bare)]
+        fitted = torch.linalg.lstsq(torch.stack(columns, 1), target[:, channel, None]).solution[:, 0]
+        found = [traced.get_parameter(f"reader.{name}")[channel] for name in bare]
+        torch.testing.assert_close(torch.stack(found).detach(), fitted)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
@@ -88,7 +125,7 @@ def test_the_input_weights_of_recurrent_layers_are_refitted_for_all_gates_and_di
     report = fxprune.reconstruct(traced, x, damping=0.0)
     assert report.refitted == ["reader.weight_ih_l0"]
     with torch.no_grad():
-        hidden = torch.tanh(model.first(x[~HELD])).flatten(0, 1)
+        hidden = torch.tanh(model.first(x)).flatten(0, 1)
         now = hidden[:, [0, 2, 3, 5]]
         design = torch.cat([now, torch.ones(len(now), 1)], 1)
         for end in ("", "_reverse"):
@@ -105,7 +142,7 @@ def test_damping_is_relative_to_the_mean_of_the_diagonal_and_towards_the_weights
     traced = masked(model, x)
     fxprune.reconstruct(traced, x, damping=0.05)
     with torch.no_grad():
-        dense = torch.tanh(model.first(x[~HELD]))
+        dense = torch.tanh(model.first(x))
         now = dense[:, [0, 2, 3, 5]]
         weight = model.reader.weight[:, [0, 2, 3, 5]]
         centred, lack = now - now.mean(0), dense[:, [1, 4]] @ model.reader.weight[:, [1, 4]].T
@@ -125,7 +162,7 @@ def test_each_output_has_the_support_of_its_own_mask_and_masked_entries_stay() -
     found = traced.get_parameter("reader.weight_orig").detach()
     assert torch.equal(found[~live], model.reader.weight[~live])
     with torch.no_grad():
-        hidden = torch.tanh(model.first(x[~HELD]))
+        hidden = torch.tanh(model.first(x))
         for row in range(4):
             constant = torch.ones(len(hidden), int(biased[row]), dtype=torch.float64)
             target = hidden @ model.reader.weight[row] + model.reader.bias[row]
@@ -188,7 +225,7 @@ def test_the_target_includes_what_the_stream_is_missing_and_a_batch_norm_takes_t
     report = fxprune.reconstruct(traced, x, damping=0.0)
     assert report.readers["inner.weight"].corrects_stream
     with torch.no_grad():
-        dense = torch.tanh(model.first(x[~HELD]))
+        dense = torch.tanh(model.first(x))
         now = dense.clone()
         now[:, [1, 4]] = 0
         scale = model.norm.weight / (model.norm.running_var + model.norm.eps).sqrt()
@@ -213,7 +250,8 @@ def test_the_reference_stays_what_it_was_while_running_means_change() -> None:
     fxprune.prune.l1_unstructured(traced, "0.*.weight", 0.3)
     report = fxprune.reconstruct(traced, x)
     lack, energy = ((each[HELD].square().sum()) for each in (traced(x) - model(x), model(x)))
-    assert report.readers["2.weight"].after == pytest.approx(float(lack / energy))
+    # the report is of the fit before the samples that judged it were fitted too
+    assert 1 <= report.readers["2.weight"].after / float(lack / energy) < 1.2
 
 
 def test_a_reader_whose_fit_does_not_help_on_samples_held_back_keeps_its_weights() -> None:
@@ -245,10 +283,10 @@ def test_readers_read_what_the_refitted_ones_before_them_give() -> None:
     fxprune.reconstruct(traced, x, damping=0.0)
     with torch.no_grad():
         now = traced.get_parameter("2.weight") @ torch.tanh(
-            (model[0].weight * mask) @ x[~HELD].T + model[0].bias[:, None]
+            (model[0].weight * mask) @ x.T + model[0].bias[:, None]
         ) + traced.get_parameter("2.bias")[:, None]  # fmt: skip
-        design = torch.cat([torch.tanh(now).T, torch.ones(int((~HELD).sum()), 1)], 1)
-        fitted = torch.linalg.lstsq(design, model(x[~HELD])).solution.T
+        design = torch.cat([torch.tanh(now).T, torch.ones(len(x), 1)], 1)
+        fitted = torch.linalg.lstsq(design, model(x)).solution.T
     torch.testing.assert_close(traced.get_parameter("4.weight").detach(), fitted[:, :-1], rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(traced.get_parameter("4.bias").detach(), fitted[:, -1], rtol=1e-5, atol=1e-8)
 
