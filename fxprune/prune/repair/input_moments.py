@@ -13,7 +13,6 @@ from fxprune.errors import ArgumentError, PruningError
 from fxprune.graph.interpretation import Interpreter
 from fxprune.graph.text import describe
 from fxprune.prune.repair.batches import Piece
-from fxprune.prune.repair.finite import is_finite
 from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.moments import Moments
 from fxprune.prune.repair.products import Product
@@ -58,7 +57,7 @@ class InputMoments:
 
         def value_of(node: fx.Node, reader: str) -> Tensor:
             value: Tensor = interpreter.env[node]
-            if not bool(torch.isfinite(value).all()):
+            if not is_finite(value):
                 raise PruningError(
                     f"NaN or inf come up at {describe(node)}, which {reader} reads. Check the batches, and the weights."
                 )

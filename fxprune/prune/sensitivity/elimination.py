@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Losses of all units are computed this often; between two times, the cheapest go exactly, among this many more.
-_CHUNKS, _CANDIDATES = 48, 10
+# Losses of all units are computed this often; between two times, the cheapest go among this many more, in this many
+# steps at most. Groups of fewer units than both multiplied lose one at a time.
+_CHUNKS, _CANDIDATES, _STEPS = 48, 10, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,16 +142,17 @@ def _summed(rests: Sequence[_Rest]) -> Tensor:
 
 
 def _cheapest(rests: Sequence[_Rest], count: int, losses: list[float]) -> list[int]:
-    """Which of the candidates go, one after the other; what each costs is added to `losses`."""
+    """Which of the candidates go, one after the other or some at a time; what each costs is added to `losses`."""
     left = list(range(len(rests[0].weights)))
-    found = []
+    found: list[int] = []
     while True:
         costs = _summed(rests)
-        place = int(costs.argmin())
-        losses.append(float(costs[place]))
-        found.append(left.pop(place))
+        places = costs.argsort(stable=True)[: min(max(1, count // _STEPS), count - len(found))].cpu()
+        losses += costs[places].tolist()
+        found += [left[place] for place in places.tolist()]
         if len(found) == count:
             return found
         stays = torch.ones(len(costs), dtype=torch.bool)
-        stays[place] = False
-        rests = [rest.without(torch.tensor([place]), stays.nonzero()[:, 0]) for rest in rests]
+        stays[places] = False
+        left = [unit for unit, stay in zip(left, stays.tolist(), strict=True) if stay]
+        rests = [rest.without(places, stays.nonzero()[:, 0]) for rest in rests]
