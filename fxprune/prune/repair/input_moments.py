@@ -13,6 +13,7 @@ from fxprune.errors import ArgumentError, PruningError
 from fxprune.graph.interpretation import Interpreter
 from fxprune.graph.text import describe
 from fxprune.prune.repair.batches import Piece
+from fxprune.prune.repair.finite import is_finite
 from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.moments import Moments
 from fxprune.prune.repair.products import Product

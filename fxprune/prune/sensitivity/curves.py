@@ -18,7 +18,7 @@ from fxprune.graph.names import tensor_at
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.batches import Piece
-from fxprune.prune.repair.pair import origin_of_non_finite
+from fxprune.prune.repair.finite import origin_of_non_finite
 from fxprune.prune.repair.waves import Layout
 from fxprune.prune.sensitivity.distances import OutputDistance
 from fxprune.torch_internals import pytree_info
