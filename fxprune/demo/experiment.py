@@ -19,25 +19,29 @@ from fxprune.errors import ArgumentError, EvalConstantWarning, ExportError, Fxpr
 from fxprune.files import atomic
 
 from .data import Digits, load_split
-from .measuring import count_zeros, eager_twin, measure, with_latencies
+from .measuring import accuracy, count_zeros, eager_twin, measure, with_latencies
 from .network import DigitNet
 from .progress import Step
-from .results import Result, accuracy_failures, cost_ratios
+from .results import Milestone, Result, accuracy_failures, cost_ratios
 from .training import BATCH, train
 from .variants import VARIANTS, Variant
 
 EPOCHS = 20
+CALIBRATION = 512  # images, without labels, by which a trained network is pruned and repaired
 
 
 def run(output: Path, *, seed: int = 0, epochs: int = EPOCHS, step: Step = lambda text, done, total: None) -> Result:
-    """Train every variant from the same start for the same number of epochs, export it, and measure all stages.
+    """Train every variant, export it, and measure all stages.
+
+    All start from the same weights and train for the same number of epochs, but those that prune the trained dense
+    network: they go on for a quarter of these, and are measured after each step until then.
 
     Runs in one thread, so that a seed gives the same result; torch's threads and random state are restored.
 
     Args:
         output: the folder for the ONNX files and `report.json`; made if it is missing.
         seed: of the data split, the initial weights and the order of the batches.
-        epochs: for each variant, at least 1.
+        epochs: for each variant that starts untrained, at least 1.
         step: called with what is being done, how much of it is done and how much there is.
 
     Returns:
@@ -60,9 +64,11 @@ def run(output: Path, *, seed: int = 0, epochs: int = EPOCHS, step: Step = lambd
     with _one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         start = DigitNet()
+        dense = copy.deepcopy(start)  # trained by the first variant
         for variant in VARIANTS:
             torch.manual_seed(seed)
-            _carry_out(variant, copy.deepcopy(start), train_digits, test_digits, result, step)
+            model = dense if variant is VARIANTS[0] else copy.deepcopy(dense if variant.steps else start)
+            _carry_out(variant, model, train_digits, test_digits, result, step)
         step("latency", 0, 1)
         files = {stage.variant: _file(result, stage.variant) for stage in result.stages if stage.stage == "onnx"}
         result.stages = with_latencies(result.stages, files, test_digits.images[:BATCH])
@@ -104,11 +110,16 @@ def _carry_out(
     """Train, finalize, export and measure one variant; what is found joins the result."""
     traced = fxprune.trace(model, (test_digits.images[:BATCH],))
     variant.prepare(traced)
+    for name, carry_out in variant.steps:
+        step(f"{variant.name}: {name}", 0, 1)
+        carry_out(traced.eval(), [*train_digits.images[:CALIBRATION].split(BATCH)])
+        result.milestones.append(_milestone(variant, name, _finalized(traced), test_digits))
+        step(f"{variant.name}: {name}", 1, 1)
     train(traced, train_digits, variant, result.seed, result.epochs, step)
     step(f"{variant.name}: deploy", 0, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EvalConstantWarning)  # it is deployed, and not trained on
-        final = fxprune.finalize(traced.eval())
+    final = _finalized(traced.eval())
+    if variant.steps:
+        result.milestones.append(_milestone(variant, "trained on", final, test_digits))
     items: dict[str, nn.Module | Path] = {
         "eager": eager_twin(traced, model).eval(), "traced": traced, "finalized": final
     }  # fmt: skip
@@ -125,3 +136,14 @@ def _carry_out(
     result.stages += stages
     result.failures += failures
     step(f"{variant.name}: deploy", 1, 1)
+
+
+def _finalized(traced: fxprune.TracedModule) -> fxprune.TracedModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EvalConstantWarning)  # it is deployed, and not trained on
+        return fxprune.finalize(traced)
+
+
+def _milestone(variant: Variant, after: str, final: fxprune.TracedModule, test_digits: Digits) -> Milestone:
+    assert final.plan is not None
+    return Milestone(variant.name, after, accuracy(final, test_digits), final.plan.macs[1])

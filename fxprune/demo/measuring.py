@@ -54,7 +54,7 @@ def measure(
     compared = fxprune.compare(eager, *others, inputs=(test.images,)).rows
     stages, failures = [], []
     for (name, item), row in zip(items.items(), (None, *compared), strict=True):
-        found = _costs(Stage(variant, name, _accuracy(item, test)), item, final)
+        found = _costs(Stage(variant, name, accuracy(item, test)), item, final)
         stages.append(found if row is None else replace(found, max_difference=row.max_abs))
         if row and not (row.ok and (row.max_abs == 0 or _rounds(name, final))):
             difference = f"{name} differs from eager by {row.max_abs} {row.note}".rstrip()
@@ -79,7 +79,8 @@ def _rounds(stage: str, final: fxprune.TracedModule) -> bool:
     return stage == "onnx" or (stage == "finalized" and final.plan is not None and bool(final.plan.removed))
 
 
-def _accuracy(item: nn.Module | Path, test: Digits) -> float:
+def accuracy(item: nn.Module | Path, test: Digits) -> float:
+    """The fraction of the test images that a module or a file gets right."""
     if isinstance(item, Path):
         (logits,) = fxprune.export.Session(item).run(test.images).values()
     else:

@@ -25,8 +25,8 @@ class Stage:
     """A row of the table: `variant` at `stage` (eager, traced, finalized, onnx); None where a column does not apply.
 
     Attributes:
-        accuracy: a fraction of the test images. parameters, zeros: counts of entries. macs: multiply-accumulates for
-            64 images. file_bytes, latency_ms (median, one thread, 64 images): of the ONNX file.
+        accuracy: a fraction of the test images. parameters, zeros: counts of entries. macs: multiply-accumulates of
+            one image. file_bytes, latency_ms (median, one thread, 64 images): of the ONNX file.
         max_difference: the largest absolute difference of a logit from the eager stage, over the test images.
     """
 
@@ -41,11 +41,27 @@ class Stage:
     max_difference: float | None = None
 
 
+@dataclass(frozen=True)
+class Milestone:
+    """What a variant of the trained dense network computes after a step.
+
+    Attributes:
+        variant, after: its name, and the step's. accuracy: of the finalized module, a fraction of the test images.
+        macs: multiply-accumulates of one image that it takes.
+    """
+
+    variant: str
+    after: str
+    accuracy: float
+    macs: int
+
+
 @dataclass(repr=False)
 class Result(Readable):
     """What the demo measured; without `failures` it succeeded.
 
     Attributes:
+        milestones: of the variants that start from the trained dense network, before they are trained on and after.
         layers: the zeros of each weight by variant, and its size. ratios: what is left of the dense network's costs.
     """
 
@@ -53,6 +69,7 @@ class Result(Readable):
     epochs: int
     output: str
     stages: list[Stage] = field(default_factory=list)
+    milestones: list[Milestone] = field(default_factory=list)
     layers: dict[str, dict[str, int]] = field(default_factory=dict)
     ratios: dict[str, dict[str, float]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -67,6 +84,7 @@ class Result(Readable):
     def __str__(self) -> str:
         outcome = "; ".join(self.failures) or "all stages agree"
         lines = [f"{counted(len(self.variants), 'variant')} in {self.output}, {self.seconds:.0f} s: {outcome}"]
+        lines += [f"{each.variant}, {each.after}: accuracy {each.accuracy:.2%}" for each in self.milestones]
         for variant, left in self.ratios.items():
             lines.append(f"{variant}: " + ", ".join(f"{value:.2f} of the {what}" for what, value in left.items()))
         return "\n".join(lines)
@@ -83,7 +101,10 @@ class Result(Readable):
 
     def show(self, console: Console) -> None:
         """Print the tables, the notes and where the files are."""
-        console.print(self._stage_table(), "", self._layer_table(), "", sep="\n")
+        console.print(self._stage_table(), "", sep="\n")
+        if self.milestones:
+            console.print(self._milestone_table(), "", sep="\n")
+        console.print(self._layer_table(), "", sep="\n")
         for variant, left in self.ratios.items():
             text = ", ".join(f"{value:.2f} of the {what}" for what, value in left.items())
             console.print(f"{variant}, against dense: {text}.", highlight=False, soft_wrap=True)
@@ -108,6 +129,28 @@ class Result(Readable):
                 _cell("{:.3f}", stage.latency_ms),
                 _cell("{:.2g}", stage.max_difference),
                 end_section=stage.stage == "onnx",
+            )
+        return table
+
+    def _milestone_table(self) -> Table:
+        """The way of the trained dense network; the last step's is the file's latency."""
+        heads = "", "step", "accuracy", "MACs", "ms"
+        table = Table(*heads, box=box.SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
+        for column in table.columns[2:]:
+            column.justify = "right"
+        rows = {(stage.variant, stage.stage): stage for stage in self.stages}
+        dense = self.stages[0]
+        begin = Milestone(dense.variant, "trained", dense.accuracy, dense.macs or 0)
+        ways = [begin, *self.milestones]
+        for way, later in zip(ways, [*ways[1:], None], strict=True):
+            is_last = later is None or later.variant != way.variant
+            file = rows.get((way.variant, "onnx")) if is_last else None
+            table.add_row(
+                way.variant,
+                way.after,
+                _cell("{:.2%}", way.accuracy),
+                _cell("{:.1f}M", way.macs, 1e6),
+                _cell("{:.3f}", file.latency_ms if file else None),
             )
         return table
 

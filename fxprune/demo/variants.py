@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.nn.utils.prune import L1Unstructured, LnStructured
 
 import fxprune
@@ -19,12 +20,15 @@ class Variant:
         name: also of its file.
         prepare: called on the traced module before training.
         schedule: from the traced module, `start` and `stop` to the schedule that prunes it after each epoch.
+        steps: by name, what is done to the trained dense network, from which the variant then starts; called with the
+            traced module and batches of images without labels. A few epochs of training follow.
         note: what the reader should know about the result.
     """
 
     name: str
     prepare: Callable[[fxprune.TracedModule], None] = lambda traced: None
     schedule: Callable[..., fxprune.Schedule] | None = None
+    steps: tuple[tuple[str, Callable[[fxprune.TracedModule, Sequence[Tensor]], object]], ...] = ()
     note: str = ""
 
 
@@ -43,13 +47,17 @@ def _rows(traced: fxprune.TracedModule, **span: Any) -> fxprune.Schedule:
     return fxprune.Schedule(traced, names, LnStructured, 0.5, n=2, dim=0, **span)
 
 
-def _budget(traced: fxprune.TracedModule, **span: Any) -> fxprune.Schedule:
-    return fxprune.Schedule(traced, None, lambda gone: fxprune.prune.channels(traced, macs=1 - gone), 0.5, **span)
+def _half_of_the_macs(traced: fxprune.TracedModule, batches: Sequence[Tensor]) -> fxprune.ChannelReport:
+    return fxprune.prune.channels(traced, macs=0.5, importance="obs", loader=batches)
 
 
 VARIANTS = (
     Variant("dense"),
-    Variant("unstructured", _insert_norms, _l1, "Unstructured zeros do not give speed; removing channels does."),
+    Variant("unstructured", _insert_norms, _l1, note="Unstructured zeros do not give speed; removing channels does."),
     Variant("rows", schedule=_rows, note="rows: half of the filters of three layers, by ln_structured."),
-    Variant("budget", schedule=_budget, note="budget: coupled channels, to half of the MACs, in blocks that run fast."),
+    Variant(
+        "budget",
+        steps=(("pruned", _half_of_the_macs), ("repaired", fxprune.reconstruct)),
+        note="budget: the trained dense network, coupled channels to half of the MACs, in blocks that run fast.",
+    ),
 )

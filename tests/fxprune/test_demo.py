@@ -105,6 +105,20 @@ def test_every_stage_has_its_row(short):
     ]  # fmt: skip
 
 
+def test_the_way_of_the_trained_network_is_measured_step_by_step(short):
+    found = json.loads(short[1].stdout)
+    rows = {(row["variant"], row["stage"]): row for row in found["stages"]}
+    ways = found["milestones"]
+    assert [(way["variant"], way["after"]) for way in ways] == [
+        ("budget", "pruned"), ("budget", "repaired"), ("budget", "trained on")
+    ]  # fmt: skip
+    assert {way["macs"] for way in ways} == {rows["budget", "finalized"]["macs"]}
+    assert 0.49 < ways[0]["macs"] / rows["dense", "finalized"]["macs"] <= 0.5
+    assert ways[-1]["accuracy"] == rows["budget", "finalized"]["accuracy"]
+    assert "budget: repaired 1/1\n" in short[1].stderr
+    assert "budget: train 1/1\n" in short[1].stderr
+
+
 def test_zeros_are_where_the_masks_were(short):
     folder, run = short
     layers = json.loads(run.stdout)["layers"]
@@ -241,3 +255,6 @@ def test_pruned_stays_within_a_point_of_dense(seed, tmp_path):
     dense, *others = (next(r for r in found["stages"] if r["variant"] == v.name) for v in demo.VARIANTS)
     assert dense["accuracy"] > 0.97
     assert all(pruned["accuracy"] >= dense["accuracy"] - 0.01 for pruned in others)
+    pruned, repaired, _ = (way["accuracy"] for way in found["milestones"])
+    assert pruned < repaired - 0.1
+    assert repaired >= dense["accuracy"] - 0.01
