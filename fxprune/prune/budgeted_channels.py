@@ -100,7 +100,10 @@ def channels(
             (distance to the other filters: He et al., 2019, https://arxiv.org/abs/1811.00250), "taylor" (Molchanov et
             al., 2019, https://arxiv.org/abs/1906.10771; needs `loader` and `loss`), a name that was given to a score
             of entries by `fxprune.importance.register`, or a function from a `ChannelGroup` to a tensor [units]. "bn"
-            leaves groups without a batch norm alone, and "fpgm" looks at the weights that write a group.
+            leaves groups without a batch norm alone, and "fpgm" looks at the weights that write a group. For trained
+            networks, "obs": what the output loses when what is left makes up for the channels that went (Kurtic et al.,
+            "ZipLM", 2023, https://arxiv.org/abs/2302.04089; `fxprune.sensitivity`, whose result is an importance, too);
+            needs `loader`, and counts on `fxprune.reconstruct` afterwards, as masks alone make up for nothing.
         scope: "global" compares units of all groups; "local" takes the same share of every group.
         targets: patterns of parameter or module names; groups that write one of these are pruned, None prunes all.
         ignore: patterns; groups with a member of such a name are left alone.
@@ -118,7 +121,11 @@ def channels(
         macs, parameters: what may be left, as a fraction of the dense model or as a count, of MACs for one sample.
         speedup: how many times faster in onnxruntime than `traced` finalized as it is, measured on this machine.
         seed: for "random"; None draws from the global generator.
-        loader, loss, max_batches: for "taylor" and what is registered, as for `fxprune.importance.scores`.
+        loader, loss, max_batches: for "taylor" and what is registered, as for `fxprune.importance.scores`. For "obs",
+            `loader` is batches of inputs without labels, as for `fxprune.sensitivity`, and `loss` its distance, a
+            function `(outputs, outputs as they are) -> scalar`; None is "auto".
+        weight: for "obs": called as the module is, gives the rows that count, a tensor [samples] or [samples,
+            positions], zero for padding.
         threads, batch, providers: of the measurement for `speedup`; a batch that is not free is the sample's, providers
             are onnxruntime's, a list in order of preference.
 
@@ -134,6 +141,11 @@ def channels(
     Example:
         >>> report = fxprune.prune.channels(traced, macs=0.5)
         >>> final = fxprune.finalize(traced)
+
+        A trained network, with a list of batches of inputs:
+
+        >>> report = fxprune.prune.channels(traced, macs=0.5, importance="obs", loader=batches)
+        >>> repair = fxprune.reconstruct(traced, batches)
     """
     require_traced(traced)
     if isinstance(providers, str):

@@ -16,14 +16,18 @@ Losses = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """One group.
+    """What the output loses without the units of one group, when what reads them makes up for it.
 
     Attributes:
-        name, kind, size: of the group, and how many units it has.
+        name, kind, size: of the group, as `ChannelGroup` has them, and how many units it has.
         members, units: the axes that it cuts, and the classes of its units, by which groups of one name differ.
         order: the units in the order in which they go, numbered as in the group.
-        counts, measured: numbers of units, and what the output loses without the first so many.
+        counts, measured: numbers of units, and what the output loses without the first so many, by the distance.
         local: by unit in `order`, what its readers lose with it, relative to the energy of their outputs.
+
+    Example:
+        >>> curve = fxprune.sensitivity(traced, batches).curves[0]
+        >>> half = curve.losses()[curve.size // 2]
     """
 
     name: str
@@ -42,9 +46,10 @@ class Curve:
         return (self.name, self.kind, self.size, self.members) == (group.name, group.kind, group.size, members)
 
     def losses(self) -> Losses:
-        """What is lost without the first 0, 1, ... all units: convex, through or below what was measured.
+        """What is lost without the first 0, 1, ... all units, float64 [size + 1].
 
-        Between two measured points it grows as the readers' own losses do.
+        It never falls and is convex: the hull of what was measured, which between two points grows as the readers' own
+        losses do.
         """
         local = np.concatenate([[0.0], np.cumsum(np.maximum(self.local, 1e-30))])
         counts = np.array([0, *self.counts])
@@ -60,7 +65,7 @@ class Curve:
         return _convex(found)
 
     def slopes(self) -> Losses:
-        """By unit in the order of the group, what is lost with it."""
+        """By unit in the order of the group, what is lost with it, float64 [size]."""
         found = np.empty(self.size)
         found[list(self.order)] = np.diff(self.losses())
         return found

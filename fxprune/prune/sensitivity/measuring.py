@@ -46,38 +46,46 @@ def sensitivity(
     For each group of channels: its units are ordered by what their readers lose, after the best that is left can do
     (the optimal brain surgeon on second moments of the inputs; heads in the basis that `reconstruct` gives them). The
     order is cut at several shares, the readers' weights are made up for what is gone, and the outputs are compared
-    with those of the module as it is, on samples that no moment was made from. Nothing is changed.
+    with those of the module as it is, on samples that no moment was made from. Nothing is changed. The weights that
+    make up are not kept: after pruning, `fxprune.reconstruct` finds them for all groups together.
 
     Sources: the order, Kurtic et al., "ZipLM" (2023), https://arxiv.org/abs/2302.04089, after Hassibi and Stork,
-    "Optimal Brain Surgeon" (1993).
+    "Second order derivatives for network pruning: Optimal Brain Surgeon" (1993),
+    https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050.
 
     Args:
-        traced: the module; its eval graph is what runs.
+        traced: the module; its eval graph is what runs, in whichever mode it is. What is masked counts as zero.
         batches: inputs without labels: a tensor, a tuple of positional arguments, a dict of keyword arguments, a
             `fxprune.Call` of both, or a list, loader or generator of these. At least two samples: one in five is held
             back, for the curves.
         distance: of outputs to those of the module as it is: "divergence" (Kullback-Leibler, of outputs that are
             logits), "error" (squared, relative to their spread), "cosine" (1 - cosine similarity along the last axis),
             "auto": divergence for outputs of a softmax, a linear layer or a convolution, else error; or a function
-            `(outputs, outputs as they are) -> scalar`.
+            `(outputs, outputs as they are) -> scalar`, larger for outputs further off, a number or a tensor of one.
         weight: called as the module is, gives the rows that count: a tensor [samples], or [samples, positions], zero
             for padding. Outputs that begin with other sizes count as a whole.
-        targets, ignore, kinds: the groups to measure, as for `fxprune.prune.channels`.
-        shares: of the units of a group, from 0 to 1, at which its curve is measured.
-        max_samples: that curves are measured on, of those held back.
+        targets, ignore, kinds: the groups to measure, as for `fxprune.prune.channels`; all that a budget may cut.
+        shares: of the units of a group, above 0 and below 1, at which its curve is measured; one run of the layers
+            behind the group each.
+        max_samples: how many samples curves are measured on, at most, of those held back.
 
     Returns:
-        A `Sensitivity`, which prints as a summary, and is an importance for `fxprune.prune.channels`.
+        A `Sensitivity`, which prints as a summary, has `table()`, and is an importance for `fxprune.prune.channels`.
 
     Raises:
         InputError: batches hold labels, or inputs of another form.
         ArgumentError, ArgumentTypeError: fewer than two samples, or an unusable option.
+        NameLookupError: a pattern matches nothing.
         PruningError: nothing may be pruned, or NaN or inf come up; the message has the node.
 
     Example:
+        >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+        >>> batches = [torch.randn(32, 8) for _ in range(8)]
+        >>> traced = fxprune.trace(model, batches[0])
         >>> sensitivity = fxprune.sensitivity(traced, batches)
         >>> print(sensitivity.table())
         >>> report = fxprune.prune.channels(traced, macs=0.5, importance=sensitivity)
+        >>> repair = fxprune.reconstruct(traced, batches)
     """
     require_traced(traced)
     require_eval(traced, "sensitivity", PruningError)

@@ -22,13 +22,21 @@ class Sensitivity(Readable):
     """What the output loses with the units of each group, one group at a time.
 
     It is an importance: `fxprune.prune.channels(traced, macs=0.5, importance=sensitivity)` minimizes the sum of the
-    losses under the budget, whichever budget it is, without another look at data.
+    losses under the budget, whichever budget it is, without another look at data. It holds for the module that was
+    measured, and for others of the same graph.
 
     Attributes:
-        curves: one a group. distance: how losses were measured. sample: what MACs are counted for.
-        macs, parameters: what one unit of each group saves, by the order of `curves`.
+        curves: one a group, in the order of the network. distance: how losses were measured.
+        sample: what MACs are counted for, as in "one sample of 3x224x224".
+        macs, parameters: multiply-adds and parameters that one unit of each group saves, by the order of `curves`.
         samples: how many moments were made from, and how many curves were measured on.
         seconds: of the whole.
+
+    Example:
+        >>> sensitivity = fxprune.sensitivity(traced, batches)
+        >>> print(sensitivity.table(), sensitivity.fragile()[0])
+        >>> losses = {curve.name: curve.losses() for curve in sensitivity.curves}
+        >>> report = fxprune.prune.channels(traced, parameters=0.7, importance=sensitivity)
     """
 
     curves: tuple[Curve, ...]
