@@ -39,6 +39,7 @@ _MOVE = frozenset((
 ))  # fmt: skip
 _SCALE = frozenset((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar))
 _SMALLEST = 1e-9  # eigenvalue of a second moment, relative to the largest
+_MOST_CONDITION = 1e6  # of a basis that weights have been given before
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,12 @@ class Basis:
         """Those whose input moments are needed."""
         return (self.first, self.second) if self.is_product else (self.second,)
 
+    @property
+    def parameters(self) -> list[str]:
+        """The weights and biases of both, by name."""
+        names = [*self.first.weights, *self.first.biases, *self.second.weights, *self.second.biases]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
 
 def find_bases(graph: fx.Graph, readers: Sequence[Reader], tensors: Tensors, inputs: Sequence[Any]) -> list[Basis]:
     """The heads of a graph whose basis can change.
@@ -159,6 +166,28 @@ def sorted_bases(basis: Basis, moments: Mapping[object, Moments], tensors: Tenso
     layers = _Layer.of(basis, tensors)
     change = _of_product if basis.is_product else _of_layer
     return [change(basis, head, moments, layers) for head in basis.heads]
+
+
+def following(basis: Basis, changes: Sequence[Change], tensors: Tensors, references: Tensors) -> list[Change]:
+    """What brings heads into the bases that changes give a reference, where they may have had another one before.
+
+    Args:
+        basis: of which heads. changes: those of the reference's heads. tensors, references: give weights by name.
+    """
+    if all(torch.equal(tensors(name), references(name)) for name in basis.parameters):
+        return [*changes]
+    own, others = (_Layer.of(basis, each)[basis.first.name] for each in (tensors, references))
+    found = []
+    for head, change in zip(basis.heads, changes, strict=True):
+        square = torch.stack([others.both(rows) @ others.both(rows).T for rows in head.first]).sum(0)
+        cross = torch.stack([others.both(rows) @ own.both(rows).T for rows in head.first]).sum(0)
+        relative = torch.linalg.lstsq(square, cross).solution  # own = relative^T others, were nothing else changed
+        if not float(torch.linalg.cond(relative)) < _MOST_CONDITION:
+            found.append(change)
+            continue
+        first = torch.linalg.solve(relative, change.first)
+        found.append(Change(first, torch.linalg.inv(first).T, change.energy))
+    return found
 
 
 def changed(basis: Basis, changes: Sequence[Change], tensors: Tensors) -> dict[str, Tensor]:
@@ -259,6 +288,10 @@ class _Layer:
             bias = None if reader.biases[0] is None else tensors(reader.biases[0]).double().clone()
             found[reader.name] = cls(reader, reader.table([tensors(reader.name)])[0].double().clone(), bias)
         return found
+
+    def both(self, rows: Tensor) -> Tensor:
+        """Weights and biases of some outputs, [outputs, columns]."""
+        return self.table[rows] if self.shift is None else torch.cat([self.table[rows], self.shift[rows, None]], 1)
 
     def turn(self, rows: Tensor, basis: Tensor) -> None:
         """Give some outputs another basis."""

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fxprune.graph.masks import named_by_mask, named_by_original, view
 from fxprune.graph.traced import TracedModule
-from fxprune.prune.repair.bases import Basis, Head, changed, find_bases, only_exact, sorted_bases
+from fxprune.prune.repair.bases import Basis, Head, changed, find_bases, following, only_exact, sorted_bases
 from fxprune.prune.repair.batches import Batches, Piece
 from fxprune.prune.repair.changes import Changes
 from fxprune.prune.repair.input_moments import InputMoments
@@ -50,7 +50,8 @@ class Turning:
         for basis in bases:
             found = sorted_bases(basis, inputs, self._references.value)
             turned = [change.arranged(self._dead(basis, head)) for change, head in zip(found, basis.heads, strict=True)]
-            own = changed(basis, turned, self._original)
+            own_changes = following(basis, turned, self._original, self._references.value)
+            own = changed(basis, own_changes, self._original)
             if not self._references.is_own:
                 for name, values in changed(basis, turned, self._references.value).items():
                     self._references.restate(name, values)

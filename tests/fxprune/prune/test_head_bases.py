@@ -114,3 +114,65 @@ def test_what_is_left_of_heads_loses_less_where_their_bases_can_turn(
         errors.append((traced(x) - dense(x)).square().mean().item())
         torch.testing.assert_close(fxprune.finalize(traced)(x), traced(x))
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("spelling", ["separate", "chunk", "shared by expand"])
+def test_repairs_again_towards_another_module_as_heads_turned_before_is_as_good_as_at_once(spelling: str) -> None:
+    model, x = attention(spelling)
+    dense = model(x).detach()
+
+    def error(traced: fxprune.TracedModule) -> float:
+        return (traced(x) - dense).square().mean().item()
+
+    traced = copy.deepcopy(traced_once(spelling))
+    fxprune.prune.channels(traced, 0.25, kinds=["head channel"], round_to=1)
+    fxprune.reconstruct(traced, x, reference=model)
+    once = error(traced)
+    fxprune.reconstruct(traced, x, reference=model)
+    assert error(traced) == pytest.approx(once)
+    fxprune.prune.channels(traced, 0.5, kinds=["head channel"], round_to=1)
+    masks = {name.removesuffix("_mask"): mask.clone() for name, mask in traced.named_buffers()}
+    fxprune.reconstruct(traced, x, reference=model)
+    at_once = copy.deepcopy(traced_once(spelling))
+    for name, mask in masks.items():
+        fxprune.prune.custom_from_mask(at_once, name, mask)
+    fxprune.reconstruct(at_once, x, reference=model)
+    assert error(traced) == pytest.approx(error(at_once), rel=0.05)
+
+
+def test_heads_that_were_trained_since_they_turned_are_not_mixed_up() -> None:
+    model, x = attention("separate")
+    dense = model(x).detach()
+    traced = copy.deepcopy(traced_once("separate"))
+    fxprune.prune.channels(traced, 0.5, kinds=["head channel"], round_to=1)
+    fxprune.reconstruct(traced, x, reference=model)
+    optimizer = torch.optim.SGD(traced.parameters(), 1e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (traced(x) - dense).square().mean().backward()
+        optimizer.step()
+    before = (traced(x) - dense).square().mean().item()
+    fxprune.prune.channels(traced, 0.5, kinds=["MLP unit", "attention head"], importance="random", seed=0, round_to=1)
+    broken = (traced(x) - dense).square().mean().item()
+    fxprune.reconstruct(traced, x, reference=model)
+    assert before < (traced(x) - dense).square().mean().item() < broken
+
+
+def test_heads_turn_between_the_steps_of_a_schedule() -> None:
+    model, x = attention("chunk")
+    traced = copy.deepcopy(traced_once("chunk"))
+
+    def step(gone: float) -> fxprune.ChannelReport:
+        return fxprune.prune.channels(traced, gone, kinds=["head channel"], round_to=1)
+
+    schedule = fxprune.Schedule(traced, None, step, 0.5, stop=2, initial=0.2)
+    errors = []
+    for _ in range(3):
+        schedule.step()
+        fxprune.reconstruct(traced, x, reference=model)
+        errors.append((traced(x) - model(x)).square().mean().item())
+    assert errors[0] < errors[1]
+    plain = copy.deepcopy(traced_once("chunk"))
+    fxprune.prune.channels(plain, 0.5, kinds=["head channel"], round_to=1)
+    assert errors[-1] < (plain(x) - model(x)).square().mean().item()
+    torch.testing.assert_close(fxprune.finalize(traced)(x), traced(x))
