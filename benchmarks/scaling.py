@@ -1,6 +1,7 @@
-"""How a cost grows with the number of layers: seconds at each size, and the ratio to half the size before it.
+"""How a cost grows with the number of layers or samples: CPU seconds at each size, and their ratio to the size before.
 
-What grows in proportion doubles at most; what walks the whole graph once for each layer comes near four times.
+What grows in proportion doubles at most with twice the size; what walks the whole graph once for each layer comes near
+four times. Networks have random weights; ResNets see images of 64 x 64, BERTs of width 128 sequences of 32.
 
 Run: python benchmarks/scaling.py [cost ...] [--sizes 50 100 200 400] [--rounds 2]
 """
@@ -16,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from models import cnn
 from torch import nn
 
 import fxprune
 
-# prepares a network of so many layers; what it returns is called once, timed
+# prepares a network of so many layers, or so many samples; what it returns is called once, timed
 Cost = Callable[[int], Callable[[], object]]
 
 
@@ -100,6 +102,83 @@ def prune_channels(layers: int) -> Callable[[], object]:
     return lambda: fxprune.prune.channels(copy.deepcopy(traced), amount=0.5)
 
 
+def bert(layers: int, samples: int) -> tuple[fxprune.TracedModule, list[torch.Tensor]]:
+    """An encoder of so many layers, and batches of embedded sequences."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=128, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=512)
+    model = BertModel(config, add_pooling_layer=False).encoder.eval()
+    data = torch.randn(samples, 32, 128)
+    return fxprune.trace(States(model), (data[:2],), modes=("eval",)), list(data.split(32))
+
+
+class States(nn.Module):
+    """The last hidden states alone."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self.encoder(x).last_hidden_state
+        return states
+
+
+def resnet(layers: int) -> tuple[fxprune.TracedModule, list[torch.Tensor]]:
+    """ResNet-18, 50 or 152, and batches of 64 images."""
+    model, data = cnn(f"resnet{layers}").eval(), torch.randn(64, 3, 64, 64)
+    model.features.final_pool = nn.AdaptiveAvgPool2d(1)
+    return fxprune.trace(model, (data[:2],), modes=("eval",)), list(data.split(32))
+
+
+def measuring(given: tuple[fxprune.TracedModule, list[torch.Tensor]]) -> Callable[[], object]:
+    """The curves of all groups."""
+    return lambda: fxprune.sensitivity(*given)
+
+
+def repairing(given: tuple[fxprune.TracedModule, list[torch.Tensor]]) -> Callable[[], object]:
+    """The repair of a copy with half of its multiply-accumulates."""
+    traced, batches = given
+    fxprune.prune.channels(traced, macs=0.5)
+    return lambda: fxprune.reconstruct(copy.deepcopy(traced), batches)
+
+
+def sensitivity_bert(layers: int) -> Callable[[], object]:
+    """Curves of BERTs, 128 samples."""
+    return measuring(bert(layers, 128))
+
+
+def reconstruct_bert(layers: int) -> Callable[[], object]:
+    """Repair of BERTs, 128 samples."""
+    return repairing(bert(layers, 128))
+
+
+def sensitivity_resnet(layers: int) -> Callable[[], object]:
+    """Curves of ResNets."""
+    return measuring(resnet(layers))
+
+
+def reconstruct_resnet(layers: int) -> Callable[[], object]:
+    """Repair of ResNets."""
+    return repairing(resnet(layers))
+
+
+def sensitivity_samples(samples: int) -> Callable[[], object]:
+    """Curves of a BERT of four layers."""
+    return measuring(bert(4, samples))
+
+
+def reconstruct_samples(samples: int) -> Callable[[], object]:
+    """Repair of a BERT of four layers."""
+    return repairing(bert(4, samples))
+
+
+SIZES = {
+    **dict.fromkeys(("sensitivity_bert", "reconstruct_bert"), (2, 4, 8, 16, 24)),
+    **dict.fromkeys(("sensitivity_resnet", "reconstruct_resnet"), (18, 50, 152)),
+    **dict.fromkeys(("sensitivity_samples", "reconstruct_samples"), (64, 128, 256, 512)),
+}
 COSTS: dict[str, Cost] = {
     cost.__name__: cost
     for cost in (
@@ -111,6 +190,12 @@ COSTS: dict[str, Cost] = {
         remove_masks,
         fold_batch_norms,
         prune_channels,
+        sensitivity_bert,
+        reconstruct_bert,
+        sensitivity_resnet,
+        reconstruct_resnet,
+        sensitivity_samples,
+        reconstruct_samples,
     )
 }
 
@@ -118,22 +203,23 @@ COSTS: dict[str, Cost] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("costs", nargs="*", choices=[*COSTS, []], default=[])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[50, 100, 200, 400])
+    parser.add_argument("--sizes", type=int, nargs="+", help="numbers of layers or samples")
     parser.add_argument("--rounds", type=int, default=2, help="of which the fastest counts")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for name in options.costs or COSTS:
         before = None
-        for layers in options.sizes:
-            call, seconds = COSTS[name](layers), []
+        unit = "samples" if name.endswith("samples") else "layers"
+        for size in options.sizes or SIZES.get(name, (50, 100, 200, 400)):
+            call, seconds = COSTS[name](size), []
             for _ in range(options.rounds):
                 start = time.process_time()  # of this process alone: the machine may have other work
                 call()
                 seconds.append(time.process_time() - start)
             ratio = f"  x {min(seconds) / before:.2f}" if before else ""
             before = min(seconds)
-            print(f"{name:20} {layers:5} layers {before:8.3f} s{ratio}", flush=True)
+            print(f"{name:20} {size:5} {unit} {before:8.3f} s{ratio}", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,15 @@ LEVELS = (0, 8, 20)  # of noise
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The same steps for every pruned network: AdamW where it distils, SGD with momentum where it has labels."""
+    """The same steps for every pruned network: AdamW where it distils, SGD with momentum where it has labels.
+
+    Of several rates, each network gets the one that leaves the least loss on the samples that it is trained on: what
+    was repaired wants small steps, what was not large ones.
+    """
 
     steps: int
     batch: int
-    rate: float
+    rates: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ def recognizer(samples: int, seed: int = 0) -> Trained | None:
 
     targets = outputs(model, inputs)
     kept = (model.SequenceModeling, model.Prediction)
-    return Trained(model, inputs, targets, share, divergence, likely, kept, FineTuning(20, 16, 1e-4))
+    return Trained(model, inputs, targets, share, divergence, likely, kept, FineTuning(20, 16, (1e-5, 1e-4)))
 
 
 class Embedding(nn.Module):
@@ -234,7 +238,7 @@ def minilm(samples: int, seed: int = 0) -> Trained | None:
 
     kept = model.get_submodule("bert.pooler"), model.get_submodule("bert.encoder.layer.5.output.dense")
     return Trained(
-        model, inputs, outputs(model, inputs), cosine, distance, told_apart, kept, FineTuning(20, 16, 5e-5),
+        model, inputs, outputs(model, inputs), cosine, distance, told_apart, kept, FineTuning(20, 16, (5e-6, 5e-5)),
         weight=lambda input_ids, attention_mask: attention_mask,
     )  # fmt: skip
 
@@ -279,7 +283,7 @@ def digits(samples: int, seed: int = 0) -> Trained | None:
         return functional.cross_entropy(logits, wanted, reduction="none")
 
     inputs, targets = {"images": images[own[:samples]]}, labels[own[:samples]]
-    return Trained(model, inputs, targets, score, loss, loss, (model.head,), FineTuning(100, 64, 0.02))
+    return Trained(model, inputs, targets, score, loss, loss, (model.head,), FineTuning(100, 64, (0.005, 0.02)))
 
 
 NETWORKS: dict[str, tuple[Callable[[int, int], Trained | None], int]] = {
