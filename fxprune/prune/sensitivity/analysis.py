@@ -69,9 +69,9 @@ def measure(
         forks = Forks(grouping.plain, graph, judging, distance)
         analysis = _Analysis(grouping, groups, forks, shares, batches.head(judging[0], 2))
         total = sum(piece.samples for piece in fitted)
-        for part in in_passes(analysis.needed) or [[]]:
+        for part in [*in_passes(analysis.needed)] or [[]]:  # there are curves where nothing reads the channels, too
             moments = InputMoments(part, total)
-            for number, piece in enumerate(fitted):
+            for number, piece in enumerate(fitted if part else ()):
                 state = shelf.take(number)
                 moments.add(graph, analysis.tensor, replace(piece, inputs=state["inputs"]))
                 shelf.put(number, state)

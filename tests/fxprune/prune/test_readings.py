@@ -11,6 +11,7 @@ from torch.func import functional_call, vmap
 
 import fxprune
 from fxprune.prune.sensitivity.analysis import DAMPING
+from tests.attention_spellings import WIDTH, attention
 from tests.repairs import HELD, READERS, chain
 
 
@@ -76,3 +77,91 @@ def test_curves_of_every_kind_of_reader_are_those_of_networks_built_by_dense_alg
         for name, tensor in built.reader.named_parameters():
             tensor.copy_(fitted[name])
         assert measured == pytest.approx(lost(built(x[HELD]), model(x[HELD])), rel=1e-6)
+
+
+class Stream(nn.Module):
+    """Channels that three layers read, one of them behind a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(3, 6), nn.Linear(6, 4)
+        self.one, self.joined = nn.Linear(6, 3), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        return self.one(y) + self.joined(torch.cat([torch.tanh(self.inner(y)), y], 1))
+
+
+@torch.no_grad()
+def test_all_readers_of_a_stream_make_up_for_it_behind_a_concatenation_too() -> None:
+    torch.manual_seed(0)
+    model, x = Stream().double().eval(), torch.randn(40, 3, dtype=torch.float64)
+    traced = fxprune.trace(copy.deepcopy(model), (x[:2],), modes=("eval",))
+    (curve,) = fxprune.sensitivity(traced, x, distance="error", targets="first", shares=(0.2, 0.5)).curves
+    y = torch.tanh(model.first(x[~HELD]))
+    inputs = {"one": y, "inner": y, "joined": torch.cat([torch.tanh(model.inner(y)), y], 1)}
+    for count, measured in zip(curve.counts, curve.measured, strict=True):
+        gone = list(curve.order[:count])
+        built = copy.deepcopy(model)
+        for tensor in built.first.parameters():
+            tensor[gone] = 0
+        for name, given in inputs.items():
+            live = torch.ones_like(model.get_submodule(name).weight, dtype=torch.bool)
+            live[:, [-6 + unit for unit in gone]] = False
+            built.get_submodule(name).load_state_dict(refitted(model.get_submodule(name), given, live))
+        assert measured == pytest.approx(lost(built(x[HELD]), model(x[HELD])), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@torch.no_grad()
+def test_the_input_weights_of_recurrent_layers_make_up_for_what_they_read(kind: str) -> None:
+    torch.manual_seed(0)
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.reader = nn.Linear(3, 6), getattr(nn, kind)(6, 2, bidirectional=True, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.reader(torch.tanh(self.first(x)))[0]
+
+    model, x = Steps().double().eval(), torch.randn(40, 4, 3, dtype=torch.float64)
+    traced = fxprune.trace(copy.deepcopy(model), (x[:2],), modes=("eval",))
+    (curve,) = fxprune.sensitivity(traced, x, distance="error", targets="first", shares=(0.2, 0.5)).curves
+    hidden = torch.tanh(model.first(x[~HELD])).flatten(0, 1)
+    for count, measured in zip(curve.counts, curve.measured, strict=True):
+        gone = list(curve.order[:count])
+        built = copy.deepcopy(model)
+        for tensor in built.first.parameters():
+            tensor[gone] = 0
+        for end in ("", "_reverse"):
+            weight, bias = (getattr(built.reader, f"{name}_ih_l0{end}") for name in ("weight", "bias"))
+            layer = nn.Linear(6, len(bias)).double()
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            live = torch.ones_like(weight, dtype=torch.bool)
+            live[:, gone] = False
+            found = refitted(layer, hidden, live)
+            weight.copy_(found["weight"])
+            bias.copy_(found["bias"])
+        assert measured == pytest.approx(lost(built(x[HELD]), model(x[HELD])), rel=1e-6)
+
+
+@pytest.mark.parametrize("spelling", ["separate", "explicit", "shared by repeat", "chunk"])
+@torch.no_grad()
+def test_what_reads_heads_makes_up_for_those_that_go(spelling: str) -> None:
+    model, x = attention(spelling)
+    held = torch.arange(len(x)) % 5 == 1
+    traced = fxprune.trace(copy.deepcopy(model), (x[:2],), modes=("eval",))
+    kind = "key-value group" if "shared" in spelling else "attention head"
+    (curve,) = fxprune.sensitivity(traced, x, distance="error", kinds=[kind], shares=(0.2, 0.5)).curves
+    seen: list[Tensor] = []
+    model.out.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    model(x[~held])
+    width = WIDTH // curve.size
+    for count, measured in zip(curve.counts, curve.measured, strict=True):
+        gone = [unit * width + i for unit in curve.order[:count] for i in range(width)]
+        live = torch.ones(WIDTH, WIDTH, dtype=torch.bool)
+        live[:, gone] = False
+        built = copy.deepcopy(model)
+        built.out.load_state_dict(refitted(model.out, seen[0].flatten(0, 1), live))
+        assert measured == pytest.approx(lost(built(x[held]), model(x[held])), rel=1e-6)
