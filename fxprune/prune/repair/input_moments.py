@@ -104,8 +104,8 @@ class InputMoments:
             self.found[key].add(inputs, [], [], self._shifts[key])
 
 
-class _Done(Exception):
-    """Nothing behind is needed."""
+class _Done(BaseException):
+    """Nothing behind is needed; what is raised to stop a run is no error."""
 
 
 def in_passes(readers: Sequence[Reader | Product]) -> Iterator[list[Reader | Product]]:

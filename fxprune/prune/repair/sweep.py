@@ -48,15 +48,16 @@ def reconstruct(
 ) -> ReconstructionReport:
     """Refit what is alive to do the work of what is masked, without labels, gradients or training.
 
-    The masked network and the same one without its masks run side by side. Each reader in turn (linear layers,
-    products with a matrix, convolutions of all kinds, the input weights of recurrent layers) gets as live weights and
-    bias the ridge least-squares fit, towards the weights that were there, of what it computes in the reference, from
-    what it receives now that the readers before it are refitted. Where its output is added to a stream, its target
-    includes what the stream is missing. Masks stay masks: what is masked stays as it is, and training, schedules,
-    `finalize`, `save` and export go on as they do.
+    The masked network and the same one without its masks run side by side. Each reader in turn (linear layers, products
+    with a matrix, convolutions of all kinds, the input weights of recurrent layers, gains of normalizations) gets as
+    live weights and bias the ridge least-squares fit, towards the weights that were there, of what it computes in the
+    reference, from what it receives now that the readers before it are refitted. Where its output is added to a stream,
+    its target includes what the stream is missing. Masks stay masks: what is masked stays as it is, and training,
+    schedules, `finalize`, `save` and export go on as they do.
 
     One sample in five is held back: on these the damping is chosen, and a reader whose fit does not lower its error
-    there keeps its weights.
+    there keeps its weights. Once that is decided, they are fitted too. Heads of attention that lose some of their
+    channels first get a basis in which these matter least.
 
     Where a reader has no bias, and a batch norm follows at once, the running mean of that takes up the mean shift. On a
     terminal, a line says how far the sweep is.
