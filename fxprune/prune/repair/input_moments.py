@@ -70,7 +70,7 @@ class InputMoments:
                 self._add(key, value_of(reader.data, repr(reader.name)), piece)
             if (product := self._products.get(node)) is not None:
                 operands = [value_of(operand, describe(node)) for operand, _ in (product.left, product.right)]
-                self.found[node] = self.found[node] + product.gram(operands)
+                self.found[node] = self.found[node] + product.gram(operands, piece.counts)
             if node is last:
                 raise _Done
 

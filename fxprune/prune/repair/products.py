@@ -21,8 +21,13 @@ class Product:
     left: tuple[fx.Node, int]
     right: tuple[fx.Node, int]
 
-    def gram(self, values: Sequence[Tensor]) -> Tensor:
-        """[channels, channels], sums over all outputs of the products of what two channels add."""
+    def gram(self, values: Sequence[Tensor], counts: Tensor | None = None) -> Tensor:
+        """[channels, channels], sums over all outputs of the products of what two channels add.
+
+        Args:
+            values: of the operands. counts: which samples, or which positions [samples, positions], count; None for
+                all, as where the operands have other sizes.
+        """
         left, right = (
             value.movedim(axis, -1) for value, (_, axis) in zip(values, (self.left, self.right), strict=True)
         )
@@ -30,6 +35,7 @@ class Product:
         for value in (left, right):
             rows = value if value.dim() > 2 else value[None]
             rows = rows if rows.dtype == torch.float64 else rows.float()
+            rows = rows if counts is None else _counted(rows, counts)
             grams.append(rows.transpose(-1, -2) @ rows)
         first, second = grams
         if first.shape != second.shape and first.dim() == second.dim():  # key heads that several query heads share
@@ -37,3 +43,12 @@ class Product:
             second = second.repeat_interleave(max(one // other for one, other in sizes), dim=-3)
         products = first.double() * second.double()
         return products.flatten(0, -3).sum(0)
+
+
+def _counted(rows: Tensor, counts: Tensor) -> Tensor:
+    """Rows [samples, ..., positions, channels], those that do not count as zeros."""
+    sizes = (rows.shape[0], rows.shape[-2])[: counts.dim()]
+    if tuple(counts.shape) != sizes:
+        return rows
+    shape = [len(counts), *[1] * (rows.dim() - 3), counts.shape[1] if counts.dim() == 2 else 1, 1]
+    return rows * counts.reshape(shape).to(rows)

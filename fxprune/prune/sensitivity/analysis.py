@@ -14,6 +14,8 @@ from fxprune.channels.budget import masks
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentError
 from fxprune.graph.names import tensor_at
+from fxprune.prune.channel_scores import unit_scores
+from fxprune.prune.importance_registry import Evidence
 from fxprune.prune.repair.bases import Basis, Change, changed, find_bases, only_exact, sorted_bases
 from fxprune.prune.repair.batches import Batches, Piece
 from fxprune.prune.repair.input_moments import InputMoments, in_passes
@@ -175,7 +177,9 @@ class _Analysis:
             for each, columns in self._columns[id(group)]
             for number, part in self._parts(each, columns)
         ]
-        order = removal_order([part for _, _, part in parts], group.size) if parts else _as_they_come(group)
+        order = (
+            removal_order([part for _, _, part in parts], group.size) if parts else _by_weights(self._grouping, group)
+        )
         counts = sorted({max(1, min(round(share * group.size), group.size - 1)) for share in self._shares})
         begin = self._starts[id(group)]
         turned = {
@@ -337,5 +341,9 @@ def _table(grouping: Grouping, reader: Reader) -> Tensor:
     return reader.table([tensor_at(grouping.plain, name).detach() for name in reader.weights])
 
 
-def _as_they_come(group: ChannelGroup) -> Order:
-    return Order(torch.arange(group.size), torch.ones(group.size, dtype=torch.float64))
+def _by_weights(grouping: Grouping, group: ChannelGroup) -> Order:
+    """The smallest weights first: of what no contraction of its own reads, nothing else is known."""
+    (scores,) = unit_scores(grouping.plain, grouping, [group], "l2", Evidence())
+    found = torch.from_numpy(scores)
+    units = found.argsort(stable=True)
+    return Order(units, found[units])

@@ -73,6 +73,19 @@ def test_a_product_adds_up_what_each_channel_adds_to_it(heads: int) -> None:
     torch.testing.assert_close(half, exact, rtol=1e-5, atol=1e-5)
 
 
+def test_positions_that_do_not_count_add_nothing_to_a_product() -> None:
+    torch.manual_seed(0)
+    left, right = (torch.randn(3, 2, 5, 6, dtype=torch.float64) for _ in range(2))
+    product = Product(None, (None, -1), (None, -1))  # type: ignore[arg-type]
+    counts = torch.arange(5) < torch.tensor([5, 3, 0])[:, None]
+    padded = [torch.where(counts[:, None, :, None], each, 99.0) for each in (left, right)]
+    zeroed = [torch.where(counts[:, None, :, None], each, 0.0) for each in (left, right)]
+    torch.testing.assert_close(product.gram(padded, counts), product.gram(zeroed))
+    of_samples = torch.tensor([True, False, True])
+    some = product.gram([left[of_samples], right[of_samples]])
+    torch.testing.assert_close(product.gram([left, right], of_samples), some)
+
+
 def test_products_name_the_node_that_is_nan() -> None:
     class Met(nn.Module):
         def forward(self, q: Tensor, k: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import fxprune
-from tests.attention_spellings import attention
+from tests.attention_spellings import Attention, attention
 
 
 class Halves(nn.Module):
@@ -191,12 +192,14 @@ class Unread(nn.Module):
         return self.first(x).square().sum(-1, keepdim=True)
 
 
-def test_channels_that_nothing_reads_go_as_they_come_and_are_measured() -> None:
+def test_of_channels_that_nothing_reads_the_smallest_go_first_and_are_measured() -> None:
     torch.manual_seed(0)
     model, x = Unread().double().eval(), torch.randn(20, 6, dtype=torch.float64)
     traced = fxprune.trace(model, (x[:2],), modes=("eval",))
     (curve,) = fxprune.sensitivity(traced, x, shares=(0.25, 0.5)).curves
     held = x[torch.arange(20) % 5 == 1]
+    sizes = model.first.weight.square().sum(1)
+    assert curve.order == tuple(sizes.argsort().tolist())
     with torch.no_grad():
         dense = model(held)
         for count, measured in zip(curve.counts, curve.measured, strict=True):
@@ -227,3 +230,26 @@ def test_curves_are_convex_and_the_report_is_data(
         (line,) = (line for line in lines if line.split()[:1] == [curve.name])
         assert line.split()[-2:] == [f"{group.macs:,}", f"{group.parameters:,}"]
     assert sorted(sensitivity.fragile()) == sorted(f"{curve.name} ({curve.kind})" for curve in sensitivity.curves)
+
+
+class Padded(Attention):
+    """An attention that is told which tokens are padding."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        met = functional.scaled_dot_product_attention(*self.heads(x), attn_mask=(mask != 0)[:, None, None])
+        return self.head(torch.tanh(self.out(met.transpose(1, 2).reshape(x.shape))))
+
+
+def test_what_padding_holds_changes_nothing_where_it_has_no_weight() -> None:
+    torch.manual_seed(0)
+    x, mask = torch.randn(40, 5, 16, dtype=torch.float64), torch.ones(40, 5).long()
+    mask[::2, 3:] = 0
+    traced = fxprune.trace(Padded("separate").double().eval(), (x[:2], mask[:2]), modes=("eval",))
+    found = [
+        fxprune.sensitivity(traced, (inputs, mask), weight=lambda x, mask: mask).curves
+        for inputs in (x, x.where(mask[..., None] != 0, 7.0))
+    ]
+    assert {curve.kind for curve in found[0]} == {"attention head", "head channel", "MLP unit"}
+    for one, other in zip(*found, strict=True):
+        assert one.order == other.order
+        assert one.measured == pytest.approx(other.measured)
