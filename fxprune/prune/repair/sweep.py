@@ -16,13 +16,14 @@ from fxprune.graph.names import tensor_at
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
-from fxprune.prune.repair.batches import Batches, Piece
+from fxprune.prune.repair.batches import Batches
 from fxprune.prune.repair.changes import Changes
 from fxprune.prune.repair.finding import Stream, find, mask_product, stream_of
 from fxprune.prune.repair.finite import is_finite, origin_of_non_finite
 from fxprune.prune.repair.fitting import families
 from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.pair import Pair
+from fxprune.prune.repair.pieces import Pieces
 from fxprune.prune.repair.progress import Progress
 from fxprune.prune.repair.references import References
 from fxprune.prune.repair.report import ReaderRepair, ReconstructionReport
@@ -209,24 +210,25 @@ class _Sweep:
         )  # fmt: skip
         repairs: dict[str, ReaderRepair] = {}
         with Shelf(_MOST_BYTES) as shelf, Progress("reconstruct", len(self.readers)) as progress:
-            pieces = self._turned(batches)
-            for number, piece in enumerate(pieces):
-                shelf.put(number, pair.start(piece.inputs))
-                pieces[number] = Piece([], piece.counts, piece.samples, piece.first, piece.is_held)
-            samples = _totals(pieces)
+            pieces = self._started(batches, pair, shelf)
             for number, wave in enumerate(waves):
                 progress.show(wave.readers[0].name)
-                for reader, repair in self._fitted(pair, number, shelf, pieces, samples[0], dampings):
+                for reader, repair in self._fitted(pair, number, shelf, pieces, dampings):
                     repairs[reader.name] = repair
                 progress.advance(len(wave.readers))
-        return repairs, samples
+        return repairs, pieces.samples
 
-    def _turned(self, batches: Batches) -> list[Piece]:
-        """The pieces of the batches, after heads have turned by those of them that are fitted."""
-        pieces = [*batches]
-        turning = Turning(self.traced, self.graph, self.found, self.references, batches)
-        if bases := turning.bases(pieces[0]):
-            turning.turn(bases, [piece for piece in pieces if not piece.is_held], self.changes)
+    def _started(self, batches: Batches, pair: Pair, shelf: Shelf) -> Pieces:
+        """The pieces, whose states before the first wave are on the shelf; heads have turned."""
+        with Shelf(_MOST_BYTES) as inputs:
+            pieces = Pieces(inputs)
+            for piece in batches:
+                pieces.add(piece)
+            turning = Turning(self.traced, self.graph, self.found, self.references, batches)
+            if bases := turning.bases(next(iter(pieces))):
+                turning.turn(bases, pieces, self.changes)
+            for number in range(len(pieces)):
+                shelf.put(number, pair.start(pieces.take(number).inputs))
         return pieces
 
     def _fitted(
@@ -234,16 +236,15 @@ class _Sweep:
         pair: Pair,
         number: int,
         shelf: Shelf,
-        pieces: Sequence[Piece],
-        samples: int,
+        pieces: Pieces,
         dampings: Sequence[float],
     ) -> list[tuple[Reader, ReaderRepair]]:
         """Run a wave over all pieces, and fit its readers."""
         start = time.perf_counter()
         wave = pair.waves[number]
-        found = families(wave.readers, wave.corrected, self.streams, self.traced, self.references, samples)
+        found = families(wave.readers, wave.corrected, self.streams, self.traced, self.references, pieces.samples[0])
         fixed = pair.fixed(number)
-        for place, piece in enumerate(pieces):
+        for place, piece in enumerate(pieces.bare):
             state = shelf.take(place)
             current, reference = pair.run(number, state, fixed)
             self._check(pair, number, state, current, reference)
@@ -276,8 +277,3 @@ def _streams(readers: Iterable[Reader]) -> dict[fx.Node, Stream]:
     """What the outputs of readers are added to."""
     found = {reader.node: stream_of(reader.node) for reader in readers if reader.gives_products}
     return {node: stream for node, stream in found.items() if stream is not None}
-
-
-def _totals(pieces: Sequence[Piece]) -> tuple[int, int]:
-    fitted, held = (sum(piece.samples for piece in pieces if piece.is_held == is_held) for is_held in (False, True))
-    return fitted, held

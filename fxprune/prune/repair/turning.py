@@ -14,6 +14,7 @@ from fxprune.prune.repair.batches import Batches, Piece
 from fxprune.prune.repair.changes import Changes
 from fxprune.prune.repair.input_moments import InputMoments
 from fxprune.prune.repair.layers import MatrixReader, Reader
+from fxprune.prune.repair.pieces import Pieces
 from fxprune.prune.repair.references import References
 
 
@@ -41,11 +42,12 @@ class Turning:
         found = [basis for basis in found if self._loses(basis)]
         return only_exact(found, self._graph, self._tensor, inputs, _name_of)
 
-    def turn(self, bases: Sequence[Basis], pieces: Sequence[Piece], changes: Changes) -> None:
+    def turn(self, bases: Sequence[Basis], pieces: Pieces, changes: Changes) -> None:
         """Turn heads, of the masked module and of its reference, by moments of what the reference computes."""
-        moments = InputMoments([reader for basis in bases for reader in basis.readers], _samples(pieces))
+        moments = InputMoments([reader for basis in bases for reader in basis.readers], pieces.samples[0])
         for piece in pieces:
-            moments.add(self._graph, self._tensor, piece)
+            if not piece.is_held:
+                moments.add(self._graph, self._tensor, piece)
         inputs = moments.complete()
         for basis in bases:
             found = sorted_bases(basis, inputs, self._references.value)
@@ -100,7 +102,3 @@ class Turning:
 
 def _name_of(target: str) -> str:
     return named_by_original(target) or target
-
-
-def _samples(pieces: Sequence[Piece]) -> int:
-    return sum(piece.samples for piece in pieces)

@@ -21,6 +21,7 @@ from fxprune.prune.repair.batches import Batches, Piece
 from fxprune.prune.repair.input_moments import InputMoments, in_passes
 from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.moments import Moments
+from fxprune.prune.repair.pieces import Pieces
 from fxprune.prune.repair.products import Product
 from fxprune.prune.repair.progress import Progress
 from fxprune.prune.repair.shelf import Shelf
@@ -70,7 +71,7 @@ def measure(
         fitted, judging = _kept(batches, shelf, samples)
         forks = Forks(grouping.plain, graph, judging, distance)
         analysis = _Analysis(grouping, groups, forks, shares, batches.head(judging[0], 2))
-        total = sum(piece.samples for piece in fitted)
+        total = fitted.samples[0]
         for part in [*in_passes(analysis.needed)] or [[]]:  # there are curves where nothing reads the channels, too
             moments = InputMoments(part, total)
             for number, piece in enumerate(fitted if part else ()):
@@ -83,14 +84,13 @@ def measure(
     return Measured([curves[id(group)] for group in groups], (total, judged))
 
 
-def _kept(batches: Batches, shelf: Shelf, samples: int) -> tuple[list[Piece], list[Piece]]:
+def _kept(batches: Batches, shelf: Shelf, samples: int) -> tuple[Pieces, list[Piece]]:
     """The pieces whose moments are taken, with inputs on the shelf, and those that curves are measured on."""
-    fitted: list[Piece] = []
+    fitted = Pieces(shelf)
     judging: list[Piece] = []
     for piece in batches:
         if not piece.is_held:
-            shelf.put(len(fitted), {"inputs": piece.inputs})
-            fitted.append(replace(piece, inputs=[]))
+            fitted.add(piece)
         elif (missing := samples - sum(each.samples for each in judging)) > 0:
             some = batches.head(piece, missing)
             judging += [some] if some.counts is None or bool(some.counts.any()) else []
