@@ -31,7 +31,6 @@ from fxprune.prune.sensitivity.distances import OutputDistance
 from fxprune.prune.sensitivity.elimination import Order, Part, removal_order
 from fxprune.prune.sensitivity.readings import Reading, owners, readings
 
-SHARES = (0.1, 0.25, 0.5, 0.7, 0.9)
 DAMPING = 1e-2
 _MOST_BYTES = 2**31
 

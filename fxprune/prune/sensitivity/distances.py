@@ -45,6 +45,15 @@ class OutputDistance:
         self.leaves = [each for each in pytree.tree_leaves(output.args) if isinstance(each, fx.Node)]
         self.kinds = [_kind(leaf) for leaf in self.leaves]
 
+    @property
+    def is_one_row_of_classes(self) -> bool:
+        """Whether a sample is one row of logits somewhere, whose divergence differs much from sample to sample."""
+        kinds = [kind for kind, _ in self.kinds] if self.given == "auto" else [self.given] * len(self.leaves)
+        return any(
+            str(kind).startswith("divergence") and len(leaf.meta["val"].shape) == 2
+            for kind, leaf in zip(kinds, self.leaves, strict=True)
+        )
+
     def __str__(self) -> str:
         if callable(self.given):
             return getattr(self.given, "__name__", type(self.given).__name__)

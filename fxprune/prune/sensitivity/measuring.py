@@ -21,11 +21,15 @@ from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_request import chosen_among, listed
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence, Importance
 from fxprune.prune.repair.batches import Batches
-from fxprune.prune.sensitivity.analysis import SHARES, measure
+from fxprune.prune.sensitivity.analysis import measure
 from fxprune.prune.sensitivity.distances import Distance, OutputDistance
 from fxprune.prune.sensitivity.report import Sensitivity, sensitivity_of
 
-_SAMPLES = 32
+# Of a group's units; the more groups there are, the fewer shares, and samples, each is measured at: so the number of
+# runs over the network stays as it is, and costs grow with its depth alone.
+_SHARES = {5: (0.1, 0.25, 0.5, 0.7, 0.9), 4: (0.1, 0.3, 0.6, 0.9), 3: (0.2, 0.5, 0.85), 2: (0.25, 0.7)}
+_MOST_MEASURED, _MOST_RUNS = 160, 256
+_FEWEST_SAMPLES, _MOST_SAMPLES = 8, 32
 
 
 @named_arguments
@@ -38,8 +42,8 @@ def sensitivity(
     targets: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] = (),
     kinds: str | Iterable[str] | None = None,
-    shares: Iterable[float] = SHARES,
-    max_samples: int = _SAMPLES,
+    shares: Iterable[float] | None = None,
+    max_samples: int | None = None,
 ) -> Sensitivity:
     """Measure what the output loses with the channels of each group, when what reads them makes up for it.
 
@@ -65,9 +69,10 @@ def sensitivity(
         weight: called as the module is, gives the rows that count: a tensor [samples], or [samples, positions], zero
             for padding. Outputs that begin with other sizes count as a whole.
         targets, ignore, kinds: the groups to measure, as for `fxprune.prune.channels`; all that a budget may cut.
-        shares: of the units of a group, above 0 and below 1, at which its curve is measured; one run of the layers
-            behind the group each.
-        max_samples: how many samples curves are measured on, at most, of those held back.
+        shares: of the units of a group, above 0 and below 1, at which its curve is measured. None takes five, from 0.1
+            to 0.9, and fewer, at least two, where there are more than 32 groups.
+        max_samples: how many samples curves are measured on, at most, of those held back. None takes 32, and fewer, at
+            least 8, where there are more than 8 groups; not of divergences of one row a sample, which differ much.
 
     Returns:
         A `Sensitivity`, which prints as a summary, has `table()`, and is an importance for `fxprune.prune.channels`.
@@ -95,8 +100,9 @@ def sensitivity(
         None if kinds is None else listed(kinds),
     )  # fmt: skip
     far = OutputDistance(grouping.plain.graphs["eval"], distance)
-    most = _count(max_samples, "max_samples")
-    return _measured(traced, grouping, groups, batches, far, weight, _shares(shares), most)
+    given = None if shares is None else _shares(shares)
+    most = None if max_samples is None else _count(max_samples, "max_samples")
+    return _measured(traced, grouping, groups, batches, far, weight, given, most)
 
 
 def measured_for_choice(
@@ -116,7 +122,7 @@ def measured_for_choice(
     batches = evidence.loader
     if evidence.max_batches is not None:
         batches = itertools.islice(each_call(batches), _count(evidence.max_batches, "max_batches"))
-    return _measured(traced, grouping, groups, batches, far, evidence.weight, SHARES, _SAMPLES)
+    return _measured(traced, grouping, groups, batches, far, evidence.weight)
 
 
 def _measured(
@@ -126,10 +132,15 @@ def _measured(
     batches: Any,
     far: OutputDistance,
     weight: Callable[..., Tensor] | None,
-    shares: Sequence[float],
-    samples: int,
+    shares: Sequence[float] | None = None,
+    samples: int | None = None,
 ) -> Sensitivity:
     start = time.perf_counter()
+    if shares is None:
+        shares = _SHARES[min(max(_MOST_MEASURED // len(groups), min(_SHARES)), max(_SHARES))]
+    if samples is None:
+        fewest = _MOST_SAMPLES if far.is_one_row_of_classes else _FEWEST_SAMPLES
+        samples = min(max(_MOST_RUNS // len(groups), fewest), _MOST_SAMPLES)
     graph = grouping.plain.graphs["eval"]
     devices = {tensor.device.index for tensor in traced.parameters() if tensor.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices)):
