@@ -174,3 +174,31 @@ def test_the_users_class_gets_the_sizes_back() -> None:
     small = fxprune.write_back(final, residual()[0])
     assert all(parameter.is_cuda for parameter in small.parameters())
     assert error(final(x), small(x)) < 1e-9
+
+
+class Attention(nn.Module):
+    """Two heads over steps, and a layer behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.query, self.key, self.value))
+        mixed = nn.functional.scaled_dot_product_attention(*heads)
+        return self.down(torch.tanh(self.up(self.out(mixed.transpose(1, 2).flatten(2)))))
+
+
+@pytest.mark.parametrize("budget", [0.8, 0.5])
+def test_channels_chosen_by_data_and_repaired_are_those_of_the_cpu(budget: float) -> None:
+    torch.manual_seed(0)
+    model, x = Attention().double().eval(), torch.randn(40, 5, 8, dtype=torch.float64)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        batches = [*x.to(device).split(10)]
+        traced = fxprune.trace(copy.deepcopy(model).to(device), (batches[0],), modes=("eval",))
+        fxprune.prune.channels(traced, macs=budget, importance="obs", loader=batches)
+        fxprune.reconstruct(traced, batches)
+        outputs.append(traced.eval()(x.to(device)).detach())
+    assert error(*outputs) < 1e-6

@@ -151,7 +151,7 @@ class Change:
 
     def arranged(self, dead: Tensor) -> Change:
         """The same with the channels that add least where `dead`, [channels], says so."""
-        places = torch.argsort(dead.to(torch.int64), stable=True)  # live channels first
+        places = torch.argsort(dead.to(torch.int64), stable=True).to(self.first.device)  # live channels first
         first, second = (torch.empty_like(each).index_copy_(1, places, each) for each in (self.first, self.second))
         return Change(first, second, self.energy)
 
@@ -201,7 +201,7 @@ def changed(basis: Basis, changes: Sequence[Change], tensors: Tensors) -> dict[s
             if basis.is_product:
                 second.turn(rows, change.second)
             else:
-                second.table[:, rows] = second.table[:, rows] @ change.second
+                second.table[:, rows] = second.table[:, rows] @ change.second.to(second.table.device)
     return {name: values for layer in layers.values() for name, values in layer.stored(tensors).items()}
 
 
@@ -266,8 +266,7 @@ def _drawn(basis: Basis) -> list[Change]:
     for head in basis.heads:
         size = head.first.shape[1]
         turn = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
-        turn = turn.to(head.first.device)
-        lengths = torch.linspace(0.5, 2, size, dtype=torch.float64, device=turn.device)
+        lengths = torch.linspace(0.5, 2, size, dtype=torch.float64)
         found.append(Change(turn * lengths, turn / lengths, turn.new_ones(size)))
     return found
 
@@ -295,6 +294,7 @@ class _Layer:
 
     def turn(self, rows: Tensor, basis: Tensor) -> None:
         """Give some outputs another basis."""
+        basis = basis.to(self.table.device)
         self.table[rows] = basis.T @ self.table[rows]
         if self.shift is not None:
             self.shift[rows] = basis.T @ self.shift[rows]

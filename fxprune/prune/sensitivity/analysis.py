@@ -250,11 +250,12 @@ class _Analysis:
         """Let the columns of all heads make up for those that are dead, in the bases that the heads have now."""
         reader = basis.second
         moments = self._moments[reader.key]
-        turn = torch.eye(reader.sizes[2], dtype=torch.float64)
+        square = _square(moments, reader)[0]
+        turn = torch.eye(len(square), dtype=square.dtype, device=square.device)
         for head, change in zip(basis.heads, changes, strict=True):
             for columns in head.second:
                 turn[columns[:, None], columns] = change.first
-        square = turn.T @ _square(moments, reader)[0] @ turn
+        square = turn.T @ square @ turn
         weights = reader.table([found[reader.name]])[0].double()
         gone = torch.cat([head.second[:, own].flatten() for head, own in zip(basis.heads, dead, strict=True)])
         difference = Part(_inverse(square), weights, gone[:, None], 1.0).change(torch.arange(len(gone)))
@@ -277,7 +278,7 @@ class _Analysis:
             reader = reading.reader
             if isinstance(reader, Product):
                 continue
-            _, change = changes.setdefault(id(reader), (reader, torch.zeros(reader.sizes, dtype=torch.float64)))
+            _, change = changes.setdefault(id(reader), (reader, part.weights.new_zeros(reader.sizes)))
             change[number] = part.change(units)
         for reader, change in changes.values():
             stored = [tensor_at(plain, name) for name in reader.weights]
@@ -307,7 +308,7 @@ class _Analysis:
     def _masks(self, group: ChannelGroup, units: Sequence[int]) -> dict[str, Tensor]:
         alive = np.ones(self._grouping.found.classes.count, bool)
         alive[self._grouping.units.dying.of(group.units[list(units)])] = False
-        return masks(self._grouping, alive)
+        return {name: mask.to(self.tensor(name).device) for name, mask in masks(self._grouping, alive).items()}
 
 
 def _key(reader: Reader | Product) -> Any:

@@ -63,7 +63,7 @@ class _Rest:
     def of(cls, part: Part) -> _Rest:
         units, width = part.columns.shape
         flat = part.columns.flatten()
-        there = flat >= 0
+        there = (flat >= 0).to(part.inverse.device)
         inverse = part.inverse[flat.clamp(min=0)[:, None], flat.clamp(min=0)]
         if not bool(there.all()):  # columns that are not there cost nothing and change nothing
             inverse = inverse * (there[:, None] & there)

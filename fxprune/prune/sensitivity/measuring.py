@@ -28,7 +28,7 @@ from fxprune.prune.sensitivity.report import Sensitivity, sensitivity_of
 # Of a group's units; the more groups there are, the fewer shares, and samples, each is measured at: so the number of
 # runs over the network stays as it is, and costs grow with its depth alone.
 _SHARES = {5: (0.1, 0.25, 0.5, 0.7, 0.9), 4: (0.1, 0.3, 0.6, 0.9), 3: (0.2, 0.5, 0.85), 2: (0.25, 0.7)}
-_MOST_MEASURED, _MOST_RUNS = 160, 256
+_MOST_MEASURED, _MOST_RUNS = 160, 288
 _FEWEST_SAMPLES, _MOST_SAMPLES = 8, 32
 
 
@@ -72,7 +72,7 @@ def sensitivity(
         shares: of the units of a group, above 0 and below 1, at which its curve is measured. None takes five, from 0.1
             to 0.9, and fewer, at least two, where there are more than 32 groups.
         max_samples: how many samples curves are measured on, at most, of those held back. None takes 32, and fewer, at
-            least 8, where there are more than 8 groups; not of divergences of one row a sample, which differ much.
+            least 8, where there are more than 9 groups; not of divergences of one row a sample, which differ much.
 
     Returns:
         A `Sensitivity`, which prints as a summary, has `table()`, and is an importance for `fxprune.prune.channels`.
