@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from fxprune.graph.mutation import is_mutating, may_write
+from fxprune.graph.mutation import is_mutating, may_write, written
 
 Watch = Callable[[fx.Node, Any], None]
 
@@ -75,6 +75,13 @@ class Interpreter(fx.Interpreter):
         if self.watch is not None:
             self.watch(n, value)
         return value
+
+    def run_apart(self, node: fx.Node) -> None:
+        """One node, its value into `env`; what it writes into is a copy, and stays as it is there."""
+        kept = {operand: self.env[operand] for operand in (written(node) if is_mutating(node) else [])}
+        self.env.update({operand: value.clone() for operand, value in kept.items()})
+        self.env[node] = self.run_node(node)
+        self.env.update(kept)
 
 
 def run(

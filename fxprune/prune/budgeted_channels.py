@@ -19,7 +19,7 @@ from fxprune.channels.foresight import classes_left, foresee, parameters_left
 from fxprune.channels.groups import ChannelGroup, Grouping, Repair, Scores
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.stairs import Staircase
-from fxprune.errors import ArgumentTypeError, PruningError
+from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 from fxprune.graph.masks import masked, view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
@@ -242,7 +242,7 @@ def _ranked(
     def masked_of(groups: Sequence[ChannelGroup]) -> Vector:
         return np.concatenate([group.units[gone[id(group)]] for group in groups])
 
-    curves = _curves(traced, grouping, picked, request.importance, evidence)
+    curves = _curves(traced, grouping, picked, request, evidence)
     if curves is None:
         scores = unit_scores(traced, grouping, picked, request.importance, evidence)
     else:
@@ -262,15 +262,20 @@ def _curves(
     traced: TracedModule,
     grouping: Grouping,
     picked: Sequence[ChannelGroup],
-    importance: Importance,
+    request: ChannelRequest,
     evidence: Evidence,
 ) -> GroupCurves | None:
     """What the output loses with the units of groups, where the importance is that."""
-    found = importance if isinstance(importance, Sensitivity) else None
-    if isinstance(importance, str) and (measure := IMPORTANCES[importance].curves) is not None:
-        found = measure(traced, grouping, picked, evidence)
-    if found is None:
+    importance = request.importance
+    measure = IMPORTANCES[importance].curves if isinstance(importance, str) else None
+    given = importance if isinstance(importance, Sensitivity) else None
+    if measure is None and given is None:
         return None
+    if request.normalize:
+        raise ArgumentError(
+            "normalize=True would be ignored: losses of the output compare across groups as they are. Leave it out."
+        )
+    found: Any = given if measure is None else measure(traced, grouping, picked, evidence)
     curves = [found.curve_of(group) for group in picked]
     return GroupCurves(picked, [curve.slopes() for curve in curves], [curve.losses() for curve in curves])
 

@@ -71,11 +71,12 @@ def cheapest(
         curves: of the groups. priced: what a unit saves, given what is left.
         choose: from scores to what is left; None where no choice keeps the budget.
     """
-    best, least, alive = curves.scores(priced(None)), float("inf"), None
+    best = scores = curves.scores(priced(None))
+    least = float("inf")
     for _ in range(ROUNDS):
-        scores = curves.scores(priced(alive))
         alive = choose(scores)
         if alive is None or curves.loss(alive) >= least:
             break
         best, least = scores, curves.loss(alive)
+        scores = curves.scores(priced(alive))
     return best

@@ -38,6 +38,7 @@ _MOVE = frozenset((
     aten.alias.default, aten.movedim.int, aten._unsafe_view.default, aten.numpy_T.default,
 ))  # fmt: skip
 _SCALE = frozenset((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar))
+_EXACT = (torch.float32, torch.float64)
 _SMALLEST = 1e-9  # eigenvalue of a second moment, relative to the largest
 _MOST_CONDITION = 1e6  # of a basis that weights have been given before
 
@@ -214,10 +215,13 @@ def only_exact(
 ) -> list[Basis]:
     """Those whose change leaves all values outside of the heads as they are, tried in float64 with bases drawn.
 
+    Weights of half precision stay: another basis would be rounded to three digits.
+
     Args:
         bases: those to try. graph, tensors: what computes the values.
         inputs: one a placeholder. name_of: from what a `get_attr` node reads to the name of a parameter.
     """
+    bases = [each for each in bases if all(tensors(name).dtype in _EXACT for name in each.parameters)]
     if not bases:
         return []
 

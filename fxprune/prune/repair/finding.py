@@ -131,7 +131,7 @@ def find(traced: TracedModule, graph: fx.Graph) -> tuple[list[Reader], dict[fx.N
             readers += [] if gain is None else [gain]
             continue
         call = REGISTRY.call(node) if node.op == "call_function" else None
-        if not isinstance(call, Contraction | Convolution | Recurrent) or not _has_weight(call):
+        if not isinstance(call, Contraction | Convolution | Recurrent) or not has_weight(call):
             continue
         reader = _reader(weights, call)
         if isinstance(reader, Why):
@@ -194,7 +194,7 @@ def _called_bare(root: nn.Module, node: fx.Node, given: Mapping[str, Any], data:
     return node.target(**arguments)  # type: ignore[operator, no-any-return]
 
 
-def _has_weight(call: OperatorCall) -> bool:
+def has_weight(call: OperatorCall) -> bool:
     """Whether the second operand depends on no input."""
     if isinstance(call, Recurrent):
         return True

@@ -19,7 +19,7 @@ from fxprune.prune.repair.batches import Piece
 from fxprune.prune.repair.changes import Changes
 from fxprune.prune.repair.finding import Stream
 from fxprune.prune.repair.layers import Reader
-from fxprune.prune.repair.moments import Moments
+from fxprune.prune.repair.moments import Moments, first_shift
 from fxprune.prune.repair.pair import Environment
 from fxprune.prune.repair.references import References
 from fxprune.prune.repair.report import ReaderRepair
@@ -165,8 +165,7 @@ class Family:
             outputs.append(rows)
             errors.append(rows - own + target.missing_rows(current, reference, places))
         if self._shift is None:
-            constant = (inputs == inputs[:, :1]).all(1)  # exactly zero behind the shift
-            self._shift = torch.where(constant, inputs[:, 0], inputs.mean(1))
+            self._shift = first_shift(inputs)
         (self.held if is_held else self.fit).add(inputs, errors, outputs, self._shift)
 
     def solve(self, dampings: Sequence[float], changes: Changes, spent: float) -> Iterator[tuple[Reader, ReaderRepair]]:

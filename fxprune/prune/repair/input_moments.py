@@ -15,12 +15,14 @@ from fxprune.graph.text import describe
 from fxprune.prune.repair.batches import Piece
 from fxprune.prune.repair.finite import is_finite
 from fxprune.prune.repair.layers import Reader
-from fxprune.prune.repair.moments import Moments
+from fxprune.prune.repair.moments import Moments, first_shift
 from fxprune.prune.repair.products import Product
 from fxprune.prune.repair.rows import Rows
 
 # numbers of 8 bytes that moments of one pass take at most
 MOST_MOMENTS = 2**28
+# of a reader: a matrix of more squared takes a gigabyte, and a fit needs some of them
+MOST_COLUMNS = 10_000
 
 
 class InputMoments:
@@ -99,8 +101,7 @@ class InputMoments:
             inputs = reader.inputs_at(data, places)
             inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
             if key not in self._shifts:
-                constant = (inputs == inputs[:, :1]).all(1)  # exactly zero behind the shift
-                self._shifts[key] = torch.where(constant, inputs[:, 0], inputs.mean(1))
+                self._shifts[key] = first_shift(inputs)
             self.found[key].add(inputs, [], [], self._shifts[key])
 
 
@@ -109,7 +110,7 @@ class _Done(BaseException):
 
 
 def in_passes(readers: Sequence[Reader | Product]) -> Iterator[list[Reader | Product]]:
-    """The readers in their order, in parts whose moments fit in memory."""
+    """The readers in their order, in parts whose moments fit in memory; what is done with them later may keep them."""
     part: list[Reader | Product] = []
     keys, total = set[object](), 0
     for reader in readers:

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def first_shift(inputs: Tensor) -> Tensor:
+    """From what the rows of an input, [groups, rows, columns], are counted: what never changes is zero behind it."""
+    constant = (inputs == inputs[:, :1]).all(1)
+    return torch.where(constant, inputs[:, 0], inputs.mean(1))
+
+
 @dataclass
 class Errors:
     """What one reader's output lacks, row by row summed up.

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxprune.graph.interpretation import Interpreter
-from fxprune.graph.mutation import is_mutating, written
 from fxprune.prune.repair.shelf import State
 from fxprune.prune.repair.waves import Layout, Wave
 
@@ -149,8 +148,7 @@ class Pair:
         if interpreter is self._reference and node in self.unmasked:
             env[node] = env[self.unmasked[node]]
             return
-        operands = written(node) if is_mutating(node) and not self.layout.is_strict else []
-        values = {operand: env[operand] for operand in operands}
-        env.update({operand: value.clone() for operand, value in values.items()})
-        env[node] = interpreter.run_node(node)
-        env.update(values)
+        if self.layout.is_strict:
+            env[node] = interpreter.run_node(node)
+        else:
+            interpreter.run_apart(node)

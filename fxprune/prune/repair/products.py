@@ -38,9 +38,8 @@ class Product:
             rows = rows if counts is None else _counted(rows, counts)
             grams.append(rows.transpose(-1, -2) @ rows)
         first, second = grams
-        if first.shape != second.shape and first.dim() == second.dim():  # key heads that several query heads share
-            sizes = zip(first.shape[:-2], second.shape[:-2], strict=True)
-            second = second.repeat_interleave(max(one // other for one, other in sizes), dim=-3)
+        if first.dim() == second.dim() > 3 and 1 < second.shape[-3] < first.shape[-3]:  # several query heads share keys
+            second = second.repeat_interleave(first.shape[-3] // second.shape[-3], dim=-3)
         products = first.double() * second.double()
         return products.flatten(0, -3).sum(0)
 

@@ -14,9 +14,12 @@ from torch import Tensor
 
 State = dict[str, Any]
 
+MOST_BYTES = 2**31
+
 
 class Shelf:
-    """One state a batch: values by name. What does not fit in `most_bytes` lies in a temporary folder until the end.
+    """One state a batch: values by name. What does not fit in `most_bytes`, 2 GiB unless said otherwise, lies in a
+    temporary folder until the end.
 
     Example:
         >>> with Shelf(2**30) as shelf:
@@ -24,8 +27,8 @@ class Shelf:
         ...     x = shelf.take(0)["x"]
     """
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most, self._held = most_bytes, 0
+    def __init__(self, most_bytes: int | None = None) -> None:
+        self._most, self._held = MOST_BYTES if most_bytes is None else most_bytes, 0
         self._states: dict[int, tuple[State, int]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 

@@ -16,6 +16,7 @@ from fxprune.graph.names import tensor_at
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
+from fxprune.prune.repair import input_moments
 from fxprune.prune.repair.batches import Batches
 from fxprune.prune.repair.changes import Changes
 from fxprune.prune.repair.finding import Stream, find, mask_product, stream_of
@@ -27,16 +28,13 @@ from fxprune.prune.repair.pieces import Pieces
 from fxprune.prune.repair.progress import Progress
 from fxprune.prune.repair.references import References
 from fxprune.prune.repair.report import ReaderRepair, ReconstructionReport
+from fxprune.prune.repair.seeding import seeded
 from fxprune.prune.repair.shelf import Shelf, State
 from fxprune.prune.repair.turning import Turning
 from fxprune.prune.repair.waves import Layout, plan
 from fxprune.reports import first_of
 
 _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-# values between two readers that are held in memory; more lie in a temporary folder meanwhile
-_MOST_BYTES = 2**31
-# of a reader that is fitted: a matrix of more squared takes a gigabyte, and a fit needs some of them
-_MOST_COLUMNS = 10_000
 
 
 def reconstruct(
@@ -100,9 +98,7 @@ def reconstruct(
     require_eval(traced, "reconstruct", PruningError)
     dampings = _dampings(damping)
     changes = Changes()
-    devices = {tensor.device.index for tensor in traced.parameters() if tensor.is_cuda}
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
-        torch.manual_seed(0)
+    with torch.no_grad(), seeded(traced):
         try:
             sweep = _Sweep(traced, References(traced, traced.graphs["eval"], reference, changes), changes)
             readers, samples = sweep.run(Batches(traced, sweep.graph, batches, weight), dampings)
@@ -187,8 +183,8 @@ class _Sweep:
             return False
         if reader.node not in differing:
             return False  # nothing in front of it is masked either
-        if (columns := int(support.any(1).any(0).sum())) > _MOST_COLUMNS:
-            self.alone[reader.name] = f"{columns:,} inputs of an output, more than {_MOST_COLUMNS:,}"
+        if (columns := int(support.any(1).any(0).sum())) > input_moments.MOST_COLUMNS:
+            self.alone[reader.name] = f"{columns:,} inputs of an output, more than {input_moments.MOST_COLUMNS:,}"
             return False
         stream = self.streams.get(reader.node)
         if reader.data in differing or (stream is not None and stream.other in differing):
@@ -209,7 +205,7 @@ class _Sweep:
             self.unmasked, others,
         )  # fmt: skip
         repairs: dict[str, ReaderRepair] = {}
-        with Shelf(_MOST_BYTES) as shelf, Progress("reconstruct", len(self.readers)) as progress:
+        with Shelf() as shelf, Progress("reconstruct", len(self.readers)) as progress:
             pieces = self._started(batches, pair, shelf)
             for number, wave in enumerate(waves):
                 progress.show(wave.readers[0].name)
@@ -220,7 +216,7 @@ class _Sweep:
 
     def _started(self, batches: Batches, pair: Pair, shelf: Shelf) -> Pieces:
         """The pieces, whose states before the first wave are on the shelf; heads have turned."""
-        with Shelf(_MOST_BYTES) as inputs:
+        with Shelf() as inputs:
             pieces = Pieces(inputs)
             for piece in batches:
                 pieces.add(piece)

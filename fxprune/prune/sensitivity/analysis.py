@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fxprune.errors import ArgumentError
 from fxprune.graph.names import tensor_at
 from fxprune.prune.channel_scores import unit_scores
 from fxprune.prune.importance_registry import Evidence
+from fxprune.prune.repair import input_moments
 from fxprune.prune.repair.bases import Basis, Change, changed, find_bases, only_exact, sorted_bases
 from fxprune.prune.repair.batches import Batches, Piece
 from fxprune.prune.repair.input_moments import InputMoments, in_passes
@@ -32,7 +34,7 @@ from fxprune.prune.sensitivity.elimination import Order, Part, removal_order
 from fxprune.prune.sensitivity.readings import Reading, owners, readings
 
 DAMPING = 1e-2
-_MOST_BYTES = 2**31
+_LEAST_ENERGY = 1e-12  # of an output, relative to what the same inputs give about zero; less is rounding
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,15 @@ def measure(
     """
     curves: dict[int, Curve] = {}
     graph = grouping.plain.graphs["eval"]
-    with torch.no_grad(), Shelf(_MOST_BYTES) as shelf, Progress("sensitivity", len(groups)) as progress:
+    with torch.no_grad(), Shelf() as shelf, Progress("sensitivity", len(groups)) as progress:
         fitted, judging = _kept(batches, shelf, samples)
         forks = Forks(grouping.plain, graph, judging, distance)
         analysis = _Analysis(grouping, groups, forks, shares, batches.head(judging[0], 2))
         total = fitted.samples[0]
         for part in [*in_passes(analysis.needed)] or [[]]:  # there are curves where nothing reads the channels, too
             moments = InputMoments(part, total)
-            for number, piece in enumerate(fitted if part else ()):
-                state = shelf.take(number)
-                moments.add(graph, analysis.tensor, replace(piece, inputs=state["inputs"]))
-                shelf.put(number, state)
+            for piece in fitted if part else ():
+                moments.add(graph, analysis.tensor, piece)
             analysis.take(moments)
             curves |= analysis.ready(progress)
     judged = sum(piece.samples for piece in judging)
@@ -113,7 +113,7 @@ class _Analysis:
         piece: Piece,
     ) -> None:
         self._grouping, self._forks, self._shares = grouping, forks, shares
-        everything = readings(grouping)
+        everything = [each for each in readings(grouping) if _is_affordable(each.reader)]
         self._columns: dict[int, list[tuple[Reading, list[tuple[int, Tensor]]]]] = {}
         self._bases: dict[int, list[Basis]] = {}
         graph = grouping.plain.graphs["eval"]
@@ -176,9 +176,8 @@ class _Analysis:
             for each, columns in self._columns[id(group)]
             for number, part in self._parts(each, columns)
         ]
-        order = (
-            removal_order([part for _, _, part in parts], group.size) if parts else _by_weights(self._grouping, group)
-        )
+        telling = [part for _, _, part in parts if math.isfinite(part.energy)]
+        order = removal_order(telling, group.size) if telling else _by_weights(self._grouping, group)
         counts = sorted({max(1, min(round(share * group.size), group.size - 1)) for share in self._shares})
         begin = self._starts[id(group)]
         turned = {
@@ -216,15 +215,19 @@ class _Analysis:
         if isinstance(reading.reader, Product):
             assert isinstance(found, Tensor)
             (number, table), square = columns[0], found
-            return [(number, Part(_inverse(square), square.new_ones(1, len(square)), table, float(square.sum())))]
+            energy = float(square.sum()) or math.inf
+            return [(number, Part(_inverse(square), square.new_ones(1, len(square)), table, energy))]
         assert isinstance(found, Moments)
         reader = reading.reader
         square = _square(found, reader)
+        raw = found.normal_square(centred=False).diagonal(dim1=1, dim2=2) / found.count
         weights = _table(self._grouping, reader).double()
         parts = []
         for number, table in columns:
             energy = float(((weights[number] @ square[number]) * weights[number]).sum())
-            parts.append((number, Part(_inverse(square[number]), weights[number], table, max(energy, 1e-300))))
+            says_something = energy > _LEAST_ENERGY * float((weights[number].square() @ raw[number]).sum())
+            energy = energy if says_something else math.inf
+            parts.append((number, Part(_inverse(square[number]), weights[number], table, energy)))
         return parts
 
     def _turned(self, group: ChannelGroup, turned: Mapping[int, Sequence[Change]], units: Tensor) -> dict[str, Tensor]:
@@ -285,10 +288,10 @@ class _Analysis:
             table = reader.table(stored)
             for name, values in zip(reader.weights, reader.stored(table + change, stored), strict=True):
                 changed[name] = values.to(stored[0].dtype) * zeroed.get(name, 1)
-            self._shift(reader, change, changed)
+            self._shift(reader, change, changed, zeroed)
         return changed
 
-    def _shift(self, reader: Reader, change: Tensor, changed: dict[str, Tensor]) -> None:
+    def _shift(self, reader: Reader, change: Tensor, changed: dict[str, Tensor], zeroed: Mapping[str, Tensor]) -> None:
         """Let the bias, or a running mean behind, take up the mean shift."""
         plain = self._grouping.plain
         found = self._moments[reader.key]
@@ -299,8 +302,7 @@ class _Analysis:
         parts = shift.split([len(tensor_at(plain, name)) for name in names]) if names else ()
         for name, part in zip(names, parts, strict=True):
             bias = changed.get(name, tensor_at(plain, name))
-            alive = changed[name] != 0 if name in changed else 1
-            changed[name] = bias + part.to(bias.dtype) * alive
+            changed[name] = bias + part.to(bias.dtype) * zeroed.get(name, 1)
         if not names and reader.moving_mean is not None:
             moving = tensor_at(plain, reader.moving_mean)
             changed[reader.moving_mean] = moving - shift.to(moving.dtype)
@@ -313,6 +315,11 @@ class _Analysis:
 
 def _key(reader: Reader | Product) -> Any:
     return reader.node if isinstance(reader, Product) else reader.key
+
+
+def _is_affordable(reader: Reader | Product) -> bool:
+    """Whether moments of a reader fit in memory; others are not made up for, as `reconstruct` leaves them alone."""
+    return isinstance(reader, Product) or reader.sizes[2] <= input_moments.MOST_COLUMNS
 
 
 def _turns(basis: Basis, rows: Any, owner: Any) -> bool:

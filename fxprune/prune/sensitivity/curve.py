@@ -13,6 +13,8 @@ from fxprune.reports import plain
 
 Losses = NDArray[np.float64]
 
+_NEXT_TO_NOTHING = 1e-13
+
 
 @dataclass(frozen=True, eq=False)
 class Curve:
@@ -65,9 +67,13 @@ class Curve:
         return _convex(found)
 
     def slopes(self) -> Losses:
-        """By unit in the order of the group, what is lost with it, float64 [size]."""
+        """By unit in the order of the group, what is lost with it, float64 [size].
+
+        A unit that goes later has more, where the curve is straight by next to nothing: sorted, they are `order`.
+        """
+        steps = np.maximum.accumulate(np.diff(self.losses()))
         found = np.empty(self.size)
-        found[list(self.order)] = np.diff(self.losses())
+        found[list(self.order)] = steps + _NEXT_TO_NOTHING * (float(steps[-1]) or 1.0) * np.arange(self.size)
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from torch import Tensor, fx
 
 from fxprune.errors import PruningError
 from fxprune.graph.interpretation import Interpreter
-from fxprune.graph.mutation import is_mutating, written
 from fxprune.graph.names import tensor_at
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
@@ -57,6 +56,10 @@ class Forks:
         for run in self._runs:
             run.outputs = self._outputs(self._finished(dict(self._inputs(run.piece)), 0, {}))
             run.env = {} if self._is_strict else dict(self._inputs(run.piece))
+        unchanged = distance.sums()
+        for run in self._runs:
+            self._add(unchanged, run, run.outputs)
+        self._nothing = distance.mean(unchanged)  # a function of the user may be anything there, such as an entropy
 
     def start_of(self, names: Sequence[str]) -> int:
         """The number of the first node that reads some parameters; runs branch off there."""
@@ -71,16 +74,20 @@ class Forks:
         """
         if not self._is_strict:
             self._advance(start)
-        found, samples = 0.0, 0
+        found = self._distance.sums()
         for run in self._runs:
             begin = 0 if self._is_strict else self._done
             env = dict(self._inputs(run.piece)) if self._is_strict else dict(run.env)
             outputs = self._outputs(self._finished(env, begin, changed))
-            found += self._distance(outputs, run.outputs, run.piece.counts, self._structure) * run.piece.samples
-            samples += run.piece.samples
-        if not math.isfinite(found):
+            self._add(found, run, outputs)
+        loss = self._distance.mean(found) - self._nothing
+        if not math.isfinite(loss):
             raise PruningError(self._why_not_finite())
-        return found / samples
+        return loss
+
+    def _add(self, sums: list[Tensor], run: _Run, outputs: Sequence[Any]) -> None:
+        piece = run.piece
+        self._distance.add(sums, outputs, run.outputs, piece.counts, self._structure, piece.samples)
 
     def _why_not_finite(self) -> str:
         for run in self._runs:
@@ -129,11 +136,10 @@ class Forks:
             for operand in node.all_input_nodes:
                 if operand.op == "get_attr":
                     env[operand] = interpreter.run_node(operand)
-            operands = written(node) if is_mutating(node) and not self._is_strict else []
-            kept = {operand: env[operand] for operand in operands}
-            env.update({operand: value.clone() for operand, value in kept.items()})
-            env[node] = interpreter.run_node(node)
-            env.update(kept)
+            if self._is_strict:
+                env[node] = interpreter.run_node(node)
+            else:
+                interpreter.run_apart(node)
             for operand in node.all_input_nodes:
                 if self._last[operand] <= number:
                     env.pop(operand, None)

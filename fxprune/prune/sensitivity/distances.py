@@ -20,11 +20,13 @@ aten = torch.ops.aten
 
 Distance = Callable[[Any, Any], Any]
 NAMES = ("auto", "divergence", "error", "cosine")
-_KEEP_VALUES = (
-    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.clone.default,
-    aten.contiguous.default, aten.squeeze.dim, aten.unsqueeze.default, aten.dropout.default, aten.alias.default,
-    aten.flatten.using_ints, aten._to_copy.default, aten.to.dtype,
+# they leave every entry where it is
+_PLAIN = (
+    aten.clone.default, aten.contiguous.default, aten.dropout.default, aten.alias.default, aten._to_copy.default,
+    aten.to.dtype,
 )  # fmt: skip
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 
 
 class OutputDistance:
@@ -60,21 +62,47 @@ class OutputDistance:
         kinds = dict.fromkeys(kind for kind, _ in self.kinds) if self.given == "auto" else [self.given]
         return " and ".join(kinds)
 
-    def __call__(self, outputs: Sequence[Any], dense: Sequence[Any], counts: Tensor | None, structure: Any) -> float:
-        """The distance of flat outputs to the dense ones.
+    def sums(self) -> list[Tensor]:
+        """Nothing added yet, for each output, or for the function of the user."""
+        return [torch.zeros(4, dtype=torch.float64) for _ in ([None] if callable(self.given) else self.leaves)]
+
+    def add(
+        self,
+        sums: list[Tensor],
+        outputs: Sequence[Any],
+        dense: Sequence[Any],
+        counts: Tensor | None,
+        structure: Callable[[Sequence[Any]], Any],
+        samples: int,
+    ) -> None:
+        """Add the distance of flat outputs to the dense ones.
 
         Args:
-            outputs, dense: one value a leaf. counts: which samples or positions count, None for all.
+            sums: of `sums`. outputs, dense: one value a leaf.
+            counts: which samples or positions count, None for all.
             structure: from flat outputs to those of the module, for a function of the user.
+            samples: how many there are.
         """
         if callable(self.given):
-            return _number(self.given(structure(outputs), structure(dense)), self._option)
-        found = []
-        for value, reference, (kind, axis) in zip(outputs, dense, self.kinds, strict=True):
-            if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim():
-                continue
-            name = kind if self.given == "auto" else str(self.given)
-            found.append(_distance(name, axis, value, reference, counts))
+            value = _number(self.given(structure(outputs), structure(dense)), self._option)
+            sums[0] += torch.tensor([value * samples, samples, 0, 0], dtype=torch.float64)
+            return
+        for place, (value, reference, (kind, axis)) in enumerate(zip(outputs, dense, self.kinds, strict=True)):
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+                name = kind if self.given == "auto" else str(self.given)
+                sums[place] += _sums(name, axis, value, reference, counts)
+
+    def mean(self, sums: Sequence[Tensor]) -> float:
+        """The mean distance of what was added, over the outputs.
+
+        Raises:
+            PruningError: nothing could be compared.
+        """
+        found: list[float] = []
+        for lost, count, total, squares in (each.tolist() for each in sums):
+            if count:
+                spread = count if squares == 0 else max(squares - total**2 / count, 1e-30)
+                found.append(lost / spread)
         if not found:
             raise PruningError(
                 f"the module returns no floating-point tensor to compare. Give a function as {self._option}."
@@ -113,24 +141,32 @@ def _number(value: Any, option: str) -> float:
 
 def _kind(leaf: fx.Node) -> tuple[str, int]:
     """How an output is compared, and its axis of classes or features."""
-    node, axis = leaf, -1
-    while node.op == "call_function" and node.target in _KEEP_VALUES and node.target not in _MOVE:
+    node = leaf
+    while node.op == "call_function" and (node.target in _PLAIN or _keeps_features(node)):
         node = node.all_input_nodes[0]
-    if node.target in (aten.log_softmax.int, aten._log_softmax.default, aten.softmax.int, aten._softmax.default):
-        is_log = "log" in str(node.target)
-        return ("divergence" if is_log else "divergence of probabilities"), int(bound(node)["dim"])
-    while node.op == "call_function" and node.target in _KEEP_VALUES:
-        node = node.all_input_nodes[0]
+    if node.target in (*_SOFTMAX, *_LOG_SOFTMAX):
+        dim = int(bound(node)["dim"])
+        if dim in (-1, len(node.meta["val"].shape) - 1) or node.meta["val"].shape == leaf.meta["val"].shape:
+            return ("divergence" if node.target in _LOG_SOFTMAX else "divergence of probabilities"), dim
+        return "error", -1
     call = REGISTRY.call(node) if node.op == "call_function" else None
-    if (isinstance(call, Contraction) and node is leaf) or isinstance(call, Contraction):
-        return ("divergence" if _has_classes(leaf, -1) else "error"), -1
+    if isinstance(call, Contraction) and _has_classes(leaf, -1):
+        return "divergence", -1
     if isinstance(call, Convolution):
-        axis = 1 if node is leaf else axis
-        return ("divergence" if node is leaf and _has_classes(leaf, 1) else "error"), axis
+        return ("divergence" if _has_classes(leaf, 1) and _same_rank(leaf, node) else "error"), 1
     return "error", -1
 
 
-_MOVE = (aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+def _keeps_features(node: fx.Node) -> bool:
+    """Whether a node lays out positions anew, and leaves the last axis as it is."""
+    if node.target not in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        return False
+    before, after = (each.meta["val"].shape[-1:] for each in (node.all_input_nodes[0], node))
+    return bool(before == after)
+
+
+def _same_rank(one: fx.Node, other: fx.Node) -> bool:
+    return len(one.meta["val"].shape) == len(other.meta["val"].shape)
 
 
 def _has_classes(leaf: fx.Node, axis: int) -> bool:
@@ -138,7 +174,8 @@ def _has_classes(leaf: fx.Node, axis: int) -> bool:
     return len(shape) > 1 and isinstance(shape[axis], int) and shape[axis] > 1
 
 
-def _distance(kind: str, axis: int, value: Tensor, reference: Tensor, counts: Tensor | None) -> float:
+def _sums(kind: str, axis: int, value: Tensor, reference: Tensor, counts: Tensor | None) -> Tensor:
+    """What is lost, over how many rows or entries; for squared errors also the sums of entries and of their squares."""
     value, reference = (each.movedim(axis, -1).double() for each in (value, reference))  # small ones count
     if kind.startswith("divergence"):
         first, second = (
@@ -146,14 +183,19 @@ def _distance(kind: str, axis: int, value: Tensor, reference: Tensor, counts: Te
             for each in (reference, value)
         )
         each = torch.where(first.isneginf(), 0, first.exp() * (first - second)).sum(-1).clamp(min=0)
-        return float(_counted(each, counts).mean())
+        return _rows_lost(_counted(each, counts))
     if bool(reference.isneginf().any()):  # what is masked out says nothing
         value, reference = (torch.where(reference.isneginf(), 0, each) for each in (value, reference))
     if kind == "cosine":
-        return float(1 - _counted(torch.cosine_similarity(value, reference, -1), counts).mean())
-    lacking = _counted((value - reference).square().sum(-1), counts).sum()
-    spread = _counted((reference - reference.mean()).square().sum(-1), counts).sum()
-    return float(lacking / spread.clamp(min=1e-30))
+        return _rows_lost(1 - _counted(torch.cosine_similarity(value, reference, -1), counts))
+    lost = _counted((value - reference).square().sum(-1), counts).sum()
+    total, squares = (_counted(each.sum(-1), counts) for each in (reference, reference.square()))
+    entries = len(total) * reference.shape[-1]
+    return torch.stack([lost, lost.new_tensor(entries), total.sum(), squares.sum().clamp(min=1e-300)]).cpu()
+
+
+def _rows_lost(rows: Tensor) -> Tensor:
+    return torch.stack([rows.sum(), rows.new_tensor(len(rows)), *rows.new_zeros(2)]).cpu()
 
 
 def _counted(each: Tensor, counts: Tensor | None) -> Tensor:

@@ -31,7 +31,7 @@ class Part:
         inverse: [columns, columns], H^-1, float64.
         weights: [outputs, columns], W, float64.
         columns: [units, width], the columns of each unit; -1 where it has fewer than others.
-        energy: tr(W H W^T), by which losses are divided.
+        energy: tr(W H W^T), by which losses are divided; inf where inputs never change: they say nothing.
     """
 
     inverse: Tensor

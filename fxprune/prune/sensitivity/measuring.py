@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxprune import driver
@@ -21,6 +20,7 @@ from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_request import chosen_among, listed
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence, Importance
 from fxprune.prune.repair.batches import Batches
+from fxprune.prune.repair.seeding import seeded
 from fxprune.prune.sensitivity.analysis import measure
 from fxprune.prune.sensitivity.distances import Distance, OutputDistance
 from fxprune.prune.sensitivity.report import Sensitivity, sensitivity_of
@@ -142,9 +142,7 @@ def _measured(
         fewest = _MOST_SAMPLES if far.is_one_row_of_classes else _FEWEST_SAMPLES
         samples = min(max(_MOST_RUNS // len(groups), fewest), _MOST_SAMPLES)
     graph = grouping.plain.graphs["eval"]
-    devices = {tensor.device.index for tensor in traced.parameters() if tensor.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        torch.manual_seed(0)
+    with seeded(traced):
         found = measure(grouping, groups, Batches(traced, graph, batches, weight), far, shares, samples)
     return sensitivity_of(found.curves, groups, str(far), found.samples, time.perf_counter() - start)
 

@@ -14,7 +14,7 @@ from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.attention import Attention
 from fxprune.channels.rules.contractions import Contraction
 from fxprune.channels.values import Value
-from fxprune.prune.repair.finding import find
+from fxprune.prune.repair.finding import find, has_weight
 from fxprune.prune.repair.layers import ConvolutionReader, Reader, TransposedReader
 from fxprune.prune.repair.products import Product
 
@@ -104,6 +104,8 @@ def _of_product(grouping: Grouping, node: fx.Node) -> Reading | None:
         product = Product(node, (call.query, -1), (call.key, -1))
     elif isinstance(call, Contraction) and call.labels is not None and len(call.labels.outer + call.labels.inner) == 2:
         labels = call.labels
+        if has_weight(call):  # of a layer, which is no product of two activations
+            return None
         if labels.left[: len(labels.batch)] != labels.right[: len(labels.batch)]:
             return None
         product = Product(

@@ -292,7 +292,7 @@ def test_readers_read_what_the_refitted_ones_before_them_give() -> None:
 
 
 def test_a_reader_of_too_many_inputs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.prune.repair.sweep._MOST_COLUMNS", 5)
+    monkeypatch.setattr("fxprune.prune.repair.input_moments.MOST_COLUMNS", 5)
     model, x = mlp()
     with pytest.raises(PruningError, match=r"reader\.weight: 6 inputs of an output, more than 5"):
         fxprune.reconstruct(masked(model, x), x)
@@ -362,7 +362,7 @@ def test_values_that_do_not_fit_in_memory_lie_on_disk(monkeypatch: pytest.Monkey
     model, x = block()
     in_memory, on_disk = masked(model, x), masked(model, x)
     fxprune.reconstruct(in_memory, [*x.split(10)])
-    monkeypatch.setattr("fxprune.prune.repair.sweep._MOST_BYTES", 0)
+    monkeypatch.setattr("fxprune.prune.repair.shelf.MOST_BYTES", 0)
     fxprune.reconstruct(on_disk, [*x.split(10)])
     for name, tensor in in_memory.state_dict().items():
         assert torch.equal(tensor, on_disk.state_dict()[name])
