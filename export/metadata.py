@@ -20,8 +20,8 @@ SIZES = "fxprune.sizes"  # of the free axes, in the sample
 def metadata(final: TracedModule, precision: str = "float32") -> dict[str, str]:
     """The entries by key, `fxprune.version` and so on; the same for equal modules."""
     found = {"version": __version__, "precision": precision, "digest": digest(final)}
-    if final.plan_or_none is not None:
-        found["plan"] = final.plan_or_none.explain()
+    if final.plan is not None:
+        found["plan"] = final.plan.explain()
     return {f"fxprune.{key}": value for key, value in found.items()}
 
 

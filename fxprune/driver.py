@@ -356,8 +356,8 @@ def finalize(
         final = run_passes(copy.deepcopy(traced), tuple(steps), after).graph_module
     assert isinstance(final, TracedModule)
     final.decide(())  # of masks that are folded
-    carried_out = final.plan_or_none
-    final.record(carried_out, Origin(None if carried_out is traced.plan_or_none else carried_out, _sources(traced)))
+    carried_out = final.plan
+    final.record(carried_out, Origin(None if carried_out is traced.plan else carried_out, _sources(traced)))
     if broken := [name for name, p in final.named_parameters() if p.is_floating_point() and not p.isfinite().all()]:
         warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=3)
     if plan is None and final.plan is not None and final.plan.eval_only and "train" in final.graphs:

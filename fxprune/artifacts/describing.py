@@ -35,7 +35,7 @@ def described(traced: TracedModule) -> tuple[Header, Tensors]:
         reparametrized=reparametrized(traced),
         inputs=inputs,
         dynamic_shapes=StoredTree.of(_dynamic_shapes(traced), dimension_to_data),
-        plan=None if traced.plan_or_none is None else traced.plan_or_none.to_json(),
+        plan=None if traced.plan is None else traced.plan.to_json(),
         sha256={},
         decided=tuple(sorted(traced.decided)),
     )

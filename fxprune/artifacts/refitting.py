@@ -51,7 +51,7 @@ def refitted(checkpoint: Checkpoint, model: nn.Module) -> TracedModule:
     for stored in checkpoint.header.modules:
         if stored.is_first:
             checkpoint.fill(traced.get_submodule(stored.path), stored)
-    traced.record(traced.plan_or_none)
+    traced.record(traced.plan)
     traced.decide(checkpoint.header.decided)
     return traced.train(checkpoint.header.training)
 

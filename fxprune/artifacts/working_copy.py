@@ -22,7 +22,7 @@ class WorkingCopy:
 
     def __init__(self, root: nn.Module, final: TracedModule) -> None:
         self.root, self.final = root, final
-        self.plan = final.plan_or_none or ChannelPlan()
+        self.plan = final.plan or ChannelPlan()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(root).items()}
         self._paths = ModulePaths(root)
 

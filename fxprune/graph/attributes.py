@@ -111,12 +111,6 @@ class _Message:
 
 
 def _said_of_absent(root: nn.Module, part: nn.Module, name: str, known: Mapping[str, Any]) -> str:
-    if name == "plan" and part is root:
-        return (
-            "the traced module has no plan: nothing was removed from it yet. A plan comes with what finalize returns: "
-            "final = fxprune.finalize(traced), then final.plan.explain(). What can go is told by "
-            "fxprune.channel_groups(traced), what was masked by the report of fxprune.prune.channels."
-        )
     path = next((path for path, module in root.named_modules() if module is part), "")
     told = f"{f'the module {path!r} of a traced one' if path else 'the traced module'} has no {name!r}"
     if name in known:

@@ -121,18 +121,7 @@ class TracedModule(ReadByName, fx.GraphModule):
 
     @property
     def plan(self) -> ChannelPlan | None:
-        """What was removed by `finalize`, now or before this module was copied or loaded; None where nothing was.
-
-        Raises:
-            NameLookupError: the module does not come from `finalize`.
-        """
-        if self._plan is None and self._origin is None:
-            raise AttributeError("plan")  # and __getattr__ says what to do
-        return self._plan
-
-    @property
-    def plan_or_none(self) -> ChannelPlan | None:
-        """The plan of what was removed; None where nothing was, yet or at all."""
+        """What was removed by `finalize`, now or before this module was copied or loaded; None where nothing was."""
         return self._plan
 
     @property
@@ -354,7 +343,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         """
         own = self.state_dict()
         given = respelled(state_dict, own.keys()) if isinstance(state_dict, Mapping) else state_dict
-        check_state(given, own, strict=strict, is_finalized=self.plan_or_none is not None)
+        check_state(given, own, strict=strict, is_finalized=self.plan is not None)
         return super().load_state_dict(given, strict, assign)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
@@ -363,7 +352,7 @@ class TracedModule(ReadByName, fx.GraphModule):
             getattr(root, field).update(copy.deepcopy(getattr(self, field), memo))
         graphs = {mode: copy.deepcopy(graph) for mode, graph in self.graphs.items()}
         clone = TracedModule(root, graphs, *self._examples, self.dynamic_shapes, training=self.training)
-        clone.record(self.plan_or_none, self.origin)
+        clone.record(self.plan, self.origin)
         clone.decide(self.decided, self.decided_by)
         memo[id(self)] = clone
         return clone

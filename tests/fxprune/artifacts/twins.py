@@ -31,7 +31,7 @@ def assert_twin(loaded: fxprune.TracedModule, traced: fxprune.TracedModule, args
     """Same state, same training mode, same bits in both modes, in training and after finalize."""
     assert loaded.training == traced.training
     assert reparametrized(loaded) == reparametrized(traced)
-    assert (loaded.plan_or_none is None) == (traced.plan_or_none is None)
+    assert (loaded.plan is None) == (traced.plan is None)
     assert str(loaded.dynamic_shapes) == str(traced.dynamic_shapes)
     for left, right in zip(loaded.modules(), traced.modules(), strict=True):
         assert provenance_of(left).parameter_order == provenance_of(right).parameter_order

@@ -146,7 +146,6 @@ ATTRIBUTES: dict[str, Case] = {
     "a method": (lambda t: t.extract(1), NameLookupError, "no 'extract': of the captured", "by the eager model"),
     "a number": (lambda t: t.dropout_p, NameLookupError, "no 'dropout_p': of the captured", "p of dropouts"),
     "a function as a method": (lambda t: t.to_onnx("m.onnx"), NameLookupError, "no 'to_onnx'", "export.to_onnx"),
-    "a plan before removal": (lambda t: t.plan.explain(), NameLookupError, "has no plan", "fxprune.finalize.traced"),
     "a number that is set": (
         lambda t: setattr(t, "dropout_p", 0.2), CaptureError, "'dropout_p' .* go on with 0.5", "on the eager model"),
     "a number of the class that is set": (
