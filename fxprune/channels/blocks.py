@@ -14,13 +14,14 @@ Take `Conv2d(8, 8, 3, groups=2)`. Its inputs are classes [[0, 1, 2, 3], [4, 5, 6
     group when each loses one unit, here (1, 1), are a block; a step of it takes one unit of each cell.
 (3) Where the channels of the second group come in pairs, units 0 to 3 take (1, 0), and two units take (0, 2) each: one
     of each would take (1, 2). Cells of 4 and of 2 units that hang together each lose the same fraction: by a step of
-    the block the first cell loses its share of 4 / 2 = 2 units, the second its share of 2 / 2 = 1.
+    the block the first cell loses its share of 4 / 2 = 2 units, the second its share of 2 / 2 = 1. Such a step may be
+    large: it is made of parts, each the fewest units that take as much from every group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from fxprune.channels.relation import Relation, numbered, positions_of
 from fxprune.channels.units import Balanced, UnitTable
 
 MOST_CELLS = 12  # of a block, whose subsets are tried
+MOST_TRIED = 20_000  # ways to take units of its cells, one unit after the other
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,19 @@ class Blocks:
         block: the block's number, -1 for a unit that is free.
         cell: the number of its cell, 0 for a unit that is free; units of one cell take the same part of every group.
         share: the units that its cell loses by one step of its block.
+        parts: from a cell's number to what of its share goes with each part of a step; nothing where a step is one.
     """
 
     block: Vector
     cell: Vector
     share: Vector
+    parts: Mapping[int, Vector] = field(default_factory=dict)
+
+    def parts_of(self, units: Vector) -> Vector:
+        """[units, parts], what the cells of units lose with each part of a step."""
+        found = [self.parts.get(int(self.cell[unit]), self.share[unit : unit + 1]) for unit in units]
+        most = max(map(len, found))
+        return np.stack([np.pad(own, (0, most - len(own))) for own in found])
 
 
 @dataclass(frozen=True)
@@ -95,20 +105,25 @@ def find_blocks(units: UnitTable, balances: Sequence[Balanced], usable: Mask) ->
     block[unit] = hanging_together.solve().of[unit]
     cell = Relation(unit, group * (takes.count.max() + 1) + takes.count[bound], count, 0).signatures()
     entries = Relation(takes.unit, np.arange(len(takes.unit)), count, len(takes.unit))
+    parts: dict[int, Vector] = {}
     following = int(block.max()) + 1
     candidates = np.flatnonzero(usable & (block >= 0))
     for at in positions_of(block[candidates]).values():
         cells = [candidates[at[of_cell]] for of_cell in positions_of(cell[candidates[at]]).values()]
         rest = np.ones(len(cells), bool)
-        for chosen in even_sets(taken_by(takes, entries, [own[0] for own in cells])):
+        taken = taken_by(takes, entries, [own[0] for own in cells])
+        for chosen in even_sets(taken):
             if rest[chosen].all() and min(len(cells[i]) for i in chosen) > 1:
                 block[np.concatenate([cells[i] for i in chosen])] = following
                 rest[chosen] = False
                 following += 1
         left = [own for own, stays in zip(cells, rest, strict=True) if stays]
-        for own, each in zip(left, equal_fractions([len(own) for own in left]), strict=True):
+        fractions = equal_fractions([len(own) for own in left])
+        of_cells = even_parts([side[rest] for side in taken], fractions).T
+        for own, each, parts_of_cell in zip(left, fractions, of_cells, strict=True):
             share[own] = each
-    return Blocks(block, cell, share)
+            parts[int(cell[own[0]])] = parts_of_cell
+    return Blocks(block, cell, share, parts)
 
 
 def free(takes: Takes) -> Mask:
@@ -169,3 +184,57 @@ def equal_fractions(sizes: Sequence[int]) -> list[int]:
     if not len(sizes):
         return []
     return [size // int(np.gcd.reduce(sizes)) for size in sizes]
+
+
+def even_parts(taken: Sequence[Vector], step: Sequence[int]) -> Vector:
+    """Case (3): the parts of a step, [parts, cells], as alike as they can be one after the other.
+
+    The least solutions in natural numbers of what makes groups equal (Contejean and Devie, "An efficient incremental
+    algorithm for solving systems of linear Diophantine equations", 1994): units are added one at a time, to a cell that
+    brings the groups nearer to each other. Every solution is a sum of least ones.
+
+    Args:
+        taken: by side, what a unit of each cell takes from each group, [cells, groups].
+        step: what each cell loses by a step.
+
+    Returns:
+        The step itself where it is not a sum of smaller solutions, or finding out takes too long.
+
+    Example:
+        >>> even_parts([np.array([[1, 0], [1, 0], [0, 1]])], [1, 2, 3]).tolist()
+        [[0, 1, 1], [1, 0, 1], [0, 1, 1]]
+    """
+    whole = np.array(step, np.int64)
+    if not 0 < len(step) <= MOST_CELLS:
+        return whole[None]
+    uneven = np.unique(np.concatenate([side[:, 1:] - side[:, :1] for side in taken], axis=1), axis=1)
+    least = _least_solutions(uneven, whole)
+    found, rest = [], whole
+    while rest.any():
+        fitting = least[(least <= rest).all(1)]
+        if not len(fitting):
+            return whole[None]
+        gone = (whole - rest + fitting) / whole
+        found.append(fitting[np.argmin(gone.max(1) - gone.min(1))])
+        rest = rest - found[-1]
+    return np.stack(found)
+
+
+def _least_solutions(uneven: Vector, most: Vector) -> Vector:
+    """The smallest x > 0 with x @ uneven = 0 and x <= most, [solutions, cells]; none where too many are tried."""
+    unit = np.eye(len(most), dtype=np.int64)
+    found, front, tried = unit[:0], unit, 0
+    while len(front):
+        tried += len(front)
+        if tried > MOST_TRIED:
+            return unit[:0]
+        lacking = front @ uneven
+        solved = ~lacking.any(1)
+        found = np.concatenate([found, front[solved]])
+        nearer = (lacking[~solved] @ uneven.T) < 0
+        at, cell = np.nonzero(nearer)
+        front = np.unique(front[~solved][at] + unit[cell], axis=0)
+        front = front[(front <= most).all(1)]
+        for solution in found:
+            front = front[~(front >= solution).all(1)]
+    return found

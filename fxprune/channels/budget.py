@@ -90,6 +90,7 @@ class Ladder:
 
     A group of 8 units without others is a ladder of 8 steps of one unit each, the lowest score first. Rounded to 4, it
     takes 0 or 4 steps: 0, 0, 4, 4, 4, 4, 4, 4 where 1, 2, ... 8 are asked for, the nearest multiple that leaves one.
+    Where a step of a block has parts, each is a step here; rounded, as many are taken as make whole ones of the block.
 
     Args:
         groups: the groups.
@@ -101,7 +102,7 @@ class Ladder:
             that groups are cut one after the other, not all of them a little.
 
     Attributes:
-        units: [steps, width], the units that go with each step.
+        units: [steps, width], the units that go with each step, filled up with -1.
         scores: the mean score of each step.
         taken: for each rounding how many steps are taken when 1, 2, ... are asked for.
         gone: how many steps are masked, whatever is chosen.
@@ -124,26 +125,56 @@ class Ladder:
         ranks = [score - masked * (np.ptp(score) + 1) for score, masked in zip(scores, dead, strict=True)]
         self.units = steps_of(groups, ranks)
         self.steps, self.width = self.units.shape
+        self._parts = max(group.parts.shape[1] for group in groups)
+        self._left = self._left_of(groups)
         # what is gone goes first, whatever its values are now
-        self.scores: Scores = np.minimum.accumulate(self._by_step(groups, scores).mean(1)[::-1])[::-1]
-        self.gone = int(self._by_step(groups, dead).all(1).sum())
+        each, counts = self._by_step(groups, scores, 0.0), (self.units >= 0).sum(1)
+        self.scores: Scores = np.minimum.accumulate((each.sum(1) / counts)[::-1])[::-1]
+        self.gone = int(self._by_step(groups, dead, 1.0).all(1).sum())
         self.is_blocked = any(group.blocked for group in groups)
         self.taken: list[Vector] = []
         leans = roundings[0].multiple_of_steps(groups) > 1
         for rounding in roundings:
-            own = rounding.steps_taken(groups, self.steps, lean if leans and not self.taken else 0.0)
+            own = self._steps_taken(rounding, lean if leans and not self.taken else 0.0)
             self.taken.append(np.maximum(own, self.taken[-1].max()) if self.taken else own)
         ends = self.taken[0][self.taken[0] >= self.gone]
         self.first = int(ends.min()) if started and self.gone and self.is_blocked and len(ends) else 0
         self.taken[0][: self.first] = self.first
         self.most = int(self.taken[-1].max())
 
-    def _by_step(self, groups: Sequence[ChannelGroup], values: Sequence[Vector | Scores | Mask]) -> Vector | Scores:
-        """Values of the units of groups, [steps, width]."""
+    def units_at(self, level: int) -> Vector:
+        """The units that go when so many steps are taken."""
+        taken = self.units[:level].reshape(-1)
+        return taken if self._parts == 1 else taken[taken >= 0]
+
+    def _left_of(self, groups: Sequence[ChannelGroup]) -> Vector:
+        """[steps + 1, groups], the units of each group that are left."""
+        sizes = np.array([group.size for group in groups])
+        group_of = np.zeros(int(max(group.units.max() for group in groups)) + 1, np.int64)
+        for number, group in enumerate(groups):
+            group_of[group.units] = number
+        taken = np.where(self.units[..., None] >= 0, group_of[self.units][..., None] == np.arange(len(groups)), False)
+        return np.concatenate([sizes[None], sizes - np.cumsum(taken.sum(1), axis=0)])
+
+    def _steps_taken(self, rounding: Rounding, lean: float) -> Vector:
+        """How many steps are taken when 1, 2, ... are asked for."""
+        if self._parts == 1:
+            return rounding.steps_taken(self._groups, self.steps, lean)
+        if rounding.to == 1:
+            sizes = self._left[0]
+            enough = (self._left >= np.maximum(rounding.least, sizes * (1 - rounding.most) - 1e-9)).all(1)
+            return np.arange(1, self.steps + 1).clip(max=int(np.flatnonzero(enough).max(initial=0)))
+        whole = rounding.steps_taken(self._groups, self.steps // self._parts, lean)
+        return np.repeat(whole * self._parts, self._parts)
+
+    def _by_step(
+        self, groups: Sequence[ChannelGroup], values: Sequence[Vector | Scores | Mask], beside: float
+    ) -> Scores:
+        """Values of the units of groups, [steps, width], with another one where there is no unit."""
         found = np.zeros(int(max(group.units.max() for group in groups)) + 1)
         for group, own in zip(groups, values, strict=True):
             found[group.units] = own
-        return found[self.units]
+        return np.where(self.units >= 0, found[self.units], beside)
 
     def is_unblocked(self, level: int) -> bool:
         """Whether onnxruntime leaves the layout of blocks for some of the channels when so many steps are taken."""
@@ -161,10 +192,10 @@ class Ladder:
 
     def _counts(self, level: int) -> Iterator[tuple[ChannelGroup, int]]:
         """The groups of channels, and how many of them are left when so many steps are taken."""
-        left = self.steps - max(level, self.gone)
-        for group in self._groups:
+        counts = self._left[max(level, self.gone)].tolist()
+        for group, count in zip(self._groups, counts, strict=True):
             if group.kind not in WHOLE_KINDS:
-                yield group, group.size * left // self.steps
+                yield group, count
 
 
 def _is_unblocked(group: ChannelGroup, count: int) -> bool:

@@ -75,7 +75,8 @@ class ChannelGroup(Readable):
         sample: what is counted, "one sample of 3x224x224".
         aligned: whether a convolution has these channels.
         units: the classes that name its units (`fxprune.channels.units`), ascending.
-        cells, share: for each unit its cell and the cell's share; block: that of all (`fxprune.channels.blocks`).
+        cells, share, parts: for each unit its cell, the cell's share, and what of that goes with each part of a step,
+            [units, parts]; block: that of all (`fxprune.channels.blocks`).
         blocked: whether a convolution reads them, or works on each: onnxruntime then computes in blocks, if 4 divides
             their number.
     """
@@ -92,6 +93,7 @@ class ChannelGroup(Readable):
     units: Vector = field(repr=False, compare=False)
     cells: Vector = field(repr=False, compare=False)
     share: Vector = field(repr=False, compare=False)
+    parts: Vector = field(repr=False, compare=False)
     block: int = field(repr=False, compare=False)
     sample: str = field(default="", repr=False, compare=False)
     blocked: bool = field(default=False, repr=False, compare=False)
@@ -108,7 +110,7 @@ class ChannelGroup(Readable):
 
     def to_dict(self) -> dict[str, Any]:
         """The group and its members in JSON's types, without the classes of its units."""
-        hidden = ("units", "cells", "share", "block")
+        hidden = ("units", "cells", "share", "parts", "block")
         found = {name: plain(value) for name, value in vars(self).items() if name not in hidden}
         return found | {"traffic_elements": found.pop("traffic")}
 
@@ -252,6 +254,7 @@ class Grouping:
             units,
             blocks.cell[units],
             blocks.share[units],
+            blocks.parts_of(units),
             int(blocks.block[units[0]]),
             self.sample,
             any(self._is_blocked(member) for member in members),
@@ -302,7 +305,7 @@ class Grouping:
     def _uneven(self, together: Sequence[ChannelGroup], blocks: Blocks) -> str | None:
         """Why the groups of a block cannot lose channels, None where they can."""
         steps = steps_of(together)
-        dead = self.units.dead(steps[:1].reshape(-1))
+        dead = self.units.dead(steps[0][steps[0] >= 0])
         if len(steps) > 1 and not (self.consistency.settle(~dead) & dead).any():
             return None
         classes = self.units.dead(np.flatnonzero(blocks.block == together[0].block))
@@ -342,15 +345,25 @@ class Repair:
 
 
 def steps_of(groups: Sequence[ChannelGroup], scores: Sequence[Scores] | None = None) -> Vector:
-    """The units of groups that lose channels together, the lowest scores first: a row is what one step removes."""
+    """The units of groups that lose channels together, the lowest scores first.
+
+    A row is what one part of a step removes, filled up with -1 where another one removes more.
+    """
     units = np.concatenate([group.units for group in groups])
     values = np.zeros(len(units)) if scores is None else np.concatenate(scores)
     cells, share = np.concatenate([g.cells for g in groups]), np.concatenate([g.share for g in groups])
+    of_step = np.concatenate([g.parts for g in groups])
     parts = list(positions_of(cells).values())
     steps = min(len(part) // int(share[part[0]]) for part in parts)
-    lowest = [part[np.argsort(values[part], kind="stable")][: steps * share[part[0]]] for part in parts]
-    rows: Vector = units[np.concatenate([part.reshape(steps, -1) for part in lowest], axis=1)]
-    return rows
+    columns = []
+    for part in parts:
+        counts = np.tile(of_step[part[0]], steps)
+        rows = np.full((len(counts), int(counts.max())), -1)
+        lowest = part[np.argsort(values[part], kind="stable")][: counts.sum()]
+        rows[np.arange(rows.shape[1]) < counts[:, None]] = units[lowest]
+        columns.append(rows)
+    found: Vector = np.concatenate(columns, axis=1)
+    return found
 
 
 def table(groups: Sequence[ChannelGroup]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class Staircase:
 
     def units_at(self, levels: Vector) -> Vector:
         """The units that go with so many steps of each ladder."""
-        return np.concatenate([x.units[:n].reshape(-1) for x, n in zip(self.ladders, levels, strict=True)])
+        return np.concatenate([x.units_at(int(n)) for x, n in zip(self.ladders, levels, strict=True)])
 
     def latest(self, stairs: int) -> list[int]:
         """The ladders of the first stairs, by their last one, the latest first."""
@@ -194,6 +195,9 @@ class _Landing:
         is_wanting = all(map(self._leaves_layout, spent)) if spent else self._has_room(nearest)
         if is_wanting:
             spent += [option for levels in whole for option in self._in_blocks(levels) if self._spends(option)]
+            if spent and all(map(self._leaves_layout, spent)):
+                others = (option for levels in whole for option in self._rearranged(levels))
+                spent += itertools.islice(filter(self._spends, others), 1)
         return min(spent, key=self._waste) if spent else self._exchanged(nearest)
 
     def _exchanged(self, levels: Vector) -> Vector:
@@ -238,12 +242,17 @@ class _Landing:
                 if other != ladder and levels[other] < ladders[other].most:
                     yield from self._cut(given, other, range(int(levels[other]) + 1, ladders[other].most + 1))
 
-    def _refilled(self, levels: Vector) -> Vector:
-        """With steps that need not be taken given back, the latest ladder first, until the limit is used up."""
+    def _refilled(self, levels: Vector, smooth: bool = False) -> Vector:
+        """With steps that need not be taken given back, the latest ladder first, until the limit is used up.
+
+        Smooth: of ladders alone that are not computed in blocks.
+        """
         for each in (FINEST, 1):
             for ladder in self._taken(levels):
                 if self._spends(levels):
                     return levels
+                if smooth and self._stairs.ladders[ladder].is_blocked:
+                    continue
                 level = int(levels[ladder])
                 room = max(0, level - self._stairs.ladders[ladder].gone)
                 levels = _with(levels, ladder, level - self._most(levels, ladder, each, room))
@@ -295,6 +304,31 @@ class _Landing:
                 given = _with(levels, ladder, fewer)
                 if not self._stairs.ladders[ladder].is_unblocked(fewer) and not self._holds(given):
                     yield from self._mended_in_blocks(given, ladder)
+
+    def _rearranged(self, levels: Vector) -> Iterator[Vector]:
+        """In blocks, with fewer steps of one ladder, more of another, and smooth ones to fit.
+
+        The ladders whose number of channels may be any take or give back what is between two multiples of the others.
+        """
+        ladders = self._stairs.ladders
+        blocked = [i for i, own in enumerate(ladders) if own.is_blocked]
+        for ladder in [i for i in self._taken(levels) if i in blocked][:TRIED]:
+            room = range(int(levels[ladder]) - 1, ladders[ladder].gone - 1, -1)
+            for fewer in [n for n in room if not ladders[ladder].is_unblocked(n)][:BLOCK]:
+                given = _with(levels, ladder, fewer)
+                for other in [i for i in blocked if i != ladder and not self._holds(given)][:TRIED]:
+                    yield from self._between(given, other)
+
+    def _between(self, levels: Vector, ladder: int) -> Iterator[Vector]:
+        """With the fewest blocked steps of a ladder that keep the limit, or one fewer, and smooth ladders to fit."""
+        own, level = self._stairs.ladders[ladder], int(levels[ladder])
+        choices = [n for n in range(level, (level + own.steps) // 2 + 1) if n <= own.most and not own.is_unblocked(n)]
+        for enough in self._cut(levels, ladder, choices):
+            if not self._unblocked(enough):
+                yield self._refilled(enough, smooth=True)
+                beside = choices.index(int(enough[ladder])) - 1
+                if beside >= 0:
+                    yield from self._cut_instead(_with(enough, ladder, choices[beside]))
 
     def _mended_in_blocks(self, levels: Vector, spared: int) -> Iterator[Vector]:
         """With more steps of one ladder but a spared one, at most half of what is left of it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxprune.channels.blocks import Blocks, equal_fractions, even_sets, find_blocks
+from fxprune.channels.blocks import Blocks, equal_fractions, even_parts, even_sets, find_blocks
 from fxprune.channels.ids import Ids
 from fxprune.channels.units import Balanced, UnitTable
 
@@ -93,3 +93,17 @@ def test_even_sets_come_small_first_and_are_even_on_every_side() -> None:
 def test_fractions_are_the_smallest_whole_ones() -> None:
     assert equal_fractions([6, 4]) == [3, 2]
     assert equal_fractions([]) == []
+
+
+def test_a_step_of_equal_fractions_is_made_of_the_fewest_units_that_take_evenly() -> None:
+    inputs = np.array([[0, 1], [1, 0], [1, 0], [0, 1]])  # 24, 88, 12 and 76 channels, a concatenation and its writer
+    outputs = np.array([[0, 0], [1, 0], [0, 1], [0, 1]])
+    found = even_parts([inputs, outputs], [6, 22, 3, 19])
+    assert sorted(map(tuple, found.tolist())) == [(0, 1, 0, 1)] * 19 + [(2, 1, 1, 0)] * 3
+    assert found.sum(0).tolist() == [6, 22, 3, 19]
+    assert all((part @ inputs)[0] == (part @ inputs)[1] for part in found)
+
+
+def test_a_step_that_takes_unevenly_or_of_too_many_cells_has_one_part() -> None:
+    assert even_parts([np.array([[1, 0], [0, 1]])], [1, 2]).tolist() == [[1, 2]]
+    assert even_parts([np.zeros((13, 2), np.int64)], [2] * 13).tolist() == [[2] * 13]

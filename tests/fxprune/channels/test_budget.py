@@ -21,7 +21,9 @@ def group(
     units: Units, *, macs: int = 1, kind: str = "channel", aligned: bool = False, block: int = -1
 ) -> ChannelGroup:
     zeros, ones = np.zeros(len(units), np.int64), np.ones(len(units), np.int64)
-    return ChannelGroup("w", "channel", len(units), (), macs, 1, 0, None, aligned, units, zeros, ones, block)
+    return ChannelGroup(
+        "w", "channel", len(units), (), macs, 1, 0, None, aligned, units, zeros, ones, ones[:, None], block
+    )
 
 
 def ladder(size: int, to: int | str = 1, *, most: float = 1.0, least: int = 1, lean: float = 0.0) -> Ladder:
@@ -62,7 +64,7 @@ def test_cells_lose_their_share_at_a_time() -> None:
     ones = group(np.arange(4), block=0)
     pairs = group(np.array([4, 5]), block=0)
     cells = [np.full(4, 1), np.full(2, 2)]
-    vars(ones).update(cells=cells[0], share=np.full(4, 2))
+    vars(ones).update(cells=cells[0], share=np.full(4, 2), parts=np.full((4, 1), 2))
     vars(pairs).update(cells=cells[1])
     found = Ladder([ones, pairs], [np.array([1.0, 4, 2, 3]), np.array([2.0, 1])], [Rounding(1, 1.0, 1)])
     assert [sorted(row) for row in found.units.tolist()] == [[0, 2, 5], [1, 3, 4]]

@@ -183,10 +183,29 @@ def test_channels_of_a_grouped_convolution_stay_in_their_layout_where_another_ch
     assert all(count <= 16 or count % 4 == 0 for count in left)
 
 
-def test_many_groups_give_back_what_a_large_step_of_another_leaves_unused(pytorchcv_model: Any) -> None:
-    model = pytorchcv_model("shufflenet_g2_w1").eval()  # stages go together, a quarter of their channels at a time
+@pytest.mark.parametrize("share", [0.5, 0.3])
+def test_stages_that_go_together_lose_few_channels_at_a_time(pytorchcv_model: Any, share: float) -> None:
+    model = pytorchcv_model("shufflenet_g2_w1").eval()  # a quarter of the channels, where cells lose equal fractions
     traced = fxprune.trace(model, torch.randn(1, 3, 224, 224), modes=("eval",), dynamic_shapes=None)
-    _check(traced, fxprune.prune.channels(traced, parameters=0.5), "parameters", 0.5, unit=0)
+    _check(traced, fxprune.prune.channels(traced, parameters=share), "parameters", share, unit=0)
+
+
+@pytest.mark.parametrize(("width", "share"), [(16, 0.3), (64, 0.5)])
+def test_grouped_convolutions_stay_in_their_layout_where_three_groups_can_be_cut(width: int, share: float) -> None:
+    torch.manual_seed(0)
+    grouped = nn.Conv3d(width, 2 * width, 3, padding=1, groups=2), nn.BatchNorm3d(2 * width), nn.ReLU()
+    last = nn.Conv3d(2 * width, 2 * width, (1, 3, 3)), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten()
+    first = nn.Conv3d(1, width, 3, padding=1), nn.BatchNorm3d(width), nn.ReLU()
+    model = nn.Sequential(*first, *grouped, nn.MaxPool3d(2), *last, nn.Linear(2 * width, 4)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for norm in (model[1], model[4]):
+        torch.randn(2, len(norm.weight), generator=generator)
+        nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
+    traced = fxprune.trace(model, torch.randn(2, 1, 6, 8, 8), modes=("eval",), dynamic_shapes=None)
+    report = fxprune.prune.channels(traced, macs=share)
+    _check(traced, report, "macs", share, unit=0)
+    first_left, second_left, _ = (size - masked for masked, size in report.removed.values())
+    assert all(count <= 16 or count % 4 == 0 for count in (first_left, second_left))
 
 
 def test_the_first_to_be_given_back_is_what_stands_in_for_the_last_stair() -> None:
