@@ -18,7 +18,7 @@ from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure, evaluate
 from fxprune.graph.masks import ParameterView, masked, view
 from fxprune.graph.metadata import parameter_of, tag_of, tagged, untag
-from fxprune.graph.names import exists, tensor_at
+from fxprune.graph.names import ModulePaths, exists, tensor_at
 from fxprune.graph.reparametrizations import remove_state, reparametrized
 from fxprune.graph.traced import TracedModule
 
@@ -61,15 +61,17 @@ class FoldReparametrizations(Pass):
     def _places(self, traced: TracedModule, graphs: list[fx.Graph]) -> dict[str, list[fx.Node]]:
         """By parameter to fold, the nodes that compute it."""
         places: dict[str, list[fx.Node]] = {}
+        paths = ModulePaths(traced)  # a module may have several
         for node in (node for graph in graphs for node in tagged(graph)):
-            places.setdefault(_parameter(node), []).append(node)
+            places.setdefault(paths.canonical(_parameter(node)), []).append(node)
         for name in masked(traced):  # (3)
             places.setdefault(name, [])
         if self.parameters is None:
             return places
         wanted = set(self.parameters)
         for name in self.parameters:
-            wanted |= {_parameter(n) for node in places.get(name, ()) for n in closure(node) if tag_of(n)}
+            inner = (n for node in places.get(name, ()) for n in closure(node) if tag_of(n))
+            wanted |= {paths.canonical(_parameter(n)) for n in inner}
         return {name: nodes for name, nodes in places.items() if name in wanted}
 
     def ensures(self, traced: TracedModule) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
 import fxprune
 
@@ -79,3 +80,24 @@ def mlp(batches: int = SAMPLES) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = Chain(nn.Linear(3, 6), nn.Linear(6, 4)).double().eval()
     return model, torch.randn(batches, 3, dtype=torch.float64)
+
+
+def dense_fit(reader: nn.Module, inputs: Tensor, target: Tensor, live: Tensor) -> dict[str, Tensor]:
+    """The parameters that torch.linalg.lstsq finds, towards those that there are, from one run for every entry."""
+    parameters = {name: tensor.detach() for name, tensor in reader.named_parameters()}
+    bias = parameters.get("bias")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+    weight = parameters["weight"]
+    count = int(live.sum())
+    basis = torch.zeros(count, *weight.shape, dtype=torch.float64)
+    basis[(torch.arange(count), *live.nonzero(as_tuple=True))] = 1
+    columns = [vmap(lambda entry: functional_call(reader, zeros | {"weight": entry}, inputs))(basis)]
+    if bias is not None:
+        units = torch.eye(len(bias), dtype=torch.float64)
+        columns.append(vmap(lambda entry: functional_call(reader, zeros | {"bias": entry}, inputs))(units))
+    design = torch.cat(columns).flatten(1).T
+    lack = target - functional_call(reader, parameters | {"weight": weight * live}, inputs)
+    found = torch.linalg.lstsq(design, lack.flatten()[:, None]).solution[:, 0]
+    fitted = {"weight": weight.clone()}
+    fitted["weight"][live] += found[:count]
+    return fitted if bias is None else fitted | {"bias": bias + found[count:]}

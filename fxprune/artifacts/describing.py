@@ -38,6 +38,7 @@ def described(traced: TracedModule) -> tuple[Header, Tensors]:
         plan=None if traced.plan is None else traced.plan.to_json(),
         sha256={},
         decided=tuple(sorted(traced.decided)),
+        made_biases=dict(traced.made_biases),
     )
     return header, blobs | samples
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -105,8 +105,8 @@ class Header:
     """All that a checkpoint says of a module beside its tensors and graphs.
 
     `masked` and `reparametrized` are names of parameters, `plan` is the JSON text of a channel plan, and `sha256` has
-    the digest of every other member of the file. `decided` are axes of parameters, as in `TracedModule.decided`; it is
-    left out where there are none.
+    the digest of every other member of the file. `decided` are axes of parameters and `made_biases` parameters, as in
+    `TracedModule`; they are left out where there are none.
     """
 
     version: str
@@ -122,13 +122,15 @@ class Header:
     plan: str | None
     sha256: dict[str, str]
     decided: tuple[tuple[str, int], ...] = ()
+    made_biases: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The header as JSON text."""
         modules = [module.to_json() for module in self.modules]
         fields = {"format": FORMAT} | asdict(self) | {"modules": modules}
-        if not self.decided:
-            del fields["decided"]
+        for name in ("decided", "made_biases"):
+            if not fields[name]:
+                del fields[name]
         return json.dumps(fields)
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from fxprune.artifacts.reading import Checkpoint
 from fxprune.capture.front_end import trace
 from fxprune.errors import ArtifactError, CaptureError, FixedSizeWarning, FxpruneError
 from fxprune.graph.containers import Provenance
-from fxprune.graph.masks import mask_name, named_by_mask, named_by_original
+from fxprune.graph.masks import mask_name, masked, named_by_mask, named_by_original, original_name
 from fxprune.graph.names import exists, join, tensor_at, tensors_of
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.switching import is_frozen, set_options
 from fxprune.graph.traced import TracedModule
 from fxprune.passes import InsertSpectralNorm, InsertWeightNorm
 from fxprune.passes.insert_parametrization import InsertParametrization
+from fxprune.prune.repair.new_biases import make_biases
 from fxprune.reports import first_of
 
 _NORMS: dict[str, type[InsertParametrization]] = {kind.name: kind for kind in (InsertWeightNorm, InsertSpectralNorm)}
@@ -53,6 +54,7 @@ def refitted(checkpoint: Checkpoint, model: nn.Module) -> TracedModule:
             checkpoint.fill(traced.get_submodule(stored.path), stored)
     traced.record(traced.plan)
     traced.decide(checkpoint.header.decided)
+    traced.make(checkpoint.header.made_biases)
     return traced.train(checkpoint.header.training)
 
 
@@ -86,11 +88,24 @@ def _rebuilt(checkpoint: Checkpoint, traced: TracedModule) -> TracedModule:
     """The architecture of the file: its plan carried out, its masks and norms in place of those that there are."""
     header = checkpoint.header
     if checkpoint.plan is not None:
+        _make_biases(checkpoint, traced, checkpoint.plan.shapes)
         traced = driver.finalize(traced, plan=checkpoint.plan, verify=False)
     if alien := [name for name in reparametrized(traced) if name not in header.reparametrized]:
         driver.fold(traced, *alien)
+    _make_biases(checkpoint, traced, header.made_biases)
     _insert(checkpoint, traced)
     return traced
+
+
+def _make_biases(checkpoint: Checkpoint, traced: TracedModule, among: Collection[str]) -> None:
+    """The biases that repair made and the file has, as zeros, unless they are there; those alone that are `among`."""
+    there = {*tensors_of(traced), *masked(traced)}
+    made = {
+        weight: torch.zeros(())
+        for name, weight in checkpoint.header.made_biases.items()
+        if name in among and name not in there and not {name, original_name(name)}.isdisjoint(checkpoint.state)
+    }
+    make_biases(traced, made)
 
 
 def _switch(checkpoint: Checkpoint, traced: TracedModule) -> None:

@@ -23,6 +23,7 @@ def restored(checkpoint: Checkpoint) -> TracedModule:
     traced = TracedModule(root, graphs, args, kwargs, checkpoint.dynamic_shapes, training=header.training)
     traced.record(checkpoint.plan)
     traced.decide(header.decided)
+    traced.make(header.made_biases)
     return traced
 
 

@@ -13,6 +13,7 @@ from fxprune.artifacts.working_copy import WorkingCopy, follow_parameters
 from fxprune.errors import WriteBackError
 from fxprune.graph.names import locate, tensors_of
 from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import ConvNd, NormBase, schema_of
 
 
@@ -88,9 +89,17 @@ def _put_stored(copy: WorkingCopy, flags: dict[str, bool], made: dict[int, Tenso
         elif attribute in owner._buffers or isinstance(vars(owner).get(attribute), Tensor):
             setattr(owner, attribute, made.setdefault(id(value), value.detach().clone()))
         elif name in copy.plan.added or isinstance(value, nn.Parameter):
-            raise WriteBackError(
-                f"{copy.where(owner)} has no place for {attribute!r}, into which finalize folded constants."
-            )
+            raise WriteBackError(f"{copy.where(owner)} has no place for {attribute!r}, {_made(copy.final, name)}")
+
+
+def _made(final: TracedModule, bias: str) -> str:
+    """Where a bias comes from that the model has not."""
+    if bias in final.made_biases:
+        return (
+            "which reconstruct made. Give its class a bias that it adds, or repair without: "
+            "fxprune.reconstruct(traced, batches, new_biases=False)."
+        )
+    return "into which finalize folded constants."
 
 
 def _cut_left_out(copy: WorkingCopy, own: dict[str, Tensor], made: dict[int, Tensor]) -> list[LeftOver]:

@@ -32,7 +32,7 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     run in eval mode on the sample inputs, at another batch size where that is free, and compared with `final`; in
     train mode it must run, where `final` has that graph.
 
-    A bias that finalize created for folded constants becomes a parameter: a key that `model` has not. Where the class
+    A bias that finalize or `reconstruct` created becomes a parameter: a key that `model` has not. Where the class
     has one size for several (the heads of queries, keys and values), the channels that it cannot go without come back
     as zeros, so a layer can be larger than in `final`; whole heads (`kinds` of `fxprune.prune.channels`) always fit.
     A layer that left the graph is still called by the class: it keeps what its neighbours' sizes leave of it. A

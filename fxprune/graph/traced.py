@@ -77,6 +77,7 @@ class TracedModule(ReadByName, fx.GraphModule):
     _origin: Origin | None
     _decided: frozenset[tuple[str, int]]
     _decided_by: object
+    _made_biases: Mapping[str, str]
     _expected: list[Callable[[], Callable[[], str] | None]]
 
     def __init__(
@@ -100,6 +101,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         self.dynamic_shapes = dynamic_shapes
         self.record(None)
         self.decide(())
+        self.make({})
         self.training = training
         adopt(self, self)
         self._select_any()
@@ -146,6 +148,15 @@ class TracedModule(ReadByName, fx.GraphModule):
     def decide(self, axes: Iterable[tuple[str, int]], by: object = None) -> None:
         """Say which counts of channels are decided, and by what, instead of what was said before."""
         self._decided, self._decided_by = frozenset(axes), by
+
+    @property
+    def made_biases(self) -> Mapping[str, str]:
+        """By its name, each bias that `reconstruct` made for a layer that had none, and the weight of the layer."""
+        return self._made_biases
+
+    def make(self, biases: Mapping[str, str]) -> None:
+        """Say which biases were made, instead of what was said before."""
+        self._made_biases = dict(biases)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -354,6 +365,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         clone = TracedModule(root, graphs, *self._examples, self.dynamic_shapes, training=self.training)
         clone.record(self.plan, self.origin)
         clone.decide(self.decided, self.decided_by)
+        clone.make(self.made_biases)
         memo[id(self)] = clone
         return clone
 

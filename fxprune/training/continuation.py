@@ -29,8 +29,9 @@ def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> to
 
     Every tensor of the state that has its parameter's shape (momentum, moments, maxima) is cut by `final.plan`, all
     else is copied. A parameter stands in the group of the one it was made from; those that left the model leave the
-    groups. A bias that `finalize` made joins its layer's weight, with fresh state. For channels that were masked as
-    whole groups (`fxprune.prune.channels`) and all removed (`align=1`), training goes on step for step as with masks.
+    groups. A bias that `finalize` or `reconstruct` made joins its layer's weight, with fresh state. For channels that
+    were masked as whole groups (`fxprune.prune.channels`) and all removed (`align=1`), training goes on step for step
+    as with masks.
 
     Hooks on `optimizer` (`clip_gradients`) and schedulers stay with it: make them anew for the result.
 
@@ -118,6 +119,8 @@ def _heirs(final: TracedModule, sources: dict[str, nn.Parameter], plan: ChannelP
         name = next((alias for alias in aliases if alias in sources), aliases[0])
         source = sources.get(name)
         origins = _computed_from(sources, name, plan) if source is None else [source]
+        if (layer := final.made_biases.get(name)) in sources:  # made after the optimizer, it may be
+            origins.append(sources[layer])
         found.append(_Heir(name, parameter, source, tuple(origins)))
     return found
 

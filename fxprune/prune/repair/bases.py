@@ -120,7 +120,7 @@ def find_bases(graph: fx.Graph, readers: Sequence[Reader], tensors: Tensors, inp
         graph: the graph. readers: those of it that can be refitted. tensors: its parameters and buffers.
         inputs: of a run, one a placeholder, from which sizes are taken.
     """
-    by_node = {reader.node: reader for reader in readers if type(reader) is MatrixReader}
+    by_node = {reader.node: reader for reader in readers if type(reader) is MatrixReader and not reader.further}
     joined = [_Joined.of(product, by_node) for node in graph.nodes if (product := _product(node)) is not None]
     if not any(each.can_turn for each in joined):
         return []

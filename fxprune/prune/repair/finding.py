@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fxprune.prune.repair.layers import (
     MatrixReader,
     NormalizationReader,
     Reader,
+    ReaderCall,
     RecurrentReader,
     TransposedReader,
 )
@@ -34,11 +35,12 @@ class Stream:
     """What a reader's output is added to.
 
     Attributes:
-        other: the other operand. norm: a batch norm that the output passes on the way.
+        other: the other operand. norm: a batch norm that the output passes on the way. sum: the node that adds them.
     """
 
     other: fx.Node
     norm: fx.Node | None
+    sum: fx.Node
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,17 @@ class Weights:
             else:
                 yield user
 
+    def readers(self, name: str) -> set[fx.Node]:
+        """The calls that read a parameter, under whichever of its names."""
+        return self._readers.get(id(view(self.root, name).original), set())
+
+    def find_own(self, node: fx.Node, what: str) -> tuple[str, list[int]] | Why:
+        """As `find`, of a parameter that one call alone reads."""
+        found = self.find(node, what)
+        if not isinstance(found, Why) and (count := len(self.readers(found[0]))) > 1:
+            return Why(f"its {what} is used by {count} calls")
+        return found
+
     def find(self, node: fx.Node, what: str) -> tuple[str, list[int]] | Why:
         """The parameter that a call reads by `node`, and the axes of it that the node's axes are."""
         order = list(range(len(node.meta["val"].shape)))
@@ -77,8 +90,6 @@ class Weights:
         if node.op != "get_attr" or not isinstance(tensor_at(self.root, str(node.target)), nn.Parameter):
             return Why(f"its {what} is computed")
         stored = str(node.target)
-        if (count := len(self._readers[id(tensor_at(self.root, stored))])) > 1:
-            return Why(f"its {what} is used by {count} calls")
         name = stored if product is None else named_by_original(stored)
         if name is None:
             return Why(f"its {what} is masked and computed")
@@ -143,7 +154,57 @@ def find(traced: TracedModule, graph: fx.Graph) -> tuple[list[Reader], dict[fx.N
         readers.append(reader)
         if isinstance(call, Recurrent) and call.num_layers > 1:
             alone[node] = LeftAlone(f"{node.name} above its first layer", "what it reads stays within the call")
-    return readers, alone
+    return _joined(weights, readers, alone), alone
+
+
+def _joined(weights: Weights, readers: Sequence[Reader], alone: dict[fx.Node, LeftAlone]) -> list[Reader]:
+    """The readers, calls by the same weights as one; those of which not all can be refitted are left alone."""
+    by_node = {reader.node: reader for reader in readers}
+    found: list[Reader] = []
+    done = set[fx.Node]()
+    for reader in readers:
+        if reader.node in done:
+            continue
+        if isinstance(reader, NormalizationReader | RecurrentReader):
+            found.append(reader)
+            continue
+        calls = sorted(weights.readers(reader.name))
+        others = [by_node[call] for call in calls if call in by_node and call is not reader.node]
+        ends = {call.end for each in (reader, *others) for call in each.calls}
+        adding = ends if reader.biases[0] is None else weights.readers(reader.biases[0])
+        if len(others) + 1 < len(calls) or not all(_is_alike(weights.root, reader, other) for other in others):
+            why = f"its weight is used by {len(calls)} calls, which are not alike"
+            alone[reader.node] = LeftAlone(reader.name, why)
+        elif adding != ends:
+            alone[reader.node] = LeftAlone(reader.name, f"its bias is used by {len(adding)} calls")
+        elif others:
+            further = tuple(ReaderCall(other.node, other.data, other.added) for other in others)
+            found.append(replace(reader, moving_mean=None, further=further))
+            done.update(calls)
+        else:
+            found.append(reader)
+    return found
+
+
+def _is_alike(root: nn.Module, one: Reader, other: Reader) -> bool:
+    """Whether two calls compute the same of what they read."""
+    differing = ("node", "data", "weights", "biases", "moving_mean", "added", "further")
+    if type(one) is not type(other) or any(
+        getattr(one, each.name) != getattr(other, each.name) for each in fields(one) if each.name not in differing
+    ):
+        return False
+    names, others = (*one.weights, *one.biases), (*other.weights, *other.biases)
+    return all(_is_same(root, name, another) for name, another in zip(names, others, strict=True))
+
+
+def _is_same(root: nn.Module, name: str | None, other: str | None) -> bool:
+    """Whether two names stand for the same parameter with the same mask."""
+    if name is None or other is None or name == other:
+        return name == other
+    one, another = view(root, name), view(root, other)
+    if one.original is not another.original or (one.mask is None) != (another.mask is None):
+        return False
+    return one.mask is None or another.mask is None or torch.equal(one.mask, another.mask)
 
 
 # the axis of the channels
@@ -166,12 +227,12 @@ def _normalization(weights: Weights, node: fx.Node) -> NormalizationReader | Non
         or given.get("use_input_stats") is False
     ):
         return None
-    found = weights.find(gain, "gain")
+    found = weights.find_own(gain, "gain")
     if isinstance(found, Why) or view(weights.root, found[0]).value().is_complex():
         return None
     count = view(weights.root, found[0]).value().numel()
     bias = _bias(weights, shift, count)
-    if isinstance(bias, Why):
+    if isinstance(bias, Why) or (bias is not None and len(weights.readers(bias)) > 1):
         return None
 
     def normalized(values: Tensor) -> Tensor:
@@ -260,13 +321,24 @@ def _matrix(weights: Weights, call: Contraction) -> Reader | Why:
     name, order = found
     outputs, columns = (order[labels.right.index(label)] for label in (labels.inner, labels.contracted))
     shape = view(weights.root, name).value().shape
-    bias = _bias(weights, call.bias_operand, shape[outputs])
+    bias, added = _bias(weights, call.bias_operand, shape[outputs]), None
     if isinstance(bias, Why):
         return bias
+    if call.bias_operand is None:
+        bias, added = _bias_behind(weights, call.node, shape[outputs])
     return MatrixReader(
         call.node, call.left, (name,), (bias,), (1, shape[outputs], shape[columns]),
-        _moving_mean(weights, call.node, bias), (outputs, columns),
+        _moving_mean(weights, call.node, bias), (outputs, columns), added=added,
     )  # fmt: skip
+
+
+def _bias_behind(weights: Weights, node: fx.Node, outputs: int) -> tuple[str | None, fx.Node | None]:
+    """The parameter that alone is added to what a call gives, and where."""
+    stream = stream_of(node)
+    if stream is None or stream.norm is not None or stream.sum not in node.users:
+        return None, None
+    bias = _bias(weights, stream.other, outputs)
+    return (bias, stream.sum) if isinstance(bias, str) else (None, None)
 
 
 def _is_plain_sum(node: fx.Node) -> bool:
@@ -278,13 +350,15 @@ def _is_plain_sum(node: fx.Node) -> bool:
 def _recurrent(weights: Weights, call: Recurrent) -> Reader | Why:
     names, biases, shapes = [], [], []
     for weight, added in call.first_layer:
-        found = weights.find(weight, "weight")
+        found = weights.find_own(weight, "weight")
         if isinstance(found, Why):
             return found
         shapes.append(view(weights.root, found[0]).value().shape)
         bias = _bias(weights, added, shapes[-1][0])
         if isinstance(bias, Why):
             return bias
+        if bias is not None and (count := len(weights.readers(bias))) > 1:
+            return Why(f"its bias is used by {count} calls")
         names.append(found[0])
         biases.append(bias)
     sizes = 1, sum(shape[0] for shape in shapes), shapes[0][1]
@@ -344,7 +418,7 @@ def stream_of(reader: fx.Node) -> Stream | None:
             operands = user.args[:2]
             others = [each for each in operands if each is not node]
             is_plain = len(others) == 1 and isinstance(others[0], fx.Node) and bound(user)["alpha"] == 1
-            return Stream(others[0], norm) if is_plain else None  # type: ignore[arg-type]
+            return Stream(others[0], norm, user) if is_plain else None  # type: ignore[arg-type]
         if is_fixed_norm(user) and norm is None and user.args[0] is node and _normalizes_outputs(reader):
             norm = user
         elif not _is_off(user):

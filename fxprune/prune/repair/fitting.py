@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +24,23 @@ from fxprune.prune.repair.pair import Environment
 from fxprune.prune.repair.references import References
 from fxprune.prune.repair.report import ReaderRepair
 from fxprune.prune.repair.rows import Rows
-from fxprune.prune.repair.solving import Fit, Problem, best_fit
+from fxprune.prune.repair.solving import Fit, Problem, best_fit, share
+
+# of the error without a bias; a parameter more has to leave less than this
+_WORTH_A_BIAS = 0.99
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """What came of one reader: its report, and the bias [groups, outputs] that it is to get, None for none."""
+
+    reader: Reader
+    repair: ReaderRepair
+    new_bias: Tensor | None
+
+    def unchanged(self) -> Solved:
+        """The same for weights that stay."""
+        return replace(self, repair=replace(self.repair, damping=None))
 
 
 @dataclass(eq=False)
@@ -32,22 +48,24 @@ class Target:
     """A reader, its weights as they are, and what it is to compute.
 
     Attributes:
-        reader: the reader. corrects: whether what its stream is missing counts. stream: what its output is added to.
+        reader: the reader. traced: its module. references: the network to approach.
+        streams: for each call, what its output is added to, where what that is missing counts.
+        may_get_bias: whether it has none, and can get one.
         table, bias: its weights [groups, outputs, columns] and bias [groups, outputs].
         support, biased: which of them are alive.
-        reference: weights and bias of the reference, where the call does not give the products themselves.
-        scale: [groups, outputs], what a batch norm multiplies the output with before it is added.
+        scales: for each call [groups, outputs], what a batch norm multiplies the output with before it is added.
     """
 
     reader: Reader
     traced: TracedModule
     references: References
-    stream: Stream | None
+    streams: Sequence[Stream | None]
+    may_get_bias: bool
     table: Tensor = field(init=False)
     bias: Tensor = field(init=False)
     support: Tensor = field(init=False)
     biased: Tensor = field(init=False)
-    scale: Tensor | None = field(init=False)
+    scales: list[Tensor | None] = field(init=False)
 
     def __post_init__(self) -> None:
         reader, sizes = self.reader, self.reader.sizes
@@ -58,10 +76,9 @@ class Target:
         self.bias = _joined([each.value() for each in biases], self.table.new_zeros(sizes[:2]))
         self.biased = _joined([_alive(each) for each in biases], self.support.new_zeros(sizes[:2]))
         if reader.moving_mean is not None:
-            self.biased = self.support.any(-1)
-        self.scale = None
-        if self.stream is not None and self.stream.norm is not None:
-            self.scale = _scale(self.traced, self.stream.norm).reshape(sizes[:2])
+            self.biased = self.alive
+        norms = [None if stream is None else stream.norm for stream in self.streams]
+        self.scales = [None if norm is None else _scale(self.traced, norm).reshape(sizes[:2]) for norm in norms]
 
     @property
     def weights(self) -> list[ParameterView]:
@@ -71,26 +88,38 @@ class Target:
     def biases(self) -> list[ParameterView]:
         return [view(self.traced, name) for name in self.reader.biases if name is not None]
 
-    def reference_rows(self, values: Environment, places: tuple[Tensor, ...]) -> Tensor:
-        """What the reference computes at some positions."""
-        reader = self.reader
-        if reader.gives_products:
-            return reader.outputs_at(values[reader.node], places)
-        table = reader.table([self.references.value(name) for name in reader.weights])
-        biases = [self.references.value(name) for name in reader.biases if name is not None]
-        bias = _joined(biases, table.new_zeros(reader.sizes[:2]))
-        return reader.inputs_at(values[reader.data], places) @ table.transpose(1, 2) + bias[:, None]
+    @property
+    def corrects_stream(self) -> bool:
+        """Whether what a stream is missing counts."""
+        return any(stream is not None for stream in self.streams)
 
-    def missing_rows(self, current: Environment, reference: Environment, places: tuple[Tensor, ...]) -> Tensor | float:
-        """What the stream is missing at some positions, in the units of the reader's output."""
-        if self.stream is None:
+    @property
+    def alive(self) -> Tensor:
+        """[groups, outputs], which have a weight."""
+        return self.support.any(-1)
+
+    def reference_rows(self, values: Environment, number: int, places: tuple[Tensor, ...]) -> Tensor:
+        """What one call of the reference, by its number, computes at some positions."""
+        reader, call = self.reader, self.reader.calls[number]
+        biases = [self.references.value(name) for name in reader.biases if name is not None]
+        if reader.gives_products:
+            rows = reader.outputs_at(values[call.node], places)
+            return rows if call.added is None else rows + biases[0].reshape(reader.sizes[:2])[:, None]
+        table = reader.table([self.references.value(name) for name in reader.weights])
+        bias = _joined(biases, table.new_zeros(reader.sizes[:2]))
+        return reader.inputs_at(values[call.data], places) @ table.transpose(1, 2) + bias[:, None]
+
+    def missing_rows(
+        self, current: Environment, reference: Environment, number: int, places: tuple[Tensor, ...]
+    ) -> Tensor | float:
+        """What the stream of a call is missing at some positions, in the units of the reader's output."""
+        stream, scale = self.streams[number], self.scales[number]
+        if stream is None:
             return 0.0
-        output = reference[self.reader.node]
-        lack = reference[self.stream.other] - current[self.stream.other]
+        output = reference[self.reader.calls[number].node]
+        lack = reference[stream.other] - current[stream.other]
         rows = self.reader.outputs_at(torch.broadcast_to(lack, output.shape), places)
-        if self.scale is None:
-            return rows
-        return torch.where(self.scale[:, None] == 0, 0, rows / self.scale[:, None])
+        return rows if scale is None else torch.where(scale[:, None] == 0, 0, rows / scale[:, None])
 
     def write(self, fit: Fit, changes: Changes) -> None:
         """Change live weights and the bias."""
@@ -147,28 +176,28 @@ class Family:
 
     def add(self, current: Environment, reference: Environment, piece: Piece) -> None:
         """Add the rows of a piece."""
-        first = self.targets[0].reader
-        data = current[first.data]
-        for places in self._rows.places(data, piece):
-            self._add(data, current, reference, places, piece.is_held)
+        for number, call in enumerate(self.targets[0].reader.calls):
+            for places in self._rows.places(current[call.data], piece):
+                self._add(current, reference, number, places, piece.is_held)
 
     def _add(
-        self, data: Tensor, current: Environment, reference: Environment, places: tuple[Tensor, ...], is_held: bool
+        self, current: Environment, reference: Environment, number: int, places: tuple[Tensor, ...], is_held: bool
     ) -> None:
-        inputs = self.targets[0].reader.inputs_at(data, places)[..., self.columns]
+        reader = self.targets[0].reader
+        inputs = reader.inputs_at(current[reader.calls[number].data], places)[..., self.columns]
         inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
         outputs, errors = [], []
         for target in self.targets:
-            rows = target.reference_rows(reference, places).to(inputs.dtype)
+            rows = target.reference_rows(reference, number, places).to(inputs.dtype)
             table = target.table[..., self.columns].to(inputs.dtype)
             own = inputs @ table.transpose(1, 2) + target.bias[:, None].to(inputs.dtype)
             outputs.append(rows)
-            errors.append(rows - own + target.missing_rows(current, reference, places))
+            errors.append(rows - own + target.missing_rows(current, reference, number, places))
         if self._shift is None:
             self._shift = first_shift(inputs)
         (self.held if is_held else self.fit).add(inputs, errors, outputs, self._shift)
 
-    def solve(self, dampings: Sequence[float], changes: Changes, spent: float) -> Iterator[tuple[Reader, ReaderRepair]]:
+    def solve(self, dampings: Sequence[float], changes: Changes, spent: float) -> Iterator[Solved]:
         """Refit every reader; `spent` are the seconds that summing took for each.
 
         Raises:
@@ -181,22 +210,50 @@ class Family:
             )
         for number, target in enumerate(self.targets):
             start = time.perf_counter()
-            support = target.support[..., self.columns] & self._tells(target.biased)
-            alive = target.support.any(-1)
-            fit = best_fit(Problem(self.fit, self.held, number, support, target.biased, alive), dampings)
-            unknowns = int(support.sum(-1).max())
+            fit, gets_bias = self._best(target, number, dampings)
+            unknowns = int(self._support(target, target.biased).sum(-1).max())
             if fit.damping is not None:
                 full = fit.change.new_zeros(target.reader.sizes)
                 full[..., self.columns] = fit.change
                 target.write(Fit(full, fit.bias, fit.damping, fit.before, fit.after), changes)
-            note, seconds = _note(target, self.fit.count, unknowns), spent + time.perf_counter() - start
-            yield (
-                target.reader,
-                ReaderRepair(
-                    fit.before, fit.after, self.fit.count, self.held.count, unknowns, fit.damping,
-                    target.stream is not None, seconds, note,
-                ),
+            note = _note(target, self.fit.count, unknowns, gets_bias)
+            repair = ReaderRepair(
+                fit.before, fit.after, self.fit.count, self.held.count, unknowns, fit.damping, target.corrects_stream,
+                spent + time.perf_counter() - start, note,
             )  # fmt: skip
+            yield Solved(target.reader, repair, fit.bias if gets_bias else None)
+
+    def errors(self) -> list[float]:
+        """The held-back errors of the readers as they are, relative to the energy of the reference's outputs."""
+        found = []
+        for number, target in enumerate(self.targets):
+            errors = self.held.errors[number]
+            energy, scale = (float(each[target.alive].sum()) for each in (errors.energy, errors.output))
+            found.append(share(energy, scale))
+        return found
+
+    def values(self) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that fits write into, and what they hold."""
+        found = [each.original for target in self.targets for each in (*target.weights, *target.biases)]
+        return [(tensor, tensor.detach().clone()) for tensor in found if tensor is not None]
+
+    def _best(self, target: Target, number: int, dampings: Sequence[float]) -> tuple[Fit, bool]:
+        """The fit, and whether it is one with a bias that the reader has not yet."""
+
+        def fitted(biased: Tensor) -> Fit:
+            problem = Problem(self.fit, self.held, number, self._support(target, biased), biased, target.alive)
+            return best_fit(problem, dampings)
+
+        fit = fitted(target.biased)
+        if not target.may_get_bias:
+            return fit, False
+        shifted = fitted(target.alive)
+        if shifted.damping is not None and shifted.after < _WORTH_A_BIAS * fit.after:
+            return shifted, True
+        return fit, False
+
+    def _support(self, target: Target, biased: Tensor) -> Tensor:
+        return target.support[..., self.columns] & self._tells(biased)
 
     def _tells(self, biased: Tensor) -> Tensor:
         """[groups, outputs, columns]: where an input says something; what never changes does a bias's work, or none."""
@@ -204,23 +261,33 @@ class Family:
         return varies[:, None] | ((self.fit.shift != 0)[:, None] & ~biased[..., None])
 
 
-def _note(target: Target, rows: int, unknowns: int) -> str:
+def _note(target: Target, rows: int, unknowns: int, gets_bias: bool) -> str:
     notes = ["fewer rows than unknowns"] if rows < unknowns else []
-    notes += [] if bool(target.biased.any()) else ["no bias takes the mean shift"]
+    if gets_bias:
+        notes.append("a bias was made")
+    elif not bool(target.biased.any()):
+        notes.append("no bias takes the mean shift")
     return "; ".join(notes)
 
 
 def families(
     readers: Sequence[Reader],
-    corrected: Sequence[Reader],
     streams: Mapping[fx.Node, Stream],
+    biasable: Collection[str],
     traced: TracedModule,
     references: References,
     samples: int,
 ) -> list[Family]:
-    """The readers of a wave by what they read."""
+    """The readers of a wave by what they read.
+
+    Args:
+        readers: those of the wave. streams: by call, those of which what is missing counts.
+        biasable: the weights of readers that can get a bias.
+        traced, references: the two networks. samples: how many there are to fit.
+    """
     found: dict[object, list[Target]] = {}
     for reader in readers:
-        stream = streams[reader.node] if reader in corrected else None
-        found.setdefault(reader.key, []).append(Target(reader, traced, references, stream))
+        own = [streams.get(call.node) for call in reader.calls]
+        target = Target(reader, traced, references, own, reader.name in biasable)
+        found.setdefault(reader.key, []).append(target)
     return [Family(targets, samples) for targets in found.values()]

@@ -54,9 +54,10 @@ class InputMoments:
         Raises:
             PruningError: NaN or inf come up; the message has the node.
         """
-        wanted: dict[fx.Node, list[object]] = {}
+        wanted: dict[fx.Node, list[tuple[object, fx.Node]]] = {}
         for key, (reader, _) in self._readers.items():
-            wanted.setdefault(reader.node, []).append(key)
+            for call in reader.calls:
+                wanted.setdefault(call.node, []).append((key, call.data))
 
         def value_of(node: fx.Node, reader: str) -> Tensor:
             value: Tensor = interpreter.env[node]
@@ -67,9 +68,8 @@ class InputMoments:
             return value
 
         def watch(node: fx.Node, _: object) -> None:
-            for key in wanted.get(node, ()):
-                reader = self._readers[key][0]
-                self._add(key, value_of(reader.data, repr(reader.name)), piece)
+            for key, data in wanted.get(node, ()):
+                self._add(key, value_of(data, repr(self._readers[key][0].name)), piece)
             if (product := self._products.get(node)) is not None:
                 operands = [value_of(operand, describe(node)) for operand, _ in (product.left, product.right)]
                 self.found[node] = self.found[node] + product.gram(operands, piece.counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -13,14 +13,35 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True, eq=False)
-class Reader(abc.ABC):
-    """A call that multiplies its input with weights of its own.
+class ReaderCall:
+    """One call of a reader.
 
     Attributes:
         node: the call. data: its input.
+        added: the node that adds the bias to what the call gives, where the call itself does not.
+    """
+
+    node: fx.Node
+    data: fx.Node
+    added: fx.Node | None = None
+
+    @property
+    def end(self) -> fx.Node:
+        """The node that gives the output with its bias."""
+        return self.node if self.added is None else self.added
+
+
+@dataclass(frozen=True, eq=False)
+class Reader(abc.ABC):
+    """What multiplies its input with weights of its own: a call, or several by the same weights.
+
+    Attributes:
+        node: the call, the first of several. data: its input.
         weights, biases: the parameters, by name; several where one call has several that read the same input.
         sizes: groups, outputs of each, columns of each.
         moving_mean: where there is no bias, the buffer of a batch norm right behind that takes up a mean shift.
+        added: the node that adds the bias, where the call does not.
+        further: the other calls, in the order of the graph.
     """
 
     node: fx.Node
@@ -29,6 +50,13 @@ class Reader(abc.ABC):
     biases: tuple[str | None, ...]
     sizes: tuple[int, int, int]
     moving_mean: str | None
+    added: fx.Node | None = field(default=None, kw_only=True)
+    further: tuple[ReaderCall, ...] = field(default=(), kw_only=True)
+
+    @property
+    def calls(self) -> tuple[ReaderCall, ...]:
+        """All calls, in the order of the graph."""
+        return ReaderCall(self.node, self.data, self.added), *self.further
 
     @property
     def name(self) -> str:
@@ -38,7 +66,7 @@ class Reader(abc.ABC):
     @property
     def key(self) -> Hashable:
         """The same for readers whose rows of inputs are the same."""
-        return self.data, self.sizes[0], self.sizes[2]
+        return *(call.data for call in self.calls), self.sizes[0], self.sizes[2]
 
     @abc.abstractmethod
     def table(self, weights: Sequence[Tensor]) -> Tensor:
@@ -60,6 +88,10 @@ class Reader(abc.ABC):
         """The output at some positions: [groups, rows, outputs]."""
         rows: Tensor = output[places].unflatten(1, self.sizes[:2])
         return rows.transpose(0, 1)
+
+    def shifted(self, output: Tensor, bias: Tensor) -> Tensor:
+        """The output with a bias, [groups, outputs], added."""
+        return output + bias.flatten().to(output)
 
     @property
     def gives_products(self) -> bool:
@@ -143,6 +175,9 @@ class ConvolutionReader(Reader):
 
     def outputs_at(self, output: Tensor, places: tuple[Tensor, ...]) -> Tensor:
         return super().outputs_at(output.movedim(1, -1), places)
+
+    def shifted(self, output: Tensor, bias: Tensor) -> Tensor:
+        return output + bias.to(output).reshape(-1, *[1] * len(self.kernel))
 
     def _windows(self, data: Tensor) -> Tensor:
         """What every position reads, as a view of the padded input: [batch, *space, channels, *kernel]."""

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxprune.graph.interpretation import Interpreter
+from fxprune.prune.repair.finding import Stream
+from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.shelf import State
 from fxprune.prune.repair.waves import Layout, Wave
 
@@ -38,7 +40,10 @@ class Pair:
         waves: in which order.
         tensors, references: the parameters and buffers of the masked network and of its reference, by name.
         unmasked: the products of parameters with masks -> what the reference has there instead.
-        streams: nodes beside the readers' inputs that fits need, by the node of the reader.
+        streams: what the outputs of readers are added to, by their calls.
+
+    Attributes:
+        biases: by a call, its reader, and the bias [groups, outputs] that its output has beside what the graph adds.
     """
 
     def __init__(
@@ -49,13 +54,14 @@ class Pair:
         tensors: Tensors,
         references: Tensors,
         unmasked: Mapping[fx.Node, fx.Node],
-        streams: Mapping[fx.Node, fx.Node],
+        streams: Mapping[fx.Node, Stream],
     ) -> None:
         self.layout, self.waves, self.unmasked = layout, waves, unmasked
         self.places = graph.find_nodes(op="placeholder")
         self._current = Interpreter(graph, tensors, keep=True)
         self._reference = Interpreter(graph, references, keep=True)
         self._streams, self._fixed = streams, frozenset(layout.fixed)
+        self.biases: dict[fx.Node, tuple[Reader, Tensor]] = {}
         self._last = self._last_waves()
         self._nodes = {node.name: node for node in layout.moving}
 
@@ -63,11 +69,10 @@ class Pair:
         """The number of the last wave that needs a value of one of the networks."""
         last: dict[tuple[str, fx.Node], int] = {}
         for number, wave in enumerate(self.waves):
-            fits = [reader.data for reader in wave.readers]
-            fits += [self._streams[reader.node] for reader in wave.corrected]
-            for node in (*(each for run in wave.current for each in run.all_input_nodes), *fits):
+            fits = wave.fits(self._streams)
+            for node in (*_inputs([*wave.current, *wave.tried]), *fits):
                 last["current", node] = number
-            for node in (*(each for run in wave.reference for each in run.all_input_nodes), *fits):
+            for node in (*_inputs([*wave.reference, *wave.tried]), *fits):
                 last["reference" if node in self.layout.differing else "current", node] = number
         return last
 
@@ -94,7 +99,7 @@ class Pair:
         return current, reference
 
     def _fixed_nodes(self, wave: Wave) -> list[fx.Node]:
-        pending = [node for run in (*wave.current, *wave.reference) for node in run.all_input_nodes]
+        pending = _inputs([*wave.current, *wave.reference, *wave.tried])
         found: set[fx.Node] = set()
         while pending:
             node = pending.pop()
@@ -117,7 +122,7 @@ class Pair:
         runs, ahead = set(wave.current), set(wave.reference)
         order = sorted(runs | ahead)
         ends = {node: run for run in order for node in run.all_input_nodes if node.name in self._nodes}
-        fits = {reader.data for reader in wave.readers} | {self._streams[each.node] for each in wave.corrected}
+        fits = wave.fits(self._streams).union(_inputs(wave.tried))
         for run in order:
             if run in runs:
                 self._step(self._current, run)
@@ -127,6 +132,28 @@ class Pair:
                 if not keep and ends.get(node) is run and node not in fits:
                     self._drop(node, number, current, reference)
         return current, reference
+
+    def tried(
+        self, number: int, current: Environment, reference: Environment, *, keep: bool = False
+    ) -> tuple[Environment, Environment]:
+        """The values of both networks after what a wave runs for its fits alone; what was given stays as it is."""
+        wave = self.waves[number]
+        if not wave.tried:
+            return current, reference
+        own: Environment = dict(current)
+        other = _Behind(dict(reference), own)
+        self._current.env, self._reference.env = own, other
+        needed = wave.fits(self._streams).union(call.node for reader in wave.readers for call in reader.calls)
+        ends = {node: run for run in wave.tried for node in run.all_input_nodes}
+        for run in wave.tried:
+            self._step(self._current, run)
+            if run in self.layout.differing:
+                self._step(self._reference, run)
+            for node in run.all_input_nodes:
+                if not keep and ends[node] is run and node not in needed:
+                    own.pop(node, None)
+                    other.pop(node, None)
+        return own, other
 
     def _drop(self, node: fx.Node, number: int, current: Environment, reference: Environment) -> None:
         for network, values in (("current", current), ("reference", reference)):
@@ -152,3 +179,10 @@ class Pair:
             env[node] = interpreter.run_node(node)
         else:
             interpreter.run_apart(node)
+        if interpreter is self._current and node in self.biases:
+            reader, bias = self.biases[node]
+            env[node] = reader.shifted(env[node], bias)
+
+
+def _inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    return [each for node in nodes for each in node.all_input_nodes]

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import ArgumentError, ArgumentTypeError
 from fxprune.graph.masks import named_by_mask, named_by_original, view
-from fxprune.graph.names import exists, tensor_at
+from fxprune.graph.names import exists, locate, tensor_at
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.changes import Changes
 
@@ -45,6 +45,8 @@ class References:
             found = _value(reference, plain)
         else:
             found = _value(reference, target)
+        if found is None and (plain or target) in self._traced.made_biases:
+            found = torch.zeros_like(own)
         if found is None:
             if isinstance(own, nn.Parameter):
                 raise ArgumentError(
@@ -92,4 +94,6 @@ def _value(module: nn.Module, name: str) -> Tensor | None:
         return None
     if found.original is not None:
         return found.value()
-    return tensor_at(module, name).detach() if exists(module, name) else None
+    owner, attribute = locate(module, name)
+    value = getattr(owner, attribute, None)
+    return value.detach() if isinstance(value, Tensor) else None

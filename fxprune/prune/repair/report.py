@@ -43,12 +43,14 @@ class ReconstructionReport(Readable):
         alone: by weight, or by node, why others were left alone.
         samples: how many were fitted, and how many held back; batches where their size is fixed.
         seconds: of the whole.
+        new_biases: parameters that were made; an optimizer that was made before does not hold them.
     """
 
     readers: dict[str, ReaderRepair]
     alone: dict[str, str]
     samples: tuple[int, int]
     seconds: float
+    new_biases: tuple[str, ...] = ()
 
     @property
     def refitted(self) -> list[str]:
@@ -67,6 +69,8 @@ class ReconstructionReport(Readable):
                 for name in ("before", "after")
             )
             lines.append(f"mean error of a reader on held-back samples {number(before)} -> {number(after)}")
+        if self.new_biases:
+            lines.append(f"biases made, which no optimizer holds yet: {first_of(self.new_biases, 3)}")
         if self.alone:
             lines.append(f"{counted(len(self.alone), 'reader')} left alone: {first_of(self.alone, 3)}")
         return "\n".join(lines)

@@ -75,11 +75,12 @@ def best_fit(problem: Problem, dampings: Sequence[float]) -> Fit:
         if after < before:
             everything = replace(problem, fit=problem.fit.with_those_of(problem.held))
             change, bias = _solution(everything, blocks, damping)
-            return Fit(change, bias, damping, _share(before, scale), _share(after, scale))
-    return Fit(none, still, None, _share(before, scale), _share(before, scale))
+            return Fit(change, bias, damping, share(before, scale), share(after, scale))
+    return Fit(none, still, None, share(before, scale), share(before, scale))
 
 
-def _share(energy: float, scale: float) -> float:
+def share(energy: float, scale: float) -> float:
+    """An error relative to an energy."""
     if scale:
         return energy / scale
     return 0.0 if energy == 0 else float("inf")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from fxprune.prune.repair.batches import Batches
 from fxprune.prune.repair.changes import Changes
 from fxprune.prune.repair.finding import Stream, find, mask_product, stream_of
 from fxprune.prune.repair.finite import is_finite, origin_of_non_finite
-from fxprune.prune.repair.fitting import families
+from fxprune.prune.repair.fitting import Family, Solved, families
 from fxprune.prune.repair.layers import Reader
+from fxprune.prune.repair.new_biases import biasable, make_biases
 from fxprune.prune.repair.pair import Pair
 from fxprune.prune.repair.pieces import Pieces
 from fxprune.prune.repair.progress import Progress
@@ -34,6 +36,7 @@ from fxprune.prune.repair.turning import Turning
 from fxprune.prune.repair.waves import Layout, plan
 from fxprune.reports import first_of
 
+_MOST_ROUNDS = 3
 _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
@@ -44,6 +47,7 @@ def reconstruct(
     damping: float | Iterable[float] = _DAMPINGS,
     reference: nn.Module | None = None,
     weight: Callable[..., Tensor] | None = None,
+    new_biases: bool = True,
 ) -> ReconstructionReport:
     """Refit what is alive to do the work of what is masked, without labels, gradients or training.
 
@@ -58,8 +62,10 @@ def reconstruct(
     there keeps its weights. Once that is decided, they are fitted too. Heads of attention that lose some of their
     channels first get a basis in which these matter least.
 
-    Where a reader has no bias, and a batch norm follows at once, the running mean of that takes up the mean shift. On a
-    terminal, a line says how far the sweep is.
+    Where a reader has no bias, and a batch norm follows at once, the running mean of that takes up the mean shift.
+    Other layers without a bias get one, a parameter under torch's name, where that leaves less of the error on
+    held-back samples. A reader that is called several times is fitted to all of its calls. On a terminal, a line says
+    how far the sweep is.
 
     Sources: least squares over the inputs, Hassibi and Stork, "Second order derivatives for network pruning: Optimal
     Brain Surgeon" (1993), https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050; layer after
@@ -79,6 +85,9 @@ def reconstruct(
             reconstruction, it has to be given.
         weight: called as the module is, gives the rows that count: a tensor [samples], or [samples, positions], zero
             for padding. Readers whose outputs begin with other sizes count all rows.
+        new_biases: whether linear layers, products with a matrix and convolutions that have no bias may get one. The
+            report names those that were made: an optimizer that exists does not hold them, and the model that was
+            traced has no such keys.
 
     Returns:
         A `ReconstructionReport`: errors before and after on held-back samples, what was left alone, and why.
@@ -97,16 +106,19 @@ def reconstruct(
     start = time.perf_counter()
     require_eval(traced, "reconstruct", PruningError)
     dampings = _dampings(damping)
+    if not isinstance(new_biases, bool):
+        raise ArgumentTypeError(f"new_biases={new_biases!r}: True or False is needed.")
     changes = Changes()
     with torch.no_grad(), seeded(traced):
         try:
-            sweep = _Sweep(traced, References(traced, traced.graphs["eval"], reference, changes), changes)
+            sweep = _Sweep(traced, References(traced, traced.graphs["eval"], reference, changes), changes, new_biases)
             readers, samples = sweep.run(Batches(traced, sweep.graph, batches, weight), dampings)
         except BaseException:
             changes.undo()
             raise
         changes.keep()
-    return ReconstructionReport(readers, sweep.alone, samples, time.perf_counter() - start)
+    made = make_biases(traced, sweep.made)
+    return ReconstructionReport(readers, sweep.alone, samples, time.perf_counter() - start, made)
 
 
 def _dampings(damping: Any) -> tuple[float, ...]:
@@ -126,9 +138,10 @@ class _Sweep:
 
     Attributes:
         graph: the eval graph. readers: those to refit. alone: why others are left alone.
+        made: by the weight of a reader, the bias that it is to get.
     """
 
-    def __init__(self, traced: TracedModule, references: References, changes: Changes) -> None:
+    def __init__(self, traced: TracedModule, references: References, changes: Changes, new_biases: bool) -> None:
         self.traced, self.references, self.changes = traced, references, changes
         self.graph = traced.graphs["eval"]
         self.found, alone = find(traced, self.graph)
@@ -148,18 +161,24 @@ class _Sweep:
                 "nothing is masked, so there is nothing to reconstruct. Mask first, by fxprune.prune.channels or "
                 "another of its methods, or give the reference that the module was."
             )
-        differing = Layout.of(self.graph, [reader.node for reader in readers], sources).differing
-        self.alone = {each.name: each.why for node, each in alone.items() if node in differing}
+        layout = Layout.of(self.graph, [call.node for reader in readers for call in reader.calls], sources)
+        self.alone = {each.name: each.why for node, each in alone.items() if node in layout.differing}
         self.streams = _streams(readers)
-        self.readers = [reader for reader in readers if self._is_to_fit(reader, differing)]
+        self.readers = [reader for reader in readers if self._is_to_fit(reader, layout)]
         if not self.readers:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.alone.items()) or "no contraction reads it"
             raise PruningError(f"no reader can be refitted: {why}.")
-        ends = [reader.node for reader in self.readers]
+        ends = [call.node for reader in self.readers for call in reader.calls]
         ends += [self.streams[node].other for node in ends if node in self.streams]
-        means = {reader.moving_mean for reader in self.readers}  # change before the reference is done with them
-        sources += [node for node in self.graph.find_nodes(op="get_attr") if node.target in means]
+        # what changes before the reference is done with it
+        means = {reader.moving_mean for reader in self.readers}
+        shared = {id(each) for reader in self.readers if reader.further for each in self._parameters(reader)}
+        for node in self.graph.find_nodes(op="get_attr"):
+            if node.target in means or id(tensor_at(traced, str(node.target))) in shared:
+                sources.append(node)
         self.layout = Layout.of(self.graph, ends, sources)
+        self.made: dict[str, Tensor] = {}
+        self._biasable = biasable(traced, self.readers) if new_biases else frozenset[str]()
 
     def _sources(self) -> list[fx.Node]:
         """Where the two networks have other values from the start."""
@@ -173,7 +192,10 @@ class _Sweep:
                 found.append(node)
         return found
 
-    def _is_to_fit(self, reader: Reader, differing: Iterable[fx.Node]) -> bool:
+    def _parameters(self, reader: Reader) -> list[Tensor | None]:
+        return [view(self.traced, name).original for name in (*reader.weights, *reader.biases) if name is not None]
+
+    def _is_to_fit(self, reader: Reader, layout: Layout) -> bool:
         """Whether a reader lacks anything; says of the others why they are left alone."""
         found = [view(self.traced, name) for name in reader.weights]
         support = reader.table([each.value() if each.mask is None else each.mask for each in found]) != 0
@@ -181,13 +203,18 @@ class _Sweep:
         if alive is not None and not bool(alive.any()):
             self.alone[reader.name] = "all of its outputs are masked"
             return False
-        if reader.node not in differing:
+        if not any(call.node in layout.differing for call in reader.calls):
             return False  # nothing in front of it is masked either
+        if reader.further and layout.is_strict:
+            self.alone[reader.name] = (
+                f"its weight is used by {len(reader.calls)} calls, and operators write into what others read"
+            )
+            return False
         if (columns := int(support.any(1).any(0).sum())) > input_moments.MOST_COLUMNS:
             self.alone[reader.name] = f"{columns:,} inputs of an output, more than {input_moments.MOST_COLUMNS:,}"
             return False
-        stream = self.streams.get(reader.node)
-        if reader.data in differing or (stream is not None and stream.other in differing):
+        lacking = [self.streams[call.node].other for call in reader.calls if call.node in self.streams]
+        if not layout.differing.isdisjoint([*(call.data for call in reader.calls), *lacking]):
             return True
         own = reader.table([each.value() for each in found])
         dense = reader.table([self.references.value(name) for name in reader.weights])
@@ -199,18 +226,21 @@ class _Sweep:
     def run(self, batches: Batches, dampings: Sequence[float]) -> tuple[dict[str, ReaderRepair], tuple[int, int]]:
         """Fit every reader, in the order of the waves; returns what came of it, and how many samples there were."""
         waves = plan(self.layout, self.readers, self.streams)
-        others = {node: stream.other for node, stream in self.streams.items()}
         pair = Pair(
             self.graph, self.layout, waves, lambda target: tensor_at(self.traced, target), self.references,
-            self.unmasked, others,
+            self.unmasked, self.streams,
         )  # fmt: skip
         repairs: dict[str, ReaderRepair] = {}
         with Shelf() as shelf, Progress("reconstruct", len(self.readers)) as progress:
             pieces = self._started(batches, pair, shelf)
             for number, wave in enumerate(waves):
-                progress.show(wave.readers[0].name)
-                for reader, repair in self._fitted(pair, number, shelf, pieces, dampings):
-                    repairs[reader.name] = repair
+                progress.show(wave.readers[0].name if wave.readers else "")
+                fit = self._settled if wave.tried else self._fitted
+                for solved in fit(pair, number, shelf, pieces, dampings):
+                    repairs[solved.reader.name] = solved.repair
+                    if solved.new_bias is not None:
+                        self.made[solved.reader.name] = solved.new_bias.flatten()
+                        pair.biases |= {call.node: (solved.reader, solved.new_bias) for call in solved.reader.calls}
                 progress.advance(len(wave.readers))
         return repairs, pieces.samples
 
@@ -234,34 +264,70 @@ class _Sweep:
         shelf: Shelf,
         pieces: Pieces,
         dampings: Sequence[float],
-    ) -> list[tuple[Reader, ReaderRepair]]:
+    ) -> list[Solved]:
         """Run a wave over all pieces, and fit its readers."""
         start = time.perf_counter()
+        found = self._gathered(pair, number, shelf, pieces, self._biasable)
+        spent = (time.perf_counter() - start) / max(len(pair.waves[number].readers), 1)
+        return [each for family in found for each in family.solve(dampings, self.changes, spent)]
+
+    def _settled(
+        self, pair: Pair, number: int, shelf: Shelf, pieces: Pieces, dampings: Sequence[float]
+    ) -> list[Solved]:
+        """Fit readers that read what they gave: again and again, as long as they are better with what they give now."""
+        start = time.perf_counter()
+        (family,) = self._gathered(pair, number, shelf, pieces, ())
+        first, kept = family.errors(), family.errors()
+        solved: list[Solved] = []
+        for _ in range(_MOST_ROUNDS):
+            before = family.values()
+            again = [*family.solve(dampings, self.changes, 0.0)]
+            (family,) = self._gathered(pair, number, shelf, pieces, ())
+            errors = family.errors()
+            if sum(errors) >= sum(kept):
+                for tensor, values in before:
+                    self.changes.set(tensor, values)
+                break
+            solved, kept = again, errors
+        spent = (time.perf_counter() - start) / len(first)
+        if not solved:
+            solved = [each.unchanged() for each in again]
+        return [
+            replace(each, repair=replace(each.repair, before=was, after=now, seconds=spent))
+            for each, was, now in zip(solved, first, kept, strict=True)
+        ]
+
+    def _gathered(
+        self, pair: Pair, number: int, shelf: Shelf, pieces: Pieces, biasable: Collection[str]
+    ) -> list[Family]:
+        """The readers of a wave by what they read, with the moments of all pieces."""
         wave = pair.waves[number]
-        found = families(wave.readers, wave.corrected, self.streams, self.traced, self.references, pieces.samples[0])
+        streams = {node: self.streams[node] for node in wave.corrected}
+        found = families(wave.readers, streams, biasable, self.traced, self.references, pieces.samples[0])
         fixed = pair.fixed(number)
         for place, piece in enumerate(pieces.bare):
             state = shelf.take(place)
             current, reference = pair.run(number, state, fixed)
-            self._check(pair, number, state, current, reference)
+            values = pair.tried(number, current, reference)
+            self._check(pair, number, state, *values)
             for family in found:
-                family.add(current, reference, piece)
-            shelf.put(place, pair.kept(number, current, reference))
-        spent = (time.perf_counter() - start) / len(wave.readers)
-        return [each for family in found for each in family.solve(dampings, self.changes, spent)]
+                family.add(*values, piece)
+            shelf.put(place, state if wave.tried else pair.kept(number, current, reference))
+        return found
 
     def _check(
         self, pair: Pair, number: int, state: State, current: Mapping[fx.Node, Any], reference: Mapping[fx.Node, Any]
     ) -> None:
         """Raise where a reader gets, or should give, NaN or inf."""
-        for reader in pair.waves[number].readers:
+        for reader, call in ((each, call) for each in pair.waves[number].readers for call in each.calls):
             for node, network, values in (
-                (reader.data, "the masked network", current),
-                (reader.node if reader.gives_products else reader.data, "the reference", reference),
+                (call.data, "the masked network", current),
+                (call.node if reader.gives_products else call.data, "the reference", reference),
             ):
                 if is_finite(values[node]):
                     continue
                 again = pair.run(number, state, pair.fixed(number), keep=True)
+                again = pair.tried(number, *again, keep=True)
                 origin = origin_of_non_finite(node, again[0] if values is current else again[1])
                 raise PruningError(
                     f"NaN or inf come up in {network} at {describe(origin)}, in front of {reader.name!r}. Check the "
@@ -271,5 +337,5 @@ class _Sweep:
 
 def _streams(readers: Iterable[Reader]) -> dict[fx.Node, Stream]:
     """What the outputs of readers are added to."""
-    found = {reader.node: stream_of(reader.node) for reader in readers if reader.gives_products}
+    found = {call.node: stream_of(call.end) for each in readers if each.gives_products for call in each.calls}
     return {node: stream for node, stream in found.items() if stream is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +27,22 @@ class Wave:
 
     Attributes:
         current: the nodes of the masked network, in order. reference: those of the reference.
-        readers: those that are fitted after it. corrected: those whose target includes what their stream is missing.
+        tried: nodes that run in both networks for the fits alone, with weights as they are, and again later: what lies
+            between the calls of a reader that reads, further on, what it gave.
+        readers: those that are fitted after it. corrected: their calls whose target includes what their stream is
+            missing.
     """
 
     current: list[fx.Node]
     reference: list[fx.Node]
+    tried: list[fx.Node]
     readers: list[Reader]
-    corrected: list[Reader]
+    corrected: list[fx.Node]
+
+    def fits(self, streams: Mapping[fx.Node, Stream]) -> set[fx.Node]:
+        """The nodes whose values the fits need, in both networks."""
+        data = {call.data for reader in self.readers for call in reader.calls}
+        return data | {streams[node].other for node in self.corrected}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +58,7 @@ class Layout:
 
     moving: list[fx.Node]
     fixed: list[fx.Node]
-    differing: Collection[fx.Node]
+    differing: Set[fx.Node]
     is_strict: bool
 
     @classmethod
@@ -90,9 +99,11 @@ def _is_own(node: fx.Node) -> bool:
 def plan(layout: Layout, readers: Sequence[Reader], streams: Mapping[fx.Node, Stream]) -> list[Wave]:
     """The waves, the last of which fits the last reader.
 
-    A reader waits for the stream that its output is added to, unless nothing else is left to do.
+    A reader waits for the stream that its output is added to, unless nothing else is left to do. One that reads, by
+    another call, what it gave is fitted to all of its calls with the weights that are there.
     """
-    waiting = {reader.node: reader for reader in readers}
+    waiting = {call.node: reader for reader in readers for call in reader.calls}
+    reads = {reader: {each for node in _nodes(reader) for each in node.all_input_nodes} for reader in readers}
     todo = [node for node in layout.moving if node.op != "placeholder"]
     done = {*layout.fixed, *(node for node in layout.moving if node.op == "placeholder")}
     ahead: set[fx.Node] = set()
@@ -101,20 +112,44 @@ def plan(layout: Layout, readers: Sequence[Reader], streams: Mapping[fx.Node, St
         current = _runnable(todo, done, waiting, layout.is_strict)
         done.update(current)
         todo = [node for node in todo if node not in done]
-        ready = [each for node, each in waiting.items() if done.issuperset(node.all_input_nodes)]
+        ready = [each for each in dict.fromkeys(waiting.values()) if done.issuperset(reads[each])]
         ready = ready[:1] if layout.is_strict else ready
-        free = [each for each in ready if each.node not in streams or streams[each.node].other in done]
-        chosen = _affordable(free or ready[:1])
+        free = [each for each in ready if all(streams[node].other in done for node in _nodes(each) if node in streams)]
+        chosen = _affordable(free or ready[:1] or _first_alike(waiting, done))
+        calls = [node for reader in chosen for node in _nodes(reader)]
+        tried = [] if ready else _up_to(calls, todo)
         reference = [node for node in current if node in layout.differing and node not in ahead]
-        reference += [each.node for each in chosen]
-        ahead.update(reader.node for reader in chosen)
-        corrected = [
-            each for each in chosen if each.node in streams and streams[each.node].other in done & set(layout.differing)
-        ]
-        waves.append(Wave(current, reference, chosen, corrected))
-        for reader in chosen:
-            del waiting[reader.node]
+        if tried:  # runs several times, what lies before it once
+            waves.append(Wave(current, reference, [], [], []))
+            current, reference = [], []
+        else:
+            reference += calls
+            ahead.update(calls)
+        there = done.union(tried).intersection(layout.differing)
+        corrected = [node for node in calls if node in streams and streams[node].other in there]
+        waves.append(Wave(current, reference, tried, chosen, corrected))
+        for node in calls:
+            del waiting[node]
     return waves
+
+
+def _nodes(reader: Reader) -> list[fx.Node]:
+    return [call.node for call in reader.calls]
+
+
+def _first_alike(waiting: Mapping[fx.Node, Reader], done: Collection[fx.Node]) -> list[Reader]:
+    """The readers of the same inputs of which a first call can run."""
+    first = next(waiting[node] for node in sorted(waiting) if all(each in done for each in node.all_input_nodes))
+    return [reader for reader in dict.fromkeys(waiting.values()) if reader.key == first.key]
+
+
+def _up_to(ends: Collection[fx.Node], todo: Sequence[fx.Node]) -> list[fx.Node]:
+    """Of the nodes that did not run yet, those that `ends` need, and these."""
+    needed = set(ends)
+    for node in reversed(todo):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return [node for node in todo if node in needed]
 
 
 def _runnable(

@@ -43,9 +43,10 @@ class Curve:
     local: tuple[float, ...]
 
     def fits(self, group: ChannelGroup) -> bool:
-        """Whether a group is of the same name and form."""
-        members = tuple(map(str, group.members))
-        return (self.name, self.kind, self.size, self.members) == (group.name, group.kind, group.size, members)
+        """Whether a group is of the same name and form; layers may have got biases since."""
+        members = {str(member) for member in group.members}
+        form = self.name, self.kind, self.size
+        return form == (group.name, group.kind, group.size) and members.issuperset(self.members)
 
     def losses(self) -> Losses:
         """What is lost without the first 0, 1, ... all units, float64 [size + 1].
