@@ -59,9 +59,9 @@ class Demand(Constraint):
     def meet(self, state: State) -> bool:
         changed = False
         for index in state.agenda(self).sweep():
-            needed = self._needed(index, state.alive)
+            reader, needed = self._readers[index], self._needed(index, state.alive)
             if needed is not None:
-                changed |= state.keep(self._columns[index][needed], ReadBy(self._readers[index].node))
+                changed |= state.keep(self._columns[index][needed], ReadBy(reader.node, reader.why))
         return changed
 
     def _needed(self, index: int, alive: Mask) -> Mask | None:

@@ -37,6 +37,7 @@ class Kind(StrEnum):
     HEAD_CHANNEL = "head channel"
     MLP_UNIT = "MLP unit"
     CONVOLUTION_GROUP = "conv group"
+    WIDTH = "width"
 
 
 _KINDS = {Place.OUTER: Kind.HEAD, Place.INNER: Kind.HEAD_CHANNEL, Place.OUTERMOST: Kind.KEY_VALUE_GROUP}
@@ -66,7 +67,8 @@ class ChannelGroup(Readable):
 
     Attributes:
         name: the first weight that writes it.
-        kind: "channel", "attention head", "key-value group", "head channel", "MLP unit" or "conv group".
+        kind: "channel", "attention head", "key-value group", "head channel", "MLP unit", "conv group", or "width":
+            what is normalized together, such as the hidden size of a transformer.
         size: number of units.
         members: the parameter axes involved, writers first.
         macs, parameters: multiply-accumulates (of one sample) and parameters that one unit saves.
@@ -166,6 +168,10 @@ class Grouping:
         fixed: Mask = classes.pinned.copy()
         classes.close(fixed)
         self.units = UnitTable(classes, self.consistency.balances, fixed)
+        self._normalized: Mask = np.zeros(classes.count, bool)
+        for walk in self.found.walks.values():
+            for ids in walk.normalized:
+                self._normalized[self.found.of(ids)] = True
         self.macs, self.traffic = contraction_totals(self.found)
         self.sample = str(Batch.of(plain.graphs["eval"]))
         self.parameters = self._parameters()
@@ -237,13 +243,14 @@ class Grouping:
     def _group(self, units: Vector, cuts: Relation, blocks: Blocks, needed: Mask) -> ChannelGroup:
         members = self._members(np.unique(cuts.of(units)))
         dying = self.units.dying.row(int(units[0]))
+        normalized = bool(self._normalized[dying].any())
         totals = (self.macs, self.parameters, self.traffic)
         macs, parameters, traffic = (
             dense - total.without(dying) for dense, total in zip(self.dense, totals, strict=True)
         )
         return ChannelGroup(
             members[0].parameter,
-            self._kind(Place(int(self.units.place[units[0]])), members).value,
+            (Kind.WIDTH if normalized else self._kind(Place(int(self.units.place[units[0]])), members)).value,
             len(units),
             members,
             macs,

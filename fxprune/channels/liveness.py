@@ -63,6 +63,7 @@ class Consistency:
         pairs = [
             (coupling.of(b.inputs), coupling.of(b.outputs)) for w in walks for b in w.balances if b.node in reached
         ]
+        pairs += [(coupling.of(ids), coupling.of(ids)) for w in walks for ids in w.equal_groups]
         balances = list({(i.shape, i.tobytes(), o.tobytes()): (i, o) for i, o in pairs}.values())
         read = {str(n.target) for n in reached if n.op == "get_attr"}
         vectors = [v for name, axes in coupling.parameters.items() if name in read for v in axes if v is not None]

@@ -13,6 +13,10 @@ from fxprune.channels.ids import Mask, Vector
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
+# why what is read stays
+READ = "reads it, and it is not constant there"
+COUNTED = "counts it, and it is not zero there"
+
 
 @dataclass(frozen=True, eq=False)
 class Bias:
@@ -43,6 +47,7 @@ class Reader:
         row_axis: the axis of this parameter that holds the rows.
         bias: where constants are folded into.
         key: the same for the same layer in every graph.
+        why: in words, what keeps a column.
     """
 
     node: fx.Node
@@ -58,6 +63,7 @@ class Reader:
     row_axis: int = 0
     bias: Bias = Bias()
     key: Hashable = None
+    why: str = READ
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from torch import fx
 
+from fxprune.channels.readers import READ
 from fxprune.graph.text import describe
 
 
@@ -24,12 +25,13 @@ class Pinned:
 
 @dataclass(frozen=True)
 class ReadBy:
-    """A contraction has weights on it that are not zero, and what it reads there depends on the input."""
+    """A contraction has weights on it that are not zero, or statistics are taken over it."""
 
     node: fx.Node
+    why: str = READ
 
     def text(self) -> str:
-        return f"{describe(self.node)} reads it, and it is not constant there"
+        return f"{describe(self.node)} {self.why}"
 
 
 class Structural(Enum):
@@ -37,7 +39,7 @@ class Structural(Enum):
 
     GRID = "part of a grid whose other channels stay"
     REPRESENTATIVE = "represents the constants that a zero-padding layer reads"
-    BALANCED = "kept so that the groups of a convolution stay equal"
+    BALANCED = "kept so that groups of channels stay equal"
     NONEMPTY = "the last one of its axis"
     ALIGNED = "kept for a count that runs faster"
 

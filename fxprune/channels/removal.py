@@ -18,6 +18,7 @@ from fxprune.channels.edits import Kept
 from fxprune.channels.folding import Folding, add_zero_biases
 from fxprune.channels.ids import Mask
 from fxprune.channels.shapes import update_shapes
+from fxprune.channels.statistics import apply_edits
 from fxprune.channels.values import on_cpu
 from fxprune.errors import FinalizeError
 from fxprune.graph.batch import Batch
@@ -119,9 +120,8 @@ def _carry_out(
     """
     kept = Kept(relations.classes, alive)
     computing = _computing_modules(relations, names)
-    for walk in relations.walks.values():
-        for edit in walk.edits:
-            edit.apply(kept)
+    factors = apply_edits(relations.walks.values(), kept)
+    values = values | {name: values.get(name, relations.tensors[name].detach()) * by for name, by in factors.items()}
     plan.constants = tuple(place(traced, relations, kept, [Constant(*constant) for constant in wanted.constants]))
     fill_in(relations, alive, plan)
     _slice(traced, relations, plan, values | _shifted_indices(relations, kept))

@@ -54,6 +54,8 @@ class Walk:
         reindexed: stored indices that shift.
         aligned: the id vectors of each convolution, and whether it is depthwise.
         nonempty: id vectors of which something must remain.
+        normalized: id vectors of channels that are normalized together, layer by layer.
+        equal_groups: ids [groups, n] of which each group that is left keeps equally many.
         uses: how often each parameter is read.
     """
 
@@ -69,6 +71,8 @@ class Walk:
         self.reindexed: list[Reindex] = []
         self.aligned: list[tuple[list[Vector], bool]] = []
         self.nonempty: list[Vector] = []
+        self.normalized: list[Vector] = []
+        self.equal_groups: list[Vector] = []
         self.uses: dict[str, int] = {}
         for read in graph.find_nodes(op="get_attr"):
             self.uses[str(read.target)] = self.uses.get(str(read.target), 0) + len(read.users)
@@ -253,6 +257,10 @@ class Walk:
     def is_written(self, node: fx.Node) -> bool:
         """Whether the graph writes to the value of `node`, through views as well."""
         return node in self._written
+
+    def is_rewritten(self, node: fx.Node) -> bool:
+        """Whether the graph writes to memory that `node` may share."""
+        return not self._written.isdisjoint(self._storage.family(node))
 
     def mutate(self, node: fx.Node) -> None:
         """Forget what was known of values that `node` writes to; what it returns is their new value."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.utils.prune import BasePruningMethod
 
-from fxprune.channels.groups import ChannelGroup
+from fxprune.channels.groups import ChannelGroup, Kind
 from fxprune.errors import ArgumentError, ArgumentTypeError, NameLookupError, PruningError
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence
 
@@ -188,6 +188,9 @@ def chosen_among(
     allowed = _kinds(groups, kinds)
     usable = [g for g in groups if g.reason is None and g.size > 1 and g.kind in allowed]
     asked = [g for g in usable if wanted is None or _matches(g, wanted, ("writer",))]
+    if kinds is None:  # the width is cut where it is asked for, by its kind or by names that nothing else has
+        narrower = [g for g in asked if g.kind != Kind.WIDTH]
+        asked = narrower if wanted is None or narrower else asked
     ignored = [g for g in usable if _matches(g, unwanted, ("writer", "reader"))]
     asked_blocks, ignored_blocks = _blocks(asked), _blocks(ignored)
     taken, left = set(map(id, asked)), set(map(id, ignored))

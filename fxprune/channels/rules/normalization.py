@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.channels.arguments import bound
 from fxprune.channels.axes import reduced_shape
+from fxprune.channels.edits import Edit
+from fxprune.channels.ids import Vector
 from fxprune.channels.registry import OperatorCall, register
+from fxprune.channels.statistics import GroupStatistics, PadWithZeros, RootMeanSquare, counted
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Result, Walk
 from fxprune.torch_internals import NormBase
@@ -130,6 +134,14 @@ class InstanceNorm(_ChannelNorm):
         return self.use_input_stats
 
     def separated(self, walk: Walk, value: Value) -> Value:
+        over = [dim for dim in range(2, value.rank) if value.axes[dim].carries]
+        if len(over) == 1 and self.use_input_stats and self.running_mean is None:
+            flat, ids = walk.merged(self.node, value, over[0])
+            if ids is not None:
+                counted(walk, self.node, flat, over[0], ids, key=self.node.name)
+                walk.normalized.append(ids)
+                walk.edits.append(PadWithZeros(self.node, ids, {"input": over[0]}, over[0]))
+                return Value(value.axes)
         return walk.blur(self.node, value, range(2, value.rank), "statistics over it")
 
     def normalized(self, value: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor | None:
@@ -139,40 +151,107 @@ class InstanceNorm(_ChannelNorm):
 
 @dataclass(frozen=True, eq=False)
 class _MixingNorm(OperatorCall):
-    """By statistics over channels, which removal would change."""
+    """By statistics over channels, which count those that are zero and went."""
 
     data: fx.Node
     weight: fx.Node | None
 
     @property
+    def keeps_zeros(self) -> bool:
+        """Whether zero becomes zero, gain and shift aside."""
+        return False
+
+    @property
     def gain(self) -> fx.Node | None:
         return self.weight
 
-    def first_axis(self, rank: int) -> int:
-        """The first of the axes that statistics are taken over."""
-        raise NotImplementedError
+    @property
+    def parts(self) -> dict[str, fx.Node]:
+        """Gain and shift by the names of their arguments, where they are there."""
+        given = bound(self.node)
+        return {name: given[name] for name in ("weight", "bias") if given.get(name) is not None}
 
-    def relate(self, walk: Walk) -> Result:
-        value = walk.value(self.data)
+    @property
+    def key(self) -> str:
+        """The same in every graph."""
+        gain = self.weight
+        return str(gain.target) if gain is not None and gain.op == "get_attr" else self.node.name
+
+    def refused(self, walk: Walk, value: Value, first: int) -> Result:
+        """The result where all channels from axis `first` on stay."""
         why = "normalized together, removal would change the statistics"
-        value = walk.blur(self.node, value, range(self.first_axis(value.rank), value.rank), why)
+        value = walk.blur(self.node, value, range(first, value.rank), why)
         for operand in self.node.all_input_nodes[1:]:
             walk.pin_operand(self.node, operand, why)
         result = Value(value.axes)
         rest = walk.unknown(self.node)
         return [result, *rest[1:]] if isinstance(rest, list) else result
 
+    def constants(self, walk: Walk, value: Value, parts: Mapping[str, Value], shape: Sequence[int]) -> Value:
+        """What is known of the result: the shift where the gain is zero, or where zeros are kept.
 
-@register(aten.layer_norm, aten.native_layer_norm, aten.rms_norm, aten._fused_rms_norm)
+        Args:
+            walk: of the graph.
+            value: the input, axes as those of the result.
+            parts: gain and shift.
+            shape: theirs, to broadcast with the input.
+        """
+        if not walk.facts or not all(part.stored for part in parts.values()):
+            return Value(value.axes)
+        known = value.zeros if self.keeps_zeros else torch.zeros([1] * value.rank, dtype=torch.bool)
+        facts = {name: part.facts.value.double().reshape(shape) for name, part in parts.items() if part.facts}
+        if "weight" in facts:
+            known = known | (facts["weight"] == 0)
+        return settled(value.axes, known, facts.get("bias", torch.zeros(()).double()))
+
+
+@register(aten.layer_norm, aten.rms_norm)
 @dataclass(frozen=True, eq=False)
 class LayerNorm(_MixingNorm):
     """Over the last axes."""
 
     normalized_shape: list[Any]
+    eps: float | None = None
     modules: ClassVar = (nn.LayerNorm, nn.RMSNorm)
 
-    def first_axis(self, rank: int) -> int:
-        return rank - len(self.normalized_shape)
+    @property
+    def keeps_zeros(self) -> bool:
+        return self.node.target is aten.rms_norm.default
+
+    def relate(self, walk: Walk) -> Result:
+        value = walk.value(self.data)
+        first = value.rank - len(self.normalized_shape)
+        parts = {name: walk.value(node) for name, node in self.parts.items()}
+        for dim in range(first, value.rank):
+            axis = walk.join(self.node, [value.axes[dim], *(part.axes[dim - first] for part in parts.values())])
+            if not axis.is_one:
+                value = value.relayout(dim, axis)
+                parts = {name: part.relayout(dim - first, axis) for name, part in parts.items()}
+        over = [dim for dim in range(first, value.rank) if value.axes[dim].carries]
+        if not over:
+            return self._known(walk, value, parts)
+        flat, ids = walk.merged(self.node, value, over[0])
+        if len(over) > 1 or ids is None:
+            return self.refused(walk, value, first)
+        counted(walk, self.node, flat, over[0], ids, key=self.key)
+        walk.normalized.append(ids)
+        walk.edits.append(self._edit(ids, over[0], first))
+        return self._known(walk, value, parts)
+
+    def _known(self, walk: Walk, value: Value, parts: Mapping[str, Value]) -> Value:
+        shape = [1] * (value.rank - len(self.normalized_shape))
+        shape += reduced_shape(value.axes[len(shape) :])
+        return self.constants(walk, value, parts, shape)
+
+    def _edit(self, ids: Vector, dim: int, first: int) -> Edit:
+        operands = {"input": dim} | {name: dim - first for name in self.parts}
+        padded = PadWithZeros(self.node, ids, operands, dim)
+        gain = self.weight
+        plain = self.keeps_zeros and len(self.normalized_shape) == 1 and self.eps is not None
+        if not plain or gain is None or gain.op != "get_attr" or self.data.meta["val"].dtype not in _WIDE:
+            return padded
+        assert self.eps is not None
+        return RootMeanSquare(self.node, ids, str(gain.target), self.node, "eps", self.eps, padded)
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
@@ -180,15 +259,55 @@ class LayerNorm(_MixingNorm):
         return {"normalized_shape": tuple(weight.shape)} if isinstance(weight, Tensor) else {}
 
 
-@register(aten.group_norm, aten.native_group_norm)
+# what holds a factor for gain and eps
+_WIDE = (torch.float32, torch.float64)
+
+
+@register(aten.native_layer_norm, aten._fused_rms_norm)
+@dataclass(frozen=True, eq=False)
+class NativeLayerNorm(_MixingNorm):
+    """Over the last axes, the statistics returned as well."""
+
+    normalized_shape: list[Any]
+
+    def relate(self, walk: Walk) -> Result:
+        value = walk.value(self.data)
+        return self.refused(walk, value, value.rank - len(self.normalized_shape))
+
+
+@register(aten.native_group_norm)
+@dataclass(frozen=True, eq=False)
+class NativeGroupNorm(_MixingNorm):
+    """Over space and the channels of a group, sizes among the arguments, the statistics returned as well."""
+
+    def relate(self, walk: Walk) -> Result:
+        return self.refused(walk, walk.value(self.data), 1)
+
+
+@register(aten.group_norm)
 @dataclass(frozen=True, eq=False)
 class GroupNorm(_MixingNorm):
     """Over space and the channels of a group."""
 
+    num_groups: int
     modules: ClassVar = (nn.GroupNorm,)
 
-    def first_axis(self, rank: int) -> int:
-        return 1
+    def relate(self, walk: Walk) -> Result:
+        value = walk.value(self.data)
+        parts = {name: walk.value(node) for name, node in self.parts.items()}
+        axis = walk.join(self.node, [value.axes[1], *(part.axes[0] for part in parts.values())])
+        value = walk.blur(self.node, value.relayout(1, axis), range(2, value.rank), "statistics over it")
+        parts = {name: part.relayout(0, axis) for name, part in parts.items()}
+        flat, ids = walk.merged(self.node, value, 1)
+        if ids is None:
+            return self.refused(walk, value, 1)
+        counted(walk, self.node, flat, 1, ids, key=self.key, groups=self.num_groups)
+        grouped = ids.reshape(self.num_groups, -1)
+        if self.num_groups > 1 and grouped.shape[1] > 1:
+            walk.equal_groups.append(grouped)
+        operands = {"input": 1} | dict.fromkeys(self.parts, 0)
+        walk.edits.append(GroupStatistics(self.node, grouped, operands))
+        return self.constants(walk, value, parts, [1, -1] + [1] * (value.rank - 2))
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:

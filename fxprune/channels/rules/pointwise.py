@@ -39,26 +39,34 @@ class Pointwise(OperatorCall):
         return self._constants(axes, dict(zip(operands, laid, strict=True)))
 
     def _constants(self, axes: tuple[Axis, ...], operands: Mapping[fx.Node, Value]) -> Value:
-        """Known where all operands are; a product also where one is known to be zero."""
+        """Known where all operands are; a product also where one is known to be zero, a quotient where the first is."""
         facts = [value.facts for value in operands.values()]
-        product = self.node.target in (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar)
-        where = torch.ones((), dtype=torch.bool)
+        product = self.node.target in _PRODUCTS
+        where = zero = torch.zeros((), dtype=torch.bool)
         if all(known is not None for known in facts):
-            where = functools.reduce(operator.and_, [known.inner for known in facts if known is not None], where)
-        elif product:
-            where = torch.zeros((), dtype=torch.bool)
-        else:
+            inner = [known.inner for known in facts if known is not None]
+            where = functools.reduce(operator.and_, inner, torch.ones((), dtype=torch.bool))
+        elif not product:
             return Value(axes)
         if product:
-            zeros = [known.inner & (known.value == 0) for known in facts if known is not None]
-            where = functools.reduce(operator.or_, zeros, where)
+            factors = [known for node, known in zip(operands, facts, strict=True) if self._is_factor(node)]
+            zeros = [known.inner & (known.value == 0) for known in factors if known is not None]
+            zero = functools.reduce(operator.or_, zeros, zero)
+            where = where | zero
         if torch.Tag.nondeterministic_seeded in self.node.target.tags or not where.any():  # type: ignore[union-attr]
             return Value(axes)
         value = run(self.node, {node: _reduced(operand.facts) for node, operand in operands.items()})
         if value is None:
             return Value(axes)
-        return settled(axes, where, torch.where(where, value, 0) if product else value)
+        return settled(axes, where, torch.where(where & ~zero, value, 0) if product else value)
 
+    def _is_factor(self, operand: fx.Node) -> bool:
+        """Whether the result of a product is zero where an operand is: what is divided by is none."""
+        return self.node.target not in _QUOTIENTS or operand is not self.node.args[1]
+
+
+_QUOTIENTS = (aten.div.Tensor, aten.div_.Tensor)
+_PRODUCTS = (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar, *_QUOTIENTS)
 
 REGISTRY.set_pointwise(Pointwise)
 

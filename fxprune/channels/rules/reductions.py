@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.channels.arguments import bound
 from fxprune.channels.axes import ONE, Axis, reduced_shape
-from fxprune.channels.readers import Reader
+from fxprune.channels.edits import Edit
+from fxprune.channels.ids import Vector
 from fxprune.channels.registry import REGISTRY, OperatorCall, register
+from fxprune.channels.statistics import BoundedByZero, PadWithZeros, RootMeanSquare, ScaledMean, counted
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Result, Walk
 
@@ -33,7 +37,7 @@ def _listed(dims: Any, rank: int) -> list[int]:
 )  # fmt: skip
 @dataclass(frozen=True, eq=False)
 class Reduction(OperatorCall):
-    """One number for all indices of some axes. A sum over channels reads those that are not zero."""
+    """One number for all indices of some axes; channels that are zero there may go, and are counted still."""
 
     data: fx.Node
     dim: Any = None
@@ -41,8 +45,7 @@ class Reduction(OperatorCall):
     def relate(self, walk: Walk) -> Result:
         value = walk.value(self.data)
         dims = _listed(self.dim, value.rank)
-        if self.node.target in _SUMS:
-            value = self._read_summands(walk, value, dims)
+        value = self._counted(walk, value, dims)
         value = walk.blur(self.node, value, dims, "a reduction over it")
         kept_dims = len(walk.shape(self.node)) == value.rank
         axes = tuple(
@@ -51,33 +54,162 @@ class Reduction(OperatorCall):
         result = self.node.meta["val"]
         if isinstance(result, list | tuple):
             return [Value(axes)] * len(result)
-        if value.facts is None or self.node.target not in _KEEPS_CONSTANTS:
+        if value.facts is None or not (self._keeps_zeros or self.node.target in _KEEPS_CONSTANTS):
             return Value(axes)
         known = value.facts.inner
-        if self.node.target in _SUMS:
+        if self._keeps_zeros:
             known = known & (value.facts.value == 0)
         shape = reduced_shape(axes)
         return settled(axes, known.reshape(shape), value.facts.value.reshape(shape))
 
-    def _read_summands(self, walk: Walk, value: Value, dims: list[int]) -> Value:
-        """A sum over one axis of channels as a reader of it."""
+    @property
+    def _keeps_zeros(self) -> bool:
+        """Whether zeros add nothing: sums, and norms of a positive order."""
+        if self.node.target in _NORMS:
+            order = bound(self.node)[_NORMS[self.node.target]]
+            return order is None or (isinstance(order, int | float) and order > 0)
+        return self.node.target in _SUMS
+
+    def _counted(self, walk: Walk, value: Value, dims: list[int]) -> Value:
+        """The value with the axis of channels that is reduced opaque, where zeros on it can be counted."""
         over = [dim for dim in dims if value.axes[dim].carries]
-        if len(over) != 1:
+        if len(over) != 1 or not self._counts_zeros:
             return value
         (dim,) = over
-        value, columns = walk.merged(self.node, value, dim)
-        if columns is None:
-            return value
-        if walk.facts:
-            zero = value.zeros.transpose(0, dim).reshape(len(columns), -1).all(1).numpy()
-            walk.readers.append(Reader(self.node, None, columns[None], ~zero[None, None]))
-        return Value(value.replaced_axis(dim, Axis.plain(len(columns))))
+        flat, ids = walk.merged(self.node, value, dim)
+        if ids is None:
+            return flat
+        zeros, centre = flat, self._centre(walk, dims)
+        if centre is not None:
+            zeros = walk.merged(self.node, walk.value(centre.all_input_nodes[0]), dim)[0]
+        counted(walk, self.node, zeros, dim, ids, key=self.node.name)
+        if self._normalizes:
+            walk.normalized.append(ids)
+        edit = self._edit(walk, ids, dim, centre)
+        if edit is not None:
+            walk.edits.append(edit)
+        return flat.relayout(dim, Axis.plain(len(ids)))
+
+    @property
+    def _counts_zeros(self) -> bool:
+        target = self.node.target
+        if target in _BOUNDS and isinstance(self.node.meta["val"], list | tuple):
+            places = [user for user in self.node.users if user.target is not operator.getitem or user.args[1] != 0]
+            return not any(place.users for place in places)  # where the largest stands would shift
+        return self._keeps_zeros or target in _BOUNDS or target in _PADDED
+
+    @property
+    def _normalizes(self) -> bool:
+        """Whether this is a mean square or a variance, by which normalizations written by hand divide."""
+        return self.node.target in _PADDED if self.node.target not in _MEANS else squared(self.data) is not None
+
+    def _edit(self, walk: Walk, ids: Vector, dim: int, centre: fx.Node | None) -> Edit | None:
+        target = self.node.target
+        if self._keeps_zeros:
+            return None
+        if target in _BOUNDS:
+            several = isinstance(self.node.meta["val"], list | tuple)
+            results = [user for user in self.node.users if user.args[1] == 0] if several else [self.node]
+            return BoundedByZero(results, ids, _BOUNDS[target])
+        name = "self" if "self" in bound(self.node) else "input"
+        if target in _MEANS and self.node.meta["val"].dtype != torch.float16:  # where a mean over fewer may overflow
+            mean = ScaledMean(self.node, ids, centre)
+            return root_mean_square(walk, self.node, ids, mean) or mean
+        return PadWithZeros(self.node, ids, {name: dim})
+
+    def _centre(self, walk: Walk, dims: list[int]) -> fx.Node | None:
+        """The mean over the same axes, where this is the mean of the squares of distances from it."""
+        if self.node.target is not aten.mean.dim or self.node.meta["val"].dtype == torch.float16:
+            return None
+        square = squared(self.data)
+        if square is None or square.target is not aten.sub.Tensor or len(square.args) != 2 or square.kwargs:
+            return None
+        what, mean = square.args
+        if not isinstance(what, fx.Node) or not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim:
+            return None
+        ours, theirs = (bound(node) for node in (self.node, mean))
+        rank = len(what.meta["val"].shape)
+        if any(map(walk.is_rewritten, (what, mean, square, self.data))):
+            return None
+        alike = ours["keepdim"] and theirs["keepdim"] and _listed(theirs["dim"], rank) == dims
+        same = mean.all_input_nodes == [what] and theirs["dtype"] is None and ours["dtype"] is None
+        return mean if alike and same and self.node.meta["val"].dtype == mean.meta["val"].dtype else None
 
 
-_SUMS = (aten.sum.default, aten.sum.dim_IntList)
-_KEEPS_CONSTANTS = (
-    *_SUMS, aten.mean.default, aten.mean.dim, aten.amax.default, aten.amin.default, aten.max.default, aten.min.default,
+_SUMS = (aten.sum.default, aten.sum.dim_IntList, aten.nansum.default)
+# the argument that is their order
+_NORMS = {
+    aten.linalg_vector_norm.default: "ord", aten.norm.Scalar: "p", aten.norm.ScalarOpt_dim: "p",
+    aten.norm.ScalarOpt_dtype: "p", aten.norm.ScalarOpt_dim_dtype: "p",
+}  # fmt: skip
+_MEANS = (aten.mean.default, aten.mean.dim)
+# whether it is a maximum
+_BOUNDS = {
+    aten.amax.default: True, aten.max.default: True, aten.max.dim: True,
+    aten.amin.default: False, aten.min.default: False, aten.min.dim: False,
+}  # fmt: skip
+# any other that the order of channels does not change
+_PADDED = (
+    aten.mean.default, aten.mean.dim, aten.var.default, aten.var.dim, aten.var.correction, aten.std.default,
+    aten.std.dim, aten.std.correction, aten.var_mean.default, aten.var_mean.dim, aten.var_mean.correction,
+    aten.std_mean.default, aten.std_mean.dim, aten.std_mean.correction, aten.logsumexp.default,
 )  # fmt: skip
+_KEEPS_CONSTANTS = (*_MEANS, aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
+
+
+def squared(node: fx.Node) -> fx.Node | None:
+    """What a node is the square of; None where it is none."""
+    args = node.args
+    is_square = (
+        node.target is aten.square.default
+        or (node.target is aten.pow.Tensor_Scalar and args[1] == 2)
+        or (node.target is aten.mul.Tensor and args[0] is args[1])
+    )
+    found = args[0] if is_square and not node.kwargs else None
+    return found if isinstance(found, fx.Node) else None
+
+
+def root_mean_square(walk: Walk, mean: fx.Node, ids: Vector, otherwise: Edit) -> RootMeanSquare | None:
+    """`x * rsqrt(mean(x²) + eps) * gain` by its mean; None where the mean is of another form, or read elsewhere.
+
+    Every step on the way has one reader, so that what changes is seen in the end only.
+    """
+    data = squared(mean.all_input_nodes[0])
+    if data is None or mean.target is not aten.mean.dim or mean.kwargs.get("dtype") is not None:
+        return None
+    added = _only_user(mean)
+    if added is None or added.target is not aten.add.Tensor or added.args[0] is not mean or added.kwargs:
+        return None
+    eps, root = added.args[1], _only_user(added)
+    if not isinstance(eps, float) or root is None or root.target is not aten.rsqrt.default:
+        return None
+    scaled = _only_user(root)
+    if scaled is None or scaled.target is not aten.mul.Tensor or root not in scaled.args:
+        return None
+    (other,) = [operand for operand in scaled.args if operand is not root] or [None]
+    if not isinstance(other, fx.Node) or _uncast(other) is not _uncast(data):
+        return None
+    following = _only_user(scaled)
+    if following is not None and following.target in _CASTS:
+        following = _only_user(following)
+    if following is None or following.target is not aten.mul.Tensor:
+        return None
+    gains = [node for node in following.all_input_nodes if node.op == "get_attr"]
+    if len(gains) != 1 or any(map(walk.is_rewritten, (data, other, mean, added, root, scaled, gains[0]))):
+        return None
+    return RootMeanSquare(mean, ids, str(gains[0].target), added, "other", eps, otherwise)
+
+
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    return node.all_input_nodes[0] if node.target in _CASTS else node
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = [user for user in node.users if user.target is not aten._assert_tensor_metadata.default]
+    return users[0] if len(users) == 1 else None
 
 
 @register(aten.sort, aten.argsort, aten.topk, aten.kthvalue)

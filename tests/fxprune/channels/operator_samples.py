@@ -219,9 +219,9 @@ SHAPES = {
     "unfold": image(lambda x: x.unfold(2, 2, 2).flatten(3)),
 }
 REDUCTIONS = {
-    **each("mean sum amax amin", lambda f: image(lambda x: f(x, 3, keepdim=True))),
+    **each("mean sum nansum amax amin", lambda f: image(lambda x: f(x, 3, keepdim=True))),
     **each(
-        "var std logsumexp prod nansum argmax argmin any all",
+        "var std logsumexp prod argmax argmin any all",
         lambda f: image(lambda x: f(x, 3, keepdim=True).to(x.dtype), kept=PINNED),
     ),
     "max.dim": image(lambda x: x.max(3, keepdim=True)[0], kept=PINNED),
@@ -232,8 +232,8 @@ REDUCTIONS = {
     "min.other": image(lambda x: torch.min(x, x.relu() + 0.5)),
     "var_mean": image(lambda x: torch.var_mean(x, 3, keepdim=True)[1], kept=PINNED),
     "std_mean": image(lambda x: torch.std_mean(x, 3, keepdim=True)[1], kept=PINNED),
-    "linalg_vector_norm": image(lambda x: torch.linalg.vector_norm(x, 2, 3, True), kept=PINNED),
-    "norm": image(lambda x: aten.norm.ScalarOpt_dim(x, 2, [3], True), kept=PINNED),
+    "linalg_vector_norm": image(lambda x: torch.linalg.vector_norm(x, 2, 3, True)),
+    "norm": image(lambda x: aten.norm.ScalarOpt_dim(x, 2, [3], True)),
     "median": image(lambda x: x.median(3, keepdim=True)[0], kept=PINNED),
     "topk": image(lambda x: x.topk(2, 3)[0], kept=PINNED),
     "sort": image(lambda x: x.sort(3)[0], kept=PINNED),
@@ -302,7 +302,7 @@ NORMS = {
     "native_layer_norm": tokens(
         lambda x, g, b: aten.native_layer_norm.default(x, [8], g, b, 1e-5)[0], *AFFINE, kept=PINNED
     ),
-    "rms_norm": tokens(lambda x, g: F.rms_norm(x, (8,), g), tensor(8), kept=PINNED),
+    "rms_norm": tokens(lambda x, g: F.rms_norm(x, (8,), g), tensor(8)),
     "_fused_rms_norm": tokens(lambda x, g: aten._fused_rms_norm.default(x, [8], g, 1e-5)[0], tensor(8), kept=PINNED),
     "group_norm": image(lambda x, g, b: F.group_norm(x, 2, g, b), *AFFINE, kept=PINNED),
     "native_group_norm": image(

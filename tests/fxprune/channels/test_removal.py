@@ -99,13 +99,16 @@ def test_negative_zero_is_dead_and_nan_is_not() -> None:
     assert traced(torch.randn(3, 4)).isnan().all()
 
 
-@pytest.mark.parametrize("layer", [nn.LayerNorm((8, 8, 8)), nn.GroupNorm(2, 8), nn.Softmax(1)])
-def test_what_mixes_channels_keeps_them_and_says_so(layer: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [(nn.LayerNorm((8, 8, 8)), "in 2) reads it"), (nn.GroupNorm(2, 8), "in 2) reads it"), (nn.Softmax(1), "softmax")],
+)
+def test_what_mixes_channels_keeps_them_and_says_so(layer: nn.Module, why: str) -> None:
     model = chain(layer)
     zero_rows(model[0], 0, 1)
     _, plan = check(model, torch.randn(*IMAGE))
     assert len(plan.kept["0.weight"][0]) == 8
-    assert type(layer).__name__.lower()[:5] in plan.explain()
+    assert why in plan.explain()
 
 
 def test_an_operator_without_a_rule_pins_what_it_touches_by_name() -> None:

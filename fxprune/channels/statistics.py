@@ -1,0 +1,304 @@
+"""Statistics over channels: a channel that is zero there may go, and is still counted.
+
+Of `count` channels some stay; the others are exactly zero, whatever the input. Sums and norms keep their value. A mean
+is scaled by the share that stays, a maximum is at least zero, and what has no such form gets its zeros back: operands
+are padded with them, and the result is cut. So normalizations stay fused, in every precision. Those by the root mean
+square need no padding where their gain has one reader: with r the share that stays,
+
+    x / sqrt(sum(x²) / count + eps) * gain = x / sqrt(mean(x²) + eps / r) * (gain / sqrt(r)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxprune.channels.arguments import bound, set_argument
+from fxprune.channels.edits import Edit, Kept
+from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.readers import COUNTED, Reader
+from fxprune.channels.shapes import resized
+from fxprune.channels.values import Value
+from fxprune.channels.walk import Walk
+
+aten = torch.ops.aten
+
+
+def counted(walk: Walk, node: fx.Node, zeros: Value, dim: int, ids: Vector, *, key: str, groups: int = 1) -> None:
+    """Record that `node` needs the channels `ids` along an axis, except where `zeros` is known to be zero.
+
+    Args:
+        walk: of the node's graph.
+        node: takes statistics.
+        zeros: the value over which they are taken; its axis `dim` has these ids alone.
+        key: the same for the same statistics in every graph.
+        groups: consecutive channels that have statistics of their own; a group is needed where anything of it stays,
+            where there are several.
+    """
+    _pin_padding(walk, node)
+    walk.nonempty.append(ids)
+    if not walk.facts:
+        return
+    columns = ids.reshape(groups, -1)
+    zero: Mask = zeros.zeros.transpose(0, dim).reshape(len(ids), -1).all(1).numpy().reshape(columns.shape)
+    rows = columns if groups > 1 else None
+    used = np.ones((groups, 1 if rows is None else columns.shape[1], columns.shape[1]), bool)
+    constant = np.where(zero, 0.0, np.nan)
+    walk.readers.append(
+        Reader(node, rows, columns, used, soft=zero, constant=constant, key=("statistics", key), why=COUNTED)
+    )
+
+
+def _pin_padding(walk: Walk, node: fx.Node) -> None:
+    """Zeros that stand for channels which went already are not taken out, only to be put back."""
+    data = node.all_input_nodes[0]
+    while data.target is aten.flatten.using_ints:
+        data = data.all_input_nodes[0]
+    if data.target is not aten.constant_pad_nd.default:
+        return
+    amounts: list[int] = bound(data)["pad"]
+    value = walk.value(data)
+    for at in range(0, len(amounts), 2):
+        ids = value.axes[value.rank - 1 - at // 2].ids
+        if amounts[at + 1] and ids is not None:
+            walk.pin(node, ids[len(ids) - amounts[at + 1] :], "zeros that are counted")
+
+
+# ---- edits
+
+
+def _share(kept: Kept, ids: Vector) -> float:
+    return kept.count(ids) / len(ids)
+
+
+def _call(node: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
+    """A new call before a node, which belongs to the same module."""
+    with node.graph.inserting_before(node):
+        call = node.graph.call_function(target, args)
+    call.meta = {**node.meta, "val": value}
+    call.meta.pop("tensor_meta", None)
+    return call
+
+
+def _set_behind(node: fx.Node) -> fx.Node:
+    """A copy of a call before it; the node itself is to become what follows."""
+    with node.graph.inserting_before(node):
+        copy = node.graph.create_node(node.op, node.target, node.args, dict(node.kwargs))
+    copy.meta = dict(node.meta)
+    return copy
+
+
+def _become(node: fx.Node, target: Any, *args: Any) -> None:
+    node.target, node.args, node.kwargs = target, args, {}
+
+
+def _padding(rank: int, dim: int, zeros: int) -> list[int]:
+    """The argument of a padding that adds zeros behind those of one axis."""
+    return [0, 0] * (rank - 1 - dim) + [0, zeros]
+
+
+def _padded(node: fx.Node, operand: fx.Node, dim: int, zeros: int) -> fx.Node:
+    """An operand of `node` with zeros added along an axis; its recorded size is still the one before the removal."""
+    before = operand.meta["val"]
+    return _call(node, aten.constant_pad_nd.default, (operand, _padding(before.dim(), dim, zeros)), before)
+
+
+@dataclass(frozen=True, eq=False)
+class PadWithZeros(Edit):
+    """The zeros that went are put back before a call, and cut from its result.
+
+    Attributes:
+        node: the call.
+        ids: the channels that it takes statistics over.
+        operands: by name of an argument, the axis that holds them.
+        cut: the axis of the result that holds them, None where none does.
+    """
+
+    node: fx.Node
+    ids: Vector
+    operands: Mapping[str, int]
+    cut: int | None = None
+
+    def apply(self, kept: Kept) -> None:
+        stay = kept.count(self.ids)
+        zeros = len(self.ids) - stay
+        if not zeros:
+            return
+        call = self.node if self.cut is None else _set_behind(self.node)
+        given = bound(call)
+        for name, dim in self.operands.items():
+            set_argument(call, name, _padded(call, given[name], dim, zeros))
+        if self.cut is not None:
+            _become(self.node, aten.slice.Tensor, call, self.cut, 0, stay)
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: the zeros that went of {len(self.ids)} put back"
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledMean(Edit):
+    """A mean times the share of the channels that stays.
+
+    Attributes:
+        node: the mean. ids: the channels.
+        centre: where squares of distances from their mean are averaged, this mean: each channel that went is as far
+            from it as zero is.
+    """
+
+    node: fx.Node
+    ids: Vector
+    centre: fx.Node | None = None
+
+    def apply(self, kept: Kept) -> None:
+        share = _share(kept, self.ids)
+        if share == 1:
+            return
+        mean = _set_behind(self.node)
+        if self.centre is None:
+            _become(self.node, aten.mul.Tensor, mean, share)
+            return
+        value = self.node.meta["val"]
+        scaled = _call(self.node, aten.mul.Tensor, (mean, share), value)
+        square = _call(self.node, aten.mul.Tensor, (self.centre, self.centre), value)
+        rest = _call(self.node, aten.mul.Tensor, (square, 1 - share), value)
+        _become(self.node, aten.add.Tensor, scaled, rest)
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: over all of {len(self.ids)}"
+
+
+@dataclass(frozen=True, eq=False)
+class BoundedByZero(Edit):
+    """A maximum that is at least zero, or a minimum that is at most zero, where channels went.
+
+    Attributes:
+        results: the nodes that give it. ids: the channels. maximum: whether it is one.
+    """
+
+    results: Sequence[fx.Node]
+    ids: Vector
+    maximum: bool
+
+    def apply(self, kept: Kept) -> None:
+        if _share(kept, self.ids) == 1:
+            return
+        clamp = aten.clamp_min.default if self.maximum else aten.clamp_max.default
+        for node in self.results:
+            _become(node, clamp, _set_behind(node), 0)
+
+    def __str__(self) -> str:
+        return f"{', '.join(node.name for node in self.results)}: zero among them"
+
+
+@dataclass(frozen=True, eq=False)
+class RootMeanSquare(Edit):
+    """A normalization by the root mean square; `rescale` is the form in which its gain takes the factor up.
+
+    Attributes:
+        node: the fused operator, or the mean of the squares. ids: the channels.
+        gain: the name of its gain. eps_node, eps_name: where eps is an argument. eps: its value.
+        otherwise: what is done where the gain cannot be changed.
+    """
+
+    node: fx.Node
+    ids: Vector
+    gain: str
+    eps_node: fx.Node
+    eps_name: str
+    eps: float
+    otherwise: Edit
+
+    def apply(self, kept: Kept) -> None:
+        self.otherwise.apply(kept)
+
+    def rescale(self, kept: Kept) -> float:
+        """Change eps and what states the number of channels; returns the factor for the gain."""
+        share = _share(kept, self.ids)
+        set_argument(self.eps_node, self.eps_name, self.eps / share)
+        if "normalized_shape" in bound(self.node):
+            set_argument(self.node, "normalized_shape", [kept.count(self.ids)])
+        return 1 / math.sqrt(share)
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: over all of {len(self.ids)}, by its gain and eps"
+
+
+@dataclass(frozen=True, eq=False)
+class GroupStatistics(Edit):
+    """Groups that went leave the count of groups; of those that stay, zeros that went are put back.
+
+    Attributes:
+        node: a call of `group_norm`. ids: the channels [groups, channels of each].
+        operands: as for `PadWithZeros`.
+    """
+
+    node: fx.Node
+    ids: Vector
+    operands: Mapping[str, int]
+
+    def apply(self, kept: Kept) -> None:
+        alive = kept.alive(self.ids)
+        counts = alive.sum(1)[alive.any(1)]
+        groups, width, stay = len(counts), self.ids.shape[1], int(counts[0])
+        set_argument(self.node, "num_groups", groups)
+        if stay == width:
+            return
+        assert (counts == stay).all(), self.node
+        call = _set_behind(self.node)
+        given = bound(call)
+        for name, dim in self.operands.items():
+            operand = given[name]
+            shape = list(operand.meta["val"].shape)
+            split = [*shape[:dim], groups, stay, *shape[dim + 1 :]]
+            value = resized(operand.meta["val"], [*shape[:dim], groups * width, *shape[dim + 1 :]])
+            folded = _call(call, aten.unflatten.int, (operand, dim, [groups, stay]), _like(value, split))
+            split[dim + 1] = width
+            zeros = _padding(len(split), dim + 1, width - stay)
+            padded = _call(call, aten.constant_pad_nd.default, (folded, zeros), _like(value, split))
+            flat = _call(call, aten.flatten.using_ints, (padded, dim, dim + 1), value)
+            set_argument(call, name, flat)
+        before = call.meta["val"]
+        shape = list(before.shape)
+        call.meta["val"] = resized(before, [shape[0], groups * width, *shape[2:]])
+        split = [shape[0], groups, width, *shape[2:]]
+        folded = _call(self.node, aten.unflatten.int, (call, 1, [groups, width]), _like(before, split))
+        split[2] = stay
+        cut = _call(self.node, aten.slice.Tensor, (folded, 2, 0, stay), _like(before, split))
+        _become(self.node, aten.flatten.using_ints, cut, 1, 2)
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: num_groups = groups kept of {len(self.ids)}"
+
+
+def _like(value: Any, shape: Sequence[Any]) -> Any:
+    """A fake tensor of another rank."""
+    return value.new_empty(shape)
+
+
+def rescalable(walks: Iterable[Walk]) -> set[str]:
+    """The gains that one normalization alone reads in each graph that has it, in a precision that holds the factor."""
+    walks = list(walks)
+    found = {edit.gain for walk in walks for edit in walk.edits if isinstance(edit, RootMeanSquare)}
+    for walk in walks:
+        own = {edit.gain for edit in walk.edits if isinstance(edit, RootMeanSquare)}
+        found -= {name for name in walk.uses if name in found and not (name in own and walk.is_alone(name))}
+    return {name for name in found if walks[0].parameters.tensors[name].dtype in (torch.float32, torch.float64)}
+
+
+def apply_edits(walks: Iterable[Walk], kept: Kept) -> dict[str, float]:
+    """Carry out what removal changes in the graphs; returns by name of a gain what it is to be multiplied by."""
+    walks = list(walks)
+    names, factors = rescalable(walks), dict[str, float]()
+    for walk in walks:
+        for edit in walk.edits:
+            if isinstance(edit, RootMeanSquare) and edit.gain in names:
+                factors[edit.gain] = edit.rescale(kept)
+            else:
+                edit.apply(kept)
+    return {name: factor for name, factor in factors.items() if factor != 1}
