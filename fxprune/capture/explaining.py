@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,10 @@ _ON_SIZES = (
 )
 _ON_OUTPUTS = "return tensors in tuples, lists and dicts, or register the class with torch.export.register_dataclass."
 _ON_INFERENCE = "give inputs and parameters that were made outside torch.inference_mode, as inputs.clone() is."
+_ON_PACKED = (
+    "give recurrent layers padded tensors instead of packed sequences, which no graph can hold since their lengths are "
+    "values, and mask what lies behind the last step of each."
+)
 _ON_OTHERS = "trace the submodules around it, or rewrite that line by tensor operations."
 
 # what torch says of values that are not known at the capture: by the name of the error's class, and by its text
@@ -62,6 +68,8 @@ def explained(
 
 def _advice(error: Exception, sizes_given: bool) -> str:
     kind, text = type(error).__name__, str(error)
+    if _has_packed(error):
+        return _ON_PACKED
     if "Unsupported input type" in text:
         return _ON_INPUTS
     if "in output, which is not a known type" in text:
@@ -73,6 +81,17 @@ def _advice(error: Exception, sizes_given: bool) -> str:
     if sizes_given and ("dynamic_shapes" in text or "Constraint" in kind or "constraint" in text):
         return _ON_SIZES
     return _ON_OTHERS
+
+
+def _has_packed(error: Exception) -> bool:
+    """Whether an error was raised where sequences are packed, or by a recurrent layer over packed ones."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        path = Path(frame.f_code.co_filename).parts[-3:]
+        if path == ("nn", "utils", "rnn.py"):
+            return True
+        if path == ("nn", "modules", "rnn.py") and frame.f_locals.get("batch_sizes") is not None:
+            return True
+    return False
 
 
 def _not_free(error: Exception, model: nn.Module, mode: str, axes: Sequence[FreeAxis], sizes: SizeLog) -> CaptureError:

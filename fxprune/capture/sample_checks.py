@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
 from fxprune.errors import CaptureError, SampleError
@@ -92,6 +93,11 @@ def checked_sample(model: nn.Module, args: object, kwargs: object) -> Call:
             f"kwargs is a {type(kwargs).__name__}; it takes inputs by name: fxprune.trace(model, (), {{...}})."
         )
     call = as_call(tuple(args) if isinstance(args, list) else args, kwargs, error=SampleError)
+    if any(isinstance(value, PackedSequence) for value in (*call.args, *call.kwargs.values())):
+        raise SampleError(
+            "an input is a packed sequence, which no graph can hold since its lengths are values. Give padded tensors, "
+            "and mask what lies behind the last step of each."
+        )
     for leaf in pytree.tree_leaves(tuple(call)):
         if isinstance(leaf, np.ndarray | np.generic | DataLoader | Dataset | Iterator):
             raise SampleError(_no_input(leaf, "an input"))

@@ -15,7 +15,7 @@ from fxprune.channels.axes import Axis
 from fxprune.channels.costs import layer_macs, macs_of_one_sample
 from fxprune.channels.coupling import Coupling
 from fxprune.channels.edits import Kept
-from fxprune.channels.values import Value
+from fxprune.channels.values import Stack, Value
 from fxprune.errors import FinalizeError
 from fxprune.graph.batch import Batch
 from fxprune.graph.equality import close, error
@@ -134,6 +134,8 @@ def _first_difference(
 
 def _what_stays(tensor: Tensor, value: Value | None, kept: Kept) -> Tensor:
     """What of a tensor before is left after, where that is a selection along its axes."""
+    if isinstance(value, Stack):
+        return torch.stack([_what_stays(each, part, kept) for each, part in zip(tensor, value.parts, strict=True)])
     for dim, axis in enumerate(value.axes if value is not None else ()):
         mask = _kept_indices(axis, kept)
         if len(mask) == tensor.shape[dim] and not mask.all():

@@ -131,10 +131,13 @@ class EqualGroups(Constraint):
 
     Args:
         pairs: by convolution the classes of its inputs [groups, n] and outputs [groups, m].
+        reason: why channels are kept for that.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Vector, Vector]], classes: int) -> None:
-        self._pairs = pairs
+    def __init__(
+        self, pairs: Sequence[tuple[Vector, Vector]], classes: int, reason: Structural = Structural.BALANCED
+    ) -> None:
+        self._pairs, self._reason = pairs, reason
         super().__init__(Relation.of_sets([_watched(inputs, outputs) for inputs, outputs in pairs], classes))
 
     def meet(self, state: State) -> bool:
@@ -146,7 +149,7 @@ class EqualGroups(Constraint):
                 counts = state.alive[side].sum(1)
                 lacking = np.where(there, max(1, int(counts.max())) - counts, 0)
                 if (lacking > 0).any():
-                    changed |= state.keep(state.cheapest(side, lacking), Structural.BALANCED)
+                    changed |= state.keep(state.cheapest(side, lacking), self._reason)
         return changed
 
 

@@ -220,7 +220,8 @@ class Grouping:
         usable = units.named & (writers > 0)
         if not usable.any():
             return []
-        blocks = find_blocks(units, self.consistency.balances, usable & ~units.fixed)
+        sides = [*self.consistency.balances, *((rows, rows) for rows in self.consistency.equal)]
+        blocks = find_blocks(units, sides, usable & ~units.fixed)
         needed = units.alone_in(self.consistency.axes)
         names = np.flatnonzero(usable)
         alike = (writers, units.place, units.sizes(), blocks.block, units.fixed, needed & ~units.fixed)
@@ -319,6 +320,9 @@ class Grouping:
         for balance in self.found.walks["eval"].balances:
             if any(classes[self.found.of(side)].any() for side in (balance.inputs, balance.outputs)):
                 return f"the groups of {describe(balance.node)} cannot lose channels evenly"
+        for layers in self.found.walks["eval"].equal:
+            if classes[self.found.of(layers.rows)].any():
+                return f"the layers and directions of {describe(layers.node)} cannot lose units evenly"
         return "the groups of a convolution cannot lose channels evenly"
 
 

@@ -20,7 +20,7 @@ from fxprune.channels.constraints import (
 )
 from fxprune.channels.coupling import Coupling
 from fxprune.channels.ids import Mask, Vector
-from fxprune.channels.reasons import Pinned, Reason
+from fxprune.channels.reasons import Pinned, Reason, Structural
 from fxprune.channels.solver import Constraint, Costs, State
 
 
@@ -31,15 +31,18 @@ class Consistency:
     Attributes:
         coupling: the relations of the channels.
         balances: by grouped convolution the classes of its inputs [groups, n] and outputs [groups, m].
+        equal: by recurrent call the classes of the units of its layers and directions [rows, n].
         axes: the distinct class vectors of axes of which something must stay.
         grids, last: the constraints, those to meet first and those to meet after all others.
     """
 
     coupling: Coupling
     balances: list[tuple[Vector, Vector]]
+    equal: list[Vector]
     axes: list[Vector]
     grids: Grids
     groups: EqualGroups
+    layers: EqualGroups
     nonempty: NonEmptyAxes
     counts: Multiples
 
@@ -65,26 +68,29 @@ class Consistency:
         ]
         pairs += [(coupling.of(ids), coupling.of(ids)) for w in walks for ids in w.equal_groups]
         balances = list({(i.shape, i.tobytes(), o.tobytes()): (i, o) for i, o in pairs}.values())
+        rows = [coupling.of(e.rows) for w in walks for e in w.equal if e.node in reached]
+        equal = list({(r.shape, r.tobytes()): r for r in rows}.values())
         read = {str(n.target) for n in reached if n.op == "get_attr"}
         vectors = [v for name, axes in coupling.parameters.items() if name in read for v in axes if v is not None]
         vectors += [v for w in walks for v in w.nonempty]
         axes = distinct([coupling.of(v) for v in vectors])
         grids, groups = Grids(classes), EqualGroups(balances, classes.count)
+        layers = EqualGroups([(rows, rows) for rows in equal], classes.count, Structural.SAME_UNITS)
         nonempty = NonEmptyAxes(axes, classes.count)
-        counts = Multiples([], (grids, groups), True, classes.count)
-        return cls(coupling, balances, axes, grids, groups, nonempty, counts).aligned(align, decided)
+        counts = Multiples([], (grids, groups, layers), True, classes.count)
+        return cls(coupling, balances, equal, axes, grids, groups, layers, nonempty, counts).aligned(align, decided)
 
     def aligned(self, to: int | str, decided: Collection[tuple[str, int]] = ()) -> Consistency:
         """The same with counts that are multiples of `to`, or fast ones ("auto") where they are not decided."""
         auto = to == "auto"
         counts = fast_counts(self.coupling, decided) if auto else [(v, int(to)) for v in self.axes if int(to) > 1]
-        followers = self.grids, self.groups
+        followers = self.grids, self.groups, self.layers
         return replace(self, counts=Multiples(counts, followers, not auto, self.coupling.classes.count))
 
     @property
     def last(self) -> tuple[Constraint, ...]:
         """The constraints to meet after all others."""
-        return self.groups, self.nonempty, self.counts
+        return self.groups, self.layers, self.nonempty, self.counts
 
     def settle(self, alive: Mask, costs: Costs | None = None) -> Mask:
         """The smallest consistent set that holds `alive` and what is pinned.

@@ -1,4 +1,4 @@
-"""What reads channels: contractions, and the groups of convolutions."""
+"""What reads channels: contractions; and what must lose equally many: groups of convolutions, recurrent layers."""
 
 from __future__ import annotations
 
@@ -75,3 +75,11 @@ class Balance:
     outputs: Vector
     weight: str
     transposed: bool
+
+
+@dataclass(frozen=True, eq=False)
+class EqualCounts:
+    """Rows of ids [n, m] of which equally many stay: the units of all layers and directions of a recurrent call."""
+
+    node: fx.Node
+    rows: Vector

@@ -40,6 +40,7 @@ class Structural(Enum):
     GRID = "part of a grid whose other channels stay"
     REPRESENTATIVE = "represents the constants that a zero-padding layer reads"
     BALANCED = "kept so that groups of channels stay equal"
+    SAME_UNITS = "kept so that the layers and directions of a recurrent call have equally many units"
     NONEMPTY = "the last one of its axis"
     ALIGNED = "kept for a count that runs faster"
 

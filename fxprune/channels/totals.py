@@ -8,12 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import fx
 
 from fxprune.channels.costs import node_costs, node_traffic
 from fxprune.channels.coupling import Coupling
 from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.readers import Reader
+from fxprune.channels.registry import Cost
 from fxprune.channels.relation import Relation
 from fxprune.channels.units import Balanced
+from fxprune.channels.walk import Walk
 from fxprune.graph.batch import Batch
 
 
@@ -91,7 +95,7 @@ class Total:
 def contraction_totals(coupling: Coupling) -> tuple[Total, Total]:
     """Multiply-accumulates of the eval graph and elements that its convolutions and linear layers move, of a sample."""
     walk, of = coupling.walks["eval"], coupling.of
-    readers = {reader.node: reader for reader in walk.readers if reader.rows is not None}
+    readers = _only_readers(walk)
     costs: dict[object, Term] = {}
     traffic: list[Term] = []
     batch = Batch.of(walk.graph)
@@ -105,13 +109,24 @@ def contraction_totals(coupling: Coupling) -> tuple[Total, Total]:
                 if (moved := node_traffic(node, batch)) is not None:
                     sides = Term(moved.output, vectors[:1], None), Term(moved.data, vectors[1:], None)
                     traffic += [*sides, Term(moved.weight, vectors, within)]
+                beside = Cost(cost.macs, (cost.axes or ())[:-2]).ids or ()  # axes that rows and columns are not
+                vectors = [*vectors, *map(of, beside)]
             else:
-                vectors = list({v.tobytes(): v for v in map(of, ids or ())}.values())
+                vectors = list(map(of, ids or ()))
             key = (0 if within is None else len(within[0]), *(v.tobytes() for v in vectors))
             before = costs[key].value if key in costs else 0.0
             costs[key] = Term(cost.macs + before, vectors, within)
     count = coupling.classes.count
     return Total(list(costs.values()), count), Total(traffic, count)
+
+
+def _only_readers(walk: Walk) -> dict[fx.Node, Reader]:
+    """The readers with rows by their calls, of those that have one."""
+    found: dict[fx.Node, list[Reader]] = {}
+    for reader in walk.readers:
+        if reader.rows is not None:
+            found.setdefault(reader.node, []).append(reader)
+    return {node: readers[0] for node, readers in found.items() if len(readers) == 1}
 
 
 def _share(sets: Relation, alive: Mask) -> NDArray[np.float64]:

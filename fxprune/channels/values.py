@@ -142,6 +142,33 @@ class Value:
         return Value(axes, replace(facts.map(lambda tensor: tensor.reshape(final)), stored=False), self.sums)
 
 
+@dataclass(frozen=True, eq=False)
+class Stack(Value):
+    """Values along a first axis, whose last axes carry channels each of their own, equally many of which stay.
+
+    Its own axes are those of the first part: whoever does not take single parts reads it by `Walk.value`, which makes
+    the channels of all parts the same.
+
+    Attributes:
+        parts: the values.
+    """
+
+    parts: tuple[Value, ...] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[Value]) -> Value:
+        """The value of a stack, a plain one where there is one part."""
+        if len(parts) == 1:
+            return parts[0].lead(1)
+        return cls((Axis.plain(len(parts)), *parts[0].axes), parts=tuple(parts))
+
+    @property
+    def common(self) -> Value:
+        """The stack as one value: known is what is zero in every part."""
+        where = torch.stack([part.zeros for part in self.parts]).all(0)
+        return settled(self.axes, where[None], torch.zeros(()))
+
+
 def _loses_ids(before: Factor, after: Factor) -> bool:
     return before.ids is not None and after.ids is None
 

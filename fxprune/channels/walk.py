@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from fxprune.channels.axes import ONE, Axis, Factor, Size, same_size
 from fxprune.channels.edits import Edit, Reindex
 from fxprune.channels.ids import Ids, Vector
-from fxprune.channels.readers import Balance, Reader
-from fxprune.channels.values import Known, Value
+from fxprune.channels.readers import Balance, EqualCounts, Reader
+from fxprune.channels.values import Known, Stack, Value
 from fxprune.graph.mutation import is_mutating, written
 from fxprune.graph.text import describe
 
@@ -50,6 +50,7 @@ class Walk:
             channel that is the same everywhere is its own mean, and dropouts keep it on average.
         env: the value of every node.
         readers, balances: the contractions met.
+        equal: the recurrent layers met.
         edits: what removal changes in the graph.
         reindexed: stored indices that shift.
         aligned: the id vectors of each convolution, and whether it is depthwise.
@@ -67,6 +68,7 @@ class Walk:
         self.env: dict[fx.Node, Result] = {}
         self.readers: list[Reader] = []
         self.balances: list[Balance] = []
+        self.equal: list[EqualCounts] = []
         self.edits: list[Edit] = []
         self.reindexed: list[Reindex] = []
         self.aligned: list[tuple[list[Vector], bool]] = []
@@ -86,6 +88,18 @@ class Walk:
         """The value of a tensor operand."""
         found = self.env[operand]
         assert isinstance(found, Value), operand
+        if isinstance(found, Stack):
+            for part in found.parts[1:]:
+                self.join(operand, [found.axes[-1], part.axes[-1]])
+            self.env[operand] = found = found.common
+        return found
+
+    def stack(self, node: fx.Node, base: fx.Node) -> Stack | None:
+        """The value of the operand that an operator may return a part of, where it is a stack."""
+        found = self.env[base]
+        if not isinstance(found, Stack):
+            return None
+        self.shared_storage(node, base)
         return found
 
     def viewed(self, node: fx.Node, base: fx.Node) -> Value:
@@ -140,8 +154,9 @@ class Walk:
     def pin_value(self, node: fx.Node, value: Result, why: str) -> None:
         """All axes of a value, of each of several."""
         for tensor in value if isinstance(value, list) else [value]:
-            for axis in () if tensor is None else tensor.axes:
-                self.pin_axis(node, axis, why)
+            for part in tensor.parts if isinstance(tensor, Stack) else [tensor]:
+                for axis in () if part is None else part.axes:
+                    self.pin_axis(node, axis, why)
 
     def pin_operand(self, node: fx.Node, operand: fx.Node, why: str) -> None:
         """All axes of an operand."""
@@ -267,9 +282,8 @@ class Walk:
         result = self.env[node]
         for target in _overwritten(node):
             for other in self._storage.family(target):
-                value = self.env.get(other)
-                if other is not node and isinstance(value, Value):
-                    self.env[other] = Value(value.axes)
+                if other is not node and isinstance(self.env.get(other), Value):
+                    self.env[other] = Value(self.value(other).axes)
             if isinstance(result, Value) and result.rank == len(self.shape(target)):
                 self.env[target] = result.without_source()
 

@@ -1,32 +1,95 @@
-"""Recurrent layers."""
+"""Recurrent layers, and the cells of single steps."""
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import fx, nn
 
-from fxprune.channels.axes import sizes_of
-from fxprune.channels.macs import measured_macs
-from fxprune.channels.readers import Bias
-from fxprune.channels.registry import Cost, OperatorCall, register
-from fxprune.channels.rules.contractions import Layer, read_weight
-from fxprune.channels.values import Value
+from fxprune.channels.axes import Axis, sizes_of
+from fxprune.channels.edits import SetArguments
+from fxprune.channels.readers import EqualCounts
+from fxprune.channels.registry import REGISTRY, Cost, OperatorCall, register
+from fxprune.channels.rules.hidden_units import GRU, LSTM, RNN, Direction, Kind, Units, beside, relate_direction
+from fxprune.channels.rules.initial_states import InitialStates, cut_to_units
+from fxprune.channels.values import Stack, Value
 from fxprune.channels.walk import Result, Walk
 
 aten = torch.ops.aten
 
+_KINDS: Mapping[Any, Kind] = {
+    aten.lstm: LSTM, aten.gru: GRU, aten.rnn_tanh: RNN, aten.rnn_relu: RNN,
+    aten.lstm_cell: LSTM, aten.gru_cell: GRU, aten.rnn_tanh_cell: RNN, aten.rnn_relu_cell: RNN,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Call(OperatorCall):
+    """What layers and cells have in common.
+
+    Attributes:
+        hx: the states at the start, a list [h, c] of an LSTM.
+    """
+
+    data: fx.Node
+    hx: Any
+
+    @property
+    def kind(self) -> Kind:
+        return _KINDS[REGISTRY.model(self.node.target).overloadpacket]
+
+    @property
+    @abc.abstractmethod
+    def directions(self) -> list[Direction]:
+        """The weights by layer and direction."""
+
+    @property
+    def is_lstm(self) -> bool:
+        return isinstance(self.hx, list | tuple)
+
+    def _depends_on_input(self, walk: Walk) -> bool:
+        weights = [node for direction in self.directions for node in direction.nodes]
+        return walk.facts and not all(walk.value(node).stored for node in weights)
+
+    def _initial(self, walk: Walk, rows: int) -> list[InitialStates]:
+        operands = self.hx if self.is_lstm else [self.hx]
+        return [InitialStates.of(walk, self.node, operand, rows) for operand in operands]
+
+    def _cut_states(self, walk: Walk, initial: Sequence[InitialStates], units: Sequence[Units]) -> None:
+        """Record what removal changes in the states at the start."""
+        if not any(states.shared for states in initial):
+            return
+        vectors = [each.states for each in units], [each.cells for each in units]
+        operands = self.hx if self.is_lstm else [self.hx]
+        cut = [cut_to_units(*each) for each in zip(operands, initial, vectors, strict=False)]
+        walk.edits.append(SetArguments(self.node, {"hx": cut if self.is_lstm else cut[0]}))
+
+    def costs(self, env: Mapping[fx.Node, Result]) -> Sequence[Cost]:
+        """One product a weight and step."""
+        steps = float(math.prod(sizes_of(self.data)[:-1]))
+        weights = [node for direction in self.directions for node in direction.nodes]
+        matrices = [weight for weight in weights if len(sizes_of(weight)) == 2]
+        return [Cost(steps * math.prod(sizes_of(weight)), _axes(env.get(weight))) for weight in matrices]
+
+
+def _axes(value: Result) -> tuple[Axis, ...]:
+    return value.axes if isinstance(value, Value) else ()
+
 
 @register(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 @dataclass(frozen=True, eq=False)
-class Recurrent(OperatorCall):
-    """The input is contracted; the hidden units are pinned, since they feed themselves."""
+class Recurrent(_Call):
+    """Layers of hidden units in one direction or both, over all steps of a sequence.
 
-    data: fx.Node
+    All layers and directions of a call have equally many units.
+    """
+
     params: list[fx.Node]
     has_biases: bool
     num_layers: int
@@ -34,49 +97,49 @@ class Recurrent(OperatorCall):
     modules: ClassVar = (nn.RNNBase,)
 
     @property
-    def parameters_per_direction(self) -> int:
-        return len(self.params) // (self.num_layers * (2 if self.bidirectional else 1))
+    def directions(self) -> list[Direction]:
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        step = len(self.params) // count
+        return [self._direction(self.params[i : i + step]) for i in range(0, count * step, step)]
+
+    def _direction(self, params: Sequence[fx.Node]) -> Direction:
+        inputs, states, *rest = params
+        biases = rest[:2] if self.has_biases else (None, None)
+        projection = rest[2 if self.has_biases else 0 :]
+        return Direction(inputs, states, *biases, *projection)
 
     @property
     def first_layer(self) -> list[tuple[fx.Node, fx.Node | None]]:
         """The weight and the bias of the input, for each direction."""
-        step = self.parameters_per_direction
-        starts = [0, step] if self.bidirectional else [0]
-        return [(self.params[i], self.params[i + 2] if self.has_biases else None) for i in starts]
+        return [(each.inputs, each.input_bias) for each in self.directions[: 2 if self.bidirectional else 1]]
 
     def relate(self, walk: Walk) -> Result:
-        why = "hidden units of a recurrent layer"
+        if self._depends_on_input(walk):
+            return walk.refuse(self.node, "weights that depend on the input")
+        directions = self.directions
         data = walk.value(self.data)
         data = walk.blur(self.node, data, range(data.rank - 1), "steps of a recurrent layer")
         data = walk.flat(self.node, data, data.rank - 1)
-        contracted = {weight for weight, _ in self.first_layer}
-        for operand in self.node.all_input_nodes:
-            if operand is not self.data and operand not in contracted:
-                walk.pin_operand(self.node, operand, why)
-        for weight_node, bias_node in self.first_layer:
-            weight = walk.value(weight_node)
-            walk.pin_axis(self.node, weight.axes[0], why)
-            axis = walk.join(self.node, [data.axes[-1], weight.axes[1]])
-            if not data.axes[-1].is_one:
-                data = data.relayout(data.rank - 1, axis)
-            bias = None if bias_node is None else walk.value(bias_node)
-            alone = bias is not None and walk.is_alone(bias.source)
-            table = None if weight.facts is None else weight.facts.value.unsqueeze(0).unsqueeze(-1)
-            rows, columns = walk.shape(weight_node)
-            layer = Layer(
-                self.node, data, data.rank - 1, replace(weight, source=None), table, weight.axes[0].ids, axis.ids, 1,
-                rows, columns, folds=alone, bias=Bias(bias_node if alone else None), bias_value=bias,
-            )  # fmt: skip
-            read_weight(walk, layer)
-        return walk.unknown(self.node)
+        initial = self._initial(walk, len(directions))
+        around, units = [Axis.plain(size) for size in walk.shape(self.node)[:-1]], list[Units]()
+        beside_each_other = 2 if self.bidirectional else 1
+        for index, direction in enumerate(directions):
+            start = [states.states[index] for states in initial]
+            units.append(relate_direction(walk, self.node, self.kind, direction, data, start))
+            if (index + 1) % beside_each_other == 0:
+                data = beside(units[-beside_each_other:], around)
+        self._keep_equal(walk, units)
+        self._cut_states(walk, initial, units)
+        batch = [Axis.plain(size) for size in self.node.meta["val"][1].shape[1:-1]]
+        results = [data, Stack.of([each.state(batch) for each in units])]
+        return [*results, Stack.of([each.cell(batch) for each in units])] if self.is_lstm else results
 
-    def costs(self, env: Mapping[fx.Node, Result]) -> Sequence[Cost]:
-        """What reads the input is proportional to it, the rest to nothing that can go."""
-        weight = self.first_layer[0][0]
-        read = float(math.prod(sizes_of(self.data)[:-1]) * math.prod(sizes_of(weight)) * len(self.first_layer))
-        data = env.get(self.data)
-        axes = data.axes[-1:] if isinstance(data, Value) else ()
-        return [Cost(measured_macs(self.node) - read, None), Cost(read, axes)]
+    def _keep_equal(self, walk: Walk, units: Sequence[Units]) -> None:
+        if len(units) == 1:
+            return
+        walk.equal.append(EqualCounts(self.node, np.stack([each.states for each in units])))
+        if self.directions[0].projection is not None:
+            walk.equal.append(EqualCounts(self.node, np.stack([each.cells for each in units])))
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
@@ -85,3 +148,37 @@ class Recurrent(OperatorCall):
         units = sizes["weight_hh_l0"][0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
         projected = {"proj_size": sizes["weight_hr_l0"][0]} if module.proj_size else {}
         return {"hidden_size": units, "input_size": sizes["weight_ih_l0"][1], **projected}
+
+
+@register(aten.lstm_cell, aten.gru_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell)
+@dataclass(frozen=True, eq=False)
+class RecurrentCell(_Call):
+    """One step of a layer; the states of a loop are carried from call to call."""
+
+    w_ih: fx.Node
+    w_hh: fx.Node
+    b_ih: fx.Node | None = None
+    b_hh: fx.Node | None = None
+    modules: ClassVar = (nn.RNNCellBase,)
+
+    @property
+    def directions(self) -> list[Direction]:
+        return [Direction(self.w_ih, self.w_hh, self.b_ih, self.b_hh)]
+
+    def relate(self, walk: Walk) -> Result:
+        if self._depends_on_input(walk):
+            return walk.refuse(self.node, "weights that depend on the input")
+        data = walk.value(self.data)
+        data = walk.blur(self.node, data, range(data.rank - 1), "samples of a recurrent cell")
+        data = walk.flat(self.node, data, data.rank - 1)
+        initial = self._initial(walk, 1)
+        start = [states.states[0] for states in initial]
+        units = relate_direction(walk, self.node, self.kind, self.directions[0], data, start)
+        self._cut_states(walk, initial, [units])
+        batch = [Axis.plain(size) for size in walk.shape(self.node)[:-1]]
+        return [units.state(batch), units.cell(batch)] if self.is_lstm else units.state(batch)
+
+    @classmethod
+    def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
+        assert isinstance(module, nn.RNNCellBase)
+        return {"hidden_size": module.weight_hh.shape[1], "input_size": module.weight_ih.shape[1]}

@@ -118,6 +118,9 @@ class Select(_Parts):
     index: Any
 
     def relate(self, walk: Walk) -> Value:
+        stack = walk.stack(self.node, self.data) if isinstance(self.index, int) else None
+        if stack is not None and self.dim % stack.rank == 0:
+            return stack.parts[int(self.index)]
         value, dim = self._operand(walk)
         rest = value.replaced_axis(dim)
         value, ids = self._opened(walk, value, dim, self.index, free="selected at a free position")
@@ -174,6 +177,9 @@ class Unbind(_Parts):
     """Every index of an axis as a tensor of its own."""
 
     def relate(self, walk: Walk) -> list[Value]:
+        stack = walk.stack(self.node, self.data)
+        if stack is not None and self.dim % stack.rank == 0:
+            return list(stack.parts)
         value, dim = self._operand(walk)
         rest = value.replaced_axis(dim)
         value, ids = self._opened(walk, value, dim)

@@ -335,6 +335,10 @@ CONTRACTIONS = {
     "gru.input": tokens(lambda x, layer: layer(x)[0], lambda: nn.GRU(8, 5, batch_first=True)),
     "rnn_tanh.input": tokens(lambda x, layer: layer(x)[0], lambda: nn.RNN(8, 5, batch_first=True)),
     "rnn_relu.input": tokens(lambda x, layer: layer(x)[0], lambda: nn.RNN(8, 5, batch_first=True, nonlinearity="relu")),
+    "lstm_cell": matrix(lambda x, cell: torch.cat(cell(x), 1), lambda: nn.LSTMCell(8, 5)),
+    "gru_cell": matrix(lambda x, cell: cell(x), lambda: nn.GRUCell(8, 5)),
+    "rnn_tanh_cell": matrix(lambda x, cell: cell(x), lambda: nn.RNNCell(8, 5)),
+    "rnn_relu_cell": matrix(lambda x, cell: cell(x), lambda: nn.RNNCell(8, 5, nonlinearity="relu")),
 }  # fmt: skip
 SAMPLES: dict[str, Sample] = {
     **POINTWISE, **COPIES, **CREATION, **SHAPES, **REDUCTIONS, **POOLS, **NORMS, **CONTRACTIONS
