@@ -14,12 +14,13 @@ class Product:
     """A product of two activations, summed over channels of both, as queries and keys are.
 
     Attributes:
-        node: the call. left, right: the operands, and the axis of each that is summed over.
+        node: the call.
+        left, right: the operands, and the order of the axes of each in which positions and channels come last.
     """
 
     node: fx.Node
-    left: tuple[fx.Node, int]
-    right: tuple[fx.Node, int]
+    left: tuple[fx.Node, tuple[int, ...]]
+    right: tuple[fx.Node, tuple[int, ...]]
 
     def gram(self, values: Sequence[Tensor], counts: Tensor | None = None) -> Tensor:
         """[channels, channels], sums over all outputs of the products of what two channels add.
@@ -28,9 +29,7 @@ class Product:
             values: of the operands. counts: which samples, or which positions [samples, positions], count; None for
                 all, as where the operands have other sizes.
         """
-        left, right = (
-            value.movedim(axis, -1) for value, (_, axis) in zip(values, (self.left, self.right), strict=True)
-        )
+        left, right = (value.permute(order) for value, (_, order) in zip(values, (self.left, self.right), strict=True))
         grams = []
         for value in (left, right):
             rows = value if value.dim() > 2 else value[None]

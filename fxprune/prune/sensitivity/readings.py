@@ -101,23 +101,29 @@ def _of_weight(grouping: Grouping, reader: Reader) -> Reading | None:
 def _of_product(grouping: Grouping, node: fx.Node) -> Reading | None:
     call = REGISTRY.call(node) if node.op == "call_function" else None
     if isinstance(call, Attention):
-        product = Product(node, (call.query, -1), (call.key, -1))
+        product = Product(node, *((each, tuple(range(_rank(each)))) for each in (call.query, call.key)))
     elif isinstance(call, Contraction) and call.labels is not None and len(call.labels.outer + call.labels.inner) == 2:
         labels = call.labels
         if has_weight(call):  # of a layer, which is no product of two activations
             return None
-        if labels.left[: len(labels.batch)] != labels.right[: len(labels.batch)]:
+        if not {*labels.batch} <= {*labels.left} & {*labels.right}:
             return None
-        product = Product(
-            node, (call.left, labels.left.index(labels.contracted)), (call.right, labels.right.index(labels.contracted))
-        )
+        orders = [
+            tuple(own.index(label) for label in labels.batch + position + labels.contracted)
+            for own, position in ((labels.left, labels.outer), (labels.right, labels.inner))
+        ]
+        product = Product(node, (call.left, orders[0]), (call.right, orders[1]))
     else:
         return None
-    ids = [_ids(grouping, operand, axis) for operand, axis in (product.left, product.right)]
+    ids = [_ids(grouping, operand, order[-1]) for operand, order in (product.left, product.right)]
     if any(each is None for each in ids):
         return None
     channels = grouping.found.of(ids[0])  # type: ignore[arg-type]
     return Reading(product, channels[None])
+
+
+def _rank(node: fx.Node) -> int:
+    return len(node.meta["val"].shape)
 
 
 def _ids(grouping: Grouping, node: fx.Node, axis: int) -> Vector | None:

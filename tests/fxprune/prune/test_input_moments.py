@@ -64,7 +64,7 @@ def test_they_are_those_of_dense_algebra_however_samples_are_batched() -> None:
 def test_a_product_adds_up_what_each_channel_adds_to_it(heads: int) -> None:
     torch.manual_seed(0)
     left, right = (torch.randn(3, count, 5, 6, dtype=torch.float64) for count in (4, heads))
-    product = Product(None, (None, -1), (None, -1))  # type: ignore[arg-type]
+    product = Product(None, (None, (0, 1, 2, 3)), (None, (0, 1, 2, 3)))  # type: ignore[arg-type]
     shared = right.repeat_interleave(4 // heads, 1)
     each = torch.einsum("bhid,bhjd->dbhij", left, shared).flatten(1)
     torch.testing.assert_close(product.gram([left, right]), each @ each.T)
@@ -76,7 +76,7 @@ def test_a_product_adds_up_what_each_channel_adds_to_it(heads: int) -> None:
 def test_positions_that_do_not_count_add_nothing_to_a_product() -> None:
     torch.manual_seed(0)
     left, right = (torch.randn(3, 2, 5, 6, dtype=torch.float64) for _ in range(2))
-    product = Product(None, (None, -1), (None, -1))  # type: ignore[arg-type]
+    product = Product(None, (None, (0, 1, 2, 3)), (None, (0, 1, 2, 3)))  # type: ignore[arg-type]
     counts = torch.arange(5) < torch.tensor([5, 3, 0])[:, None]
     padded = [torch.where(counts[:, None, :, None], each, 99.0) for each in (left, right)]
     zeroed = [torch.where(counts[:, None, :, None], each, 0.0) for each in (left, right)]
@@ -95,7 +95,7 @@ def test_products_name_the_node_that_is_nan() -> None:
     traced = fxprune.trace(Met(), (q, k), modes=("eval",))
     graph = traced.graphs["eval"]
     (node,) = graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
-    found = InputMoments([Product(node, (node.args[0], -1), (node.args[1], -2))], 6)
+    found = InputMoments([Product(node, (node.args[0], (0, 1, 2)), (node.args[1], (0, 2, 1)))], 6)
     q[0] = -1
     with pytest.raises(PruningError, match="NaN or inf come up at `log`"):
         for piece in Batches(traced, graph, (q, k), None):

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 import fxprune
+from fxprune.channels.groups import Grouping
+from fxprune.prune.repair.products import Product
 from fxprune.prune.sensitivity.analysis import DAMPING
-from tests.attention_spellings import WIDTH, attention
+from fxprune.prune.sensitivity.readings import readings
+from tests.attention_spellings import SIZE, WIDTH, attention
 from tests.repairs import HELD, READERS, chain
 
 
@@ -146,7 +149,9 @@ def test_the_input_weights_of_recurrent_layers_make_up_for_what_they_read(kind: 
         assert measured == pytest.approx(lost(built(x[HELD]), model(x[HELD])), rel=1e-6)
 
 
-@pytest.mark.parametrize("spelling", ["separate", "explicit", "shared by repeat", "chunk"])
+@pytest.mark.parametrize(
+    "spelling", ["separate", "explicit", "einsum", "einsum of positions first", "shared by repeat", "chunk"]
+)
 @torch.no_grad()
 def test_what_reads_heads_makes_up_for_those_that_go(spelling: str) -> None:
     model, x = attention(spelling)
@@ -165,3 +170,25 @@ def test_what_reads_heads_makes_up_for_those_that_go(spelling: str) -> None:
         built = copy.deepcopy(model)
         built.out.load_state_dict(refitted(model.out, seen[0].flatten(0, 1), live))
         assert measured == pytest.approx(lost(built(x[held]), model(x[held])), rel=1e-6)
+
+
+@pytest.mark.parametrize("spelling", ["explicit", "scaled before", "einsum", "einsum of positions first"])
+@torch.no_grad()
+def test_products_of_queries_and_keys_count_alike_however_they_are_written(spelling: str) -> None:
+    """Curves of heads and of the channels within them, and what a product of its own has a say in."""
+    model, x = attention("separate")
+    written, _ = attention(spelling)
+    written.load_state_dict(model.state_dict())
+    if spelling.startswith("einsum"):  # without the scale
+        for tensor in written.q.parameters():
+            tensor *= SIZE**-0.5
+    found = []
+    for each in (model, written):
+        traced = fxprune.trace(each, (x[:2],), modes=("eval",))
+        products = [reading for reading in readings(Grouping(traced)) if isinstance(reading.reader, Product)]
+        assert len(products) == 1
+        found.append(fxprune.sensitivity(traced, x, distance="error").curves)
+    for one, other in zip(*found, strict=True):
+        assert (one.kind, one.order, one.counts) == (other.kind, other.order, other.counts)
+        assert other.measured == pytest.approx(one.measured, rel=1e-6)
+        assert other.local == pytest.approx(one.local, rel=1e-6)
