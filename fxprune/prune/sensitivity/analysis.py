@@ -32,6 +32,7 @@ from fxprune.prune.sensitivity.curves import Forks
 from fxprune.prune.sensitivity.distances import OutputDistance
 from fxprune.prune.sensitivity.elimination import Order, Part, removal_order
 from fxprune.prune.sensitivity.readings import Reading, owners, readings
+from fxprune.prune.sensitivity.turns import Turns
 
 DAMPING = 1e-2
 _LEAST_ENERGY = 1e-12  # of an output, relative to what the same inputs give about zero; less is rounding
@@ -177,8 +178,9 @@ class _Analysis:
             for number, part in self._parts(each, columns)
         ]
         telling = [part for _, _, part in parts if math.isfinite(part.energy)]
-        order = removal_order(telling, group.size) if telling else _by_weights(self._grouping, group)
-        counts = sorted({max(1, min(round(share * group.size), group.size - 1)) for share in self._shares})
+        turns = Turns.of(group)
+        order = removal_order(telling, group.size, turns) if telling else _by_weights(self._grouping, group, turns)
+        counts = sorted({turns.nearest(share * group.size) for share in self._shares})
         begin = self._starts[id(group)]
         turned = {
             id(basis): sorted_bases(basis, self._moments, self.tensor) for basis in self._bases.get(id(group), ())
@@ -348,9 +350,10 @@ def _table(grouping: Grouping, reader: Reader) -> Tensor:
     return reader.table([tensor_at(grouping.plain, name).detach() for name in reader.weights])
 
 
-def _by_weights(grouping: Grouping, group: ChannelGroup) -> Order:
+def _by_weights(grouping: Grouping, group: ChannelGroup, turns: Turns) -> Order:
     """The smallest weights first: of what no contraction of its own reads, nothing else is known."""
     (scores,) = unit_scores(grouping.plain, grouping, [group], "l2", Evidence())
     found = torch.from_numpy(scores)
     units = found.argsort(stable=True)
+    units = units[turns.arranged(units)]
     return Order(units, found[units])

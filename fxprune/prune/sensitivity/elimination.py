@@ -3,7 +3,8 @@
 A part is one contraction, or one group of one, seen by a group of channels: H, the second moment of its inputs, and W,
 its weights. Without the columns S of some units, the best that the others can do loses tr(W_S (H^-1_SS)^-1 W_S^T);
 their weights change by -W_S (H^-1_SS)^-1 H^-1_S,: . Units go one after the other, the cheapest first, by H^-1 without
-the columns that went, so that what two units both carry is lost with the second one.
+the columns that went, so that what two units both carry is lost with the second one. Where groups of convolutions have
+to stay equal, some units of each cell take a turn.
 
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (1993),
 https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050; for whole structures Kurtic et al.,
@@ -12,11 +13,15 @@ https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from fxprune.channels.ids import Vector
+from fxprune.prune.sensitivity.turns import Turns
 
 # Losses of all units are computed this often; between two times, the cheapest go among this many more, in this many
 # steps at most. Groups of fewer units than both multiplied lose one at a time.
@@ -111,48 +116,81 @@ class Order:
     losses: Tensor
 
 
-def removal_order(parts: Sequence[Part], units: int) -> Order:
-    """The order in which units go, by the sum of what all parts lose; the last one stays.
+def removal_order(parts: Sequence[Part], units: int, turns: Turns | None = None) -> Order:
+    """The order in which units go, by the sum of what all parts lose; what no turn takes stays, and comes last.
 
     Args:
         parts: the readers of the units, on one device. units: how many there are.
+        turns: which can go together; None for each by itself.
     """
+    turns = Turns.one_by_one(units) if turns is None else turns
     rests = [_Rest.of(part) for part in parts]
     left = torch.arange(units)
     order: list[int] = []
     losses: list[float] = []
-    chunk = max(1, units // _CHUNKS)
-    while len(left) > 1:
-        count = min(chunk, len(left) - 1)
-        candidates = _summed(rests).argsort(stable=True)[: count * (1 + _CANDIDATES) if count > 1 else 1].cpu()
-        gone = candidates[_cheapest([rest.only(candidates) for rest in rests], count, losses)]
+    for some in _portions(turns.counts, max(1, units // _CHUNKS)):
+        cells, quotas = turns.cells[left.numpy()], some.sum(0)
+        candidates = _candidates(_summed(rests), cells, quotas)
+        chosen, costs = _cheapest([rest.only(candidates) for rest in rests], cells[candidates.numpy()], quotas)
+        gone = candidates[chosen]
+        places = Turns(turns.cells, some).arranged(left[gone])
+        order += left[gone][places].tolist()
+        losses += torch.tensor(costs)[places].tolist()
         stays = torch.ones(len(left), dtype=torch.bool)
         stays[gone] = False
         rest_units = stays.nonzero()[:, 0]
         rests = [rest.without(gone, rest_units) for rest in rests]
-        order += left[gone].tolist()
         left = left[rest_units]
     order += left.tolist()
-    losses.append(losses[-1] if losses else 0.0)
+    losses += [losses[-1] if losses else 0.0] * len(left)
     return Order(torch.tensor(order), torch.tensor(losses, dtype=torch.float64))
+
+
+def _portions(counts: Vector, least: int) -> Iterator[Vector]:
+    """The turns, as many at once as take so many units."""
+    begin, gone = 0, counts.sum(1)
+    for end in range(1, len(counts) + 1):
+        if gone[begin:end].sum() >= least or end == len(counts):
+            yield counts[begin:end]
+            begin = end
 
 
 def _summed(rests: Sequence[_Rest]) -> Tensor:
     return torch.stack([rest.losses() for rest in rests]).sum(0).clamp(min=0)
 
 
-def _cheapest(rests: Sequence[_Rest], count: int, losses: list[float]) -> list[int]:
-    """Which of the candidates go, one after the other or some at a time; what each costs is added to `losses`."""
-    left = list(range(len(rests[0].weights)))
+def _candidates(costs: Tensor, cells: Vector, quotas: Vector) -> Tensor:
+    """The cheapest units of each cell, among which those are chosen that go."""
+    order = costs.argsort(stable=True).cpu().numpy()
+    factor = 1 + _CANDIDATES if quotas.sum() > 1 else 1
+    among = [order[cells[order] == cell][: quota * factor] for cell, quota in enumerate(quotas)]
+    chosen = np.isin(order, np.concatenate(among))
+    return torch.from_numpy(order[chosen])
+
+
+def _cheapest(rests: Sequence[_Rest], cells: Vector, quotas: Vector) -> tuple[list[int], list[float]]:
+    """Which of the candidates go, so many of each cell, one after the other or some at a time; and what each costs."""
+    left = np.arange(len(cells))
+    quotas, count = quotas.copy(), int(quotas.sum())
     found: list[int] = []
+    losses: list[float] = []
     while True:
         costs = _summed(rests)
-        places = costs.argsort(stable=True)[: min(max(1, count // _STEPS), count - len(found))].cpu()
+        most = min(max(1, count // _STEPS), count - len(found))
+        places = _first_of(costs.argsort(stable=True).cpu().numpy(), cells[left], quotas, most)
         losses += costs[places].tolist()
-        found += [left[place] for place in places.tolist()]
+        found += left[places].tolist()
         if len(found) == count:
-            return found
-        stays = torch.ones(len(costs), dtype=torch.bool)
+            return found, losses
+        quotas -= np.bincount(cells[left[places]], minlength=len(quotas))
+        stays = np.ones(len(left), bool)
         stays[places] = False
-        left = [unit for unit, stay in zip(left, stays.tolist(), strict=True) if stay]
-        rests = [rest.without(places, stays.nonzero()[:, 0]) for rest in rests]
+        left = left[stays]
+        rests = [rest.without(torch.from_numpy(places), torch.from_numpy(stays.nonzero()[0])) for rest in rests]
+
+
+def _first_of(order: Vector, cells: Vector, quotas: Vector, most: int) -> Vector:
+    """Of units in an order the first ones, no more of a cell than its quota, and `most` in all."""
+    within = [own[:quota] for cell, quota in enumerate(quotas) for own in [np.flatnonzero(cells[order] == cell)]]
+    found: Vector = order[np.sort(np.concatenate(within))[:most]]
+    return found
