@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,26 +58,31 @@ def make_biases(traced: TracedModule, values: Mapping[str, Tensor]) -> tuple[str
     for weight, found in readers.items():
         if names[weight] is None or not all(map(_lacks_bias, found)):
             raise PruningError(f"{weight!r} has no place for a bias, or has one. Give the model that was traced.")
+    with torch.inference_mode(False):  # what is made trains on
+        _make(traced, {str(name): (readers[weight], values[weight]) for weight, name in names.items()})
+    made = {str(name): weight for weight, name in names.items()}
+    traced.make({**traced.made_biases, **made})
+    return tuple(made)
+
+
+def _make(traced: TracedModule, biases: Mapping[str, tuple[Sequence[Reader], Tensor]]) -> None:
+    """Register biases by name, and let the readers of every graph add them."""
     dead: dict[str, Tensor] = {}
-    for weight, name in names.items():
-        assert name is not None
+    for name, (readers, value) in biases.items():
+        first = readers[0]
         owner, attribute = locate(traced, name)
-        like = view(traced, weight).original
+        like = view(traced, first.name).original
         assert like is not None
-        value = values[weight].to(like.device, like.dtype).expand(math.prod(readers[weight][0].sizes[:2]))
-        bias = nn.Parameter(value.clone(), like.requires_grad)
-        owner.register_parameter(attribute, bias)
-        for node in (call.node for reader in readers[weight] for call in reader.calls):
-            _read(node, name, len(bias))
-        alive = _alive(traced, readers[weight][0])
+        value = value.to(like.device, like.dtype).expand(math.prod(first.sizes[:2]))
+        owner.register_parameter(attribute, nn.Parameter(value.clone(), like.requires_grad))
+        for node in (call.node for reader in readers for call in reader.calls):
+            _read(node, name, len(value))
+        alive = _alive(traced, first)
         if not bool(alive.all()):
             dead[name] = alive.to(like.dtype)
     traced.recompile()
     if dead:
         driver.insert_masks(traced, dead)
-    made = {str(name): weight for weight, name in names.items()}
-    traced.make({**traced.made_biases, **made})
-    return tuple(made)
 
 
 def _by_weight(traced: TracedModule, graph: fx.Graph) -> dict[str, Reader]:

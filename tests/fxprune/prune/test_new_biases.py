@@ -322,3 +322,35 @@ def test_a_bias_is_of_the_type_and_flag_of_its_layer() -> None:
     bias = traced.get_parameter("reader.bias")
     assert bias.dtype is torch.bfloat16
     assert not bias.requires_grad
+
+
+def test_biases_that_are_made_without_gradients_train_on() -> None:
+    model, x = bare()
+    traced = fxprune.trace(copy.deepcopy(model), x[:2]).eval()
+    fxprune.prune.channels(traced, 0.5, round_to=1)
+    with torch.inference_mode():
+        made = fxprune.reconstruct(traced, x).new_biases
+    traced.train()(x[:32].clone()).square().sum().backward()
+    parameters = dict(traced.named_parameters())
+    assert all(parameters[name if name in parameters else f"{name}_orig"].grad is not None for name in made)
+
+
+def test_a_schedule_goes_on_over_new_biases() -> None:
+    model, x = bare()
+    traced = fxprune.trace(copy.deepcopy(model), x[:2]).eval()
+
+    def prune(amount: float) -> object:
+        return fxprune.prune.channels(traced, amount, round_to=1)
+
+    schedule = fxprune.Schedule(traced, None, prune, 0.5, start=0, stop=3, initial=0.2)
+    made = []
+    for _ in range(4):
+        schedule.step()
+        made += fxprune.reconstruct(traced, x, reference=model).new_biases
+    assert made
+    assert all(traced.get_buffer(f"{name}_mask").any() for name in ("0.weight", "2.weight"))
+    for name in made:
+        weight = traced.made_biases[name]
+        dead = traced.get_buffer(f"{weight}_mask").flatten(1).sum(1) == 0
+        assert not bool(traced.get_buffer(f"{name}_mask")[dead].any())
+    torch.testing.assert_close(fxprune.finalize(traced)(x), traced(x), rtol=1e-4, atol=1e-5)
