@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxprune.errors import FinalizeError
+from fxprune.export.projections import is_projected, replace_projected
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.expressions import evaluate
 
@@ -28,6 +29,10 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
             result = _on_matrices(graph, node, *node.args, **node.kwargs)
         if result is not None:
             _replace(node, result)
+    for node in graph.find_nodes(op="call_function", target=aten.lstm.input):
+        if is_projected(node):
+            with graph.inserting_before(node):
+                replace_projected(graph, node)
     erase_dead(graph)
     module.recompile()
 

@@ -144,3 +144,44 @@ def test_linear_layers_act_on_matrices_where_the_shape_can_be_inferred(
     traced = fxprune.trace(nn.Linear(8, 6), (torch.randn(2, 5, 8),), dynamic_shapes=free, modes=("eval",))
     assert fxprune.export.to_onnx(traced, tmp_path / "linear.onnx").comparison.ok
     assert operators(tmp_path / "linear.onnx").keys() == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 2, "bidirectional": True, "bias": False}],
+    ids=["one", "both ways"],
+)
+def test_a_recurrent_layer_with_projections_becomes_one_without_and_products(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.LSTM(6, 8, proj_size=4, batch_first=True, **options)
+    x = torch.randn(2, 5, 6)
+    session = exported(layer, x, tmp_path / "model.onnx")
+    output, (hidden, cell) = layer(x)
+    for want, got in zip(
+        (output, hidden, cell), session.run(None, {session.get_inputs()[0].name: x.numpy()}), strict=True
+    ):
+        np.testing.assert_allclose(got, want.detach().numpy(), rtol=1e-4, atol=1e-6)
+    assert operators(tmp_path / "model.onnx")["LSTM"] == layer.num_layers
+
+
+class Continued(nn.Module):
+    """A recurrent layer with projections that goes on from a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(6, 8, proj_size=4)
+
+    def forward(self, x: Tensor, hidden: Tensor, cell: Tensor) -> Tensor:
+        return self.layer(x, (hidden, cell))[0]
+
+
+def test_projections_from_a_given_state_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    states = torch.randn(1, 2, 4), torch.randn(1, 2, 8)
+    traced = fxprune.trace(Continued().eval(), (torch.randn(5, 2, 6), *states), modes=("eval",), dynamic_shapes=None)
+    with pytest.raises(
+        fxprune.errors.ExportError, match=r"in layer\) has projections \(proj_size\) and an initial state"
+    ):
+        fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

@@ -93,8 +93,8 @@ class InitialStates:
         value = walk.blur(node, value, range(value.rank - 1), "layers, directions or samples of an initial state")
         value = walk.flat(node, value, value.rank - 1)
         first = _state(walk, value, width)
-        chain = _chain_of_zeros(walk, operand)
-        if chain is None:
+        chain = zeros_behind(operand)
+        if chain is None or any(map(walk.is_written, chain)):
             return cls([first] * rows, False)
         zeros = np.full(width, walk.facts)
         if any(len(link.users) > 1 for link in chain):
@@ -110,10 +110,10 @@ def _state(walk: Walk, value: Value, width: int) -> State:
     return State(value.axes[-1].ids, zeros.expand(width).numpy(), width == 1)
 
 
-def _chain_of_zeros(walk: Walk, node: fx.Node) -> list[fx.Node] | None:
-    """The nodes from one back to the zeros that it is a view of; None where it is anything else."""
+def zeros_behind(node: fx.Node) -> list[fx.Node] | None:
+    """The nodes from one back to the zeros that it takes its entries from; None where it is anything else."""
     chain: list[fx.Node] = []
-    while node.op == "call_function" and not walk.is_written(node):
+    while node.op == "call_function":
         chain.append(node)
         packet = getattr(node.target, "overloadpacket", None)
         if packet in _ZEROS or (packet in _FILLS and bound(node)["fill_value"] == 0):
