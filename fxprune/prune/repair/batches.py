@@ -124,12 +124,16 @@ class Batches:
 
     def head(self, piece: Piece, samples: int) -> Piece:
         """The first samples of a piece; all of it where its size is fixed."""
-        if not self.is_free or samples >= piece.samples:
+        return piece if samples >= piece.samples else self.some(piece, torch.arange(samples))
+
+    def some(self, piece: Piece, places: Tensor) -> Piece:
+        """Some samples of a piece, by their places, which ascend; all of it where its size is fixed."""
+        if not self.is_free or len(places) == piece.samples:
             return piece
-        some = torch.arange(samples)
         return replace(
-            piece, inputs=self._taken(piece.inputs, some), counts=_picked(piece.counts, some), samples=samples
-        )
+            piece, inputs=self._taken(piece.inputs, places), counts=_picked(piece.counts, places),
+            samples=len(places), first=piece.first + int(places[0]),
+        )  # fmt: skip
 
     def _taken(self, inputs: list[Any], places: Tensor) -> list[Any]:
         return [_picked(each, places) if leads else each for each, leads in zip(inputs, self.is_batch, strict=True)]

@@ -31,6 +31,7 @@ from fxprune.prune.sensitivity.curve import Curve
 from fxprune.prune.sensitivity.curves import Forks
 from fxprune.prune.sensitivity.distances import OutputDistance
 from fxprune.prune.sensitivity.elimination import Order, Part, removal_order
+from fxprune.prune.sensitivity.metrics import Metrics, output_metrics
 from fxprune.prune.sensitivity.readings import Reading, owners, readings
 from fxprune.prune.sensitivity.turns import Turns
 
@@ -78,7 +79,8 @@ def measure(
             moments = InputMoments(part, total)
             for piece in fitted if part else ():
                 moments.add(graph, analysis.tensor, piece)
-            analysis.take(moments)
+            ordered = analysis.ordering(part)
+            analysis.take(moments, output_metrics(graph, analysis.tensor, ordered, batches, fitted, distance))
             curves |= analysis.ready(progress)
     judged = sum(piece.samples for piece in judging)
     return Measured([curves[id(group)] for group in groups], (total, judged))
@@ -141,6 +143,7 @@ class _Analysis:
         self._starts = {id(group): forks.start_of([*self._masks(group, range(group.size))]) for group in groups}
         self._waiting = sorted(groups, key=lambda group: self._starts[id(group)])
         self._moments: dict[object, Any] = {}
+        self._metrics: dict[int, Tensor] = {}  # by the id of a reader
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer of the module."""
@@ -155,9 +158,20 @@ class _Analysis:
         found = [each.reader for each, _ in self._columns[id(group)]]
         return found + [reader for basis in self._bases.get(id(group), ()) for reader in basis.readers]
 
-    def take(self, moments: InputMoments) -> None:
-        """Keep moments until the groups that need them are done."""
+    def ordering(self, readers: Sequence[Reader | Product]) -> list[Reader]:
+        """Those by whose outputs the units of a group are ordered."""
+        found = {
+            id(each.reader)
+            for number, columns in self._columns.items()
+            if not self._bases.get(number) and not any(isinstance(each.reader, Product) for each, _ in columns)
+            for each, _ in columns
+        }
+        return [reader for reader in readers if isinstance(reader, Reader) and id(reader) in found]
+
+    def take(self, moments: InputMoments, metrics: Metrics) -> None:
+        """Keep moments, and metrics of outputs, until the groups that need them are done."""
         self._moments |= moments.complete()
+        self._metrics |= {id(reader): metric for reader, metric in metrics.items()}
 
     def ready(self, progress: Progress) -> dict[int, Curve]:
         """The curves of the groups, in the order of the graph, whose moments are there."""
@@ -167,8 +181,10 @@ class _Analysis:
             progress.show(group.name)
             progress.advance(1)
             found[id(group)] = self._curve(group)
-            needed = {_key(each) for left in self._waiting for each in self._readers(left)}
-            self._moments = {key: value for key, value in self._moments.items() if key in needed}
+            left = [each for other in self._waiting for each in self._readers(other)]
+            keys, readers = {_key(each) for each in left}, {id(each) for each in left}
+            self._moments = {key: value for key, value in self._moments.items() if key in keys}
+            self._metrics = {reader: value for reader, value in self._metrics.items() if reader in readers}
         return found
 
     def _curve(self, group: ChannelGroup) -> Curve:
@@ -177,7 +193,7 @@ class _Analysis:
             for each, columns in self._columns[id(group)]
             for number, part in self._parts(each, columns)
         ]
-        telling = [part for _, _, part in parts if math.isfinite(part.energy)]
+        telling = self._telling(group, parts)
         turns = Turns.of(group)
         order = removal_order(telling, group.size, turns) if telling else _by_weights(self._grouping, group, turns)
         counts = sorted({turns.nearest(share * group.size) for share in self._shares})
@@ -211,6 +227,18 @@ class _Analysis:
         losses = torch.where(has_basis, added, order.losses[ranks])[order.units]
         again = losses.argsort(stable=True)
         return Order(order.units[again], losses[again])
+
+    def _telling(self, group: ChannelGroup, parts: Sequence[tuple[Reading, int, Part]]) -> list[Part]:
+        """The parts that say what goes: by what the output loses where that is known of all, else by what they lose."""
+        telling = [(each, number, part) for each, number, part in parts if math.isfinite(part.energy)]
+        metrics = [self._metrics.get(id(each.reader)) for each, _, _ in telling]
+        if self._bases.get(id(group)) or any(metric is None for metric in metrics):
+            return [part for _, _, part in telling]
+        return [
+            part.seen_through(metric[number])
+            for metric, (_, number, part) in zip(metrics, telling, strict=True)
+            if metric is not None
+        ]
 
     def _parts(self, reading: Reading, columns: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Part]]:
         found = self._moments[_key(reading.reader)]

@@ -14,7 +14,7 @@ https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050;
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,13 +36,17 @@ class Part:
         inverse: [columns, columns], H^-1, float64.
         weights: [outputs, columns], W, float64.
         columns: [units, width], the columns of each unit; -1 where it has fewer than others.
-        energy: tr(W H W^T), by which losses are divided; inf where inputs never change: they say nothing.
+        energy: by which losses are divided: tr(W H W^T); inf where inputs never change: they say nothing.
     """
 
     inverse: Tensor
     weights: Tensor
     columns: Tensor
     energy: float
+
+    def seen_through(self, metric: Tensor) -> Part:
+        """The same where an error E of the weights costs tr(G E H E^T), `metric` L [outputs, outputs], G = L L^T."""
+        return replace(self, weights=metric.T @ self.weights, energy=1.0)
 
     def change(self, units: Tensor) -> Tensor:
         """What the weights change by, [outputs, columns], when units go; the columns of these become zero."""

@@ -1,0 +1,230 @@
+"""How far the output moves with what a reader gives: the metric in which errors of readers count.
+
+A small error e of what a reader gives moves the network's output by J e, and costs e^T J^T D J e / 2, where D is the
+second derivative of the distance of outputs. G, the mean of J^T D J, is the second moment of gradients: of D^(1/2) z
+times the output, with z drawn normal, for each sample once (Hutchinson, "A stochastic estimator of the trace of the
+influence matrix", 1990). Inputs and gradients are taken to be independent, so that the error of weights E costs
+tr(G E H E^T): Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (2015),
+https://arxiv.org/abs/1503.05671.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.graph.interpretation import Interpreter
+from fxprune.prune.repair.batches import Batches, Piece
+from fxprune.prune.repair.layers import Reader
+from fxprune.prune.repair.pieces import Pieces
+from fxprune.prune.sensitivity.distances import OutputDistance
+
+# of the samples that moments are made from one in so many, but no fewer, and no more
+_SHARE, _FEWEST, _MOST = 4, 32, 128
+_MOST_BYTES = 2**29  # of values that are kept for the way back
+_DRAWN = 0.1  # where G has hardly any rows, its share of the identity
+_MOST_OUTPUTS = 4096  # of a reader: a matrix of more squared takes too long to factorize
+
+Metrics = Mapping[Reader, Tensor]
+
+
+def output_metrics(
+    graph: fx.Graph,
+    tensors: Callable[[str], Tensor],
+    readers: Sequence[Reader],
+    batches: Batches,
+    pieces: Pieces,
+    distance: OutputDistance,
+) -> dict[Reader, Tensor]:
+    """For each reader L, [groups, outputs, outputs], where G = L L^T; those that no gradient reaches are left out.
+
+    Args:
+        graph: what runs. tensors: its parameters and buffers. readers: of the graph.
+        batches, pieces: the samples that moments are made from. distance: of outputs.
+    """
+    wanted = {reader.node: reader for reader in readers if reader.gives_products and reader.sizes[1] <= _MOST_OUTPUTS}
+    if not wanted or not pieces.samples[0]:
+        return {}
+    sums: dict[Reader, Tensor] = {}
+    rows: dict[Reader, int] = {}
+    try:
+        for piece in _parts(graph, tensors, batches, _chosen(batches, pieces)):
+            for reader, found in _gradients(graph, tensors, wanted, piece, distance).items():
+                own = found.double()
+                sums[reader] = sums.get(reader, 0.0) + own.transpose(1, 2) @ own
+                rows[reader] = rows.get(reader, 0) + own.shape[1]
+    except (RuntimeError, NotImplementedError):  # an operator has no derivative
+        return {}
+    return {reader: root for reader, square in sums.items() if (root := _root(square, rows[reader])) is not None}
+
+
+def _chosen(batches: Batches, pieces: Pieces) -> Iterator[Piece]:
+    """Of all samples one in so many, whatever pieces they fell into."""
+    total = pieces.samples[0]
+    stride = max(1, total // min(max(total // _SHARE, _FEWEST), _MOST))
+    for piece in pieces:
+        places = torch.arange(piece.samples)
+        taken = places[(places + piece.first) % stride == 0]
+        if len(taken):  # numbered among those that are chosen
+            yield replace(batches.some(piece, taken), first=-(-piece.first // stride))
+
+
+def _parts(
+    graph: fx.Graph, tensors: Callable[[str], Tensor], batches: Batches, pieces: Iterator[Piece]
+) -> Iterator[Piece]:
+    """The pieces, cut into parts whose values fit in memory."""
+    most = 0
+    for piece in pieces:
+        if not most:
+            most = max(1, _MOST_BYTES // max(1, _bytes(graph, tensors, batches.head(piece, 1))))
+        for places in torch.arange(piece.samples).split(most):
+            yield batches.some(piece, places)
+
+
+def _bytes(graph: fx.Graph, tensors: Callable[[str], Tensor], piece: Piece) -> int:
+    """What the values of a run take."""
+    total = 0
+
+    def watch(node: fx.Node, value: Any) -> None:
+        nonlocal total
+        if isinstance(value, Tensor) and node.op == "call_function":
+            total += value.nbytes
+
+    Interpreter(graph, tensors, watch=watch).run(*piece.inputs, enable_io_processing=False)
+    return total
+
+
+class _Marked(Interpreter):
+    """Adds a zero to the value of some nodes, which has the value's gradient then; keeps the values of others.
+
+    Attributes:
+        zeros: by node what is added. positions: by node those of its reader. values: of the nodes that are kept.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        tensors: Callable[[str], Tensor],
+        wanted: Mapping[fx.Node, Reader],
+        kept: Sequence[fx.Node],
+    ) -> None:
+        super().__init__(graph, lambda name: tensors(name).detach())
+        self._wanted, self._kept = wanted, kept
+        self.zeros: dict[fx.Node, Tensor] = {}
+        self.positions: dict[fx.Node, tuple[int, ...]] = {}
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node."""
+        value = super().run_node(n)
+        reader = self._wanted.get(n)
+        if reader is not None:
+            self.positions[n] = reader.positions(self.env[reader.data])
+            self.zeros[n] = torch.zeros_like(value, requires_grad=True)
+            value = value + self.zeros[n]
+        if n in self._kept:
+            self.values[n] = value
+        return value
+
+
+def _gradients(
+    graph: fx.Graph,
+    tensors: Callable[[str], Tensor],
+    wanted: Mapping[fx.Node, Reader],
+    piece: Piece,
+    distance: OutputDistance,
+) -> dict[Reader, Tensor]:
+    """The gradients of what readers give, [groups, rows, outputs]."""
+    # cuDNN has no way back through recurrent layers in eval mode
+    with torch.inference_mode(False), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+        run = _Marked(graph, tensors, wanted, distance.leaves)
+        run.run(*piece.inputs, enable_io_processing=False)
+        values = [run.values[leaf] for leaf in distance.leaves]
+        ends = [
+            (value, direction.to(value))
+            for value, direction in zip(values, _directions(distance, values, piece), strict=True)
+            if direction is not None and value.requires_grad
+        ]
+        if not ends:
+            return {}
+        outputs, directions = zip(*ends, strict=True)
+        found = torch.autograd.grad(outputs, [*run.zeros.values()], directions, allow_unused=True)
+    gradients = {}
+    for node, gradient in zip(run.zeros, found, strict=True):
+        if gradient is not None:
+            positions = run.positions[node]
+            places = torch.unravel_index(torch.arange(math.prod(positions), device=gradient.device), positions)
+            gradients[wanted[node]] = wanted[node].outputs_at(gradient, places)
+    return gradients
+
+
+def _directions(distance: OutputDistance, values: Sequence[Any], piece: Piece) -> list[Tensor | None]:
+    """D^(1/2) z for each output; None for those that are not compared."""
+    found: list[Tensor | None] = []
+    for value, (kind, axis) in zip(values, distance.kinds, strict=True):
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.dim()):
+            found.append(None)
+            continue
+        name = distance.given if isinstance(distance.given, str) and distance.given != "auto" else kind
+        output = value.detach().double()
+        direction = _direction(name, axis, output, _drawn(output, piece))
+        if len(distance.leaves) > 1:  # of each output a mean over rows, or a share of its energy
+            direction = direction / _size(name, axis, output)
+        if piece.counts is not None and tuple(piece.counts.shape) == tuple(value.shape[: piece.counts.dim()]):
+            wide = piece.counts.reshape(*piece.counts.shape, *[1] * (value.dim() - piece.counts.dim()))
+            direction = direction * wide.to(direction.device)
+        found.append(direction.nan_to_num(0, 0, 0))
+    return found
+
+
+def _drawn(value: Tensor, piece: Piece) -> Tensor:
+    """Normal draws; those of a sample depend on its number alone."""
+    generator = torch.Generator()
+    leads = len(value) == piece.samples
+    parts = []
+    for place in range(len(value) if leads else 1):
+        generator.manual_seed(piece.first + place)
+        shape = value.shape[1:] if leads else value.shape
+        parts.append(torch.randn(shape, generator=generator, dtype=torch.float64))
+    return (torch.stack(parts) if leads else parts[0]).to(value.device)
+
+
+def _direction(kind: str, axis: int, value: Tensor, drawn: Tensor) -> Tensor:
+    if kind.startswith("divergence"):
+        if "probabilities" in kind:
+            return drawn / value.clamp(min=1e-12).sqrt()
+        root = value.softmax(axis).sqrt()
+        return root * (drawn - root * (root * drawn).sum(axis, keepdim=True))
+    if kind == "cosine":
+        length: Tensor = torch.linalg.vector_norm(value, dim=-1, keepdim=True).clamp(min=1e-30)
+        unit = value / length
+        return (drawn - unit * (unit * drawn).sum(-1, keepdim=True)) / length
+    return drawn
+
+
+def _size(kind: str, axis: int, value: Tensor) -> Tensor:
+    """The root of what a sample's part of the distance is divided by."""
+    rest = tuple(range(1, value.dim()))
+    if kind.startswith("divergence") or kind == "cosine":
+        rows = math.prod(value.shape[1:]) / value.shape[axis]
+        return value.new_tensor(math.sqrt(2 * rows))
+    squares = value.square()
+    energy: Tensor = squares.sum(rest, keepdim=True) if rest else squares
+    return energy.clamp(min=1e-30).sqrt()
+
+
+def _root(square: Tensor, rows: int) -> Tensor | None:
+    """L with L L^T = G, drawn a little towards the identity, more where it has few rows; None where there is no G."""
+    outputs = square.shape[1]
+    mean = float(square.diagonal(dim1=1, dim2=2).mean())
+    if not (math.isfinite(mean) and mean > 0):
+        return None
+    share = _DRAWN * outputs / (rows + outputs)
+    identity = torch.eye(outputs, dtype=square.dtype, device=square.device)
+    factor, failed = torch.linalg.cholesky_ex((1 - share) * square + share * mean * identity)
+    return None if bool(failed.any()) else factor

@@ -1,0 +1,189 @@
+"""In which metric errors of readers count: second moments of gradients, against dense algebra and autograd."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.channels.groups import Grouping
+from fxprune.prune.repair.batches import Batches
+from fxprune.prune.repair.finding import find
+from fxprune.prune.repair.pieces import Pieces
+from fxprune.prune.repair.shelf import Shelf
+from fxprune.prune.sensitivity import metrics
+from fxprune.prune.sensitivity.distances import OutputDistance
+from fxprune.prune.sensitivity.metrics import output_metrics
+
+
+def found_metrics(model: nn.Module, x: Tensor, distance: str) -> dict[str, Tensor]:
+    """By the name of a weight, G."""
+    traced = fxprune.trace(copy.deepcopy(model).double().eval(), (x[:2],), modes=("eval",))
+    graph = traced.graphs["eval"]
+    with Shelf() as shelf, torch.no_grad():
+        pieces = Pieces(shelf)
+        batches = Batches(traced, graph, x, None)
+        for piece in batches:
+            if not piece.is_held:
+                pieces.add(piece)
+        readers = find(traced, graph)[0]
+        found = output_metrics(graph, traced.get_parameter, readers, batches, pieces, OutputDistance(graph, distance))
+    return {reader.name: root @ root.transpose(1, 2) for reader, root in found.items()}
+
+
+def drawn(samples: int, *shape: int) -> Tensor:
+    """The draws of samples, by their numbers."""
+    return torch.stack(
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+            for number in range(samples)
+        ]
+    )
+
+
+def shrunk(square: Tensor, rows: int) -> Tensor:
+    share = 0.1 * len(square) / (rows + len(square))
+    return (1 - share) * square + share * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype)
+
+
+def test_of_a_layer_before_another_it_is_what_that_one_makes_of_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_MOST_BYTES", 2000)  # a few samples at once
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.Linear(6, 3)), torch.randn(100, 5).double()
+    found = found_metrics(model, x, "error")
+    samples = 40  # of the 80 that are fitted one in two
+    last = drawn(samples, 3)
+    before = last @ model[3].weight.detach().double()
+    assert torch.allclose(found["3.weight"][0], shrunk(last.T @ last, samples), rtol=1e-8)
+    assert torch.allclose(found["2.weight"][0], shrunk(before.T @ before, samples), rtol=1e-8)
+    expected = model[3].weight.detach().double().T @ model[3].weight.detach().double()
+    assert torch.corrcoef(torch.stack([found["2.weight"][0].flatten(), expected.flatten()]))[0, 1] > 0.8
+
+
+def test_of_a_grouped_convolution_there_is_one_for_each_of_its_groups() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1)).double()
+    x = torch.randn(20, 4, 5, 5, dtype=torch.float64)
+    found = found_metrics(model, x, "error")["0.weight"]
+    samples = 16
+    fitted = x[[number for number in range(20) if number % 5 != 1]]
+    inner = model[0](fitted).detach().requires_grad_()
+    output = model[2](model[1](inner))
+    (gradient,) = torch.autograd.grad(output, inner, drawn(samples, 2, 3, 3))
+    rows = gradient.movedim(1, -1).reshape(-1, 2, 4)
+    for group in range(2):
+        own = rows[:, group].T @ rows[:, group]
+        mean = torch.einsum("rgo->", rows.square()) / 8
+        share = 0.1 * 4 / (len(rows) + 4)
+        wanted = (1 - share) * own + share * mean * torch.eye(4, dtype=torch.float64)
+        assert torch.allclose(found[group], wanted, rtol=1e-8)
+
+
+def divergence(value: Tensor, dense: Tensor) -> Tensor:
+    return (dense.softmax(-1) * (dense.log_softmax(-1) - value.log_softmax(-1))).sum()
+
+
+def divergence_of_probabilities(value: Tensor, dense: Tensor) -> Tensor:
+    return (dense * (dense / value).log()).sum()
+
+
+def cosine(value: Tensor, dense: Tensor) -> Tensor:
+    return 1 - torch.cosine_similarity(value, dense, -1)
+
+
+@pytest.mark.parametrize(
+    "function", [divergence, divergence_of_probabilities, cosine], ids=lambda each: each.__name__.replace("_", " ")
+)
+def test_what_goes_back_squares_to_the_second_derivative_of_the_distance(
+    function: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    dense = torch.randn(5, dtype=torch.float64)
+    if function is divergence_of_probabilities:
+        dense = dense.softmax(-1)
+    second: Any = torch.autograd.functional.hessian(lambda value: function(value, dense), dense)  # type: ignore[no-untyped-call]
+    root = torch.stack(
+        [
+            metrics._direction(function.__name__.replace("_", " "), -1, dense, unit)
+            for unit in torch.eye(5, dtype=torch.float64)
+        ]
+    )
+    off = root.T @ root - second
+    if function is divergence_of_probabilities:  # what leads out of the probabilities does not come up
+        off -= off.mean()
+    assert off.abs().max() < 1e-9
+
+
+class Loud(nn.Module):
+    """Half of the hidden units are read loudly, and what that gives hardly counts."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.hidden, self.reader, self.head = nn.Linear(8, 16), nn.Linear(16, 2), nn.Linear(2, 4)
+        self.after = after
+        with torch.no_grad():
+            self.reader.weight[0, 8:] = self.reader.weight[1, :8] = 0
+            self.reader.weight[0, :8], self.reader.weight[1, 8:] = 3, 1
+            self.head.weight[:, 0] *= 1e-4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.after(self.reader(torch.tanh(self.hidden(x)))))
+
+
+def first_half(model: nn.Module, x: Tensor) -> set[int]:
+    sensitivity = fxprune.sensitivity(
+        fxprune.trace(model.double().eval(), (x[:2],), modes=("eval",)), x, distance="error", targets="hidden"
+    )
+    return set(sensitivity.curves[0].order[:8])
+
+
+def test_what_the_output_does_not_hear_goes_first_however_loud() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 8, dtype=torch.float64)
+    assert first_half(Loud(), x) == set(range(8))
+
+
+def without_derivative(x: Tensor) -> Tensor:
+    return x + torch.special.zeta(2 + x.sigmoid(), 2 + x.sigmoid())
+
+
+def test_where_no_gradient_comes_through_the_readers_own_errors_say_what_goes() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 8, dtype=torch.float64)
+    for after in (without_derivative, torch.round):
+        assert len(first_half(Loud(after), x) & set(range(8, 16))) > 4
+
+
+def test_readers_of_one_group_are_compared_by_what_the_output_loses() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.one, self.other = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+            with torch.no_grad():
+                self.one.weight[:, 8:] = 0
+                self.other.weight[:, :8] = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(self.hidden(x))
+            return 1e-3 * self.one(hidden) + self.other(hidden)
+
+    torch.manual_seed(0)
+    x = torch.randn(200, 8, dtype=torch.float64)
+    assert first_half(Two(), x) == set(range(8))
+
+
+def test_measuring_leaves_gradients_and_modes_as_they_were() -> None:
+    torch.manual_seed(0)
+    model, x = Loud(), torch.randn(40, 8)
+    traced = fxprune.trace(model.eval(), (x[:2],), modes=("eval",))
+    with torch.inference_mode():
+        inside = fxprune.sensitivity(traced, x, distance="error")
+    outside = fxprune.sensitivity(traced, x, distance="error")
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert [curve.order for curve in inside.curves] == [curve.order for curve in outside.curves]
+    assert Grouping(traced).groups
