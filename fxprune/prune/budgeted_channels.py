@@ -23,17 +23,28 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 from fxprune.graph.masks import masked, view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
-from fxprune.prune.channel_budgets import Amount, Budget, Choice, Macs, Size, Speed
-from fxprune.prune.channel_curves import GroupCurves, cheapest, prices
+from fxprune.prune.channel_budgets import (
+    Amount,
+    Budget,
+    Choice,
+    Macs,
+    Size,
+    Sizes,
+    Speed,
+    limit_of,
+    share_of,
+)
+from fxprune.prune.channel_curves import Exchange, GroupCurves, cheapest, exchanges, prices
 from fxprune.prune.channel_report import ChannelReport, numbered_labels
 from fxprune.prune.channel_request import (
     DEFAULT_AMOUNT,
+    SIZES,
     ChannelRequest,
     Importance,
+    asked_for,
     check_evidence,
     chosen_groups,
     listed,
-    one_budget,
     plain_number,
 )
 from fxprune.prune.channel_scores import (
@@ -93,8 +104,8 @@ def channels(
 
     Args:
         traced: the module, changed in place.
-        amount: share of the units that goes (float) or their number (int); 0.5 where none of the budgets below, of
-            which only one can be given, takes its place.
+        amount: share of the units that goes (float) or their number (int); 0.5 where none of the budgets below takes
+            its place. One of them can be given, or `macs` and `parameters`: then both are kept, and one is used up.
         importance: "l1", "l2", "linf" (norms of a slice, for l2 its square, as DepGraph takes it), "random", "bn"
             (gains of batch norm: Liu et al., "Network Slimming", 2017, https://arxiv.org/abs/1708.06519), "fpgm"
             (distance to the other filters: He et al., 2019, https://arxiv.org/abs/1811.00250), "taylor" (Molchanov et
@@ -150,10 +161,9 @@ def channels(
     require_traced(traced)
     if isinstance(providers, str):
         raise ArgumentTypeError(f"providers={providers!r}: a list is needed, [{providers!r}].")
-    name, value = one_budget(amount, macs=macs, parameters=parameters, speedup=speedup)
     request = ChannelRequest(
-        name, value, importance, scope, plain_number(round_to), plain_number(max_per_group), plain_number(at_least),
-        normalize,
+        asked_for(amount, macs=macs, parameters=parameters, speedup=speedup), importance, scope,
+        plain_number(round_to), plain_number(max_per_group), plain_number(at_least), normalize,
         None if targets is None else listed(targets), listed(ignore), None if kinds is None else listed(kinds),
     )  # fmt: skip
     evidence = Evidence(loader, loss, max_batches, seed, weight)
@@ -164,14 +174,14 @@ def channels(
     decided = before.decided | _written_axes(picked)
     with contextlib.ExitStack() as stack:
         measure = None
-        if name == "speedup":
+        if request.asks_for("speedup"):
             measure = stack.enter_context(driver.stopwatch(before, threads=threads, batch=batch, providers=providers))
         ranked = _ranked(before, grouping, picked, request, evidence, decided)
         found = _chosen(before, grouping, picked, ranked, request, decided, measure)
     earlier = {**{name: view(before, name).mask for name in found.masks}, **earlier}
     driver.insert_masks(traced, {name: _mask_or_ones(before, name) for name in earlier} | found.masks)
     record(traced, request, decided, earlier)
-    return _report(grouping, picked, lacking, found, name)
+    return _report(grouping, picked, lacking, found, _binding(grouping, request, found))
 
 
 def _mask_or_ones(traced: TracedModule, name: str) -> torch.Tensor:
@@ -246,7 +256,8 @@ def _ranked(
     if curves is None:
         scores = unit_scores(traced, grouping, picked, request.importance, evidence)
     else:
-        scores = curves.scores(prices(grouping, picked, request.budget))
+        first = exchanges(grouping, [name for name, _ in request.budgets])[0]
+        scores = curves.scores(prices(grouping, picked, first))
     normalize = is_relative(request.importance) if request.normalize is None else request.normalize
     dead = [gone[id(group)] for group in picked]
     if normalize and request.scope == "global":
@@ -294,7 +305,7 @@ def _chosen(
     The budget counts by relations of channels alone. What else stays or goes, since values say so, is seen by the
     analysis of the masked module; then it is known, and the choice is made again.
     """
-    added, corrected = 0, False
+    added, corrected = {name: 0 for name, _ in request.budgets}, False
     ranked = _priced(
         _budget(traced, grouping, picked, ranked, request, measure, added), grouping, picked, ranked, request
     )
@@ -312,11 +323,12 @@ def _chosen(
             found = _finalized(traced, wanted, decided)
         else:
             found = macs, parameters_left(analysis) if masked(traced) else parameters
-        more = {"macs": found[0] - macs, "parameters": found[1] - parameters}.get(request.budget, 0)
+        sizes = {"macs": found[0] - macs, "parameters": found[1] - parameters}
+        more = {name: sizes.get(name, 0) for name in added}
         settles = corrections >= MOST_CORRECTIONS // 2  # what is added depends on the choice: the most of it counts
-        if more == added or (settles and more < added):
+        if all(more[name] == there or (settles and more[name] < there) for name, there in added.items()):
             return _Found(wanted, alive, *found, choice.speedup)
-        added = max(more, added) if settles else more
+        added = {name: max(more[name], there) if settles else more[name] for name, there in added.items()}
     return _Found(wanted, alive, *_finalized(traced, wanted, decided), choice.speedup)
 
 
@@ -341,13 +353,17 @@ def _budget(
     ranked: _Ranked,
     request: ChannelRequest,
     measure: Callable[[Mapping[str, torch.Tensor]], float] | None,
-    added: int,
+    added: Mapping[str, int],
 ) -> Budget:
-    name, value = request.budget, request.value
+    (name, value), *others = request.budgets
     if name == "amount":
         return Amount(picked, ranked.masking.alive, value)
     if measure is None:
-        return (Macs if name == "macs" else Size)(grouping, ranked.counting.alive, name, value, added)
+        sizes = [
+            (Macs if name == "macs" else Size)(grouping, ranked.counting.alive, name, value, added[name])
+            for name, value in request.budgets
+        ]
+        return Sizes(sizes) if others else sizes[0]
 
     def speedup_of(units: Vector) -> float:
         return measure(_masks(traced, grouping, ranked.masking.alive(units)))
@@ -359,15 +375,18 @@ def _priced(
     budget: Budget, grouping: Grouping, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest
 ) -> _Ranked:
     """With the scores whose choice loses least, where curves say what is lost."""
-    if ranked.curves is None or request.budget not in ("macs", "parameters"):
+    if ranked.curves is None or not request.is_of_sizes:
         return ranked
 
     def choose(scores: list[Scores]) -> Mask | None:
         choice = _landed(budget, picked, replace(ranked, scores=scores), request)
         return None if choice is None else ranked.masking.alive(choice.units)
 
-    scores = cheapest(ranked.curves, lambda alive: prices(grouping, picked, request.budget, alive), choose)
-    return replace(ranked, scores=scores)
+    def priced(exchange: Exchange) -> Callable[[Mask | None], list[float]]:
+        return lambda alive: prices(grouping, picked, exchange, alive)
+
+    ways = [priced(exchange) for exchange in exchanges(grouping, [name for name, _ in request.budgets])]
+    return replace(ranked, scores=cheapest(ranked.curves, ways, choose))
 
 
 def _fit(budget: Budget, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest) -> Choice:
@@ -395,6 +414,16 @@ def _masks(traced: TracedModule, grouping: Grouping, alive: Mask) -> dict[str, t
         )
     present = {name: view(traced, name).mask for name in wanted}
     return {name: mask if (there := present[name]) is None else mask.to(there) * there for name, mask in wanted.items()}
+
+
+def _binding(grouping: Grouping, request: ChannelRequest, found: _Found) -> str:
+    """The budget of which the largest share is left."""
+    names = [name for name, _ in request.budgets]
+    if len(names) == 1:
+        return names[0]
+    left, dense = {"macs": found.macs, "parameters": found.parameters}, dict(zip(SIZES, grouping.dense, strict=False))
+    used = {name: share_of(left[name], limit_of(value, dense[name])) for name, value in request.budgets}
+    return max(names, key=lambda name: used[name])
 
 
 def _report(

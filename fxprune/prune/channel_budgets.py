@@ -28,6 +28,18 @@ class Choice:
     speedup: float | None = None
 
 
+def limit_of(value: float, dense: int) -> float:
+    """What may be left of a dense model's size: a fraction (float), a hair more so that a count's share gives it."""
+    return value * dense * (1 + 1e-12) if isinstance(value, float) else value
+
+
+def share_of(left: float, limit: float) -> float:
+    """The share of a limit that is left."""
+    if limit:
+        return left / limit
+    return math.inf if left else 0.0
+
+
 class Budget(abc.ABC):
     """A limit on what is left.
 
@@ -117,14 +129,17 @@ class Size(Budget):
     ) -> None:
         self.grouping, self.alive, self.name, self.value, self.added = grouping, alive, name, value, added
         self.dense = grouping.dense[("macs", "parameters").index(name)]
-        # a hair more, so that a count's share gives the count
-        self.limit = value * self.dense * (1 + 1e-12) if isinstance(value, float) else value
+        self.limit = limit_of(value, self.dense)
         self.least = self.dense
 
     def left(self, units: Vector) -> int:
         """What is left without the units."""
         count = self.grouping.macs if self.name == "macs" else self.grouping.parameters
         return count(self.alive(units)) + self.added
+
+    def used(self, units: Vector) -> float:
+        """The share of the limit that is left without the units."""
+        return share_of(self.left(units), self.limit)
 
     def fit(self, stairs: Staircase) -> Choice | None:
         units = stairs.land(Limit(self.left, self.limit, SPENT))
@@ -151,6 +166,35 @@ class Macs(Size):
     """`Size`, where what takes more time than its MACs tell goes first if the rounding leaves it open."""
 
     timed: ClassVar[bool] = True
+
+
+class Sizes(Budget):
+    """Several of `Size`: all of them are kept, and the one that binds is used up.
+
+    Args:
+        sizes: of MACs and of parameters.
+    """
+
+    timed: ClassVar[bool] = True
+
+    def __init__(self, sizes: Sequence[Size]) -> None:
+        self.sizes = sizes
+        self.unreached = sizes[0]
+
+    def fit(self, stairs: Staircase) -> Choice | None:
+        units = stairs.land(Limit(self._used, 1.0, SPENT))
+        if units is None:
+            everything = stairs.units(len(stairs))
+            self.unreached = max(self.sizes, key=lambda size: size.used(everything))
+            self.unreached.least = self.unreached.left(everything)
+            return None
+        return Choice(units)
+
+    def _used(self, units: Vector) -> float:
+        return max(size.used(units) for size in self.sizes)
+
+    def refusal(self) -> PruningError:
+        return self.unreached.refusal()
 
 
 class Speed(Budget):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,9 @@ from fxprune.channels.totals import Total
 from fxprune.prune.sensitivity.curve import Losses
 
 ROUNDS = 4
+MIXTURES = (0.5, 0.25, 0.75, 0.0, 1.0)  # of what parameters are worth, where MACs count too
+
+Exchange = Mapping[str, float]  # what one of "macs" and of "parameters" is worth; of nothing else, units alone count
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,38 +42,67 @@ class GroupCurves:
         )
 
 
-def prices(grouping: Grouping, groups: Sequence[ChannelGroup], budget: str, alive: Mask | None = None) -> list[float]:
-    """What one more unit of each group saves of a budget: of the dense module, or of what a choice has left.
+def exchanges(grouping: Grouping, budgets: Sequence[str]) -> list[Exchange]:
+    """What a MAC and a parameter are worth under budgets; of several that are kept together, in several ways.
+
+    At the best choice each is worth what it costs to save one more, and nothing where its budget does not bind: which
+    mixture that is, the losses of the choices say.
+    """
+    if len(budgets) == 1:
+        (budget,) = budgets
+        return [{} if budget == "amount" else {"parameters" if budget == "parameters" else "macs": 1.0}]
+    macs, parameters, _ = grouping.dense
+    return [{"macs": (1 - share) / max(macs, 1), "parameters": share / max(parameters, 1)} for share in MIXTURES]
+
+
+def prices(
+    grouping: Grouping, groups: Sequence[ChannelGroup], exchange: Exchange, alive: Mask | None = None
+) -> list[float]:
+    """What one more unit of each group saves: of the dense module, or of what a choice has left.
 
     MACs are products of what writes channels and what reads them: what a unit saves falls with its neighbours.
     """
-    if budget == "amount":
+    if not exchange:
         return [1.0] * len(groups)
     if alive is None:
         alive = np.ones(grouping.found.classes.count, bool)
-    total = grouping.parameters if budget == "parameters" else grouping.macs
-    return [_price(grouping, group, total, alive) for group in groups]
+    totals = [
+        (grouping.parameters if name == "parameters" else grouping.macs, worth)
+        for name, worth in exchange.items()
+        if worth
+    ]
+    return [_price(grouping, group, totals, alive) for group in groups]
 
 
-def _price(grouping: Grouping, group: ChannelGroup, total: Total, alive: Mask) -> float:
+def _price(grouping: Grouping, group: ChannelGroup, totals: Sequence[tuple[Total, float]], alive: Mask) -> float:
     left: Vector = group.units[alive[group.units]]
     if not len(left):
         return 1.0
     dead = grouping.units.dead(left[:1])
-    return float(total(alive) - total(alive & ~dead))
+    return sum(worth * float(total(alive) - total(alive & ~dead)) for total, worth in totals)
 
 
 def cheapest(
     curves: GroupCurves,
-    priced: Callable[[Mask | None], list[float]],
+    priced: Sequence[Callable[[Mask | None], list[float]]],
     choose: Callable[[list[Scores]], Mask | None],
 ) -> list[Scores]:
     """The scores whose choice loses least: by the prices of the dense module, then of what the last choice left.
 
     Args:
-        curves: of the groups. priced: what a unit saves, given what is left.
+        curves: of the groups. priced: what a unit saves, given what is left, in one way or in several.
         choose: from scores to what is left; None where no choice keeps the budget.
     """
+    found = [_settled(curves, each, choose) for each in priced]
+    return min(found, key=lambda each: each[1])[0]
+
+
+def _settled(
+    curves: GroupCurves,
+    priced: Callable[[Mask | None], list[float]],
+    choose: Callable[[list[Scores]], Mask | None],
+) -> tuple[list[Scores], float]:
+    """The scores, and what their choice loses."""
     best = scores = curves.scores(priced(None))
     least = float("inf")
     for _ in range(ROUNDS):
@@ -79,4 +111,4 @@ def cheapest(
             break
         best, least = scores, curves.loss(alive)
         scores = curves.scores(priced(alive))
-    return best
+    return best, least

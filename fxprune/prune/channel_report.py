@@ -42,7 +42,7 @@ class ChannelReport(Readable):
         macs, parameters: (dense, as `finalize` leaves it by default); MACs of one sample.
         speedup: measured in onnxruntime, None where it was not asked for.
         sample: what MACs are counted for, "one sample of 3x224x224".
-        budget: what was asked for: "amount", "macs", "parameters" or "speedup".
+        budget: what was asked for: "amount", "macs", "parameters" or "speedup"; of several the one that binds.
     """
 
     removed: dict[str, tuple[int, int]]

@@ -25,19 +25,20 @@ class UnaskedAmount(float):
 
 DEFAULT_AMOUNT = UnaskedAmount(0.5)
 
+SIZES = ("macs", "parameters")  # budgets that can be given together
+
 
 @dataclass(frozen=True)
 class ChannelRequest:
     """Options that can be used together; as the arguments of `channels`.
 
     Attributes:
-        budget: "amount", "macs", "parameters" or "speedup".
-        value: of the budget: a fraction (float), a count (int), or a factor for "speedup".
+        budgets: what is asked for, by name: "amount", "macs", "parameters" or "speedup", and its value: a fraction
+            (float), a count (int), or a factor for "speedup". "macs" and "parameters" may both be there.
         targets, ignore, kinds: each several, None for all.
     """
 
-    budget: str
-    value: float
+    budgets: tuple[tuple[str, float], ...]
     importance: Importance
     scope: str
     round_to: int | str
@@ -49,7 +50,8 @@ class ChannelRequest:
     kinds: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_budget(self.budget, self.value)
+        for name, value in self.budgets:
+            _check_budget(name, value)
         if isinstance(self.importance, type | BasePruningMethod) or not isinstance(self.importance, str | Callable):
             raise ArgumentTypeError(
                 f"importance is a {_kind(self.importance)}: one of {', '.join(IMPORTANCES)} is needed, or a function "
@@ -76,6 +78,15 @@ class ChannelRequest:
             raise ArgumentError(
                 f"max_per_group={self.max_per_group}, at_least={self.at_least}: 0 to 1, and 1 or more, are needed."
             )
+
+    def asks_for(self, budget: str) -> bool:
+        """Whether this is one of the budgets."""
+        return budget in dict(self.budgets)
+
+    @property
+    def is_of_sizes(self) -> bool:
+        """Whether the budgets are of MACs or parameters."""
+        return all(name in SIZES for name, _ in self.budgets)
 
 
 def _check_function(importance: Callable[..., object]) -> None:
@@ -116,10 +127,10 @@ def check_evidence(importance: Importance, evidence: Evidence) -> None:
         )
 
 
-def one_budget(
+def asked_for(
     amount: float | None, *, macs: float | None, parameters: float | None, speedup: float | None
-) -> tuple[str, float]:
-    """The budget's name and value: the only one that is given; `DEFAULT_AMOUNT` where none is."""
+) -> tuple[tuple[str, float], ...]:
+    """The budgets that are given, by name and value: one, or MACs and parameters; `DEFAULT_AMOUNT` where none is."""
     budgets = {"macs": macs, "parameters": parameters, "speedup": speedup}
     given = {name: value for name, value in budgets.items() if value is not None}
     if given and amount is not None and not isinstance(amount, UnaskedAmount):
@@ -128,14 +139,16 @@ def one_budget(
             f"one budget at a time: amount={amount} and {name}={value} were given. amount is the share of the units "
             f"that goes, {name} {'how many times faster' if name == 'speedup' else 'what stays'}: give one of them."
         )
-    if len(given) > 1:
-        raise ArgumentError(f"one budget at a time: {' and '.join(f'{k}={v}' for k, v in given.items())} were given.")
+    if len(given) > 1 and not given.keys() <= {*SIZES}:
+        raise ArgumentError(
+            f"one budget at a time: {' and '.join(f'{k}={v}' for k, v in given.items())} were given. macs and "
+            "parameters alone can be given together."
+        )
     if given:
-        name, value = next(iter(given.items()))
-        return name, plain_number(value)
+        return tuple((name, plain_number(value)) for name, value in given.items())
     if amount is None:
         raise ArgumentError("no budget: give amount, macs, parameters or speedup.")
-    return "amount", float(amount) if isinstance(amount, UnaskedAmount) else plain_number(amount)
+    return (("amount", float(amount) if isinstance(amount, UnaskedAmount) else plain_number(amount)),)
 
 
 def plain_number(value: Any) -> Any:

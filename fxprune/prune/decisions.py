@@ -70,13 +70,16 @@ def record(
 
 
 def _asks_for_more(request: ChannelRequest, earlier: ChannelRequest) -> bool:
-    value, before = request.value, earlier.value
-    if replace(request, value=before) != earlier or type(value) is not type(before) or request.budget == "speedup":
+    pairs = [*zip(request.budgets, earlier.budgets, strict=False)]
+    alike = all(name == other and type(value) is type(before) for (name, value), (other, before) in pairs)
+    if not alike or replace(request, budgets=earlier.budgets) != earlier or request.asks_for("speedup"):
+        return False
+    if len(request.budgets) != len(earlier.budgets):
         return False
     importance = request.importance
     if not callable(importance) and IMPORTANCES[importance].slices is None:
         return False
-    return value >= before if request.budget == "amount" else value <= before
+    return all(value >= before if name == "amount" else value <= before for (name, value), (_, before) in pairs)
 
 
 def _contents(traced: TracedModule) -> _Contents:

@@ -25,7 +25,8 @@ class Curve:
         members, units: the axes that it cuts, and the classes of its units, by which groups of one name differ.
         order: the units in the order in which they go, numbered as in the group.
         counts, measured: numbers of units, and what the output loses without the first so many, by the distance.
-        local: by unit in `order`, what its readers lose with it, relative to the energy of their outputs.
+        local: by unit in `order`, what its readers lose with it: by how far the output moves with that, or, where
+            that is not known, relative to the energy of their outputs.
 
     Example:
         >>> curve = fxprune.sensitivity(traced, batches).curves[0]

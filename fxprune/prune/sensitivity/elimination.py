@@ -6,6 +6,8 @@ their weights change by -W_S (H^-1_SS)^-1 H^-1_S,: . Units go one after the othe
 the columns that went, so that what two units both carry is lost with the second one. Where groups of convolutions have
 to stay equal, some units of each cell take a turn.
 
+Where the network's output moves with what a reader gives by a metric G = L L^T, the loss is that of L^T W.
+
 Sources: Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (1993),
 https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050; for whole structures Kurtic et al.,
 "ZipLM" (2023), https://arxiv.org/abs/2302.04089.

@@ -48,14 +48,17 @@ def sensitivity(
     """Measure what the output loses with the channels of each group, when what reads them makes up for it.
 
     For each group of channels: its units are ordered by what their readers lose, after the best that is left can do
-    (the optimal brain surgeon on second moments of the inputs; heads in the basis that `reconstruct` gives them). The
+    (the optimal brain surgeon on second moments of the inputs; heads in the basis that `reconstruct` gives them), and
+    by how far the output moves with that (second moments of gradients of the readers' outputs; no parameter's). The
     order is cut at several shares, the readers' weights are made up for what is gone, and the outputs are compared
     with those of the module as it is, on samples that no moment was made from. Nothing is changed. The weights that
     make up are not kept: after pruning, `fxprune.reconstruct` finds them for all groups together.
 
     Sources: the order, Kurtic et al., "ZipLM" (2023), https://arxiv.org/abs/2302.04089, after Hassibi and Stork,
     "Second order derivatives for network pruning: Optimal Brain Surgeon" (1993),
-    https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050.
+    https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050; how far the output moves, Martens
+    and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (2015),
+    https://arxiv.org/abs/1503.05671.
 
     Args:
         traced: the module; its eval graph is what runs, in whichever mode it is. What is masked counts as zero.

@@ -371,7 +371,10 @@ def test_targets_and_ignore_choose_groups(traced: fxprune.TracedModule) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"macs": 0.5, "parameters": 0.5}, ArgumentError, "one budget"),
+        ({"macs": 0.5, "speedup": 2.0}, ArgumentError, "one budget.*macs and parameters alone"),
+        ({"macs": 0.5, "parameters": 1.5}, ArgumentError, "parameters=1.5"),
+        ({"macs": 0.9, "parameters": 0.0001}, PruningError, "parameters=0.0001 cannot be reached.*best"),
+        ({"macs": 0.0001, "parameters": 0.9}, PruningError, "macs=0.0001 cannot be reached.*best"),
         ({"amount": None}, ArgumentError, "no budget"),
         ({"amount": "half"}, ArgumentTypeError, "half"),
         ({"macs": 1.5}, ArgumentError, "macs"),
