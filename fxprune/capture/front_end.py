@@ -16,7 +16,7 @@ from fxprune.capture.exporting import Exported, export_modes
 from fxprune.capture.protection import Reads, one_at_a_time
 from fxprune.capture.sample import Sample
 from fxprune.capture.sample_checks import check_batch, check_model, checked_sample
-from fxprune.capture.structures import register_dataclasses
+from fxprune.capture.structures import by_argument, keywords_named, register_dataclasses
 from fxprune.capture.tagging import tag_results
 from fxprune.capture.unlifting import unlift
 from fxprune.errors import ArgumentError, CaptureError
@@ -84,7 +84,9 @@ def trace(
     sample = Sample(*call)
     with one_at_a_time():
         register_dataclasses((sample.args, sample.kwargs))
-        exported, sample = export_modes(model, sample, dynamic_shapes, modes)
+        shapes = by_argument(model, dynamic_shapes)
+        with keywords_named(model, sample.kwargs):
+            exported, sample = export_modes(model, sample, shapes, modes)
     first = exported["train" if "train" in exported else "eval"]
     root = _containers(model, first.reads)
     graphs = {mode: _graph(model, root, mode, found) for mode, found in exported.items()}

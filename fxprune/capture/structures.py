@@ -1,10 +1,12 @@
-"""Inputs and outputs that are dataclasses: torch takes them apart once it knows them."""
+"""Structures of inputs and outputs that torch does not take as they are: dataclasses, and arguments by star."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,3 +35,51 @@ def outputs_registered(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextlib.contextmanager
+def keywords_named(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Have forward name the keyword arguments that it takes by `**`: torch.export frees no sizes of these otherwise."""
+    signature = inspect.signature(model.forward)
+    rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    more = [name for name in kwargs if name not in signature.parameters]
+    if not rest or not more or any(not name.isidentifier() for name in more):
+        yield
+        return
+    own, forward = vars(model).get("forward"), model.forward
+
+    @functools.wraps(forward)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    given = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in more]
+    others = [parameter for parameter in signature.parameters.values() if parameter not in rest]
+    named.__signature__ = signature.replace(parameters=[*others, *given])  # type: ignore[attr-defined]
+    vars(model)["forward"] = named
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        if own is not None:
+            vars(model)["forward"] = own
+
+
+def by_argument(model: nn.Module, shapes: Any) -> Any:
+    """Dynamic shapes by the arguments of forward, from those by the names that arguments by star have once captured.
+
+    What is taken by `*xs` is captured as `xs_0`, `xs_1` and so on, what is taken by `**more` under its own names.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    if not isinstance(shapes, Mapping):
+        return shapes
+    found = dict(shapes)
+    for name, parameter in parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD and isinstance(found.get(name), Mapping):
+            found |= found.pop(name)
+        if parameter.kind is not inspect.Parameter.VAR_POSITIONAL or name in found:
+            continue
+        entries: list[Any] = []
+        while (captured := f"{name}_{len(entries)}") in found and captured not in parameters:
+            entries.append(found.pop(captured))
+        found |= {name: tuple(entries)} if entries else {}
+    return found

@@ -107,7 +107,7 @@ def _dead_that_stay(relations: Coupling, live: Liveness) -> list[tuple[str, int,
     texts: dict[Reason, str] = {}
     stayed = []
     for reader in live.readers:
-        if reader.source is None or reader.rows is None:
+        if reader.source is None or reader.rows is None or len(reader.row_axes) != 1:
             continue
         rows = relations.of(reader.rows.reshape(-1))
         dead = np.flatnonzero(~reader.used.any(-1).reshape(-1) & live.alive[rows])
@@ -117,5 +117,5 @@ def _dead_that_stay(relations: Coupling, live: Liveness) -> list[tuple[str, int,
             if why not in texts:
                 texts[why] = why.text()
             indices_of.setdefault(texts[why], []).append(int(index))
-        stayed += [(reader.source, reader.row_axis, indices, text) for text, indices in indices_of.items()]
+        stayed += [(reader.source, reader.row_axes[0], indices, text) for text, indices in indices_of.items()]
     return stayed

@@ -7,11 +7,14 @@ once it is known which ids stay.
 from __future__ import annotations
 
 import abc
+import itertools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
@@ -68,6 +71,21 @@ class Count(Pending):
 
     def __str__(self) -> str:
         return f"kept of {len(self.ids)}" + (" groups" if self.ids.ndim > 1 else "")
+
+
+@dataclass(frozen=True, eq=False)
+class PartSizes(Pending):
+    """How many of each part's ids stay, without the parts of which none does; or the places where the parts end."""
+
+    parts: list[Vector]
+    as_ends: bool = False
+
+    def resolve(self, kept: Kept, node: fx.Node) -> list[int]:
+        counts = [count for part in self.parts if (count := kept.count(part))]
+        return list(itertools.accumulate(counts))[:-1] if self.as_ends else counts
+
+    def __str__(self) -> str:
+        return f"kept of parts of {', '.join(str(len(part)) for part in self.parts)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +150,87 @@ class ReplaceCall(Edit):
 
     def __str__(self) -> str:
         return f"{self.node.name}: {self.target}{_shown(self.args)}"
+
+
+@dataclass(frozen=True, eq=False)
+class TakeIndices(Edit):
+    """The indices `taken` of an axis: a slice where what stays of them is evenly spaced, else by an index that is held.
+
+    Attributes:
+        node: a call of `aten.slice`.
+        data, dim: what it takes from.
+        ids: of the axis.
+    """
+
+    node: fx.Node
+    data: fx.Node
+    dim: int
+    ids: Vector
+    taken: Vector
+
+    def apply(self, kept: Kept) -> None:
+        alive = kept.alive(self.ids)
+        places = (np.cumsum(alive) - 1)[self.taken[alive[self.taken]]]
+        steps = np.unique(np.diff(places)).tolist() or [1]
+        if len(steps) == 1:
+            wanted = {"start": int(places[0]), "end": int(places[-1]) + 1, "step": steps[0]}
+            for name, value in wanted.items():
+                set_argument(self.node, name, value)
+            return
+        index = _held(self.node, torch.from_numpy(places))
+        self.node.target = torch.ops.aten.index_select.default
+        self.node.args, self.node.kwargs = (self.data, self.dim, index), {}
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: what stays of {len(self.taken)} of {len(self.ids)}"
+
+
+def _held(node: fx.Node, index: Tensor) -> fx.Node:
+    """The read, before `node`, of a buffer that holds an index for it; graphs share what is equal."""
+    root = node.graph.owning_module
+    assert root is not None
+    name, number = f"index_of_{node.name}", 0
+    while hasattr(root, name) and not torch.equal(getattr(root, name).cpu(), index):
+        number += 1
+        name = f"index_of_{node.name}_{number}"
+    value = node.meta["val"]
+    if not hasattr(root, name):
+        root.register_buffer(name, index.to(value.device))
+    with node.graph.inserting_before(node):
+        read = node.graph.get_attr(name)
+    with value.fake_mode:
+        read.meta["val"] = torch.empty(len(index), dtype=torch.int64, device=value.device)
+    return read
+
+
+@dataclass(frozen=True, eq=False)
+class DropItems(Edit):
+    """Results of a call of which nothing stays, and that nothing reads, dropped; the others keep their order.
+
+    Attributes:
+        node: the call, whose results are read by `operator.getitem`.
+        parts: the ids of each result.
+        results: what is known of each, shortened with them.
+    """
+
+    node: fx.Node
+    parts: list[Vector]
+    results: list[Any]
+
+    def apply(self, kept: Kept) -> None:
+        stays = [kept.count(part) > 0 for part in self.parts]
+        if all(stays):
+            return
+        place = (np.cumsum(stays) - 1).tolist()
+        for user in list(self.node.users):
+            index = int(user.args[1])  # type: ignore[arg-type]
+            if stays[index]:
+                user.update_arg(1, place[index])
+            else:
+                user.graph.erase_node(user)
+        recorded = self.node.meta["val"]
+        self.node.meta["val"] = type(recorded)(itertools.compress(recorded, stays))
+        self.results[:] = itertools.compress(self.results, stays)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,12 @@ from fxprune.channels.arguments import set_argument
 from fxprune.channels.axes import ONE, Axis
 from fxprune.channels.constraints import representative
 from fxprune.channels.coupling import Coupling
-from fxprune.channels.ids import Mask
+from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.readers import Reader
 from fxprune.channels.shapes import resized
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result
+from fxprune.errors import FinalizeError
 from fxprune.graph.expressions import evaluate
 from fxprune.graph.names import join, locate
 from fxprune.graph.plan import ChannelPlan
@@ -99,8 +100,11 @@ class Folding:
             return
         assert reader.table is not None
         name = _free_name(self.traced, reader)
-        self.added[name] = reader.source or reader.node.name
-        value = delta if bias is None else delta + evaluate(self.traced, bias).double().cpu()
+        # calls of a shared layer each have a bias of their own
+        shared = reader.source is None or len(_readers_of(self.coupling, reader.source)) > 1
+        self.added[name] = reader.node.name if shared else str(reader.source)
+        value = delta.reshape(_shape_of_bias(reader))
+        value = value if bias is None else value + evaluate(self.traced, bias).double().cpu()
         result = reader.node.meta["val"]
         add_bias(self.traced, self.coupling, reader, twin, name, value.to(result.device, result.dtype))
 
@@ -123,20 +127,31 @@ def _free_name(traced: TracedModule, reader: Reader) -> str:
 
 
 def add_zero_biases(traced: TracedModule, coupling: Coupling, plan: ChannelPlan) -> None:
-    """Create the biases that a stored plan lists, as zeros: what is folded into them depends on the values."""
-    layers: dict[str, tuple[Reader, Reader | None]] = {}
+    """Create the biases that a stored plan lists, as zeros: what is folded into them depends on the values.
+
+    Raises:
+        FinalizeError: it cannot be told to which call of a shared layer one of them belongs.
+    """
+    layers: dict[str, list[tuple[Reader, Reader | None]]] = {}
     for reader, twin in coupling.readers():
-        for layer in (reader.source, reader.node.name):
-            if reader.rows is not None and layer is not None:
-                layers.setdefault(layer, (reader, twin))
+        for layer in {reader.source, reader.node.name} - {None}:
+            if reader.rows is not None:
+                layers.setdefault(str(layer), []).append((reader, twin))
+    wanted: dict[str, list[str]] = {}
+    for name, layer in plan.added.items():
+        wanted.setdefault(layer, []).append(name)
     for name, layer in plan.added.items():
         if layer not in layers:
             continue
-        reader, twin = layers[layer]
+        if len(layers[layer]) not in (1, len(wanted[layer])):
+            raise FinalizeError(
+                f"`{name}` belongs to one of {len(layers[layer])} calls of `{layer}`, and the plan does not say to "
+                "which. Load the file without the model, or save it again."
+            )
+        reader, twin = layers[layer][wanted[layer].index(name) if len(layers[layer]) > 1 else 0]
         like = coupling.tensors[reader.source] if reader.source else reader.node.meta["val"]
         bias = reader.bias.node
-        assert reader.rows is not None
-        zeros = torch.zeros(reader.rows.size, dtype=like.dtype, device=like.device)
+        zeros = torch.zeros(_shape_of_bias(reader), dtype=like.dtype, device=like.device)
         value = zeros if bias is None else evaluate(traced, bias)
         add_bias(traced, coupling, reader, twin, name, value.clone())
 
@@ -145,18 +160,33 @@ def add_bias(
     traced: TracedModule, coupling: Coupling, reader: Reader, twin: Reader | None, name: str, value: Tensor
 ) -> None:
     """Give a layer the bias `value`, held under `name`, in every graph."""
-    assert reader.rows is not None
     owner, attribute = locate(traced, name)
     parameter = nn.Parameter(value)
     owner.register_parameter(attribute, parameter)
-    rows = reader.rows.reshape(-1)
     coupling.tensors[name] = parameter
-    coupling.parameters[name] = [rows if rows.size > 1 else None]
-    axis = Axis.of(rows) if rows.size > 1 else ONE
+    coupling.parameters[name] = _ids_of_bias(reader)
+    axes = tuple(ONE if ids is None else Axis.of(ids) for ids in _ids_of_bias(reader))
     for each in (reader, twin):
         if each is not None:
             walk = next(walk for walk in coupling.walks.values() if walk.graph is each.node.graph)
-            _read_bias(each, name, walk.env, Value((axis,)), tuple(value.shape))
+            _read_bias(each, name, walk.env, Value(axes), tuple(value.shape))
+
+
+def _ids_of_bias(reader: Reader) -> list[Vector | None]:
+    """The ids of the axes of what a reader's rows can be added to."""
+    if reader.bias.ids is not None:
+        return list(reader.bias.ids)
+    assert reader.rows is not None
+    return [reader.rows.reshape(-1) if reader.rows.size > 1 else None]
+
+
+def _shape_of_bias(reader: Reader) -> list[int]:
+    return [1 if ids is None else len(ids) for ids in _ids_of_bias(reader)]
+
+
+def _readers_of(coupling: Coupling, source: str) -> list[Reader]:
+    """The readers of a parameter in the eval graph."""
+    return [reader for reader in coupling.walks["eval"].readers if reader.source == source]
 
 
 def _read_bias(reader: Reader, name: str, env: dict[fx.Node, Result], value: Value, shape: tuple[int, ...]) -> None:
@@ -168,7 +198,7 @@ def _read_bias(reader: Reader, name: str, env: dict[fx.Node, Result], value: Val
     if reader.bias.argument is not None:
         set_argument(node, reader.bias.argument, read)
         return
-    # only products of matrices have no place for a bias: channels are last
+    # only products of matrices have no place for a bias
     with node.graph.inserting_after(node):
         total = node.graph.call_function(torch.ops.aten.add.Tensor, (node, read))
     total.meta, env[total] = dict(node.meta), env[node]

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 
 from fxprune.channels.coupling import Coupling
@@ -52,7 +51,7 @@ class ChannelAxes:
             for name, b in balances.items()
             if name in parameters
         }
-        summed = _summed(coupling) - {(name, 1) for name, b in balances.items() if b.transposed}
+        summed = _summed(coupling)
         numbers: dict[bytes, int] = {}
         vectors: list[Vector] = []
         axes: list[ChannelAxis] = []
@@ -105,14 +104,12 @@ class ChannelAxes:
 
 
 def _summed(coupling: Coupling) -> set[tuple[str, int]]:
-    """The parameter axes that contractions sum over: those that do not hold their rows."""
-    found = set()
+    """The parameter axes that contractions sum over and that hold the rows of none."""
+    summed, written = set[tuple[str, int]](), set[tuple[str, int]]()
     for walk in coupling.walks.values():
         for reader in walk.readers:
             if reader.source is None or reader.rows is None:
                 continue
-            rows = reader.rows.reshape(-1)
-            for axis, ids in enumerate(coupling.parameters[reader.source]):
-                if ids is None or not np.array_equal(ids, rows):
-                    found.add((reader.source, axis))
-    return found
+            for axis in range(len(coupling.parameters[reader.source])):
+                (written if axis in reader.row_axes else summed).add((reader.source, axis))
+    return summed - written

@@ -25,10 +25,12 @@ class Bias:
     Attributes:
         node: what is added to the rows now, None where nothing is.
         argument: the name of the call's argument that it is, or would be; None where the operator has none.
+        ids: of each axis of a new bias, None for one of size one; those of the rows alone where it is None.
     """
 
     node: fx.Node | None = None
     argument: str | None = None
+    ids: tuple[Vector | None, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -44,7 +46,7 @@ class Reader:
         folds, merges: [groups, columns], non-zero constants that go into the bias, into a representative column.
         table: the weight as a view [groups, rows, columns, taps].
         source: name of the parameter that `table` is a view of.
-        row_axis: the axis of this parameter that holds the rows.
+        row_axes: the axes of this parameter that hold groups and rows.
         bias: where constants are folded into.
         key: the same for the same layer in every graph.
         why: in words, what keeps a column.
@@ -60,7 +62,7 @@ class Reader:
     merges: Mask | None = None
     table: Tensor | None = None
     source: str | None = None
-    row_axis: int = 0
+    row_axes: tuple[int, ...] = (0,)
     bias: Bias = Bias()
     key: Hashable = None
     why: str = READ

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,11 +30,13 @@ class Parameters:
         tensors: by qualified name.
         axes: the ids of each axis by qualified name, None for one of size one; tied names share them.
         overlapping: for a name that shares memory with others, all of these.
+        grouped: by the weight of a grouped convolution the ids of the inputs that it reads, the same in every call.
     """
 
     tensors: dict[str, Tensor]
     axes: dict[str, list[Vector | None]]
     overlapping: Mapping[str, list[str]]
+    grouped: dict[Tensor, Vector] = field(default_factory=dict)
 
 
 class Walk:
@@ -131,6 +133,12 @@ class Walk:
             self.pin_value(node, Value(axes), "a buffer that the graph writes to")
             return Value(axes)
         return Value(axes, Known.tensor(tensor.detach().cpu()) if self.facts else None, source=name)
+
+    def reads(self, name: str) -> list[fx.Node]:
+        """The nodes of the graph that read a parameter, by any of its names."""
+        tensor = self.parameters.tensors[name]
+        found = self.graph.find_nodes(op="get_attr")
+        return [node for node in found if self.parameters.tensors.get(str(node.target)) is tensor]
 
     def is_read_once(self, name: str | None) -> bool:
         """Whether a parameter has one reader in the graph."""

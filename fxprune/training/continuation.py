@@ -149,6 +149,8 @@ def _computed_from(sources: dict[str, nn.Parameter], name: str, plan: ChannelPla
     """The parameters whose group a parameter without a source of its own joins."""
     if plan and name in plan.added:
         layer = plan.added[name]
+        if layer not in sources:  # a call of a shared layer
+            layer = join(name.rpartition(".")[0], "weight")
         return [sources[layer]] if layer in sources else _computed_from(sources, layer, None)
     prefix, _, tensor = name.rpartition(".")
     inner = join(prefix, f"parametrizations.{tensor}")

@@ -15,7 +15,7 @@ from fxprune.channels.edits import SetArguments
 from fxprune.channels.ids import Vector
 from fxprune.channels.readers import Reader
 from fxprune.channels.registry import Cost, OperatorCall, register
-from fxprune.channels.rules.contractions import read_product
+from fxprune.channels.rules.products import read_product
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Result, Walk
 

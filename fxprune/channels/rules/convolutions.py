@@ -15,8 +15,8 @@ from fxprune.channels.axes import ONE, Axis, sizes_of
 from fxprune.channels.edits import Count, SetArguments
 from fxprune.channels.ids import Vector
 from fxprune.channels.readers import Balance, Bias
-from fxprune.channels.registry import Cost, OperatorCall, Traffic, register
-from fxprune.channels.rules.contractions import Layer, read_weight
+from fxprune.channels.registry import REGISTRY, Cost, OperatorCall, Traffic, register
+from fxprune.channels.rules.layers import Layer, read_weight
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result, Walk
 from fxprune.torch_internals import ConvNd
@@ -121,8 +121,9 @@ class Convolution(OperatorCall):
         self, walk: Walk, channels: Axis, weight: Value, columns: Vector | None, rows: Vector | None
     ) -> None:
         outputs, inputs = self.counts
-        if weight.source is None or not walk.is_read_once(weight.source) or columns is None or rows is None:
-            why = "a grouped convolution whose weight is computed or used twice, or that reads an input"
+        why = self._why_groups_stay(walk, weight)
+        if why is not None or columns is None or rows is None:
+            why = why or "a grouped convolution of what carries no channels"
             walk.pin_axis(self.node, channels, why)
             walk.pin_value(self.node, weight, why)
             walk.pin(self.node, columns, why)
@@ -130,11 +131,34 @@ class Convolution(OperatorCall):
         elif outputs == inputs == 1:
             walk.ids.unify(columns, rows)
         else:
+            assert weight.source is not None
+            tensor = walk.parameters.tensors[weight.source]
+            walk.ids.unify(walk.parameters.grouped.setdefault(tensor, columns), columns)
             shaped = columns.reshape(self.groups, inputs), rows.reshape(self.groups, outputs)
             walk.balances.append(Balance(self.node, *shaped, weight.source, self.is_transposed))
         if columns is not None and rows is not None:
             shaped = columns.reshape(self.groups, inputs), rows.reshape(self.groups, outputs)
             walk.edits.append(SetArguments(self.node, {"groups": Count(np.concatenate(shaped, axis=1))}))
+
+    def _why_groups_stay(self, walk: Walk, weight: Value) -> str | None:
+        """Why nothing of a convolution in groups can go, None where it can."""
+        if self.counts == (1, 1):
+            return None
+        if weight.source is None:
+            return "a grouped convolution whose weight is computed"
+        if not all(self._reads_alike(user, read) for read in walk.reads(weight.source) for user in read.users):
+            return "a grouped convolution whose weight something else reads"
+        return None
+
+    def _reads_alike(self, user: fx.Node, weight: fx.Node) -> bool:
+        """Whether another node is the same convolution of something else."""
+        call = REGISTRY.call(user) if user.op == "call_function" else None
+        return (
+            isinstance(call, Convolution)
+            and call.weight is weight
+            and weight not in (call.data, call.bias)
+            and (call.groups, call.is_transposed) == (self.groups, self.is_transposed)
+        )
 
     def _joined_bias(self, walk: Walk, rows: Vector | None) -> tuple[Value | None, Vector | None]:
         if self.bias is None:
@@ -161,7 +185,7 @@ class Convolution(OperatorCall):
         return Layer(
             self.node, data, channel, weight, table, rows, columns, self.groups, outputs, inputs,
             folds=not self.pads and not self.is_transposed, bias=Bias(self.bias, "bias"), bias_value=bias,
-            row_axis=self.row_axis,
+            row_axes=(self.row_axis,),
         )  # fmt: skip
 
     def costs(self, env: Mapping[fx.Node, Result]) -> Sequence[Cost]:

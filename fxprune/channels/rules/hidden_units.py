@@ -21,8 +21,8 @@ from torch import fx
 from fxprune.channels.axes import Axis
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.readers import Bias
-from fxprune.channels.rules.contractions import Layer, column_facts, read_weight
 from fxprune.channels.rules.initial_states import State
+from fxprune.channels.rules.layers import Layer, column_facts, read_weight
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Walk
 

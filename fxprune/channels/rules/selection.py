@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.channels.axes import Axis, same_size
-from fxprune.channels.edits import Count, Extent, Reindex, ReplaceCall, SetArguments
+from fxprune.channels.edits import Count, DropItems, Extent, PartSizes, Reindex, ReplaceCall, SetArguments, TakeIndices
 from fxprune.channels.ids import Vector
 from fxprune.channels.registry import REGISTRY, OperatorCall, register
 from fxprune.channels.values import Value
@@ -66,17 +67,15 @@ class Slice(_Parts):
         value, ids = self._opened(walk, value, dim, self.start, self.end, free="sliced at a free position")
         if ids is None:
             return value.cut(dim, Axis.plain(size))
-        taken = slice(self.start, self.end, self.step)
-        first, last, _ = taken.indices(len(ids))
+        taken = np.arange(len(ids))[self.start : self.end : self.step]
         if self.step == 1:
+            first, last, _ = slice(self.start, self.end).indices(len(ids))
             walk.edits.append(SetArguments(self.node, {"start": Count(ids[:first]), "end": Count(ids[:last])}))
-        elif len(ids) % self.step == 0 and first < self.step and last > len(ids) - self.step:
-            _, lanes = walk.ids.split(ids, len(ids) // self.step)
-            walk.pin(self.node, lanes, "taken by stride")
-            walk.edits.append(SetArguments(self.node, {"start": first, "end": _END}))
+        elif walk.is_written(self.node) or walk.is_written(self.data):  # an index would copy
+            walk.pin(self.node, ids, "taken by stride from what is written to")
         else:
-            walk.pin(self.node, ids, "taken by a stride that does not divide the axis")
-        return taken_from(walk, self.node, value, dim, ids, np.arange(len(ids))[taken])
+            walk.edits.append(TakeIndices(self.node, self.data, dim, ids, taken))
+        return taken_from(walk, self.node, value, dim, ids, taken)
 
 
 def taken_from(walk: Walk, node: fx.Node, value: Value, dim: int, ids: Vector, index: Vector) -> Value:
@@ -148,11 +147,15 @@ class Split(_Parts):
             return [value.cut(dim, Axis.plain(size)) for size in sizes]
         ends = np.cumsum(sizes)
         parts = np.split(ids, ends[:-1])
-        walk.edits.append(self._in_parts(walk, dim, parts))
-        return [
+        read = _read_items(self.node)
+        results = [
             taken_from(walk, self.node, value, dim, ids, np.arange(int(end) - len(part), int(end)))
-            for part, end in zip(parts, ends, strict=True)
+            if number in read
+            else Value(value.replaced_axis(dim, Axis.of(part)))
+            for number, (part, end) in enumerate(zip(parts, ends, strict=True))
         ]
+        walk.edits += [self._in_parts(walk, dim, parts), DropItems(self.node, parts, results)]
+        return results
 
     def _in_parts(self, walk: Walk, dim: int, parts: list[Vector]) -> ReplaceCall:
         """The call with the sizes that stay, by an operator that allows what the captured one does.
@@ -161,10 +164,9 @@ class Split(_Parts):
         """
         target = REGISTRY.model(self.node.target)
         if target in _AT_POSITIONS and walk.is_written(self.node):
-            ends = [Count(np.concatenate(parts[:i])) for i in range(1, len(parts))]
-            return ReplaceCall(self.node, aten.tensor_split.indices, (self.data, ends, dim))
+            return ReplaceCall(self.node, aten.tensor_split.indices, (self.data, PartSizes(parts, as_ends=True), dim))
         split = aten.unsafe_split_with_sizes if target in _UNSAFE else aten.split_with_sizes
-        return ReplaceCall(self.node, split.default, (self.data, [Count(part) for part in parts], dim))
+        return ReplaceCall(self.node, split.default, (self.data, PartSizes(parts), dim))
 
 
 _AT_POSITIONS = (aten.tensor_split.sections, aten.tensor_split.indices, aten.tensor_split.tensor_indices_or_sections)
@@ -183,9 +185,19 @@ class Unbind(_Parts):
         value, dim = self._operand(walk)
         rest = value.replaced_axis(dim)
         value, ids = self._opened(walk, value, dim)
-        walk.pin(self.node, ids, "each index is taken")
         places = [0 if ids is None else index for index in range(len(self.node.meta["val"]))]
-        return [value.moved(rest, functools.partial(torch.select, dim=dim, index=place)) for place in places]
+        results = [value.moved(rest, functools.partial(torch.select, dim=dim, index=place)) for place in places]
+        if ids is not None:
+            walk.pin(self.node, ids[sorted(_read_items(self.node))], "a single index is taken")
+            walk.edits.append(DropItems(self.node, list(ids[:, None]), results))
+        return results
+
+
+def _read_items(node: fx.Node) -> set[int]:
+    """Which of several results anything reads."""
+    if any(user.target is not operator.getitem for user in node.users):
+        return {*range(len(node.meta["val"]))}
+    return {int(user.args[1]) for user in node.users if user.users}  # type: ignore[arg-type]
 
 
 @register(aten.index.Tensor)

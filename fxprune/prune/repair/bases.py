@@ -394,7 +394,9 @@ def _product(node: fx.Node) -> _Product | None:
         return None
     labels = call.labels
     batch, outer, inner, contracted = labels.batch, labels.outer, labels.inner, labels.contracted
-    if not (batch and len(outer) == len(inner) == 1) or not {*batch} <= {*labels.left} & {*labels.right}:
+    if not (batch and len(outer) == len(inner) == len(contracted) == 1) or not {*batch} <= {*labels.left} & {
+        *labels.right
+    }:
         return None
     orders = (
         (labels.left, outer + contracted), (labels.right, inner + contracted), (labels.right, contracted + inner),

@@ -106,7 +106,7 @@ def _of_product(grouping: Grouping, node: fx.Node) -> Reading | None:
         labels = call.labels
         if has_weight(call):  # of a layer, which is no product of two activations
             return None
-        if not {*labels.batch} <= {*labels.left} & {*labels.right}:
+        if len(labels.contracted) != 1 or not {*labels.batch} <= {*labels.left} & {*labels.right}:
             return None
         orders = [
             tuple(own.index(label) for label in labels.batch + position + labels.contracted)

@@ -210,6 +210,38 @@ def test_the_batch_is_free_also_for_a_sample_of_one_row() -> None:
         assert torch.equal(model(x), traced(x))
 
 
+class Starred(nn.Module):
+    """Takes any number of tensors, and gains by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, *inputs: torch.Tensor, **gains: torch.Tensor) -> torch.Tensor:
+        total = sum(self.layer(x) for x in inputs)
+        for gain in gains.values():
+            total = total * gain
+        return torch.relu(total)  # type: ignore[arg-type]
+
+
+def test_the_batch_is_free_where_arguments_are_taken_by_star() -> None:
+    model = Starred()
+    traced = fxprune.trace(model, (torch.randn(3, 6), torch.randn(3, 6)), {"gain": torch.randn(3, 5)})
+    x, y, gain = torch.randn(7, 6), torch.randn(7, 6), torch.randn(7, 5)
+    assert torch.equal(model(x, y, gain=gain), traced(x, y, gain=gain))
+    assert "forward" not in vars(model)
+    again = fxprune.trace(model, (x, y), {"gain": gain}, dynamic_shapes=traced.dynamic_shapes)
+    assert torch.equal(model(x[:2], y[:2], gain=gain[:2]), again(x[:2], y[:2], gain=gain[:2]))
+
+
+def test_free_axes_of_arguments_by_star_are_given_by_the_names_of_the_arguments() -> None:
+    model, auto = Starred(), {0: torch.export.Dim.AUTO}
+    shapes = {"inputs": (auto,), "gains": {"gain": auto}}
+    traced = fxprune.trace(model, (torch.randn(3, 6),), {"gain": torch.randn(3, 5)}, dynamic_shapes=shapes)
+    x, gain = torch.randn(4, 6), torch.randn(4, 5)
+    assert torch.equal(model(x, gain=gain), traced(x, gain=gain))
+
+
 def test_other_free_axes_are_given_as_torch_export_takes_them() -> None:
     model = nn.Conv1d(2, 3, 3).eval()
     shapes = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC},)

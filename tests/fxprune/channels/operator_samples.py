@@ -151,7 +151,7 @@ CREATION = {
     "triu_indices": image(lambda x: x + torch.triu_indices(6, 6)[0, :6], kept=PINNED),
 }
 SHAPES = {
-    "getitem": image(lambda x: x.split(4, 1)[1], kept=3),
+    "getitem": image(lambda x: x.split(4, 1)[1], kept=2),
     "view.default": image(lambda x: x.view(x.shape[0], 2, 4, 6, 6).view(x.shape[0], 8, 6, 6)),
     "reshape": image(lambda x: x.reshape(x.shape[0], 2, 4, 36).reshape(x.shape[0], 8, 6, 6)),
     "_unsafe_view": image(lambda x: aten._unsafe_view.default(x, (x.shape[0], 8, 36)).view(x.shape[0], 8, 6, 6)),
@@ -186,12 +186,12 @@ SHAPES = {
     "narrow": image(lambda x: x.narrow(1, 4, 4), kept=2),
     "select.int": image(lambda x: x.unflatten(1, (2, 4)).select(1, 1), kept=2),
     "split": image(lambda x: x.split(4, 1)[0] + x.split(4, 1)[1]),
-    "split_with_sizes": image(lambda x: x.split([2, 6], 1)[1]),
+    "split_with_sizes": image(lambda x: x.split([2, 6], 1)[1], kept=3),
     "chunk": image(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)),
-    "unsafe_split": image(lambda x: x.unsafe_split(4, 1)[1], kept=3),
-    "unsafe_split_with_sizes": image(lambda x: x.unsafe_split_with_sizes([2, 6], 1)[1]),
-    "unsafe_chunk": image(lambda x: x.unsafe_chunk(2, 1)[1], kept=3),
-    "tensor_split": image(lambda x: x.tensor_split(2, 1)[1], kept=3),
+    "unsafe_split": image(lambda x: x.unsafe_split(4, 1)[1], kept=2),
+    "unsafe_split_with_sizes": image(lambda x: x.unsafe_split_with_sizes([2, 6], 1)[1], kept=3),
+    "unsafe_chunk": image(lambda x: x.unsafe_chunk(2, 1)[1], kept=2),
+    "tensor_split": image(lambda x: x.tensor_split(2, 1)[1], kept=2),
     "unbind": image(lambda x: torch.add(*x.unflatten(1, (2, 4)).unbind(1))),
     "cat": image(lambda x: torch.cat([x, x.relu()], 1)),
     "concat": image(lambda x: torch.concat([x, x.relu()], 1)),
@@ -327,6 +327,9 @@ CONTRACTIONS = {
     "bmm": tokens(lambda x: torch.bmm(x, x.transpose(1, 2).softmax(-1)) @ x),
     "baddbmm": tokens(lambda x: torch.baddbmm(x.new_zeros(1, 6, 6), x, x.transpose(1, 2))),
     "mv": matrix(lambda x, w: torch.mv(x, w)[:, None], tensor(8)),
+    "inner": tokens(lambda x, w: torch.inner(x, w), tensor(6, 8)),
+    "tensordot": tokens(lambda x, w: torch.tensordot(x, w, ([2], [0])), tensor(8, 6)),
+    "bilinear": tokens(lambda x, w, b: F.bilinear(x, x.flip(1), w, b), tensor(6, 8, 8), tensor(6)),
     "einsum": tokens(lambda x, w: torch.einsum("btc,dc->btd", x, w), tensor(6, 8)),
     "scaled_dot_product_attention": tokens(
         lambda x: joined(F.scaled_dot_product_attention(heads(x), heads(x), heads(x)))
