@@ -276,6 +276,7 @@ def network(seed: int, words: bool = False) -> tuple[nn.Module, Callable[[int], 
             if b.is_floating_point():
                 b.copy_(torch.rand_like(b) + 0.5)
     mask(model, r)
+    zero_units(model, random.Random(seed))
     return model.double().eval(), inputs
 
 
@@ -306,3 +307,19 @@ def mask(model: nn.Module, r: random.Random) -> None:
                 if r.random() < 0.2:
                     columns = [i for i in range(p.shape[1 - axis]) if r.random() < share]
                     p.index_fill_(1 - axis, torch.tensor(columns, dtype=torch.long), 0)
+
+
+def zero_units(model: nn.Module, r: random.Random) -> None:
+    """Zero hidden units of recurrent layers, in half of the networks: all their rows and biases."""
+    for layer in model.modules():
+        if not isinstance(layer, nn.RNNBase) or r.random() < 0.5:
+            continue
+        for name, p in layer.named_parameters():
+            if name.startswith("weight_ih"):  # others have the same rows
+                gates = len(p) // layer.hidden_size
+                units = [i for i in range(layer.hidden_size) if r.random() < 0.5]
+                rows = [gate * layer.hidden_size + unit for gate in range(gates) for unit in units]
+                suffix = name.partition("ih")[2]
+                with torch.no_grad():
+                    for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                        getattr(layer, kind + suffix)[rows] = 0

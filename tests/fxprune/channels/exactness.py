@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,11 @@ def check_network(seed: int, words: bool) -> tuple[int, int]:
     Returns:
         How many parameters there were, and how many are left.
     """
-    model, inputs = network(seed, words)
+    return check(seed, *network(seed, words))
+
+
+def check(seed: int, model: nn.Module, inputs: Callable[[int], Tensor]) -> tuple[int, int]:
+    """`check_network` of a network in float64 and eval mode, with its inputs by batch size."""
     free = seed % 3 == 0
     sizes = (1, 2, 5) if free else (2, 2)
     modes = ("train", "eval") if seed % 8 == 1 else ("eval",)
