@@ -125,7 +125,7 @@ def plan(layout: Layout, readers: Sequence[Reader], streams: Mapping[fx.Node, St
         else:
             reference += calls
             ahead.update(calls)
-        there = done.union(tried).intersection(layout.differing)
+        there = set() if tried else done & set(layout.differing)  # what streams miss changes with what is fitted
         corrected = [node for node in calls if node in streams and streams[node].other in there]
         waves.append(Wave(current, reference, tried, chosen, corrected))
         for node in calls:

@@ -220,10 +220,11 @@ def test_a_layer_of_a_transformer_that_recurs_is_repaired() -> None:
     model, x = Recurring().eval(), torch.randn(120, 5, 8)
     traced = fxprune.trace(copy.deepcopy(model), x[:2], modes=["eval"])
     fxprune.prune.channels(traced, macs=0.8, round_to=1)
-    before = (traced(x) - model(x)).square().sum()
+    before = (traced(x) - model(x))[100:].square().sum()
     report = fxprune.reconstruct(traced, x[:100])
-    assert {"layer.linear2.weight", "layer.self_attn.out_proj.weight"} & {*report.refitted}
-    assert (traced(x) - model(x))[100:].square().sum() < 0.5 * before * 20 / 120
+    assert {"layer.linear2.weight", "layer.self_attn.out_proj.weight"} <= {*report.refitted}
+    assert (traced(x) - model(x))[100:].square().sum() < 0.3 * before
+    assert all(repair.after <= repair.before for repair in report.readers.values())
     torch.testing.assert_close(fxprune.finalize(traced)(x), traced(x), rtol=1e-4, atol=1e-5)
     again = fxprune.trace(copy.deepcopy(model), x[:2], modes=["eval"])
     fxprune.prune.channels(again, macs=0.8, round_to=1)
@@ -294,3 +295,22 @@ def test_masks_on_a_module_of_several_names_fold_under_any_of_them() -> None:
     final = fxprune.finalize(traced, shrink=False)
     assert torch.equal(final(x), expected)
     assert final.get_parameter("0.weight") is final.get_parameter("2.weight")
+
+
+def test_calls_by_one_weight_stay_where_operators_write_into_what_others_read() -> None:
+    class Written(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(self.first(x))
+            view = hidden[:, :3]
+            given = self.shared(hidden)
+            view.mul_(2)
+            return self.last(torch.tanh(self.shared(torch.tanh(given + hidden))))
+
+    torch.manual_seed(0)
+    model, x = Written().double().eval(), torch.randn(100, 3, dtype=torch.float64)
+    traced = masked(model, x)
+    before = (traced(x) - model(x)).square().sum()
+    report = fxprune.reconstruct(traced, x)
+    assert report.refitted == ["last.weight"]
+    assert "operators write into what others read" in report.alone["shared.weight"]
+    assert (traced(x) - model(x)).square().sum() < before
