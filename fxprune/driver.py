@@ -7,7 +7,7 @@ import copy
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,11 +25,11 @@ from fxprune.errors import (
     NonFiniteWarning,
     PruningError,
 )
-from fxprune.graph.containers import provenance_of, set_provenance
 from fxprune.graph.equality import FOLDED_TOLERANCES, error
-from fxprune.graph.masks import masked, named_by_mask, original_name
+from fxprune.graph.masks import masked_views, named_by_mask
 from fxprune.graph.names import canonical, has_parametrization, locate, one_name
-from fxprune.graph.reparametrizations import hook_state, reparametrized
+from fxprune.graph.provenance import provenance_of, set_provenance
+from fxprune.graph.reparametrizations import computed_names, hook_state, reparametrized
 from fxprune.graph.requirements import require_eval, require_parameter, require_traced
 from fxprune.graph.traced import Origin, TracedModule
 from fxprune.passes import (
@@ -148,6 +148,8 @@ def _parametrize(traced: TracedModule, name: str, build: Callable[[str], InsertP
 def remove_weight_norm(traced: TracedModule, name: str) -> TracedModule:
     """Fold a weight norm (torch's legacy or parametrized one) into a plain parameter; outputs stay the same bits.
 
+    A mask on what the norm computes stays, on the plain parameter; masks on its own parameters are folded with it.
+
     Args:
         traced: the module, changed in place.
         name: qualified name of the normalized parameter, "conv1.weight".
@@ -167,7 +169,8 @@ def remove_weight_norm(traced: TracedModule, name: str) -> TracedModule:
 def remove_spectral_norm(traced: TracedModule, name: str) -> TracedModule:
     """Fold a spectral norm into a plain parameter: the value that eval mode computes, to the bit.
 
-    torch's own removal in train mode runs one more power iteration first; this one does not.
+    torch's own removal in train mode runs one more power iteration first; this one does not. Masks are as in
+    `remove_weight_norm`.
 
     Args:
         traced: the module, changed in place.
@@ -193,7 +196,7 @@ def _remove_norm(traced: TracedModule, name: str, norm: _Norm) -> TracedModule:
     found = one_name(there, canonical(traced, name), "reparametrized parameter")
     if not norm.stands_on(*locate(traced, found)):
         raise PruningError(f"{name!r} carries no {norm.name}. Reparametrized: {', '.join(there)}.")
-    fold(traced, found)
+    run(traced, FoldReparametrizations((found,), keep_masks=True))
     return traced
 
 
@@ -224,13 +227,31 @@ def plain_view(traced: TracedModule) -> TracedModule:
     names = reparametrized(traced)
     if not names:
         return traced
+    plain = run_passes(_copied_around(traced, names), FINALIZE).graph_module
+    assert isinstance(plain, TracedModule)
+    return plain
+
+
+def without_norms(traced: TracedModule, names: Collection[str]) -> TracedModule:
+    """The module with plain parameters where norms and parametrizations compute some, masks on these as they are.
+
+    To be read only: tensors of other modules are shared, and the module itself is given where there is no such name.
+    """
+    normed = tuple(name for name in computed_names(traced) if name in names)
+    normed += tuple(own.original_name for own in masked_views(traced) if own.name in names and own.original is None)
+    if not normed:
+        return traced
+    folded = run_passes(_copied_around(traced, normed), (FoldReparametrizations(normed, keep_masks=True),)).graph_module
+    assert isinstance(folded, TracedModule)
+    return folded
+
+
+def _copied_around(traced: TracedModule, names: Collection[str]) -> TracedModule:
+    """A copy of the module for changes of what reparametrizes some parameters; shares the tensors of other modules."""
     owners = {locate(traced, name)[0] for name in names}
     busy = {module for owner in owners for module in owner.modules()}
     shared = [t for m in traced.modules() if m not in busy for t in (*m._parameters.values(), *m._buffers.values())]
-    copied = copy.deepcopy(traced, {id(t): t for t in shared if t is not None})
-    plain = run_passes(copied, FINALIZE).graph_module
-    assert isinstance(plain, TracedModule)
-    return plain
+    return copy.deepcopy(traced, {id(t): t for t in shared if t is not None})
 
 
 @contextlib.contextmanager
@@ -382,7 +403,7 @@ def _text_of(eval_only: Mapping[str, Sequence[int]]) -> str:
 
 def _sources(traced: TracedModule) -> dict[str, weakref.ref[nn.Parameter]]:
     """The parameters that an optimizer holds, masked ones under the names that they have without a mask."""
-    plain = {original_name(name): name for name in masked(traced)}
+    plain = {own.original_name: own.name for own in masked_views(traced) if own.original is not None}
     parameters = traced.named_parameters(remove_duplicate=False)
     return {plain.get(name, name): weakref.ref(parameter) for name, parameter in parameters}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,11 +17,12 @@ from fxprune.graph.containers import restore_order
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure, evaluate
-from fxprune.graph.masks import ParameterView, masked, view
+from fxprune.graph.masks import ParameterView, masked, original_name, view
 from fxprune.graph.metadata import parameter_of, tag_of, tagged, untag
 from fxprune.graph.names import ModulePaths, exists, tensor_at
-from fxprune.graph.reparametrizations import remove_state, reparametrized
+from fxprune.graph.reparametrizations import computed_names, remove_state, reparametrized
 from fxprune.graph.traced import TracedModule
+from fxprune.graph.values import under_mask
 
 from .base import Pass
 
@@ -34,10 +36,13 @@ class FoldReparametrizations(Pass):
     The value is the one eval mode computes, to the bit. Cases: (1) a mask whose parameter nobody else holds: the
     same Parameter object stays, as `torch.nn.utils.prune.remove` does it; (2) a tied parameter, a norm or a
     parametrization: a new Parameter, so the other uses keep their values; (3) a masked parameter that no graph
-    reads: the product is stored. What a parameter is computed from (a mask under a norm) is folded with it.
+    reads: the product is stored. What a parameter is computed from (a mask under a norm) is folded with it. (4) With
+    `keep_masks`, a mask on what a norm or a parametrization computes stays: the parameter is then one that a mask
+    alone changes; other masks are left as they are.
 
     Args:
         parameters: qualified names; None folds all.
+        keep_masks: whether to fold what masks act on, in place of the masked values.
 
     Example:
         >>> FoldReparametrizations()(traced).modified
@@ -45,17 +50,23 @@ class FoldReparametrizations(Pass):
     """
 
     parameters: tuple[str, ...] | None = None
+    keep_masks: bool = False
     name: ClassVar[str] = "fold-reparametrizations"
 
     def run(self, traced: TracedModule) -> bool:
         order = list(traced.graphs.values())  # eval before train
         places = self._places(traced, order)
         holders = Counter(id(p) for module in traced.modules() for p in module._parameters.values())
+        replaced = set()  # what is stored under these names now, other nodes do not mean
         for name, nodes in places.items():
             with working_on(nodes[0]) if nodes else contextlib.nullcontext():
-                _fold(traced, name, nodes, holders)
+                if nodes and tag_of(nodes[0]) is None:  # (4)
+                    _fold_under_mask(traced, name, nodes)
+                    replaced.add(original_name(name))
+                else:
+                    _fold(traced, name, nodes, holders)
         for graph in order:
-            erase_dead(graph, lambda target: not exists(traced, target))
+            erase_dead(graph, lambda target: target in replaced or not exists(traced, target))
         return bool(places)
 
     def _places(self, traced: TracedModule, graphs: list[fx.Graph]) -> dict[str, list[fx.Node]]:
@@ -66,21 +77,51 @@ class FoldReparametrizations(Pass):
             places.setdefault(paths.canonical(_parameter(node)), []).append(node)
         for name in masked(traced):  # (3)
             places.setdefault(name, [])
-        if self.parameters is None:
-            return places
-        wanted = set(self.parameters)
-        for name in self.parameters:
-            inner = (n for node in places.get(name, ()) for n in closure(node) if tag_of(n))
-            wanted |= {paths.canonical(_parameter(n)) for n in inner}
-        return {name: nodes for name, nodes in places.items() if name in wanted}
+        if self.parameters is not None:
+            wanted = set(self.parameters)
+            for name in self.parameters:
+                inner = (n for node in places.get(name, ()) for n in closure(node) if tag_of(n))
+                wanted |= {paths.canonical(_parameter(n)) for n in inner}
+            places = {name: nodes for name, nodes in places.items() if name in wanted}
+        return _under_masks(traced, places, paths) if self.keep_masks else places
 
     def ensures(self, traced: TracedModule) -> None:
-        left = [n for n in reparametrized(traced) if self.parameters is None or n in self.parameters]
+        there = computed_names(traced) if self.keep_masks else reparametrized(traced)
+        left = [n for n in there if self.parameters is None or n in self.parameters]
         if left:
             raise FinalizeError(
                 f"{', '.join(map(repr, left))}: the graph does not show which expression computes it, so it cannot be "
                 "folded. Trace the eager model itself, or remove the parametrization before tracing."
             )
+
+
+def _under_masks(
+    traced: TracedModule, places: Mapping[str, list[fx.Node]], paths: ModulePaths
+) -> dict[str, list[fx.Node]]:
+    """By parameter that a norm computes, the nodes that do, before its mask, and all that those are computed from.
+
+    What a mask alone changes is left out, unless a norm is computed from it. A masked original that is parametrized
+    under its own name, such as `conv.weight_orig`, is there as that.
+    """
+    views = {name: view(traced, name) for name in places}
+    inner = {name: [under_mask(views[name], node) for node in nodes] for name, nodes in places.items()}
+    normed = {
+        name: nodes
+        for name, nodes in inner.items()
+        if views[name].mask is None or (views[name].original_is_computed and not any(map(tag_of, nodes)))
+    }
+    below = {
+        paths.canonical(_parameter(source))
+        for nodes in normed.values()
+        for node in nodes
+        for source in closure(node)
+        if tag_of(source) and source is not node
+    }
+    return {
+        name: nodes if name in below else normed[name]
+        for name, nodes in places.items()
+        if name in below | normed.keys()
+    }
 
 
 def _parameter(node: fx.Node) -> str:
@@ -92,10 +133,7 @@ def _parameter(node: fx.Node) -> str:
 def _fold(traced: TracedModule, name: str, nodes: list[fx.Node], holders: Counter[int]) -> None:
     found = view(traced, name)
     owner, attribute = found.owner, found.attribute
-    value, sources = _value(traced, found, nodes)
-    if any(value.data_ptr() == source.data_ptr() for source in sources):
-        value = value.clone()
-    trained = any(isinstance(s, nn.Parameter) and s.requires_grad for s in sources)
+    value, trained = _own_value(traced, found, nodes)
     original = None if found.mask is None else found.original
     remove_state(traced, name)
     if original is not None and holders[id(original)] == 1:  # (1)
@@ -107,6 +145,25 @@ def _fold(traced: TracedModule, name: str, nodes: list[fx.Node], holders: Counte
     restore_order(owner)
     for node in nodes:
         _read_instead(node, name)
+
+
+def _fold_under_mask(traced: TracedModule, name: str, nodes: list[fx.Node]) -> None:
+    """Fold what a norm computes into the parameter that the mask stands on."""
+    found = view(traced, name)
+    value, trained = _own_value(traced, found, nodes)
+    remove_state(traced, name, keep_mask=True)
+    found.owner._parameters[original_name(found.attribute)] = nn.Parameter(value, requires_grad=trained)
+    restore_order(found.owner)
+    for node in nodes:
+        _read_instead(node, original_name(name))
+
+
+def _own_value(traced: TracedModule, found: ParameterView, nodes: list[fx.Node]) -> tuple[torch.Tensor, bool]:
+    """What a parameter folds to, in memory of its own, and whether it is trained."""
+    value, sources = _value(traced, found, nodes)
+    if any(value.data_ptr() == source.data_ptr() for source in sources):
+        value = value.clone()
+    return value, any(isinstance(s, nn.Parameter) and s.requires_grad for s in sources)
 
 
 def _value(traced: TracedModule, found: ParameterView, nodes: list[fx.Node]) -> tuple[torch.Tensor, list[torch.Tensor]]:

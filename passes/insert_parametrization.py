@@ -13,11 +13,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.capture.front_end import trace
 from fxprune.errors import ArgumentError, PruningError
-from fxprune.graph.containers import Container, provenance_of, share_contents
+from fxprune.graph.containers import Container, share_contents
 from fxprune.graph.editing import erase_dead, splice
 from fxprune.graph.mutation import is_mutating
 from fxprune.graph.names import locate, tensors_of
 from fxprune.graph.parameter_reads import ParameterReads, replace_reads
+from fxprune.graph.provenance import provenance_of
 from fxprune.graph.traced import TracedModule
 
 from .base import Pass

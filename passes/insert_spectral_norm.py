@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fxprune.graph.containers import Container, provenance_of
+from fxprune.graph.containers import Container
+from fxprune.graph.provenance import provenance_of
 from fxprune.graph.traced import TracedModule
 
 from .insert_parametrization import InsertParametrization

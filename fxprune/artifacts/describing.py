@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from fxprune.artifacts.dimensions import dimension_to_data
 from fxprune.artifacts.header import Header, StoredModule, StoredTensor, StoredTree
 from fxprune.artifacts.stored_graphs import stored_graph
-from fxprune.graph.containers import provenance_of
 from fxprune.graph.masks import masked
 from fxprune.graph.names import tensors_of
+from fxprune.graph.provenance import provenance_of
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.traced import TracedModule
 from fxprune.version import __version__
@@ -84,6 +84,7 @@ def _stored_modules(traced: TracedModule) -> list[StoredModule]:
                 loose=sorted(module._non_persistent_buffers_set),
                 parameters={name: value is not None for name, value in module._parameters.items()},
                 buffers={name: value is not None for name, value in module._buffers.items()},
+                masked=known.masked,
             )
         )
     return stored

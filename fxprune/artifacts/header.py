@@ -40,7 +40,7 @@ class StoredModule:
 
     `kind` is the nearest class of `torch.nn` to the eager module's, `loose` the buffers that state dicts leave out.
     `parameters` and `buffers` say, in order, which names there are and whether they hold a tensor. The others are
-    attributes of `Container`.
+    attributes of its provenance; `masked` is left out where there are none.
     """
 
     path: str
@@ -52,6 +52,7 @@ class StoredModule:
     loose: list[str]
     parameters: dict[str, bool]
     buffers: dict[str, bool]
+    masked: tuple[str, ...] = ()
 
     @property
     def is_first(self) -> bool:
@@ -60,13 +61,16 @@ class StoredModule:
 
     def to_json(self) -> Json:
         """The record as JSON holds it."""
-        return {"class" if name == "kind" else name: value for name, value in asdict(self).items()}
+        fields = {"class" if name == "kind" else name: value for name, value in asdict(self).items()}
+        if not self.masked:
+            del fields["masked"]
+        return fields
 
     @classmethod
     def from_json(cls, entry: Json) -> StoredModule:
         """Read what `to_json` gave."""
         fields = {"kind" if name == "class" else name: value for name, value in entry.items()}
-        return cls(**fields | {"order": tuple(fields["order"])})
+        return cls(**fields | {"order": tuple(fields["order"]), "masked": tuple(fields.get("masked", ()))})
 
 
 @dataclass(frozen=True)

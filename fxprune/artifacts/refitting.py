@@ -15,13 +15,13 @@ from fxprune.artifacts.header import Header
 from fxprune.artifacts.reading import Checkpoint
 from fxprune.capture.front_end import trace
 from fxprune.errors import ArtifactError, CaptureError, FixedSizeWarning, FxpruneError
-from fxprune.graph.containers import Provenance
 from fxprune.graph.masks import mask_name, masked, named_by_mask, named_by_original, original_name
 from fxprune.graph.names import exists, join, tensor_at, tensors_of
-from fxprune.graph.reparametrizations import reparametrized
+from fxprune.graph.provenance import Provenance
+from fxprune.graph.reparametrizations import computed_names, reparametrized
 from fxprune.graph.switching import is_frozen, set_options
 from fxprune.graph.traced import TracedModule
-from fxprune.passes import InsertSpectralNorm, InsertWeightNorm
+from fxprune.passes import FoldReparametrizations, InsertSpectralNorm, InsertWeightNorm
 from fxprune.passes.insert_parametrization import InsertParametrization
 from fxprune.prune.repair.new_biases import make_biases
 from fxprune.reports import first_of
@@ -92,6 +92,8 @@ def _rebuilt(checkpoint: Checkpoint, traced: TracedModule) -> TracedModule:
         traced = driver.finalize(traced, plan=checkpoint.plan, verify=False)
     if alien := [name for name in reparametrized(traced) if name not in header.reparametrized]:
         driver.fold(traced, *alien)
+    if alien := [name for name in computed_names(traced) if name not in _normed(header)]:
+        driver.run(traced, FoldReparametrizations(tuple(alien), keep_masks=True))
     _make_biases(checkpoint, traced, header.made_biases)
     _insert(checkpoint, traced)
     return traced
@@ -122,15 +124,29 @@ def _insert(checkpoint: Checkpoint, traced: TracedModule) -> None:
     """Insert the masks and norms that the module lacks, in rounds: one may stand on what another one made."""
     header = checkpoint.header
     options = {stored.path: stored.options for stored in header.modules}
-    left = set(header.reparametrized) - set(reparametrized(traced))
-    while left:
-        ready = {name for name in left if exists(traced, name) and isinstance(tensor_at(traced, name), nn.Parameter)}
-        if not ready:
-            raise ArtifactError(f"the model has no parameter {', '.join(sorted(left))}, which the file changes.")
-        masks = sorted(ready.intersection(header.masked))
-        driver.insert_masks(traced, {name: checkpoint.state[mask_name(name)] for name in masks})
-        driver.insert_norms(traced, [_norm(name, options) for name in sorted(ready.difference(masks))])
-        left -= ready
+    norms = _normed(header).difference(computed_names(traced))
+    masks = set(header.masked).difference(masked(traced))
+    while norms or masks:
+        plain = {name for name in norms | masks if _is_parameter(traced, name)}
+        normed = plain & norms
+        ready = (plain & masks - norms) | masks.intersection(computed_names(traced))
+        if not normed and not ready:
+            raise ArtifactError(
+                f"the model has no parameter {', '.join(sorted(norms | masks))}, which the file changes."
+            )
+        driver.insert_masks(traced, {name: checkpoint.state[mask_name(name)] for name in sorted(ready)})
+        driver.insert_norms(traced, [_norm(name, options) for name in sorted(normed)])
+        norms, masks = norms - normed, masks - ready
+
+
+def _normed(header: Header) -> set[str]:
+    """The names of what norms and parametrizations compute in the file."""
+    beside_masks = {join(stored.path, name) for stored in header.modules if stored.is_first for name in stored.masked}
+    return set(header.reparametrized).difference(header.masked) | beside_masks
+
+
+def _is_parameter(traced: TracedModule, name: str) -> bool:
+    return exists(traced, name) and isinstance(tensor_at(traced, name), nn.Parameter)
 
 
 def _norm(name: str, options: dict[str, dict[str, Any]]) -> InsertParametrization:

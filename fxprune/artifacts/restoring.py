@@ -7,7 +7,8 @@ from torch import nn
 from fxprune.artifacts.header import StoredModule
 from fxprune.artifacts.reading import Checkpoint
 from fxprune.artifacts.stored_graphs import read_graph
-from fxprune.graph.containers import Container, Provenance
+from fxprune.graph.containers import Container
+from fxprune.graph.provenance import Provenance
 from fxprune.graph.traced import TracedModule
 
 
@@ -41,6 +42,8 @@ def _containers(checkpoint: Checkpoint) -> Container:
 
 
 def _container(stored: StoredModule) -> Container:
-    container = Container(Provenance(getattr(nn, stored.kind), stored.order, stored.reads, options=stored.options))
+    container = Container(
+        Provenance(getattr(nn, stored.kind), stored.order, stored.reads, options=stored.options, masked=stored.masked)
+    )
     container._non_persistent_buffers_set.update(stored.loose)
     return container

@@ -21,10 +21,11 @@ from fxprune.capture.tagging import tag_results
 from fxprune.capture.unlifting import unlift
 from fxprune.errors import ArgumentError, CaptureError
 from fxprune.graph.attributes import attributes_of
-from fxprune.graph.containers import Container, Provenance, provenance_of, share_contents
+from fxprune.graph.containers import Container, share_contents
 from fxprune.graph.editing import erase_dead, splice
 from fxprune.graph.metadata import tagged_names
 from fxprune.graph.names import join
+from fxprune.graph.provenance import Provenance, provenance_of
 from fxprune.graph.reparametrizations import Carried, carried, hook_tensor, original_order, reparametrized
 from fxprune.graph.traced import MODES, TracedModule
 

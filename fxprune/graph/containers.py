@@ -1,42 +1,15 @@
-"""What a captured model's parameters and buffers stand in, and what is known of the modules they come from."""
+"""What a captured model's parameters and buffers stand in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import nn
 
 from fxprune.errors import ArgumentError, ArgumentTypeError, NameLookupError, PruningError
 from fxprune.graph.masks import named_by_original
 from fxprune.graph.parts import Part
-
-_KEY = "fxprune.provenance"  # no name of a child, a parameter or a buffer has a dot
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What is known of the eager module that a container stands for.
-
-    Attributes:
-        source_class: its class.
-        parameter_order: its parameters as they are without reparametrizations, so that removing a mask or a norm
-            restores the order that optimizers and `parameters_to_vector` go by.
-        reads: by parameter, how often one forward read it, in train mode where that was captured.
-        attributes: what else it had, by name: numbers, texts and None as they were.
-        options: how the parametrization that the container belongs to was inserted; what was set on a part since the
-            capture (`fxprune.graph.switching`); empty for all others.
-    """
-
-    source_class: type[nn.Module] = nn.Module
-    parameter_order: tuple[str, ...] = ()
-    reads: Mapping[str, int] = field(default_factory=dict)
-    attributes: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:
-        return self
+from fxprune.graph.provenance import Provenance, provenance_of, set_provenance
 
 
 class ReadByName(nn.Module):
@@ -105,17 +78,6 @@ class Container(ReadByName, Part):
     def __init__(self, provenance: Provenance | None = None) -> None:
         super().__init__()
         set_provenance(self, provenance or Provenance())
-
-
-def provenance_of(module: nn.Module) -> Provenance:
-    """What is known of the module that a container or a traced module stands for; defaults for any other module."""
-    known: Provenance = vars(module).get(_KEY) or Provenance()
-    return known
-
-
-def set_provenance(module: nn.Module, provenance: Provenance) -> None:
-    """Say what a container or a traced module stands for."""
-    vars(module)[_KEY] = provenance
 
 
 def share_contents(target: nn.Module, source: nn.Module) -> None:

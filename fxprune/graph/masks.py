@@ -1,18 +1,22 @@
 """Masked parameters: one view of a parameter and its mask, and the names that torch gives to both.
 
 A masked `conv.weight` is stored as the parameter `conv.weight_orig` and the buffer `conv.weight_mask`, as
-`torch.nn.utils.prune` stores it. No other file knows these suffixes.
+`torch.nn.utils.prune` stores it. Where a norm or a parametrization computes the weight, the mask multiplies what it
+computes: the buffer stands beside the state of the norm (`conv.weight_g`, `conv.parametrizations.weight.original0`),
+and the module's provenance says that it is a mask. No other file knows these suffixes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from fxprune.graph.names import has_parametrization, join, locate
+from fxprune.graph.computed import NORM_SUFFIXES, legacy_norms, parametrized
+from fxprune.graph.names import join, locate
+from fxprune.graph.provenance import provenance_of, set_provenance
 
 _ORIGINAL, _MASK = "_orig", "_mask"
 _VERSION = "version_at_mask"  # an attribute of the parameter: how often it had been written to when it was masked
@@ -50,10 +54,10 @@ class ParameterView:
     Attributes:
         name: the qualified name of the parameter, "conv.weight", masked or not.
         owner: the module that holds it. attribute: its name there, "weight".
-        original: what the optimizer sees, before the mask; None where the module has no such parameter, or a
+        original: what the optimizer sees, before the mask; None where the module has no such parameter, or a norm or a
             parametrization computes it.
         mask: the buffer, of the parameter's shape and dtype; None without one.
-        original_is_computed: whether the mask acts on what a parametrization computes.
+        original_is_computed: whether a norm or a parametrization computes what the mask acts on, or would act on.
     """
 
     name: str
@@ -73,6 +77,19 @@ class ParameterView:
         """The qualified name under which the mask is stored, or would be."""
         return mask_name(self.name)
 
+    @property
+    def shape(self) -> torch.Size:
+        """The parameter's shape, which a mask has, too; not known of an unmasked one that is computed."""
+        known = self.original if self.mask is None else self.mask
+        assert known is not None, self.name
+        return known.shape
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for names that stand for the same values under the same mask."""
+        values = (id(self.owner), self.attribute) if self.original is None else id(self.original)
+        return values, None if self.mask is None else id(self.mask)
+
     def value(self) -> torch.Tensor:
         """The masked values, detached: the product that a masked graph computes; the parameter itself without mask."""
         assert self.original is not None, self.name
@@ -91,9 +108,17 @@ class ParameterView:
         return vars(self.original).get(_VERSION) not in (None, self.original._version)
 
     def insert_mask(self, values: torch.Tensor) -> None:
-        """Store the parameter, which carries no mask, as a masked one, the same object; graphs are the caller's."""
-        assert self.original is not None, self.name
+        """Store the parameter, which carries no mask, as a masked one, the same object; graphs are the caller's.
+
+        One that is computed gets the mask beside what it is computed from.
+        """
         assert self.mask is None, self.name
+        if self.original_is_computed:
+            known = provenance_of(self.owner)
+            self.owner.register_buffer(mask_name(self.attribute), values.detach().clone())
+            set_provenance(self.owner, replace(known, masked=(*known.masked, self.attribute)))
+            return
+        assert self.original is not None, self.name
         del self.owner._parameters[self.attribute]
         self.owner.register_parameter(original_name(self.attribute), self.original)
         self.owner.register_buffer(mask_name(self.attribute), _like(self.original, values))
@@ -119,12 +144,37 @@ def view(root: nn.Module, name: str) -> ParameterView:
 
 
 def _view(name: str, owner: nn.Module, attribute: str) -> ParameterView:
-    stored = original_name(attribute)
-    computed = has_parametrization(owner, stored)
     mask = owner._buffers.get(mask_name(attribute))
-    if mask is None or not (computed or stored in owner._parameters):  # a buffer that happens to be called so
-        return ParameterView(name, owner, attribute, owner._parameters.get(attribute), None, computed)
-    return ParameterView(name, owner, attribute, owner._parameters.get(stored), mask, computed)
+    if mask is not None and attribute in provenance_of(owner).masked:
+        return ParameterView(name, owner, attribute, None, mask, True)
+    if attribute in computed_attributes(owner):
+        return ParameterView(name, owner, attribute, None, None, True)
+    stored = original_name(attribute)
+    is_computed = stored in parametrized(owner)
+    if mask is None or not (is_computed or stored in owner._parameters):  # a buffer that happens to be called so
+        return ParameterView(name, owner, attribute, owner._parameters.get(attribute), None, False)
+    return ParameterView(name, owner, attribute, owner._parameters.get(stored), mask, is_computed)
+
+
+def computed_attributes(owner: nn.Module) -> list[str]:
+    """The names, within `owner`, of the tensors that norms and parametrizations of torch's compute, masked or not."""
+    parts = (name for stored in owner._buffers if (name := named_by_mask(stored)) is not None)
+    inner = parametrized(owner)
+    return [*legacy_norms(owner, {*owner._parameters, *parts, *inner}), *inner]
+
+
+def looks_normed(owner: nn.Module, attribute: str) -> bool:
+    """Whether a plain parameter would be taken for one under a legacy norm once it is stored under a mask."""
+    norm = tuple(attribute + suffix for suffix in NORM_SUFFIXES["spectral_norm"])
+    return owner._buffers.keys() >= set(norm[1:])
+
+
+def forget_mask(owner: nn.Module, attribute: str) -> None:
+    """Say that no mask multiplies what computes a tensor of `owner` any more."""
+    known = provenance_of(owner)
+    if attribute in known.masked:
+        left = tuple(name for name in known.masked if name != attribute)
+        set_provenance(owner, replace(known, masked=left))
 
 
 def masked_attributes(owner: nn.Module) -> list[str]:

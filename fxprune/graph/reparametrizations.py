@@ -6,7 +6,7 @@ torch's spellings: prune hooks keep `weight_orig` and `weight_mask`, legacy norm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,12 +16,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fxprune.graph.masks import mask_name, masked, named_by_mask, original_name
+from fxprune.graph.computed import NORM_SUFFIXES
+from fxprune.graph.masks import computed_attributes, forget_mask, mask_name, masked, original_name, view
 from fxprune.graph.names import has_parametrization, join, locate
 from fxprune.torch_internals import flat_weight_names, pruned_tensor
 
 _aten = torch.ops.aten
-_NORM_SUFFIXES = {"weight_norm": ("_g", "_v"), "spectral_norm": ("_orig", "_u", "_v")}
 
 
 class Carried(NamedTuple):
@@ -68,12 +68,14 @@ def hook_state(kind: str, tensor: str) -> tuple[str, ...]:
     """The names of what a hook of `torch.nn.utils` stores to compute `tensor`; `kind` as `hook_tensor` gives it."""
     if kind == "prune":
         return original_name(tensor), mask_name(tensor)
-    return tuple(tensor + suffix for suffix in _NORM_SUFFIXES[kind])
+    return tuple(tensor + suffix for suffix in NORM_SUFFIXES[kind])
 
 
-def state_names(owner: nn.Module, tensor: str) -> list[str]:
+def _state_names(owner: nn.Module, tensor: str) -> list[str]:
     """The parameters and buffers of `owner` that reparametrize `tensor` through a mask or a legacy norm."""
-    found = {name for kind in ("prune", *_NORM_SUFFIXES) for name in hook_state(kind, tensor)}
+    kinds = ["prune"] if view(owner, tensor).mask is not None else []
+    kinds += NORM_SUFFIXES if tensor in computed_attributes(owner) else ()
+    found = {name for kind in kinds for name in hook_state(kind, tensor)}
     return [name for name in (*owner._parameters, *owner._buffers) if name in found]
 
 
@@ -103,13 +105,16 @@ def construction_order(module: nn.Module) -> list[str]:
     return [name for code in codes if code for name in code.co_names]
 
 
-def remove_state(root: nn.Module, name: str) -> None:
-    """Take away what reparametrizes the parameter `name`."""
+def remove_state(root: nn.Module, name: str, *, keep_mask: bool = False) -> None:
+    """Take away what reparametrizes the parameter `name`; its mask stays on request."""
     owner, tensor = locate(root, name)
-    for state in state_names(owner, tensor):
+    for state in _state_names(owner, tensor):
+        if keep_mask and state == mask_name(tensor):
+            continue
         owner._parameters.pop(state, None)
         owner._buffers.pop(state, None)
         owner._non_persistent_buffers_set.discard(state)
+    forget_mask(owner, tensor)
     if has_parametrization(owner, tensor):
         holder = owner._modules["parametrizations"]
         assert holder is not None
@@ -120,23 +125,22 @@ def remove_state(root: nn.Module, name: str) -> None:
 
 def reparametrized(root: nn.Module) -> list[str]:
     """The qualified names of the parameters that carry a mask, a norm or a parametrization."""
-    found = masked(root)
-    for path, module in root.named_modules():
-        found += [join(path, tensor) for tensor in (*_legacy_norms(module), *_parametrizations(module))]
-    return found
+    return list(dict.fromkeys([*masked(root), *computed_names(root)]))
 
 
-def _legacy_norms(module: nn.Module) -> list[str]:
-    """The tensors that a legacy norm's state stands for; any part of the state may be masked."""
-    held = {*module._parameters, *(name for stored in module._buffers if (name := named_by_mask(stored)) is not None)}
-    weight = [name.removesuffix("_g") for name in held if name.endswith("_g")]
-    spectral = [name.removesuffix("_u") for name in module._buffers if name.endswith("_u")]
-    return [
-        *(tensor for tensor in weight if f"{tensor}_v" in held),
-        *(tensor for tensor in spectral if f"{tensor}_orig" in held),
-    ]
+def computed_names(root: nn.Module) -> list[str]:
+    """The qualified names of what norms and parametrizations compute, each by the first of its names."""
+    return [join(path, tensor) for path, module in root.named_modules() for tensor in computed_attributes(module)]
 
 
-def _parametrizations(module: nn.Module) -> list[str]:
-    holder = module._modules.get("parametrizations")
-    return [] if holder is None else list(holder._modules)
+def computed_from(names: Iterable[str], name: str) -> list[str]:
+    """Of the names of parameters those that a norm or a parametrization computes the parameter `name` from.
+
+    Example:
+        >>> computed_from(["0.weight_g", "0.weight_v", "0.bias"], "0.weight")
+        ['0.weight_g', '0.weight_v']
+    """
+    prefix, _, tensor = name.rpartition(".")
+    inner = join(prefix, f"parametrizations.{tensor}")
+    legacy = {stored for kind in NORM_SUFFIXES for stored in hook_state(kind, name)}
+    return [n for n in names if n.startswith((f"{inner}.", f"{original_name(inner)}.")) or n in legacy]

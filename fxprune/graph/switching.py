@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 from fxprune.errors import ArgumentError, CaptureError
-from fxprune.graph.containers import Provenance, provenance_of, set_provenance
 from fxprune.graph.metadata import module_path
+from fxprune.graph.provenance import Provenance, provenance_of, set_provenance
 
 aten = torch.ops.aten
 _MODES = ("training", "train", "use_input_stats")  # what schemas call it

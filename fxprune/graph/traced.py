@@ -17,10 +17,11 @@ from torch.fx.graph import PythonCode
 from fxprune.errors import ArgumentError, ArtifactError, CaptureError, ExportError, FxpruneWarning
 from fxprune.graph.arguments import InputCheck
 from fxprune.graph.attributes import absent, check_unseen
-from fxprune.graph.containers import Container, ReadByName, provenance_of, set_provenance, share_contents
+from fxprune.graph.containers import Container, ReadByName, share_contents
 from fxprune.graph.names import join
 from fxprune.graph.parts import adopt, refuse_replacement
 from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.provenance import provenance_of, set_provenance
 from fxprune.graph.shape_check import ShapeCheck
 from fxprune.graph.snapshot import preserved
 from fxprune.graph.spellings import respelled

@@ -19,10 +19,11 @@ from fxprune.channels.foresight import classes_left, foresee, parameters_left
 from fxprune.channels.groups import ChannelGroup, Grouping, Repair, Scores
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.stairs import Staircase
-from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
+from fxprune.errors import ArgumentError, ArgumentTypeError
 from fxprune.graph.masks import masked, view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
+from fxprune.graph.values import unmasked
 from fxprune.prune.channel_budgets import (
     Amount,
     Budget,
@@ -51,7 +52,6 @@ from fxprune.prune.channel_scores import (
     comparable,
     is_relative,
     masked_units,
-    plain_names,
     scorable,
     unit_scores,
 )
@@ -186,8 +186,7 @@ def channels(
 
 def _mask_or_ones(traced: TracedModule, name: str) -> torch.Tensor:
     own = view(traced, name)
-    assert own.original is not None, name
-    return torch.ones_like(own.original) if own.mask is None else own.mask
+    return torch.ones_like(unmasked(traced, own)) if own.mask is None else own.mask
 
 
 @dataclass(frozen=True)
@@ -407,11 +406,6 @@ def _landed(budget: Budget, picked: Sequence[ChannelGroup], ranked: _Ranked, req
 def _masks(traced: TracedModule, grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:
     """The masks to insert: those of what is dead, times what is there."""
     wanted = masks(grouping, alive)
-    if hidden := sorted(wanted.keys() - plain_names(traced)):
-        raise PruningError(
-            f"{', '.join(hidden[:5])} of a chosen group is computed by a parametrization, which a channel mask would "
-            "act on. Remove it first (fxprune.remove_weight_norm, fxprune.finalize), or name it in `ignore`."
-        )
     present = {name: view(traced, name).mask for name in wanted}
     return {name: mask if (there := present[name]) is None else mask.to(there) * there for name, mask in wanted.items()}
 

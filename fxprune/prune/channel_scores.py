@@ -92,11 +92,6 @@ def is_relative(importance: str | UnitScore) -> bool:
     return not callable(importance) and IMPORTANCES[importance].relative
 
 
-def plain_names(traced: TracedModule) -> set[str]:
-    """The names of the parameters that a mask acts on: those that nothing but a mask computes."""
-    return {name for name, _ in traced.named_parameters(remove_duplicate=False)} | set(masked(traced))
-
-
 def _relative(score: Scores, dead: Mask) -> Scores:
     if dead.all():
         return score
@@ -130,7 +125,7 @@ def _by_slices(
 def _by_entries(
     traced: TracedModule, grouping: Grouping, groups: Sequence[ChannelGroup], importance: str, evidence: Evidence
 ) -> list[Scores]:
-    names = (_members(groups) - bias_operands(grouping.plain.graphs["eval"])) & plain_names(traced)
+    names = _members(groups) - bias_operands(grouping.plain.graphs["eval"])
     given = evidence._asdict()
     del given["weight"]  # of inputs that curves are measured on
     entries = scores(traced, sorted(names), importance, **given)

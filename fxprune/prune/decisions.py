@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxprune.graph.masks import masked_views, view
+from fxprune.graph.names import locate
+from fxprune.graph.reparametrizations import computed_names
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_request import ChannelRequest
 from fxprune.prune.importance_registry import IMPORTANCES
@@ -83,11 +85,13 @@ def _asks_for_more(request: ChannelRequest, earlier: ChannelRequest) -> bool:
 
 
 def _contents(traced: TracedModule) -> _Contents:
-    """What tells a module's parameters and masks from others, however they were written: checksums of their bytes.
+    """What tells a module's weights and masks from others, however they were written: checksums of their bytes.
 
     CRC-32 finds every change of one entry and every exchange of two, and misses others once in four billion times.
     Counters of versions would miss writes to `.data`.
     """
     tensors = [*traced.parameters(), *(own.mask for own in masked_views(traced) if own.mask is not None)]
+    normed = {locate(traced, name)[0] for name in computed_names(traced)}
+    tensors += [buffer for module in normed for buffer in module.buffers()]  # a spectral norm's vectors
     flat = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in tensors)
     return tuple(zlib.crc32(entries.view(torch.uint8).numpy().data) for entries in flat)

@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
+from fxprune import driver
 from fxprune.calling import is_no_function, renamed
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, InputError, PruningError
 from fxprune.graph.arguments import Signature
 from fxprune.graph.calls import as_call
+from fxprune.graph.masks import view
 from fxprune.graph.snapshot import preserved
 from fxprune.graph.traced import TracedModule
+from fxprune.graph.values import masked_value
 from fxprune.prune.importance_registry import (
     IMPORTANCES,
     SCORES,
@@ -28,7 +32,7 @@ from fxprune.prune.importance_registry import (
     UnitScore,
     register,
 )
-from fxprune.prune.mirror import find_all, original, state
+from fxprune.prune.mirror import find_all
 
 __all__ = ["IMPORTANCES", "SCORES", "Evidence", "Importance", "alive", "register", "scores", "value"]
 
@@ -53,6 +57,9 @@ def scores(
       al., "Importance Estimation for Neural Network Pruning" (2019), https://arxiv.org/abs/1906.10771. Gradients are
       those of eval mode (of train mode where only that was captured); buffers, `.grad` and the random generator stay
       as they are.
+
+    Where a norm or a parametrization computes a weight, its entries are those of what is computed, and gradients are
+    with respect to these: functions get a copy in which such weights are plain parameters, under the masks they have.
 
     Args:
         traced: the module; it is not changed.
@@ -79,6 +86,7 @@ def scores(
         >>> fxprune.prune.global_unstructured(traced, given, method, given, amount=0.5)
     """
     found = find_all(traced, names)
+    traced = driver.without_norms(traced, found)
     if not callable(importance) and (not isinstance(importance, str) or importance not in SCORES):
         raise ArgumentError(f"importance={importance!r}: one of {', '.join(SCORES)} is needed, or a function.")
     score = importance if callable(importance) else SCORES[importance]
@@ -87,7 +95,7 @@ def scores(
         what = f"keys {', '.join(given)}" if isinstance(given, Mapping) else type(given).__name__
         raise ArgumentTypeError(f"importance={importance!r} gave {what}; tensors for {', '.join(found)} are needed.")
     for name in found:
-        shape = original(traced, name).shape
+        shape = view(traced, name).shape
         score_of = given[name]
         if not isinstance(score_of, torch.Tensor) or score_of.shape != shape:
             what = getattr(score_of, "shape", type(score_of).__name__)
@@ -99,25 +107,32 @@ def scores(
 
 def value(traced: TracedModule, name: str) -> torch.Tensor:
     """The values of a parameter as the graph computes with them, times its mask; detached."""
-    return state(traced, name).value()
+    return masked_value(traced, view(traced, name))
 
 
 def alive(traced: TracedModule, name: str, score: torch.Tensor) -> torch.Tensor:
     """A score of a parameter's entries, 0 where they are masked."""
-    mask = state(traced, name).mask
+    mask = view(traced, name).mask
     return score if mask is None else score.where(mask != 0, 0)
+
+
+def _original(traced: TracedModule, name: str) -> nn.Parameter:
+    """The parameter as the optimizer sees it, before its mask; norms are folded, where entries are scored."""
+    parameter = view(traced, name).original
+    assert parameter is not None, name
+    return parameter
 
 
 def _magnitude(power: int) -> Score:
     def score(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> dict[str, torch.Tensor]:
-        return {name: alive(traced, name, original(traced, name).detach().abs() ** power) for name in names}
+        return {name: alive(traced, name, _original(traced, name).detach().abs() ** power) for name in names}
 
     return score
 
 
 def _random(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> dict[str, torch.Tensor]:
     generator = _generator(evidence)
-    parameters = {name: original(traced, name) for name in names}
+    parameters = {name: _original(traced, name) for name in names}
     draws = {name: torch.rand(p.shape, generator=generator).to(p.device) for name, p in parameters.items()}
     return {name: alive(traced, name, draw) for name, draw in draws.items()}
 
@@ -146,7 +161,7 @@ def _taylor(traced: TracedModule, names: Sequence[str], evidence: Evidence) -> d
             f"max_batches={most!r}: a count of 1 or more is needed, or None for the whole loader, which holds the data."
         )
     # for a masked parameter w_orig * dL/dw_orig is w * dL/dw, as w = mask * w_orig
-    parameters = [original(traced, name) for name in names]
+    parameters = [_original(traced, name) for name in names]
     totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     count = 0
     with preserved(traced), torch.enable_grad():

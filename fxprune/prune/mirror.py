@@ -2,32 +2,32 @@
 
 The mask methods are torch's own classes, or the user's subclasses of `BasePruningMethod`; what they compute becomes a
 mask-multiply node. Names may hold the wildcards `*`, `?` and `[seq]`: each matching parameter is then pruned by itself.
-An error leaves every earlier mask in place.
+Of a weight under a norm or a parametrization, methods see what that computes, and the mask multiplies it. An error
+leaves every earlier mask in place.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 
 from fxprune import driver
 from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, NameLookupError, PruningError
-from fxprune.graph.containers import provenance_of
-from fxprune.graph.masks import ParameterView, masked, named_by_original, original_name, view
-from fxprune.graph.names import ModulePaths, canonical, has_parametrization, locate, match_names, one_name
-from fxprune.graph.reparametrizations import reparametrized
+from fxprune.graph.masks import masked, masked_views, named_by_original, original_name, view
+from fxprune.graph.names import ModulePaths, canonical, locate, match_names, one_name
+from fxprune.graph.provenance import provenance_of
+from fxprune.graph.reparametrizations import computed_from, computed_names, reparametrized
 from fxprune.graph.requirements import require_parameter, require_traced
 from fxprune.graph.traced import TracedModule
+from fxprune.graph.values import unmasked
 from fxprune.prune.methods import BlockStructured, NMStructured
 from fxprune.prune.selection import keep_largest
 from fxprune.torch_internals import ConvTransposeNd, name_pruning_method, pruning_methods
@@ -77,11 +77,11 @@ def computed(
                 f"{type(method).__name__} overrides apply_mask, so its result is more than a mask-multiply. Write it "
                 "as a parametrization and trace the model with it."
             )
-        found = state(traced, name)
+        found = view(traced, name)
+        values, mask = unmasked(traced, found), found.mask
         for step in pruning_methods(method):
             _check_amount(step)
-            found = dataclasses.replace(found, mask=_mask(found, step, importance_scores))
-        mask = found.mask
+            mask = _mask(name, step, values, mask, importance_scores)
         assert mask is not None, "an empty container"
         masks[name] = mask
     return masks
@@ -156,7 +156,7 @@ def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> Tra
             f"the mask for {name!r} holds NaN or inf, which would take the place of weights. Give 0 and 1."
         )
     for found in find(traced, name):
-        if (shape := original(traced, found).shape) != mask.shape:
+        if (shape := unmasked(traced, view(traced, found)).shape) != mask.shape:
             raise PruningError(
                 f"the mask has shape {tuple(mask.shape)}, and {found!r} has {tuple(shape)}. Give a mask of that shape, "
                 "as in mask.expand_as(parameter)."
@@ -212,7 +212,8 @@ def remove(traced: TracedModule, name: str) -> TracedModule:
     the masked values, where torch would change both.
 
     Raises:
-        PruningError: the parameter carries no mask.
+        PruningError: the parameter carries no mask, or one on what a norm or a parametrization computes, which cannot
+            be written into what that is computed from.
 
     Example:
         >>> fxprune.prune.remove(traced, "0.weight")
@@ -227,6 +228,13 @@ def remove(traced: TracedModule, name: str) -> TracedModule:
     bare = [n for n in names if n not in found]
     if bare and (not found or name in bare):
         raise PruningError(f"{bare[0]!r} carries no mask to remove. Masked: {', '.join(there) or 'none'}.")
+    if normed := [n for n in computed_names(traced) if n in found]:
+        sources = computed_from(_names(traced), normed[0])
+        raise PruningError(
+            f"the mask on {normed[0]!r} multiplies what is computed from {', '.join(sources)}, and cannot be written "
+            "into these. fxprune.remove_weight_norm and fxprune.remove_spectral_norm take the norm away and leave the "
+            "mask, which can be removed then; fxprune.finalize folds both."
+        )
     driver.fold(traced, *(n for n in names if n in found))
     return traced
 
@@ -296,8 +304,8 @@ def global_unstructured(
     paths = ModulePaths(traced)
     given = {one_name(found, paths.canonical(n)): s for n, s in (importance_scores or {}).items()}
     tensors = _tensors(traced, found)
-    values = [_scores_of(original(traced, names[0]), names, given) for names in tensors]
-    masks = [state(traced, names[0]).mask for names in tensors]
+    values = [_scores_of(unmasked(traced, view(traced, names[0])), names, given) for names in tensors]
+    masks = [view(traced, names[0]).mask for names in tensors]
     if pruning_method is torch_prune.L1Unstructured and all(value.is_floating_point() for value in values):
         parts = keep_largest(values, masks, vars(method)["amount"])
     else:
@@ -311,19 +319,17 @@ def global_unstructured(
 
 def _tensors(traced: TracedModule, names: Iterable[str]) -> list[list[str]]:
     """The names by the tensor that they stand for: tied names with the same mask are one."""
-    groups: dict[tuple[int, int | None], list[str]] = {}
+    groups: dict[Hashable, list[str]] = {}
     for name in names:
-        mask = state(traced, name).mask
-        key = id(original(traced, name)), None if mask is None else id(mask)
-        groups.setdefault(key, []).append(name)
+        groups.setdefault(view(traced, name).identity, []).append(name)
     return list(groups.values())
 
 
-def _scores_of(parameter: nn.Parameter, names: Sequence[str], given: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    score = next((given[name] for name in names if name in given), parameter.detach())
-    if not isinstance(score, torch.Tensor) or score.shape != parameter.shape:
+def _scores_of(values: torch.Tensor, names: Sequence[str], given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    score = next((given[name] for name in names if name in given), values)
+    if not isinstance(score, torch.Tensor) or score.shape != values.shape:
         shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
-        raise PruningError(f"scores of {names[0]!r} have shape {shape}; its shape is {tuple(parameter.shape)}.")
+        raise PruningError(f"scores of {names[0]!r} have shape {shape}; its shape is {tuple(values.shape)}.")
     return score
 
 
@@ -350,26 +356,40 @@ def _again(part: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
 def _names(traced: TracedModule) -> list[str]:
     """The names of the parameters that the optimizer sees, masked ones under the names that they had before."""
     require_traced(traced)
-    there = masked(traced)
-    hidden = set(map(original_name, there))
-    return [n for n, _ in traced.named_parameters(remove_duplicate=False) if n not in hidden] + there
+    there = list(masked_views(traced))
+    hidden = {found.original_name for found in there if found.original is not None}
+    stored = [n for n, _ in traced.named_parameters(remove_duplicate=False) if n not in hidden]
+    return stored + [found.name for found in there]
 
 
 def find(traced: TracedModule, pattern: str) -> list[str]:
-    """The parameters that a name or a pattern stands for; raises NameLookupError, or PruningError for computed ones."""
+    """The parameters that a name or a pattern stands for, those among them that norms and parametrizations compute.
+
+    A pattern that stands for what one is computed from as well, such as "*", leaves that one out: a mask then acts
+    on either side, never on both.
+
+    Raises:
+        NameLookupError: it stands for none.
+    """
     names = _names(traced)
     if pattern not in names:
         require_parameter(traced, pattern)
         _refuse_original(pattern, names)
-    computed = [n for n in reparametrized(traced) if n not in names]
     pattern = canonical(traced, pattern) if isinstance(pattern, str) else pattern
-    if pattern in computed:
-        owner, tensor = locate(traced, pattern)
-        prefix = pattern[: -len(tensor)]
-        near = [n for n in names if n.startswith((f"{prefix}parametrizations.{tensor}.", f"{prefix}{tensor}_"))]
-        kind = "a parametrization" if has_parametrization(owner, tensor) else "a norm"
-        raise PruningError(f"{pattern!r} is computed by {kind}; prune what it is computed from: {', '.join(near)}.")
-    return list(dict.fromkeys(map(ModulePaths(traced).canonical, match_names(names, pattern))))
+    computed = find_computed(traced)
+    matched = match_names(dict.fromkeys((*names, *computed)), pattern)
+    matched = [n for n in matched if n == pattern or n not in computed or not computed_from(matched, n)]
+    return list(dict.fromkeys(map(ModulePaths(traced).canonical, matched)))
+
+
+def find_computed(traced: TracedModule) -> list[str]:
+    """The parameters that norms and parametrizations compute and masks can act on, masked or not.
+
+    The unmasked values of a masked parameter are none of them, though a norm may compute these.
+    """
+    outer = [found.name for found in masked_views(traced) if found.original is None]
+    hidden = set(map(original_name, outer)).difference(outer)
+    return list(dict.fromkeys([*(n for n in computed_names(traced) if n not in hidden), *outer]))
 
 
 def _refuse_original(name: str, names: Sequence[str]) -> None:
@@ -387,21 +407,6 @@ def find_all(traced: TracedModule, names: str | Iterable[str]) -> list[str]:
     if not patterns:
         raise ArgumentError("no names were given. Name at least one parameter.")
     return list(dict.fromkeys(found for pattern in patterns for found in find(traced, pattern)))
-
-
-def state(traced: TracedModule, name: str) -> ParameterView:
-    """The parameter with its mask; raises PruningError where the mask acts on what a parametrization computes."""
-    found = view(traced, name)
-    if found.original_is_computed:
-        raise PruningError(f"{name!r} has a mask on top of a parametrization. Prune it before it is parametrized.")
-    return found
-
-
-def original(traced: TracedModule, name: str) -> nn.Parameter:
-    """The parameter as the optimizer sees it, before its mask."""
-    parameter = state(traced, name).original
-    assert parameter is not None, name
-    return parameter
 
 
 def constructed(kind: type[BasePruningMethod], *args: Any, **kwargs: Any) -> BasePruningMethod:
@@ -437,21 +442,25 @@ def _check_amount(method: BasePruningMethod) -> None:
         )
 
 
-def _mask(found: ParameterView, method: BasePruningMethod, importance_scores: torch.Tensor | None) -> torch.Tensor:
-    parameter = found.original
-    assert parameter is not None, found.name
-    scores = found.value() if importance_scores is None else importance_scores
+def _mask(
+    name: str,
+    method: BasePruningMethod,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    importance_scores: torch.Tensor | None,
+) -> torch.Tensor:
+    scores = importance_scores
+    if scores is None:
+        scores = values if mask is None else mask.to(values.dtype) * values
     if not isinstance(scores, torch.Tensor):
-        raise PruningError(f"importance scores of {found.name!r} are a {type(scores).__name__}; a tensor is needed.")
-    if scores.shape != parameter.shape:
+        raise PruningError(f"importance scores of {name!r} are a {type(scores).__name__}; a tensor is needed.")
+    if scores.shape != values.shape:
         shape = tuple(scores.shape)
-        raise PruningError(
-            f"importance scores of {found.name!r} have shape {shape}; its shape is {tuple(parameter.shape)}."
-        )
+        raise PruningError(f"importance scores of {name!r} have shape {shape}; its shape is {tuple(values.shape)}.")
     # torch's methods view the tensor as one dimension, which a channels_last weight does not allow
-    default = torch.ones_like(parameter) if found.mask is None else found.mask
+    default = torch.ones_like(values) if mask is None else mask
     default = default.detach().clone(memory_format=torch.contiguous_format)
-    return _compute(found.name, method, scores.contiguous(), default, container=found.mask is not None)
+    return _compute(name, method, scores.contiguous(), default, container=mask is not None)
 
 
 def _compute(

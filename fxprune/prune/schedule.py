@@ -15,11 +15,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from fxprune import driver
 from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, PruningError
-from fxprune.graph.masks import ParameterView
+from fxprune.graph.masks import ParameterView, view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
+from fxprune.graph.values import unmasked
 from fxprune.prune.channel_report import ChannelReport
-from fxprune.prune.mirror import computed, constructed, find_all, global_unstructured, is_pruned, state
+from fxprune.prune.mirror import computed, constructed, find_all, find_computed, global_unstructured, is_pruned
 from fxprune.reports import Readable, columns, counted
 
 __all__ = ["CURVES", "Schedule"]
@@ -180,8 +181,8 @@ class Schedule(Readable):
         """
         if self._reports:
             return self._reports[-1].gone
-        views = (state(self.traced, name) for name in self.names)
-        counts = {(id(found.original), id(found.mask)): _counts(found) for found in views}
+        views = (view(self.traced, name) for name in self.names)
+        counts = {found.identity: _counts(self.traced, found) for found in views}
         dense, zeros = map(sum, zip(*counts.values(), strict=True))
         return zeros / dense if dense else 0.0
 
@@ -205,13 +206,15 @@ class Schedule(Readable):
         return self.reached
 
     def _prune(self, total: float) -> None:
-        before = {name: state(self.traced, name) for name in self.names}
+        # a function may mask what norms compute, whose names "*" does not stand for
+        watched = dict.fromkeys([*self.names, *(find_computed(self.traced) if self._whole else ())])
+        before = {name: view(self.traced, name) for name in watched}
         decided, decided_by = self.traced.decided, self.traced.decided_by
         try:
-            report = self._request(total, {name: _counts(found) for name, found in before.items()})
+            report = self._request(total, {name: _counts(self.traced, before[name]) for name in self.names})
             if not isinstance(report, ChannelReport):  # which chooses anew where weights have not changed
                 for name, found in before.items():
-                    _refuse_revival(name, found.mask, state(self.traced, name).mask)
+                    _refuse_revival(name, found.mask, view(self.traced, name).mask)
             elif report.gone and not is_pruned(self.traced):
                 raise PruningError(
                     "the function pruned another module than that of the schedule, of which nothing is masked. Let it "
@@ -219,7 +222,7 @@ class Schedule(Readable):
                 )
         except BaseException:
             pruned = [found for name, found in before.items() if is_pruned(self.traced, name)]
-            driver.insert_masks(self.traced, {found.name: _mask_or_ones(found) for found in pruned})
+            driver.insert_masks(self.traced, {found.name: _mask_or_ones(self.traced, found) for found in pruned})
             self.traced.decide(decided, decided_by)
             raise
         if isinstance(report, ChannelReport):
@@ -368,16 +371,16 @@ def _refuse_revival(name: str, before: torch.Tensor | None, after: torch.Tensor 
         )
 
 
-def _counts(found: ParameterView) -> tuple[int, int]:
+def _counts(traced: TracedModule, found: ParameterView) -> tuple[int, int]:
     """How many entries a parameter has, and how many of them are masked."""
-    assert found.original is not None, found.name
-    size = found.original.numel()
-    return size, 0 if found.mask is None else size - int(found.mask.count_nonzero())
+    if found.mask is None:
+        return unmasked(traced, found).numel(), 0
+    size = found.mask.numel()
+    return size, size - int(found.mask.count_nonzero())
 
 
-def _mask_or_ones(found: ParameterView) -> torch.Tensor:
-    assert found.original is not None, found.name
-    return torch.ones_like(found.original) if found.mask is None else found.mask
+def _mask_or_ones(traced: TracedModule, found: ParameterView) -> torch.Tensor:
+    return torch.ones_like(unmasked(traced, found)) if found.mask is None else found.mask
 
 
 def _increment(total: float, dense: int, masked: int) -> float:

@@ -17,9 +17,8 @@ from torch import nn
 from fxprune.calling import named_arguments
 from fxprune.channels import ChannelPlan
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneWarning
-from fxprune.graph.masks import original_name
 from fxprune.graph.names import join
-from fxprune.graph.reparametrizations import hook_state
+from fxprune.graph.reparametrizations import computed_from
 from fxprune.graph.traced import TracedModule
 
 
@@ -152,10 +151,7 @@ def _computed_from(sources: dict[str, nn.Parameter], name: str, plan: ChannelPla
         if layer not in sources:  # a call of a shared layer
             layer = join(name.rpartition(".")[0], "weight")
         return [sources[layer]] if layer in sources else _computed_from(sources, layer, None)
-    prefix, _, tensor = name.rpartition(".")
-    inner = join(prefix, f"parametrizations.{tensor}")
-    legacy = {state for kind in ("weight_norm", "spectral_norm") for state in hook_state(kind, name)}
-    return [p for n, p in sources.items() if n.startswith((f"{inner}.", f"{original_name(inner)}.")) or n in legacy]
+    return [sources[source] for source in computed_from(sources, name)]
 
 
 def _state(

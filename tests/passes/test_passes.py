@@ -98,6 +98,32 @@ def test_folding_gives_back_the_captured_graphs(traced: fxprune.TracedModule) ->
     assert operators == [[aten.linear.default, aten.relu.default, aten.linear.default, aten.linear.default]] * 2
 
 
+def test_a_mask_multiplies_what_a_norm_computes_at_each_of_its_calls(traced: fxprune.TracedModule) -> None:
+    InsertSpectralNorm("layer.weight")(traced)
+    assert_rewrites(traced, InsertMask("layer.weight", torch.eye(3)), "insert-mask-over-spectral-norm")
+    assert not InsertMask("layer.weight", torch.eye(3))(traced).modified
+    for graph in traced.graphs.values():
+        marked = [node.meta["fxprune"] for node in graph.nodes if "fxprune" in node.meta]
+        assert marked == [{"pass": "insert-mask", "parameter": "layer.weight"}] * 2
+
+
+def test_folding_under_masks_leaves_the_masks_alone(traced: fxprune.TracedModule) -> None:
+    x = torch.randn(2, 3)
+    InsertWeightNorm("layer.weight")(traced)
+    InsertMask("layer.parametrizations.weight.original1", torch.ones(3, 3).triu())(traced)
+    InsertMask("layer.weight", torch.eye(3))(traced)
+    InsertMask("head.weight", torch.ones(2, 3))(traced)
+    want = traced.eval()(x)
+    assert FoldReparametrizations(keep_masks=True)(traced).modified
+    assert torch.equal(traced(x), want)
+    assert set(traced.state_dict()) == {
+        "layer.bias", "layer.weight_orig", "layer.weight_mask", "head.weight_orig", "head.weight_mask",
+    }  # fmt: skip
+    assert not FoldReparametrizations(keep_masks=True)(traced).modified
+    assert FoldReparametrizations()(traced).modified
+    assert torch.equal(traced(x), want)
+
+
 def test_folding_one_name_leaves_the_others(traced: fxprune.TracedModule) -> None:
     InsertMask("layer.weight", torch.ones(3, 3))(traced)
     InsertMask("head.weight", torch.ones(2, 3))(traced)

@@ -41,7 +41,7 @@ class References:
         if masked is not None and exists(self._traced, target) and view(self._traced, masked).mask is not None:
             return
         plain = named_by_original(target)
-        if plain is not None and not exists(self._traced, plain) and _is_masked(self._traced, plain):
+        if plain is not None and not exists(self._traced, plain) and _holds_masked_values(self._traced, plain):
             found = _value(reference, plain)
         else:
             found = _value(reference, target)
@@ -82,8 +82,10 @@ class References:
         return target in self._tensors and not torch.equal(self(target), tensor_at(self._traced, target))
 
 
-def _is_masked(root: nn.Module, name: str) -> bool:
-    return view(root, name).mask is not None
+def _holds_masked_values(root: nn.Module, name: str) -> bool:
+    """Whether a parameter is stored under a mask; what a norm computes is not, though it may store an original, too."""
+    found = view(root, name)
+    return found.mask is not None and found.original is not None
 
 
 def _value(module: nn.Module, name: str) -> Tensor | None:

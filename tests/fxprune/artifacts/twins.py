@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fxprune
-from fxprune.graph.containers import provenance_of
+from fxprune.graph.provenance import provenance_of
 from fxprune.graph.reparametrizations import reparametrized
 from tests.networks import Residual
 from tests.systems import assert_same, assert_same_calls, assert_same_state, assert_same_training, call, sgd

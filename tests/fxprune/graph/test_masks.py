@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from fxprune.graph.masks import mask_name, masked, masked_views, named_by_mask, named_by_original, original_name, view
 from fxprune.graph.names import tensors_of
+from fxprune.graph.reparametrizations import computed_names, remove_state, reparametrized
 
 
 @pytest.fixture
@@ -85,6 +88,43 @@ def test_a_mask_on_a_parametrized_original_is_told_apart() -> None:
     assert found.original is None
     assert found.original_is_computed
     assert masked(nn.Sequential(layer)) == ["0.weight"]
+
+
+def test_a_mask_beside_a_norm_is_one_where_it_was_inserted() -> None:
+    for norm, stored in (
+        (parametrizations.weight_norm, ["weight_mask"]),
+        (parametrizations.spectral_norm, ["weight_mask"]),
+        (weight_norm, ["weight_mask"]),
+        (spectral_norm, ["weight_u", "weight_v", "weight_mask"]),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on legacy norms
+            model = nn.Sequential(norm(nn.Linear(3, 2)))
+        bare = view(model, "0.weight")
+        assert (bare.original, bare.mask, bare.original_is_computed) == (None, None, True)
+        mask = torch.tensor([[1.0, 0, 1], [0, 1, 1]])
+        model[0].register_buffer("weight_mask", mask)
+        assert masked(model) == []  # a buffer of the model's own
+        del model[0].weight_mask
+        bare.insert_mask(mask)
+        found = view(model, "0.weight")
+        assert list(model[0]._buffers) == stored
+        assert torch.equal(found.mask, mask)  # type: ignore[arg-type]
+        assert (found.original, found.original_is_computed, found.shape) == (None, True, mask.shape)
+        assert masked(model) == reparametrized(model) == computed_names(model) == ["0.weight"]
+        assert found.replace_mask(torch.ones(2, 3))
+        remove_state(model, "0.weight")
+        assert masked(model) == reparametrized(model) == []
+        assert list(model.state_dict()) == ["0.bias"]
+
+
+def test_a_plain_parameter_beside_buffers_like_those_of_a_norm_is_plain() -> None:
+    layer = nn.Linear(3, 2)
+    layer.register_buffer("weight_u", torch.zeros(2))
+    layer.register_buffer("weight_v", torch.zeros(3))
+    model = nn.Sequential(layer)
+    assert not view(model, "0.weight").original_is_computed
+    assert reparametrized(model) == []
 
 
 def test_a_write_after_the_mask_was_inserted_shows(pruned: nn.Module) -> None:

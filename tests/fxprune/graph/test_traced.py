@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 import fxprune
 from fxprune.errors import CaptureError
-from fxprune.graph.containers import provenance_of
+from fxprune.graph.provenance import provenance_of
 from fxprune.graph.spellings import respelled
 from fxprune.graph.traced import Origin
 

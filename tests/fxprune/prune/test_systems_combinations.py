@@ -21,7 +21,7 @@ from torch.nn.utils import prune as torch_prune
 
 import fxprune
 from fxprune import prune
-from fxprune.errors import CaptureError, FinalizeError, PruningError
+from fxprune.errors import CaptureError, FinalizeError
 from tests.systems import X, assert_follows_eager, assert_same_calls, call, mlp
 
 l1, ln, rand = torch_prune.l1_unstructured, torch_prune.ln_structured, torch_prune.random_unstructured
@@ -406,12 +406,12 @@ def test_mask_on_a_parameter_list_acts():
     assert torch.equal(call(traced, "eval", X)[0], traced.get_parameter("vectors.a").expand(3, 6))
 
 
-def test_pruning_again_over_a_parametrized_original_is_refused():
+def test_masks_over_a_parametrized_original_grow_and_fold():
     traced = fxprune.trace(mlp(), X)
     fxprune.spectral_norm(prune.l1_unstructured(traced, "0.weight", 0.5), "0.weight_orig")
     assert prune.is_pruned(traced, "0.weight")
-    with pytest.raises(PruningError, match="on top of a parametrization"):
-        prune.l1_unstructured(traced, "0.weight", 0.5)
+    prune.l1_unstructured(traced, "0.weight", 0.5)
+    assert int((traced.get_buffer("0.weight_mask") == 0).sum()) == 36
     before = call(traced, "eval", X)[0]
     prune.remove(traced, "0.weight")
     assert list(traced.state_dict()) == list(mlp().state_dict())
