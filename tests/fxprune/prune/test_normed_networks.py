@@ -266,3 +266,34 @@ def test_normed_layers_in_half_precision_lose_channels(dtype: torch.dtype) -> No
     assert final.plan is not None
     assert final.plan.macs == report.macs
     assert difference(final(x), traced(x)) < 4 * torch.finfo(dtype).eps
+
+
+class Tagger(nn.Module):
+    """Words, a recurrent layer both ways and a head, every weight of which a norm computes."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.words, self.layer = nn.Embedding(20, 16), nn.LSTM(16, 24, bidirectional=True, batch_first=True)
+        for name in [name for name, _ in self.layer.named_parameters() if name.startswith("weight")]:
+            norm(self.layer, name)
+        self.head = norm(nn.Linear(48, 5))
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.layer(self.words(words))[0])
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, weight_norm])
+def test_hidden_units_of_normed_recurrent_layers_go_exactly(norm: Any) -> None:
+    model = build(lambda: Tagger(norm)).double()
+    traced = fxprune.trace(model, torch.randint(20, (3, 7)))
+    report = prune.channels(traced, macs=0.5)
+    assert report.removed["layer.weight_ih_l0 (channel)"][0]
+    train(traced, [(torch.randint(20, (3, 7)), torch.randn(3, 7, 5).double()) for _ in range(5)])
+    final = fxprune.finalize(traced.eval())
+    assert final.plan is not None
+    assert final.plan.macs == report.macs
+    words = torch.randint(20, (2, 7))
+    written = fxprune.write_back(final, model).eval()
+    for module in (final, written):
+        assert difference(module(words), traced(words)) < 1e-9
+    assert written.layer.hidden_size < 24
