@@ -167,7 +167,12 @@ class _Sweep:
         self.readers = [reader for reader in readers if self._is_to_fit(reader, layout)]
         if not self.readers:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.alone.items()) or "no contraction reads it"
-            raise PruningError(f"no reader can be refitted: {why}.")
+            cure = (
+                " Norms are taken away by fxprune.remove_weight_norm and fxprune.remove_spectral_norm; masks stay."
+                if "is computed" in why
+                else ""
+            )
+            raise PruningError(f"no reader can be refitted: {why}.{cure}")
         ends = [call.node for reader in self.readers for call in reader.calls]
         ends += [self.streams[node].other for node in ends if node in self.streams]
         # what changes before the reference is done with it

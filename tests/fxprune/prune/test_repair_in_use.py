@@ -181,3 +181,44 @@ def test_constant_inputs_and_dead_channels_leave_finite_weights() -> None:
     traced = masked(model, x)
     fxprune.reconstruct(traced, torch.ones_like(x))
     torch.testing.assert_close(traced(torch.ones_like(x)), model(torch.ones_like(x)))  # the bias makes up for all
+
+
+def under_norms(norm: str, *names: str) -> tuple[fxprune.TracedModule, Tensor, Tensor]:
+    """A network with norms and channels masked by data, its inputs, and its outputs before it was masked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    for name in names:
+        getattr(nn.utils.parametrizations, norm)(model.get_submodule(name))
+    x = torch.randn(200, 8)
+    traced = fxprune.trace(model.eval(), x[:2]).eval()
+    target = traced(x).detach()
+    sensitivity = fxprune.sensitivity(traced, x, distance="error")
+    fxprune.prune.channels(traced, macs=0.6, importance=sensitivity, round_to=1)
+    return traced, x, target
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_layers_under_norms_are_left_alone_while_others_make_up_for_them(norm: str) -> None:
+    traced, x, target = under_norms(norm, "2")
+    before = (traced(x) - target).square().sum()
+    report = fxprune.reconstruct(traced, x)
+    assert report.refitted == ["4.weight"]
+    assert "its weight is computed" in report.alone.values()
+    assert (traced(x) - target).square().sum() < before
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_networks_under_norms_alone_are_repaired_once_these_are_taken_away(norm: str) -> None:
+    names = ("0", "2", "4")
+    traced, x, target = under_norms(norm, *names)
+    state = {name: tensor.clone() for name, tensor in traced.state_dict().items()}
+    with pytest.raises(PruningError, match="is computed.*fxprune.remove_weight_norm"):
+        fxprune.reconstruct(traced, x)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in traced.state_dict().items())
+    before = (traced(x) - target).square().sum()
+    for name in names:
+        getattr(fxprune, f"remove_{norm}")(traced, f"{name}.weight")
+    report = fxprune.reconstruct(traced, x)
+    assert "2.weight" in report.refitted
+    assert (traced(x) - target).square().sum() < 0.3 * before
+    torch.testing.assert_close(fxprune.finalize(traced)(x), traced(x), rtol=1e-4, atol=1e-5)
