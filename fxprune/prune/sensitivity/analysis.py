@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from fxprune.prune.sensitivity.curve import Curve
 from fxprune.prune.sensitivity.curves import Forks
 from fxprune.prune.sensitivity.distances import OutputDistance
 from fxprune.prune.sensitivity.elimination import Order, Part, removal_order
-from fxprune.prune.sensitivity.metrics import Metrics, output_metrics
+from fxprune.prune.sensitivity.metrics import Metric, Metrics, output_metrics
 from fxprune.prune.sensitivity.readings import Reading, owners, readings
 from fxprune.prune.sensitivity.turns import Turns
 
@@ -143,7 +143,7 @@ class _Analysis:
         self._starts = {id(group): forks.start_of([*self._masks(group, range(group.size))]) for group in groups}
         self._waiting = sorted(groups, key=lambda group: self._starts[id(group)])
         self._moments: dict[object, Any] = {}
-        self._metrics: dict[int, Tensor] = {}  # by the id of a reader
+        self._metrics: dict[int, Metric] = {}  # by the id of a reader
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer of the module."""
@@ -235,10 +235,15 @@ class _Analysis:
         if self._bases.get(id(group)) or any(metric is None for metric in metrics):
             return [part for _, _, part in telling]
         return [
-            part.seen_through(metric[number])
-            for metric, (_, number, part) in zip(metrics, telling, strict=True)
-            if metric is not None
+            self._seen(each.reader, number, part, metric)
+            for metric, (each, number, part) in zip(metrics, telling, strict=True)
+            if metric is not None and isinstance(each.reader, Reader)
         ]
+
+    def _seen(self, reader: Reader, number: int, part: Part, metric: Metric) -> Part:
+        """A part by what the output loses: of its inputs, those count more where the output moves more."""
+        square = metric.mixed(number, _square(self._moments[reader.key], reader)[number])
+        return replace(part, inverse=_inverse(square)).seen_through(metric.root[number])
 
     def _parts(self, reading: Reading, columns: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Part]]:
         found = self._moments[_key(reading.reader)]

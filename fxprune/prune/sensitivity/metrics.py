@@ -5,14 +5,14 @@ second derivative of the distance of outputs. G, the mean of J^T D J, is the sec
 times the output, with z drawn normal, for each sample once (Hutchinson, "A stochastic estimator of the trace of the
 influence matrix", 1990). Inputs and gradients are taken to be independent, so that the error of weights E costs
 tr(G E H E^T): Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (2015),
-https://arxiv.org/abs/1503.05671.
+https://arxiv.org/abs/1503.05671. But for their lengths: in H, a row counts by the square of the gradient there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from fxprune.graph.interpretation import Interpreter
 from fxprune.prune.repair.batches import Batches, Piece
 from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.pieces import Pieces
+from fxprune.prune.repair.rows import Rows
 from fxprune.prune.sensitivity.distances import OutputDistance
 
 # of the samples that moments are made from one in so many, but no fewer, and no more
@@ -30,7 +31,30 @@ _MOST_BYTES = 2**29  # of values that are kept for the way back
 _DRAWN = 0.1  # where G has hardly any rows, its share of the identity
 _MOST_OUTPUTS = 4096  # of a reader: a matrix of more squared takes too long to factorize
 
-Metrics = Mapping[Reader, Tensor]
+Inputs = Sequence[tuple[Tensor, tuple[Tensor, ...]]]  # rows of a reader's inputs, and their places
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """How errors of one reader count.
+
+    Attributes:
+        root: [groups, outputs, outputs], L, where G = L L^T.
+        square: [groups, columns, columns], the second moment of the inputs, a mean over rows, weighted by the squares
+            of the gradients there; about the mean where a bias takes that up.
+    """
+
+    root: Tensor
+    square: Tensor
+
+    def mixed(self, group: int, square: Tensor) -> Tensor:
+        """What H is taken to be in a group: half of it weighted, the other half, `square`, of all samples, not."""
+        weighted = self.square[group]
+        scale = weighted.diagonal().mean() / square.diagonal().mean().clamp(min=1e-300)
+        return (weighted + scale * square) / 2
+
+
+Metrics = Mapping[Reader, Metric]
 
 
 def output_metrics(
@@ -40,33 +64,84 @@ def output_metrics(
     batches: Batches,
     pieces: Pieces,
     distance: OutputDistance,
-) -> dict[Reader, Tensor]:
-    """For each reader L, [groups, outputs, outputs], where G = L L^T; those that no gradient reaches are left out.
+) -> dict[Reader, Metric]:
+    """For each reader how its errors count; those that no gradient reaches are left out.
 
     Args:
         graph: what runs. tensors: its parameters and buffers. readers: of the graph.
         batches, pieces: the samples that moments are made from. distance: of outputs.
     """
-    wanted = {reader.node: reader for reader in readers if reader.gives_products and reader.sizes[1] <= _MOST_OUTPUTS}
+    wanted = [reader for reader in readers if reader.gives_products and reader.sizes[1] <= _MOST_OUTPUTS]
     if not wanted or not pieces.samples[0]:
         return {}
-    sums: dict[Reader, Tensor] = {}
-    rows: dict[Reader, int] = {}
+    samples = len(range(0, pieces.samples[0], _stride(pieces)))
+    sums = {reader.node: _Sums(reader, samples) for reader in wanted}
     try:
         for piece in _parts(graph, tensors, batches, _chosen(batches, pieces)):
-            for reader, found in _gradients(graph, tensors, wanted, piece, distance).items():
-                own = found.double()
-                sums[reader] = sums.get(reader, 0.0) + own.transpose(1, 2) @ own
-                rows[reader] = rows.get(reader, 0) + own.shape[1]
+            _add(graph, tensors, sums, piece, distance)
     except (RuntimeError, NotImplementedError):  # an operator has no derivative
         return {}
-    return {reader: root for reader, square in sums.items() if (root := _root(square, rows[reader])) is not None}
+    return {own.reader: metric for own in sums.values() if (metric := own.metric()) is not None}
+
+
+class _Sums:
+    """Sums over the rows of one reader.
+
+    Attributes:
+        reader: the reader. samples: how many there will be.
+    """
+
+    def __init__(self, reader: Reader, samples: int) -> None:
+        self.reader = reader
+        self._rows = Rows(reader, reader.sizes[2], 4 * samples)  # of images, a quarter of the rows that moments have
+        self._is_centred = reader.moving_mean is not None or all(name is not None for name in reader.biases)
+        self._count = 0
+        self._gram = self._weight = self._total = self._square = torch.zeros(())
+        self._shift: Tensor | None = None
+
+    def inputs(self, data: Tensor, piece: Piece) -> Inputs:
+        """The rows of a piece that are taken."""
+        return [(self.reader.inputs_at(data, places), places) for places in self._rows.places(data, piece)]
+
+    def add(self, gradient: Tensor, positions: tuple[int, ...], inputs: Inputs) -> None:
+        """Add the rows of a piece."""
+        everywhere = torch.unravel_index(torch.arange(math.prod(positions), device=gradient.device), positions)
+        own = self.reader.outputs_at(gradient, everywhere).double()
+        self._gram = self._gram.to(own) + own.transpose(1, 2) @ own
+        self._count += own.shape[1]
+        for rows, places in inputs:
+            self._add_inputs(rows, self.reader.outputs_at(gradient, places).double().square().sum(2))
+
+    def _add_inputs(self, rows: Tensor, weight: Tensor) -> None:
+        """Add rows, [groups, rows, columns], and what they count for, [groups, rows]."""
+        if self._shift is None:
+            self._shift = rows.mean(1, keepdim=True) if self._is_centred else rows.new_zeros(())
+        shifted = (rows - self._shift) * weight.sqrt()[..., None].to(rows)
+        self._weight = self._weight.to(weight) + weight.sum(1)
+        self._total = self._total.to(weight) + (shifted.double() * weight.sqrt()[..., None]).sum(1)
+        self._square = self._square.to(weight) + shifted.transpose(1, 2) @ shifted
+
+    def metric(self) -> Metric | None:
+        """What came of it; None where no gradient did."""
+        if not self._count or (root := _root(self._gram, self._count)) is None:
+            return None
+        weight = self._weight.clamp(min=1e-300)[:, None, None]
+        square = self._square / weight
+        if self._is_centred:
+            mean = self._total / weight[..., 0]
+            square = square - mean[:, :, None] * mean[:, None, :]
+        return Metric(root, square) if bool(torch.isfinite(square).all()) else None
+
+
+def _stride(pieces: Pieces) -> int:
+    """One in so many samples is taken."""
+    total = pieces.samples[0]
+    return max(1, total // min(max(total // _SHARE, _FEWEST), _MOST))
 
 
 def _chosen(batches: Batches, pieces: Pieces) -> Iterator[Piece]:
     """Of all samples one in so many, whatever pieces they fell into."""
-    total = pieces.samples[0]
-    stride = max(1, total // min(max(total // _SHARE, _FEWEST), _MOST))
+    stride = _stride(pieces)
     for piece in pieces:
         places = torch.arange(piece.samples)
         taken = places[(places + piece.first) % stride == 0]
@@ -100,31 +175,34 @@ def _bytes(graph: fx.Graph, tensors: Callable[[str], Tensor], piece: Piece) -> i
 
 
 class _Marked(Interpreter):
-    """Adds a zero to the value of some nodes, which has the value's gradient then; keeps the values of others.
+    """Adds a zero to what readers give, which has the value's gradient then, and takes rows of what they receive.
 
     Attributes:
-        zeros: by node what is added. positions: by node those of its reader. values: of the nodes that are kept.
+        zeros: by node what is added. positions, inputs: by node of its reader. values: of the nodes that are kept.
     """
 
     def __init__(
         self,
         graph: fx.Graph,
         tensors: Callable[[str], Tensor],
-        wanted: Mapping[fx.Node, Reader],
+        sums: Mapping[fx.Node, _Sums],
+        piece: Piece,
         kept: Sequence[fx.Node],
     ) -> None:
         super().__init__(graph, lambda name: tensors(name).detach())
-        self._wanted, self._kept = wanted, kept
+        self._sums, self._piece, self._kept = sums, piece, kept
         self.zeros: dict[fx.Node, Tensor] = {}
         self.positions: dict[fx.Node, tuple[int, ...]] = {}
+        self.inputs: dict[fx.Node, Inputs] = {}
         self.values: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """One node."""
         value = super().run_node(n)
-        reader = self._wanted.get(n)
-        if reader is not None:
-            self.positions[n] = reader.positions(self.env[reader.data])
+        own = self._sums.get(n)
+        if own is not None:
+            data = self.env[own.reader.data].detach()
+            self.positions[n], self.inputs[n] = own.reader.positions(data), own.inputs(data, self._piece)
             self.zeros[n] = torch.zeros_like(value, requires_grad=True)
             value = value + self.zeros[n]
         if n in self._kept:
@@ -132,17 +210,17 @@ class _Marked(Interpreter):
         return value
 
 
-def _gradients(
+def _add(
     graph: fx.Graph,
     tensors: Callable[[str], Tensor],
-    wanted: Mapping[fx.Node, Reader],
+    sums: Mapping[fx.Node, _Sums],
     piece: Piece,
     distance: OutputDistance,
-) -> dict[Reader, Tensor]:
-    """The gradients of what readers give, [groups, rows, outputs]."""
+) -> None:
+    """Add the rows of a piece."""
     # cuDNN has no way back through recurrent layers in eval mode
     with torch.inference_mode(False), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-        run = _Marked(graph, tensors, wanted, distance.leaves)
+        run = _Marked(graph, tensors, sums, piece, distance.leaves)
         run.run(*piece.inputs, enable_io_processing=False)
         values = [run.values[leaf] for leaf in distance.leaves]
         ends = [
@@ -151,16 +229,12 @@ def _gradients(
             if direction is not None and value.requires_grad
         ]
         if not ends:
-            return {}
+            return
         outputs, directions = zip(*ends, strict=True)
         found = torch.autograd.grad(outputs, [*run.zeros.values()], directions, allow_unused=True)
-    gradients = {}
     for node, gradient in zip(run.zeros, found, strict=True):
         if gradient is not None:
-            positions = run.positions[node]
-            places = torch.unravel_index(torch.arange(math.prod(positions), device=gradient.device), positions)
-            gradients[wanted[node]] = wanted[node].outputs_at(gradient, places)
-    return gradients
+            sums[node].add(gradient, run.positions[node], run.inputs[node])
 
 
 def _directions(distance: OutputDistance, values: Sequence[Any], piece: Piece) -> list[Tensor | None]:

@@ -21,8 +21,8 @@ from fxprune.prune.sensitivity.distances import OutputDistance
 from fxprune.prune.sensitivity.metrics import output_metrics
 
 
-def found_metrics(model: nn.Module, x: Tensor, distance: str) -> dict[str, Tensor]:
-    """By the name of a weight, G."""
+def found_metrics(model: nn.Module, x: Tensor, distance: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """By the name of a weight, G, and the weighted second moment of the inputs."""
     traced = fxprune.trace(copy.deepcopy(model).double().eval(), (x[:2],), modes=("eval",))
     graph = traced.graphs["eval"]
     with Shelf() as shelf, torch.no_grad():
@@ -33,7 +33,7 @@ def found_metrics(model: nn.Module, x: Tensor, distance: str) -> dict[str, Tenso
                 pieces.add(piece)
         readers = find(traced, graph)[0]
         found = output_metrics(graph, traced.get_parameter, readers, batches, pieces, OutputDistance(graph, distance))
-    return {reader.name: root @ root.transpose(1, 2) for reader, root in found.items()}
+    return {reader.name: (own.root @ own.root.transpose(1, 2), own.square) for reader, own in found.items()}
 
 
 def drawn(samples: int, *shape: int) -> Tensor:
@@ -59,8 +59,8 @@ def test_of_a_layer_before_another_it_is_what_that_one_makes_of_errors(monkeypat
     samples = 40  # of the 80 that are fitted one in two
     last = drawn(samples, 3)
     before = last @ model[3].weight.detach().double()
-    assert torch.allclose(found["3.weight"][0], shrunk(last.T @ last, samples), rtol=1e-8)
-    assert torch.allclose(found["2.weight"][0], shrunk(before.T @ before, samples), rtol=1e-8)
+    assert torch.allclose(found["3.weight"][0][0], shrunk(last.T @ last, samples), rtol=1e-8)
+    assert torch.allclose(found["2.weight"][0][0], shrunk(before.T @ before, samples), rtol=1e-8)
     expected = model[3].weight.detach().double().T @ model[3].weight.detach().double()
     assert torch.corrcoef(torch.stack([found["2.weight"][0].flatten(), expected.flatten()]))[0, 1] > 0.8
 
@@ -69,7 +69,7 @@ def test_of_a_grouped_convolution_there_is_one_for_each_of_its_groups() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1)).double()
     x = torch.randn(20, 4, 5, 5, dtype=torch.float64)
-    found = found_metrics(model, x, "error")["0.weight"]
+    found, _ = found_metrics(model, x, "error")["0.weight"]
     samples = 16
     fitted = x[[number for number in range(20) if number % 5 != 1]]
     inner = model[0](fitted).detach().requires_grad_()
@@ -82,6 +82,22 @@ def test_of_a_grouped_convolution_there_is_one_for_each_of_its_groups() -> None:
         share = 0.1 * 4 / (len(rows) + 4)
         wanted = (1 - share) * own + share * mean * torch.eye(4, dtype=torch.float64)
         assert torch.allclose(found[group], wanted, rtol=1e-8)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_inputs_count_more_where_the_output_moves_more(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6, bias=bias), nn.Tanh(), nn.Linear(6, 3)).double()
+    x = torch.randn(20, 7, 5, dtype=torch.float64)
+    _, found = found_metrics(model, x, "error")["2.weight"]
+    fitted = x[[number for number in range(20) if number % 5 != 1]]
+    inputs = model[1](model[0](fitted)).detach()
+    inner = model[2](inputs).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(model[4](model[3](inner)), inner, drawn(16, 7, 3))
+    weight, rows = gradient.square().sum(-1).flatten(), inputs.flatten(0, 1)
+    if bias:
+        rows = rows - (weight[:, None] * rows).sum(0) / weight.sum()
+    assert torch.allclose(found[0], rows.T @ (weight[:, None] * rows) / weight.sum(), rtol=1e-8, atol=1e-12)
 
 
 def divergence(value: Tensor, dense: Tensor) -> Tensor:
