@@ -27,7 +27,9 @@ def check_norms(seed: int, words: bool) -> None:
     traced = fxprune.trace(model, x, modes=("eval",), dynamic_shapes=None)
     for name in weights:
         kind = r.choice(["", "weight", "spectral"])
-        if kind == "weight" or (kind and "_l0" in name):  # a recurrent layer takes one spectral norm alone
+        if kind == "weight" or (
+            kind and ("_ih_l" in name or "_hh_l" in name)
+        ):  # a recurrent layer takes one spectral norm alone
             fxprune.weight_norm(traced, name, dim=r.choice([0, 1, None]))
         elif kind:
             fxprune.spectral_norm(traced, name)
