@@ -59,15 +59,15 @@ class Demand(Constraint):
     def meet(self, state: State) -> bool:
         changed = False
         for index in state.agenda(self).sweep():
-            reader, needed = self._readers[index], self._needed(index, state.alive)
+            reader, needed = self._readers[index], self._needed(index, state)
             if needed is not None:
                 changed |= state.keep(self._columns[index][needed], ReadBy(reader.node, reader.why))
         return changed
 
-    def _needed(self, index: int, alive: Mask) -> Mask | None:
-        """[groups, columns], what the rows that are alive since the last time read; None without such rows."""
+    def _needed(self, index: int, state: State) -> Mask | None:
+        """[groups, columns], what the rows that ask since the last time read; None without such rows."""
         reader, rows, met = self._readers[index], self._rows[index], self._met[index]
-        fresh = ~met if rows is None else alive[rows] & ~met
+        fresh = ~met if rows is None else state.asks(rows) & ~met
         if not fresh.any():
             return None
         met |= fresh

@@ -133,7 +133,12 @@ class Liveness:
         columns = [coupling.of(r.columns) for r in self.readers]
         demand = Demand(self.readers, rows, columns, count)
         representatives = Representatives(self.readers, rows, columns, count)
-        self._state = State(self._classes.pinned, costs_of_readers(self.readers, rows, count))
+        costs = costs_of_readers(self.readers, rows, count)
+        units = np.zeros(count, bool)
+        for rows_of_units in whole.equal:
+            units[rows_of_units] = True
+        costs[units] = 1 - costs[units]  # of those kept for their number the ones with weights: masks hide the others
+        self._state = State(self._classes.pinned, costs, units)
         self._state.settle([whole.grids, demand, representatives, *whole.last])
         self.alive: Mask = self._state.alive
 

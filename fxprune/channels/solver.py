@@ -16,10 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxprune.channels.ids import Mask, Vector
-from fxprune.channels.reasons import Reason, Structural
+from fxprune.channels.reasons import ReadBy, Reason, Structural
 from fxprune.channels.relation import Relation
 
 Costs = NDArray[np.float64]
+
+# what is kept for these reasons, and read by nobody, need not compute what it did
+_FOR_NUMBERS = (Structural.SAME_UNITS, Structural.NONEMPTY)
 
 
 class Constraint(ABC):
@@ -45,19 +48,23 @@ class Constraint(ABC):
 
 
 class State:
-    """What is kept so far, and why.
+    """What is kept so far, and why; `may_idle` says which classes may be kept without what they read.
 
     Attributes:
         alive: by class.
+        idle: by class, whether it is kept for its number alone: nothing reads it, so that what it reads may go.
         kept: the number of classes kept since the start.
     """
 
-    def __init__(self, alive: Mask, cost: Costs) -> None:
+    def __init__(self, alive: Mask, cost: Costs, may_idle: Mask | None = None) -> None:
         self.alive: Mask = alive.copy()
+        self.idle: Mask = np.zeros(len(alive), bool)
+        self._may_idle = self.idle.copy() if may_idle is None else may_idle
         self.kept = 0
         self._cost = cost
         self._dead = np.flatnonzero(~alive)
         self._journal: list[Vector] = []
+        self._woken: list[Vector] = []  # by entry of the journal, the classes that were idle before
         self._agendas: dict[Constraint, Agenda] = {}
         self._reasons: list[Reason] = [Structural.GRID]
         self._code: dict[Reason, int] = {Structural.GRID: 0}
@@ -69,18 +76,28 @@ class State:
             pass
 
     def keep(self, classes: Vector, reason: Reason) -> bool:
-        """Keep classes; whether any of them was dead."""
+        """Keep classes; whether any of them was dead, or idle and is read now."""
         fresh = np.unique(classes[~self.alive[classes]])
-        if not len(fresh):
+        woken = np.unique(classes[self.idle[classes]]) if isinstance(reason, ReadBy) else fresh[:0]
+        if not len(fresh) and not len(woken):
             return False
         self.alive[fresh] = True
+        self.idle[fresh] = self._may_idle[fresh] & (reason in _FOR_NUMBERS)
+        self.idle[woken] = False
+        changed = np.concatenate([fresh, woken])
         if reason not in self._code:
             self._code[reason] = len(self._reasons)
             self._reasons.append(reason)
-        self._why[fresh] = self._code[reason]
-        self._journal.append(fresh)
+        self._why[changed] = self._code[reason]
+        self._journal.append(changed)
+        self._woken.append(woken)
         self.kept += len(fresh)
         return True
+
+    def asks(self, classes: Vector) -> Mask:
+        """Which of these classes are alive, and have a say in what they read."""
+        found: Mask = self.alive[classes] & ~self.idle[classes]
+        return found
 
     def why(self, index: int) -> Reason:
         """What a class was kept for."""
@@ -100,9 +117,12 @@ class State:
     def undo(self, mark: int) -> None:
         """Take back what was kept since a moment at which every other constraint held."""
         while len(self._journal) > mark:
-            classes = self._journal.pop()
-            self.alive[classes] = False
-            self.kept -= len(classes)
+            woken = self._woken.pop()
+            fresh = self._journal.pop()
+            fresh = fresh[: len(fresh) - len(woken)]
+            self.alive[fresh] = self.idle[fresh] = False
+            self.idle[woken] = True
+            self.kept -= len(fresh)
         for agenda in self._agendas.values():
             agenda.seen = min(agenda.seen, mark)
 

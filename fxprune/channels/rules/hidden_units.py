@@ -119,7 +119,7 @@ def relate_direction(
     states = _columns(walk, node, direction.states)
     cells = states if projection is None else _columns(walk, node, projection)
     for state, own in zip(start, (states, cells), strict=False):
-        state.tie(walk, node, own)
+        state.tie(walk, own)
     _tie(walk, node, direction.inputs, np.tile(cells, kind.gates))
     _tie(walk, node, direction.states, np.tile(cells, kind.gates))
     for bias in (direction.input_bias, direction.state_bias):

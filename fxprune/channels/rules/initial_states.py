@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxprune.channels.arguments import bound
 from fxprune.channels.edits import Kept, Pending
@@ -15,6 +16,8 @@ from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.shapes import resized
 from fxprune.channels.values import Stack, Value
 from fxprune.channels.walk import Walk
+from fxprune.graph.metadata import module_path
+from fxprune.graph.names import join
 
 aten = torch.ops.aten
 _ZEROS = (aten.zeros, aten.new_zeros, aten.zeros_like)
@@ -34,19 +37,15 @@ class State:
     Attributes:
         ids: of its entries, None where they carry none.
         zeros: which entries are zero; all False where constants are not followed.
-        free: whether it takes the size of the units, whichever stay.
     """
 
     ids: Vector | None
     zeros: Mask
-    free: bool
 
-    def tie(self, walk: Walk, node: fx.Node, units: Vector) -> None:
-        """Make its entries those of `units`."""
+    def tie(self, walk: Walk, units: Vector) -> None:
+        """Make its entries those of `units`, where it has channels."""
         if self.ids is not None:
             walk.ids.unify(self.ids, units)
-        elif not self.free:
-            walk.pin(node, units, "units whose initial state is given")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,43 +70,120 @@ class Narrowed(Pending):
 
 
 @dataclass(frozen=True, eq=False)
+class Picked(Pending):
+    """The entries of a given state that belong to the units that stay, those of each row of its first axis.
+
+    Attributes:
+        state: what is given; it keeps its size.
+        rows: the units of each row; of a single one, those of all.
+    """
+
+    state: fx.Node
+    rows: Sequence[Vector]
+
+    def resolve(self, kept: Kept, node: fx.Node) -> fx.Node:
+        indices = [np.flatnonzero(kept.alive(units)) for units in self.rows]
+        if len(indices[0]) == len(self.rows[0]):
+            return self.state
+        if all(np.array_equal(index, indices[0]) for index in indices):
+            return _picked(self.state, indices[0], node)
+        graph, value = node.graph, self.state.meta["val"]
+        parts = []
+        for row, index in enumerate(indices):
+            with graph.inserting_before(node):
+                own = graph.call_function(aten.slice.Tensor, (self.state, 0, row, row + 1))
+            own.meta["val"] = resized(value, [1, *value.shape[1:]])
+            parts.append(_picked(own, index, node))
+        with graph.inserting_before(node):
+            joined = graph.call_function(aten.cat.default, (parts, 0))
+        joined.meta["val"] = resized(value, [*value.shape[:-1], len(indices[0])])
+        return joined
+
+    def __str__(self) -> str:
+        return f"{self.state.name} at what is kept of {len(self.rows[0])}"
+
+
+def _picked(state: fx.Node, index: Vector, node: fx.Node) -> fx.Node:
+    """Entries of the last axis of a state, for a call."""
+    value = state.meta["val"]
+    with node.graph.inserting_before(node):
+        stored = node.graph.get_attr(_held(torch.from_numpy(index).to(value.device), node))
+        picked = node.graph.call_function(aten.index_select.default, (state, value.dim() - 1, stored))
+    stored.meta["val"] = value.fake_mode.from_tensor(torch.from_numpy(index))
+    picked.meta["val"] = resized(value, [*value.shape[:-1], len(index)])
+    return picked
+
+
+def _held(index: Tensor, node: fx.Node) -> str:
+    """The name of a buffer with these indices, of the module that a call belongs to; the same for the same indices."""
+    root = node.graph.owning_module
+    assert root is not None
+    path = module_path(node)
+    try:
+        owner = root.get_submodule(path)
+    except AttributeError:  # a module without parameters has no container
+        path, owner = "", root
+    number = 0
+    while (there := getattr(owner, f"kept_units_{number}", None)) is not None and not torch.equal(there, index):
+        number += 1
+    if there is None:
+        owner.register_buffer(f"kept_units_{number}", index)
+    return join(path, f"kept_units_{number}")
+
+
+class Cut(Enum):
+    """How a state at the start gets the size of the units that stay."""
+
+    FOLLOWS = "its entries are the units'"
+    NARROWED = "zeros that others read too: each call takes as many as it needs"
+    PICKED = "given: a call picks the entries that it needs"
+
+
+@dataclass(frozen=True, eq=False)
 class InitialStates:
     """Those of all layers and directions of a call, one operand.
 
     Attributes:
+        operand: the node.
         states: by layer and direction.
-        shared: whether the operand is zeros that others read too, so that each call must cut it for itself.
+        cut: how removal changes it.
     """
 
+    operand: fx.Node
     states: list[State]
-    shared: bool
+    cut: Cut = Cut.FOLLOWS
 
     @classmethod
     def of(cls, walk: Walk, node: fx.Node, operand: fx.Node, rows: int) -> InitialStates:
-        """From the operand [units] behind a batch, and behind `rows` layers and directions where it is stacked."""
+        """From the operand [units] behind a batch, and behind `rows` layers and directions where these are several."""
         width = int(walk.shape(operand)[-1])
         found = walk.env.get(operand)
         if isinstance(found, Stack) and len(found.parts) == rows:
-            return cls([_state(walk, part, width) for part in found.parts], False)
+            return cls(operand, [_state(walk, part, width) for part in found.parts])
         value = walk.value(operand)
         value = walk.blur(node, value, range(value.rank - 1), "layers, directions or samples of an initial state")
         value = walk.flat(node, value, value.rank - 1)
         first = _state(walk, value, width)
         chain = zeros_behind(operand)
         if chain is None or any(map(walk.is_written, chain)):
-            return cls([first] * rows, False)
-        zeros = np.full(width, walk.facts)
-        if any(len(link.users) > 1 for link in chain):
+            return cls(operand, [first] * rows, Cut.PICKED if first.ids is None else Cut.FOLLOWS)
+        free = State(None, np.full(width, walk.facts))
+        if any(len(link.users) > 1 for link in chain) or first.ids is None:
             if first.ids is not None:
                 walk.pin(node, first.ids, "zeros that several layers start with")
-            return cls([State(None, zeros, True)] * rows, True)
-        rest = State(None, zeros, True)
-        return cls([State(first.ids, zeros, first.ids is None and width == 1), *[rest] * (rows - 1)], False)
+            return cls(operand, [free] * rows, Cut.NARROWED)
+        return cls(operand, [replace(free, ids=first.ids), *[free] * (rows - 1)])
+
+    def edited(self, units: Sequence[Vector]) -> fx.Node | Pending:
+        """The operand as removal has it, by the units of each layer and direction."""
+        if self.cut is Cut.NARROWED:
+            return Narrowed(self.operand, units[0])
+        return Picked(self.operand, units) if self.cut is Cut.PICKED else self.operand
 
 
 def _state(walk: Walk, value: Value, width: int) -> State:
     zeros = value.zeros.reshape(-1, value.zeros.shape[-1]).all(0) if walk.facts else torch.zeros(1, dtype=torch.bool)
-    return State(value.axes[-1].ids, zeros.expand(width).numpy(), width == 1)
+    return State(value.axes[-1].ids, zeros.expand(width).numpy())
 
 
 def zeros_behind(node: fx.Node) -> list[fx.Node] | None:
@@ -122,8 +198,3 @@ def zeros_behind(node: fx.Node) -> list[fx.Node] | None:
             return None
         node = node.args[0]  # type: ignore[assignment]
     return None
-
-
-def cut_to_units(operand: fx.Node, states: InitialStates, units: Sequence[Vector]) -> object:
-    """The operand as an edit has it: cut where others read it too."""
-    return Narrowed(operand, units[0]) if states.shared else operand

@@ -13,11 +13,11 @@ import torch
 from torch import fx, nn
 
 from fxprune.channels.axes import Axis, sizes_of
-from fxprune.channels.edits import SetArguments
+from fxprune.channels.edits import Pending, SetArguments
 from fxprune.channels.readers import EqualCounts
 from fxprune.channels.registry import REGISTRY, Cost, OperatorCall, register
 from fxprune.channels.rules.hidden_units import GRU, LSTM, RNN, Direction, Kind, Units, beside, relate_direction
-from fxprune.channels.rules.initial_states import InitialStates, cut_to_units
+from fxprune.channels.rules.initial_states import InitialStates
 from fxprune.channels.values import Stack, Value
 from fxprune.channels.walk import Result, Walk
 
@@ -63,12 +63,10 @@ class _Call(OperatorCall):
 
     def _cut_states(self, walk: Walk, initial: Sequence[InitialStates], units: Sequence[Units]) -> None:
         """Record what removal changes in the states at the start."""
-        if not any(states.shared for states in initial):
-            return
         vectors = [each.states for each in units], [each.cells for each in units]
-        operands = self.hx if self.is_lstm else [self.hx]
-        cut = [cut_to_units(*each) for each in zip(operands, initial, vectors, strict=False)]
-        walk.edits.append(SetArguments(self.node, {"hx": cut if self.is_lstm else cut[0]}))
+        edited = [states.edited(own) for states, own in zip(initial, vectors, strict=False)]
+        if any(isinstance(state, Pending) for state in edited):
+            walk.edits.append(SetArguments(self.node, {"hx": edited if self.is_lstm else edited[0]}))
 
     def costs(self, env: Mapping[fx.Node, Result]) -> Sequence[Cost]:
         """One product a weight and step."""

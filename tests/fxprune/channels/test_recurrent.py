@@ -174,6 +174,22 @@ def test_directions_keep_equally_many_units() -> None:
     )
 
 
+@pytest.mark.parametrize("reads", [lambda output, last: last[-1], lambda output, last: output[..., :UNITS]])
+def test_a_direction_that_nothing_reads_has_as_many_units_as_the_other(reads: Callable[..., Tensor]) -> None:
+    """They are there for their number: what they read goes all the same."""
+    layer = nn.GRU(6, UNITS, bidirectional=True, batch_first=True)
+    model = Net(lambda self, x: self.out(reads(*self.layer(x))), layer=layer, out=nn.Linear(UNITS, 3)).double().eval()
+    traced = fxprune.trace(model, (X.double(),))
+    report = fxprune.prune.channels(traced, 0.5, round_to=1)
+    final = fxprune.finalize(traced.eval(), align=1)
+    assert final.plan is not None
+    assert report.macs == final.plan.macs
+    assert {final.get_parameter(f"layer.weight_hh{s}").shape for s in suffixes(layer)} == {(3 * 8, 8)}
+    x = torch.randn(5, 5, 6).double()
+    with torch.no_grad():
+        assert error(traced(x), final(x)) < EXACT
+
+
 def test_what_the_model_returns_keeps_the_units_of_all_layers() -> None:
     layer = nn.LSTM(6, UNITS, num_layers=2, batch_first=True)
     zero_random_units(layer)
@@ -281,6 +297,50 @@ def test_a_learned_initial_state_keeps_units_until_it_is_zero_there(rows: int) -
     final = finalized(model, X)
     assert final.get_parameter("start").shape == (rows, 1, 8)
     assert left_of(final, "layer.weight_hh_l0", 1) == list(range(8, UNITS))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_given_initial_state_keeps_its_size_and_is_read_where_units_stay(rows: int) -> None:
+    def forward(self: Net, x: Tensor, hidden: Tensor, cell: Tensor) -> Tensor:
+        return self.out(self.layer(x, (hidden.transpose(0, 1), cell.transpose(0, 1)))[0])
+
+    layer = nn.LSTM(6, UNITS, num_layers=rows, batch_first=True)
+    for suffix in suffixes(layer):
+        zero_units(layer, range(8), suffix)
+    model = Net(forward, layer=layer, out=nn.Linear(UNITS, 3))
+    inputs = X, torch.randn(2, rows, UNITS), torch.randn(2, rows, UNITS)
+    final = finalized(model, *inputs)  # what a state starts with decays, and is read
+    assert count(final) == count(model)
+    assert final.plan is not None
+    assert all("reads it, and it is not constant there" in why for *_, why in final.plan.stayed)
+    unread = range(3, 11)
+    with torch.no_grad():
+        model.out.weight[:, unread] = 0
+        for suffix in suffixes(layer):
+            getattr(layer, f"weight_hh{suffix}")[:, unread] = 0
+        if rows == 2:
+            layer.weight_ih_l1[:, unread] = 0
+    final = finalized(model, *inputs, modes=("train", "eval"))
+    assert left_of(final, "layer.weight_hh_l0", 1) == [0, 1, 2, *range(11, UNITS)]
+    final.train()(*(x.double() for x in inputs)).sum().backward()
+    report = fxprune.prune.channels(traced := fxprune.trace(model, tuple(x.double() for x in inputs)), 0.5, round_to=1)
+    assert fxprune.finalize(traced, align=1).plan.macs == report.macs  # type: ignore[union-attr]
+
+
+def test_a_picked_initial_state_is_stored_loaded_and_exported(tmp_path: Path) -> None:
+    model = Net(lambda self, x, h: self.out(self.cell(x, h)), cell=nn.GRUCell(6, UNITS), out=nn.Linear(UNITS, 3)).eval()
+    inputs = torch.randn(2, 6), torch.randn(2, UNITS)
+    traced = fxprune.trace(model, inputs)
+    fxprune.prune.channels(traced, 0.5, round_to=1)
+    final = fxprune.finalize(traced.eval(), align=1)
+    assert final.get_parameter("cell.weight_hh").shape == (3 * UNITS // 2, UNITS // 2)
+    torch.testing.assert_close(final(*inputs), traced(*inputs))
+    fxprune.save(final, tmp_path / "model.fxp")
+    for loaded in (fxprune.load(tmp_path / "model.fxp"), fxprune.load(tmp_path / "model.fxp", model)):
+        assert torch.equal(loaded.eval()(*inputs), final(*inputs))
+    assert fxprune.export.to_onnx(final, tmp_path / "model.onnx").comparison.ok
+    again = fxprune.finalize(final, align=1)
+    assert torch.equal(again(*inputs), final(*inputs))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}])
