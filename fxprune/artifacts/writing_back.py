@@ -10,6 +10,7 @@ from torch import fx, nn
 from fxprune.artifacts.attribute_reads import Reads, recorded_reads
 from fxprune.artifacts.plain_copy import plain_copy
 from fxprune.artifacts.rehearsal import Rehearsal
+from fxprune.artifacts.statistics import check_statistics, counting, put_eps
 from fxprune.artifacts.trial import Search
 from fxprune.artifacts.values import LeftOut, check_same_model, put_values, set_left_over
 from fxprune.artifacts.working_copy import WorkingCopy
@@ -36,7 +37,8 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     has one size for several (the heads of queries, keys and values), the channels that it cannot go without come back
     as zeros, so a layer can be larger than in `final`; whole heads (`kinds` of `fxprune.prune.channels`) always fit.
     A layer that left the graph is still called by the class: it keeps what its neighbours' sizes leave of it. A
-    folded batch norm becomes the identity.
+    folded batch norm becomes the identity. An RMS norm of a narrowed stream gets the gain and the eps that count the
+    channels which went; layer and group norms cannot count them, and are refused by name.
 
     Args:
         final: what `fxprune.finalize` returned, shrunk or not.
@@ -47,7 +49,8 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
 
     Raises:
         WriteBackError: `model` has other parameters than `final` comes from, its class has no place for a bias, or
-            fixes a size in its code; names module, class and line.
+            fixes a size in its code, or takes statistics over channels of which some went; names module, class and
+            line.
         ArgumentTypeError: `final` is no traced module, or `model` no eager one.
 
     Example:
@@ -91,9 +94,11 @@ def _write(copy: WorkingCopy, flags: dict[str, bool]) -> None:
         WriteBackError: as `write_back`.
     """
     check_same_model(copy)
+    check_statistics(copy)
     rehearsal = Rehearsal(copy)
     reads = rehearsal.in_best_precision(lambda: _reads_of_a_run(rehearsal))
     left_over = put_values(copy, flags)
+    put_eps(copy)
     rehearsal.convert_tensors()
     search = Search(copy, rehearsal, reads)
     for state in LeftOut if left_over else [LeftOut.AS_IN_THE_MODEL]:
@@ -124,5 +129,5 @@ def _other_results(copy: WorkingCopy, disagreeing: nn.Module | None, worst: floa
     return WriteBackError(
         f"{type(copy.root).__name__} runs with the sizes of the finalized model, but an output differs,{first} "
         f"by {worst:.1e} relative. Its code computes with a size that is no attribute, or it is another model "
-        "than the one that was traced."
+        f"than the one that was traced.{counting(copy)}"
     )

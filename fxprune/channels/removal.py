@@ -120,8 +120,13 @@ def _carry_out(
     """
     kept = Kept(relations.classes, alive)
     computing = _computing_modules(relations, names)
-    factors = apply_edits(relations.walks.values(), kept)
-    values = values | {name: values.get(name, relations.tensors[name].detach()) * by for name, by in factors.items()}
+    counted = apply_edits(relations.walks.values(), kept)
+    plan.counting = counted.counting
+    plan.rescaled = {name: rescaled.eps for name, rescaled in counted.rescaled.items()}
+    values = values | {
+        name: values.get(name, relations.tensors[name].detach()) * rescaled.factor
+        for name, rescaled in counted.rescaled.items()
+    }
     plan.constants = tuple(place(traced, relations, kept, [Constant(*constant) for constant in wanted.constants]))
     fill_in(relations, alive, plan)
     _slice(traced, relations, plan, values | _shifted_indices(relations, kept))

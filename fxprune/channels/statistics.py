@@ -26,6 +26,7 @@ from fxprune.channels.readers import COUNTED, Reader
 from fxprune.channels.shapes import resized
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Walk
+from fxprune.graph.metadata import module_path
 
 aten = torch.ops.aten
 
@@ -73,6 +74,24 @@ def _pin_padding(walk: Walk, node: fx.Node) -> None:
 # ---- edits
 
 
+@dataclass(frozen=True, eq=False)
+class Statistics(Edit):
+    """What becomes of statistics.
+
+    Attributes:
+        node: takes them.
+        ids: the channels that it takes them over.
+    """
+
+    node: fx.Node
+    ids: Vector
+
+    def counts(self, kept: Kept) -> tuple[int, int] | None:
+        """How many channels are counted, and how many of them stay; None where that is the same."""
+        stay = kept.count(self.ids)
+        return None if stay == len(self.ids) else (len(self.ids), stay)
+
+
 def _share(kept: Kept, ids: Vector) -> float:
     return kept.count(ids) / len(ids)
 
@@ -110,18 +129,14 @@ def _padded(node: fx.Node, operand: fx.Node, dim: int, zeros: int) -> fx.Node:
 
 
 @dataclass(frozen=True, eq=False)
-class PadWithZeros(Edit):
+class PadWithZeros(Statistics):
     """The zeros that went are put back before a call, and cut from its result.
 
     Attributes:
-        node: the call.
-        ids: the channels that it takes statistics over.
-        operands: by name of an argument, the axis that holds them.
+        operands: by name of an argument, the axis that holds the channels.
         cut: the axis of the result that holds them, None where none does.
     """
 
-    node: fx.Node
-    ids: Vector
     operands: Mapping[str, int]
     cut: int | None = None
 
@@ -142,17 +157,14 @@ class PadWithZeros(Edit):
 
 
 @dataclass(frozen=True, eq=False)
-class ScaledMean(Edit):
+class ScaledMean(Statistics):
     """A mean times the share of the channels that stays.
 
     Attributes:
-        node: the mean. ids: the channels.
         centre: where squares of distances from their mean are averaged, this mean: each channel that went is as far
             from it as zero is.
     """
 
-    node: fx.Node
-    ids: Vector
     centre: fx.Node | None = None
 
     def apply(self, kept: Kept) -> None:
@@ -174,15 +186,15 @@ class ScaledMean(Edit):
 
 
 @dataclass(frozen=True, eq=False)
-class BoundedByZero(Edit):
+class BoundedByZero(Statistics):
     """A maximum that is at least zero, or a minimum that is at most zero, where channels went.
 
     Attributes:
-        results: the nodes that give it. ids: the channels. maximum: whether it is one.
+        results: the nodes that give it.
+        maximum: whether it is one.
     """
 
     results: Sequence[fx.Node]
-    ids: Vector
     maximum: bool
 
     def apply(self, kept: Kept) -> None:
@@ -197,17 +209,15 @@ class BoundedByZero(Edit):
 
 
 @dataclass(frozen=True, eq=False)
-class RootMeanSquare(Edit):
+class RootMeanSquare(Statistics):
     """A normalization by the root mean square; `rescale` is the form in which its gain takes the factor up.
 
     Attributes:
-        node: the fused operator, or the mean of the squares. ids: the channels.
+        node: the fused operator, or the mean of the squares.
         gain: the name of its gain. eps_node, eps_name: where eps is an argument. eps: its value.
         otherwise: what is done where the gain cannot be changed.
     """
 
-    node: fx.Node
-    ids: Vector
     gain: str
     eps_node: fx.Node
     eps_name: str
@@ -217,30 +227,35 @@ class RootMeanSquare(Edit):
     def apply(self, kept: Kept) -> None:
         self.otherwise.apply(kept)
 
-    def rescale(self, kept: Kept) -> float:
-        """Change eps and what states the number of channels; returns the factor for the gain."""
+    def rescale(self, kept: Kept) -> Rescaled | None:
+        """Change eps and what states the number of channels; None where all of them stay."""
         share = _share(kept, self.ids)
+        if share == 1:
+            return None
         set_argument(self.eps_node, self.eps_name, self.eps / share)
         if "normalized_shape" in bound(self.node):
             set_argument(self.node, "normalized_shape", [kept.count(self.ids)])
-        return 1 / math.sqrt(share)
+        return Rescaled(1 / math.sqrt(share), (self.eps, self.eps / share))
 
     def __str__(self) -> str:
         return f"{self.node.name}: over all of {len(self.ids)}, by its gain and eps"
 
 
 @dataclass(frozen=True, eq=False)
-class GroupStatistics(Edit):
+class GroupStatistics(Statistics):
     """Groups that went leave the count of groups; of those that stay, zeros that went are put back.
 
     Attributes:
-        node: a call of `group_norm`. ids: the channels [groups, channels of each].
+        ids: [groups, channels of each].
         operands: as for `PadWithZeros`.
     """
 
-    node: fx.Node
-    ids: Vector
     operands: Mapping[str, int]
+
+    def counts(self, kept: Kept) -> tuple[int, int] | None:
+        alive = kept.alive(self.ids)
+        left = alive[alive.any(1)]
+        return None if left.all() else (left.size, int(left.sum()))
 
     def apply(self, kept: Kept) -> None:
         alive = kept.alive(self.ids)
@@ -291,14 +306,43 @@ def rescalable(walks: Iterable[Walk]) -> set[str]:
     return {name for name in found if walks[0].parameters.tensors[name].dtype in (torch.float32, torch.float64)}
 
 
-def apply_edits(walks: Iterable[Walk], kept: Kept) -> dict[str, float]:
-    """Carry out what removal changes in the graphs; returns by name of a gain what it is to be multiplied by."""
+@dataclass(frozen=True)
+class Rescaled:
+    """What a normalization by the root mean square takes up.
+
+    Attributes:
+        factor: of its gain.
+        eps: before and after.
+    """
+
+    factor: float
+    eps: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The statistics over channels of which some went.
+
+    Attributes:
+        rescaled: by the name of a gain.
+        counting: by module, or node outside of modules, how many channels are counted and how many of them there are.
+    """
+
+    rescaled: dict[str, Rescaled]
+    counting: dict[str, tuple[int, int]]
+
+
+def apply_edits(walks: Iterable[Walk], kept: Kept) -> Counted:
+    """Carry out what removal changes in the graphs."""
     walks = list(walks)
-    names, factors = rescalable(walks), dict[str, float]()
-    for walk in walks:
-        for edit in walk.edits:
-            if isinstance(edit, RootMeanSquare) and edit.gain in names:
-                factors[edit.gain] = edit.rescale(kept)
-            else:
-                edit.apply(kept)
-    return {name: factor for name, factor in factors.items() if factor != 1}
+    names, found = rescalable(walks), Counted({}, {})
+    for edit in (edit for walk in walks for edit in walk.edits):
+        if isinstance(edit, RootMeanSquare) and edit.gain in names:
+            rescaled = edit.rescale(kept)
+            if rescaled is not None:
+                found.rescaled[edit.gain] = rescaled
+            continue
+        if isinstance(edit, Statistics) and (counts := edit.counts(kept)) is not None:
+            found.counting[module_path(edit.node) or edit.node.name] = counts
+        edit.apply(kept)
+    return found

@@ -34,6 +34,10 @@ class ChannelPlan(Readable):
             compared; (0, 0) where they were not.
         eval_only: module of a batch norm -> its channels that went, and were constant in eval mode alone: in train mode
             they were another constant, or none.
+        counting: module (or node outside of modules) -> (channels that its statistics count, those of them that there
+            are): the others are zero.
+        rescaled: gain of a normalization by the root mean square that counts channels which went -> (eps before,
+            after); the gain has taken a factor up.
         sample: what MACs are counted for, "one sample of 3x224x224"; empty where they are not.
 
     Example:
@@ -55,6 +59,8 @@ class ChannelPlan(Readable):
     parameters: tuple[int, int] = (0, 0)
     sample: str = ""
     eval_only: dict[str, list[int]] = field(default_factory=dict)
+    counting: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rescaled: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def removed(self) -> dict[str, dict[int, int]]:
@@ -135,6 +141,8 @@ class ChannelPlan(Readable):
             lines.append(f"  {name}: {text}")
         lines += [f"  {layer}: {n} constant channels folded into its bias" for layer, n in self.folded.items()]
         lines += [f"  {layer}: {n} constant channels merged into representatives" for layer, n in self.merged.items()]
+        lines += [f"  {name}: {n} channels counted, {left} of them left" for name, (n, left) in self.counting.items()]
+        lines += [f"  {gain}: scaled, eps {eps[0]:g} -> {eps[1]:g}" for gain, eps in self.rescaled.items()]
         lines += [
             f"  {node}: always {'zero' if zero else 'the same'}, its layers left the graph"
             for node, _, zero in self.constants
@@ -162,7 +170,7 @@ class ChannelPlan(Readable):
                 "format": FORMAT, "kept": kept, "groups": self.groups, "shapes": self.shapes, "dropped": self.dropped,
                 "added": self.added, "folded": self.folded, "merged": self.merged, "constants": self.constants,
                 "stayed": self.stayed, "macs": self.macs, "parameters": self.parameters, "sample": self.sample,
-                "eval_only": self.eval_only,
+                "eval_only": self.eval_only, "counting": self.counting, "rescaled": self.rescaled,
             }
         )  # fmt: skip
         return found
@@ -194,6 +202,8 @@ class ChannelPlan(Readable):
             plan.macs, plan.parameters = tuple(data["macs"]), tuple(data["parameters"])
             plan.sample = data.get("sample", "")  # files of earlier versions have none of these
             plan.eval_only = {name: list(index) for name, index in data.get("eval_only", {}).items()}
+            plan.counting = {name: (n, left) for name, (n, left) in data.get("counting", {}).items()}
+            plan.rescaled = {name: (old, new) for name, (old, new) in data.get("rescaled", {}).items()}
             return plan
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"not a channel plan: {error!r}. Store it with `ChannelPlan.to_json`.") from error

@@ -110,7 +110,7 @@ class Reduction(OperatorCall):
         if target in _BOUNDS:
             several = isinstance(self.node.meta["val"], list | tuple)
             results = [user for user in self.node.users if user.args[1] == 0] if several else [self.node]
-            return BoundedByZero(results, ids, _BOUNDS[target])
+            return BoundedByZero(self.node, ids, results, _BOUNDS[target])
         name = "self" if "self" in bound(self.node) else "input"
         if target in _MEANS and self.node.meta["val"].dtype != torch.float16:  # where a mean over fewer may overflow
             mean = ScaledMean(self.node, ids, centre)
