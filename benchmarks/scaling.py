@@ -102,15 +102,20 @@ def prune_channels(layers: int) -> Callable[[], object]:
     return lambda: fxprune.prune.channels(copy.deepcopy(traced), amount=0.5)
 
 
-def bert(layers: int, samples: int) -> tuple[fxprune.TracedModule, list[torch.Tensor]]:
-    """An encoder of so many layers, and batches of embedded sequences."""
+def encoder(layers: int) -> nn.Module:
+    """A BERT's of so many layers."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
     config = BertConfig(hidden_size=128, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=512)
-    model = BertModel(config, add_pooling_layer=False).encoder.eval()
+    return States(BertModel(config, add_pooling_layer=False).encoder.eval())
+
+
+def bert(layers: int, samples: int) -> tuple[fxprune.TracedModule, list[torch.Tensor]]:
+    """An encoder of so many layers, and batches of embedded sequences."""
+    model = encoder(layers)
     data = torch.randn(samples, 32, 128)
-    return fxprune.trace(States(model), (data[:2],), modes=("eval",)), list(data.split(32))
+    return fxprune.trace(model, (data[:2],), modes=("eval",)), list(data.split(32))
 
 
 class States(nn.Module):
@@ -144,6 +149,14 @@ def repairing(given: tuple[fxprune.TracedModule, list[torch.Tensor]]) -> Callabl
     return lambda: fxprune.reconstruct(copy.deepcopy(traced), batches)
 
 
+def finalize_width(layers: int) -> Callable[[], object]:
+    """A BERT below a head, narrowed to three quarters of its width."""
+    model = nn.Sequential(encoder(layers), nn.Linear(128, 3)).eval()
+    traced = fxprune.trace(model, (torch.randn(2, 32, 128),), modes=("eval",))
+    fxprune.prune.channels(traced, 0.25, kinds="width", round_to=1)
+    return lambda: fxprune.finalize(traced, align=1)
+
+
 def sensitivity_bert(layers: int) -> Callable[[], object]:
     """Curves of BERTs, 128 samples."""
     return measuring(bert(layers, 128))
@@ -175,7 +188,7 @@ def reconstruct_samples(samples: int) -> Callable[[], object]:
 
 
 SIZES = {
-    **dict.fromkeys(("sensitivity_bert", "reconstruct_bert"), (2, 4, 8, 16, 24)),
+    **dict.fromkeys(("finalize_width", "sensitivity_bert", "reconstruct_bert"), (2, 4, 8, 16, 24)),
     **dict.fromkeys(("sensitivity_resnet", "reconstruct_resnet"), (18, 50, 152)),
     **dict.fromkeys(("sensitivity_samples", "reconstruct_samples"), (64, 128, 256, 512)),
 }
@@ -190,6 +203,7 @@ COSTS: dict[str, Cost] = {
         remove_masks,
         fold_batch_norms,
         prune_channels,
+        finalize_width,
         sensitivity_bert,
         reconstruct_bert,
         sensitivity_resnet,
