@@ -344,3 +344,26 @@ def test_of_what_is_normalized_something_stays(name: str) -> None:
     x = torch.randn(5, 7, 6).double()
     with torch.no_grad():
         assert error(model.double().eval()(x), final(x)) < EXACT
+
+
+def test_zeros_in_eval_mode_alone_are_named() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        hidden = F.relu(self.norm(self.first(x)))
+        return self.last(hidden * hidden.mean(1, keepdim=True))
+
+    layers = {"first": nn.Conv2d(3, 8, 1), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
+    model = Net(forward, **layers).double().train()
+    zero((0, 1, 2), model.first)
+    with torch.no_grad():
+        model.norm.bias.fill_(1.0)
+        model.norm.running_mean.fill_(3.0)  # so the constant is negative in eval mode, and 1 in train mode
+        model.last.weight[:, :3] = 0
+    x = torch.randn(4, 3, 5, 5).double()
+    traced = fxprune.trace(copy.deepcopy(model), (x,))
+    with pytest.warns(UserWarning, match="constant in eval mode alone"):
+        final = fxprune.finalize(traced, align=1)
+    assert final.plan is not None
+    assert final.plan.eval_only == {"norm": [0, 1, 2]}
+    kept = fxprune.finalize(traced, align=1, keep_for_training=True).train()
+    with torch.no_grad():
+        assert error(model(x), kept(x)) < EXACT
