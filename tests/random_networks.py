@@ -253,14 +253,16 @@ class TokenNetwork(nn.Module):
         return self.head(self.blocks(self.words(ids)).mean(1))
 
 
-def network(seed: int, words: bool = False) -> tuple[nn.Module, Callable[[int], Tensor]]:
+def network(
+    seed: int, words: bool = False, kind: Callable[[random.Random], nn.Module] | None = None
+) -> tuple[nn.Module, Callable[[int], Tensor]]:
     """A masked network in float64 and eval mode with random statistics, and its inputs by batch size.
 
-    `words` draws one over tokens, else one over images.
+    `words` draws one over tokens, else one over images, or of another `kind` over images.
     """
     r = random.Random(seed)
     torch.manual_seed(seed)
-    model: nn.Module = TokenNetwork(r) if words else ImageNetwork(r)
+    model: nn.Module = TokenNetwork(r) if words else (kind or ImageNetwork)(r)
 
     def inputs(batch: int) -> Tensor:
         if words:

@@ -17,10 +17,12 @@ from fxprune.artifacts.slots import Slot, candidates, combinations, derived, slo
 from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.artifacts.zero_channels import Channels, ZeroChannels, ways_to_fill_up
 from fxprune.channels.registry import REGISTRY
+from fxprune.errors import WriteBackError
 from fxprune.graph.equality import close
-from fxprune.graph.metadata import module_calls
+from fxprune.graph.metadata import module_calls, module_path
 from fxprune.graph.names import tensors_of
 
+_SPLITS = ("aten.split_with_sizes.default", "aten.chunk.default", "aten.split.Tensor")
 _TRIES = 100  # of values for the integers of one module
 _CALLS = 10_000  # of modules altogether: those that contain each other try for each other
 Shapes = tuple[torch.Size, ...]
@@ -46,11 +48,27 @@ class Search:
         Raises:
             WriteBackError: the copy runs with no values.
         """
-        self.disagreeing = None
         modules = [module for module in self.copy.root.modules() if self.choices(module)]
+        try:
+            self._run(modules)
+        except WriteBackError:
+            others = [m for m in self.copy.root.modules() if m not in modules and self._takes_parts(m)]
+            if not others:
+                raise
+            self.zeros.give_up()
+            self._run([*modules, *others])
+
+    def _run(self, modules: list[nn.Module]) -> None:
+        """Run the copy, these modules on trial."""
+        self.disagreeing = None
         self._values = self._graph_values(modules)
-        with _stand_ins({module: Trial(self, module) for module in modules}):
+        with _stand_ins({module: Trial(self, module) for module in modules}), by_its_parts():
             self.rehearsal.run_copy(self.rehearsal.inputs)
+
+    def _takes_parts(self, module: nn.Module) -> bool:
+        """Whether a module cuts tensors into parts, which may have been equal, by `chunk`."""
+        paths = self.copy.paths(module)
+        return any(str(node.target) in _SPLITS and module_path(node) in paths for node in self.rehearsal.graph.nodes)
 
     def choices(self, module: nn.Module) -> list[tuple[Slot, list[int]]]:
         """The integers that forward reads and that could follow from a size, with the values to try."""
@@ -200,6 +218,17 @@ class _Call:
         for tensor, saved in zip(self.given, self._saved, strict=True):
             tensor.copy_(saved)
         return self._forward(*self._args, **self._kwargs)
+
+
+@contextlib.contextmanager
+def by_its_parts() -> Iterator[None]:
+    """Have layers of torch call those within them, which they leave out where they have a fused path."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from fxprune.artifacts.attribute_reads import Reads, recorded_reads
 from fxprune.artifacts.plain_copy import plain_copy
 from fxprune.artifacts.rehearsal import Rehearsal
 from fxprune.artifacts.statistics import check_statistics, counting, put_eps
-from fxprune.artifacts.trial import Search
+from fxprune.artifacts.trial import Search, by_its_parts
 from fxprune.artifacts.values import LeftOut, check_same_model, put_values, set_left_over
 from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.calling import named_arguments
@@ -119,7 +119,7 @@ def _write(copy: WorkingCopy, flags: dict[str, bool]) -> None:
 
 def _reads_of_a_run(rehearsal: Rehearsal) -> Reads:
     """The attributes that one run of the model as it is reads."""
-    with recorded_reads(rehearsal.copy.root) as reads:
+    with recorded_reads(rehearsal.copy.root) as reads, by_its_parts():
         rehearsal.run_copy(rehearsal.inputs)
     return reads
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from fxprune.artifacts.working_copy import WorkingCopy, follow_parameters
 from fxprune.graph.names import locate, tensor_at
 
+_PARTS = (2, 3, 4)  # into which a class may cut channels by `chunk`
 # name of a tensor -> axis -> the channels that are there, in ascending order
 Channels = dict[str, dict[int, Tensor]]
 
@@ -31,12 +32,13 @@ class _Axis:
 
 
 def ways_to_fill_up(
-    path: str, kept: Channels, shapes: Mapping[str, tuple[int, ...]], head_sizes: Iterable[int]
+    path: str, kept: Channels, shapes: Mapping[str, tuple[int, ...]], head_sizes: Sequence[int]
 ) -> Iterator[Channels]:
     """Channels that the module at `path` could take back, in the order in which they are worth trying.
 
     Only channels that stay within the module, or go from it to its siblings. First those that give all heads the same
-    size, for each size that a head may have had, then heads as they were, then everything.
+    size, for each size that a head may have had, then heads as they were, or equal parts where there are no heads, then
+    everything.
 
     Args:
         path: of the module, "" for the root.
@@ -60,6 +62,10 @@ def ways_to_fill_up(
             filled = {layer: _even_heads(layer, headed, size, count) for layer in headed if layer in inner}
             if filled:
                 yield _by_name(filled, inner)
+    for size in sorted({layer.full // parts for layer in inner for parts in _PARTS if layer.full % parts == 0}):
+        if size > 1 and not head_sizes:
+            most = max(len(part) for layer in inner if layer.full % size == 0 for part in _parts(layer, size))
+            yield _by_name({layer: _even_parts(layer, size, most) for layer in inner if layer.full % size == 0}, inner)
     yield _by_name({layer: torch.arange(layer.full) for layer in inner}, inner)
 
 
@@ -91,6 +97,20 @@ def _even_heads(layer: _Layer, headed: list[_Layer], size: int, count: int) -> T
     left = sorted({channel % size for channel in layer.left})
     channels = sorted([*left, *(channel for channel in range(size) if channel not in left)][:count])
     return torch.tensor([head * size + channel for head in heads for channel in channels])
+
+
+def _parts(layer: _Layer, size: int) -> list[list[int]]:
+    """The channels that are left of each `size` of a layer, counted from the first of them."""
+    return [[c - start for c in layer.left if start <= c < start + size] for start in range(0, layer.full, size)]
+
+
+def _even_parts(layer: _Layer, size: int, count: int) -> Tensor:
+    """A layer in parts of `size` of which each has at least `count` channels: those that are left, then the first."""
+    channels = []
+    for number, left in enumerate(_parts(layer, size)):
+        more = [channel for channel in range(size) if channel not in left][: max(count - len(left), 0)]
+        channels += [number * size + channel for channel in sorted([*left, *more])]
+    return torch.tensor(channels)
 
 
 def _by_name(filled: Mapping[_Layer, Tensor], axes: Mapping[_Layer, list[_Axis]]) -> Channels:

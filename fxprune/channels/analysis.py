@@ -11,7 +11,7 @@ from fxprune.channels import constants, eval_only
 from fxprune.channels.coupling import Coupling, couple
 from fxprune.channels.ids import Mask
 from fxprune.channels.liveness import Liveness
-from fxprune.channels.reasons import Reason
+from fxprune.channels.remaining import dead_that_stay
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
@@ -72,7 +72,7 @@ def analyze(traced: TracedModule, *, align: str | int = "auto", keep_for_trainin
     plan = ChannelPlan(parameters=(parameter_count(traced), 0), constants=tuple(fixed))
     plan.eval_only = dict(passing.channels)
     fill_in(relations, live.alive, plan)
-    plan.stayed = _dead_that_stay(relations, live)
+    plan.stayed = dead_that_stay(relations, live)
     return Analysis(traced, plan, relations, live.alive, frozenset(relations.parameters))
 
 
@@ -100,22 +100,3 @@ def fill_in(relations: Coupling, alive: Mask, plan: ChannelPlan) -> None:
             index = np.flatnonzero(own[left].reshape(-1)).reshape(int(left.sum()), -1) % own.shape[1]
             plan.kept[balance.weight][1] = torch.from_numpy(index)
             plan.groups[balance.weight] = (left.size, int(left.sum()))
-
-
-def _dead_that_stay(relations: Coupling, live: Liveness) -> list[tuple[str, int, list[int], str]]:
-    """Rows of weights that are entirely zero and stay: (parameter, axis, indices, why)."""
-    texts: dict[Reason, str] = {}
-    stayed = []
-    for reader in live.readers:
-        if reader.source is None or reader.rows is None or len(reader.row_axes) != 1:
-            continue
-        rows = relations.of(reader.rows.reshape(-1))
-        dead = np.flatnonzero(~reader.used.any(-1).reshape(-1) & live.alive[rows])
-        indices_of: dict[str, list[int]] = {}
-        for index in dead:
-            why = live.why(int(rows[index]))
-            if why not in texts:
-                texts[why] = why.text()
-            indices_of.setdefault(texts[why], []).append(int(index))
-        stayed += [(reader.source, reader.row_axes[0], indices, text) for text, indices in indices_of.items()]
-    return stayed

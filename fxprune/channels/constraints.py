@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fxprune.channels.ids import Classes, Mask, Vector
-from fxprune.channels.readers import Reader
+from fxprune.channels.readers import UNFOLDED, Reader
 from fxprune.channels.reasons import ReadBy, Structural
 from fxprune.channels.relation import Relation
 from fxprune.channels.solver import Constraint, Costs, State
@@ -59,9 +59,14 @@ class Demand(Constraint):
     def meet(self, state: State) -> bool:
         changed = False
         for index in state.agenda(self).sweep():
-            reader, needed = self._readers[index], self._needed(index, state)
-            if needed is not None:
-                changed |= state.keep(self._columns[index][needed], ReadBy(reader.node, reader.why))
+            needed = self._needed(index, state)
+            if needed is None:
+                continue
+            reader, columns = self._readers[index], self._columns[index]
+            if reader.constant is not None:
+                known = ~np.isnan(reader.constant)
+                changed |= state.keep(columns[needed & known], ReadBy(reader.node, UNFOLDED))
+            changed |= state.keep(columns[needed], ReadBy(reader.node, reader.why))
         return changed
 
     def _needed(self, index: int, state: State) -> Mask | None:

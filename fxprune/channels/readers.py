@@ -15,6 +15,8 @@ Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 # why what is read stays
 READ = "reads it, and it is not constant there"
+MULTIPLIED = "reads it, and it is not always zero there"
+UNFOLDED = "reads it, a constant there for which it has no place"
 COUNTED = "counts it, and it is not zero there"
 
 

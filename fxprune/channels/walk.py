@@ -285,6 +285,10 @@ class Walk:
         """Whether the graph writes to memory that `node` may share."""
         return not self._written.isdisjoint(self._storage.family(node))
 
+    def is_written_name(self, name: str) -> bool:
+        """Whether the graph writes to a buffer."""
+        return name in self._written_names
+
     def mutate(self, node: fx.Node) -> None:
         """Forget what was known of values that `node` writes to; what it returns is their new value."""
         result = self.env[node]

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fxprune.channels.axes import Axis, sizes_of
 from fxprune.channels.edits import SetArguments
 from fxprune.channels.ids import Vector
-from fxprune.channels.readers import Reader
+from fxprune.channels.readers import MULTIPLIED, Reader
 from fxprune.channels.registry import Cost, OperatorCall, register
 from fxprune.channels.rules.products import read_product
 from fxprune.channels.values import Value, settled
@@ -97,7 +97,7 @@ class Attention(OperatorCall):
             return
         if self.enable_gqa:
             spare = _zero_columns(query, columns) | _zero_columns(key, columns)
-            walk.readers.append(Reader(self.node, None, columns[None], ~spare.numpy()[None, None]))
+            walk.readers.append(Reader(self.node, None, columns[None], ~spare.numpy()[None, None], why=MULTIPLIED))
         else:
             spare = query.zeros.all(-2) | self._uniform_keys(key)
             read_product(walk, self.node, spare, batch, columns)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxprune.channels.axes import Axis
 from fxprune.channels.ids import Vector
-from fxprune.channels.readers import Bias, Reader
+from fxprune.channels.readers import MULTIPLIED, Bias, Reader
 from fxprune.channels.rules.labels import Labels
 from fxprune.channels.rules.layers import Layer, read_weight
 from fxprune.channels.values import Value, settled
@@ -215,10 +215,10 @@ def read_product(walk: Walk, node: fx.Node, spare: Tensor, batch: Sequence[Axis]
         rows = ids if rows is None else walk.ids.product(rows, ids)
     if rows is None:
         used = need.reshape(-1, len(columns)).any(0)[None, None].numpy()
-        walk.readers.append(Reader(node, None, columns[None], used))
+        walk.readers.append(Reader(node, None, columns[None], used, why=MULTIPLIED))
     else:
         used = need.reshape(1, len(rows), -1).numpy()
-        walk.readers.append(Reader(node, rows[None], columns[None], used))
+        walk.readers.append(Reader(node, rows[None], columns[None], used, why=MULTIPLIED))
 
 
 def _product(walk: Walk, node: fx.Node, labels: Labels, left: Value, right: Value, added: Added) -> Value:

@@ -240,23 +240,39 @@ def indexed(walk: Walk, node: fx.Node, data: fx.Node, indices: list[Any]) -> Res
 def _indexed_by_constant(walk: Walk, node: fx.Node, value: Value, dim: int, index: fx.Node) -> Value | None:
     constant = walk.value(index)
     value = walk.flat(node, value, dim)
-    ids = value.axes[dim].ids
-    if ids is None or not constant.stored or constant.rank != 1 or constant.facts is None:
+    ids, positions = value.axes[dim].ids, _stored_index(walk, index)
+    if ids is None or positions is None or constant.rank != 1:
         return None
-    order = constant.facts.value.long() % len(ids)
+    order = positions.long() % len(ids)
     taken = ids[order.numpy()]
     axis = walk.taken(node, taken)
     if constant.axes[0].ids is not None:
         walk.ids.unify(constant.axes[0].ids, taken)
-    source = index
-    while source.op != "get_attr" and source.target in _COPIES:
-        source = source.all_input_nodes[0]
-    name = str(source.target)
-    if source.op == "get_attr" and walk.is_read_once(name):
+    name = _read_by(index)
+    if name is not None and walk.is_read_once(name):
         walk.reindexed.append(Reindex(name, ids, order))
     else:
         walk.pin(node, ids, "indexed by a computed constant")
     return value.moved(value.replaced_axis(dim, axis), lambda tensor: tensor.index_select(dim, order))
+
+
+def _stored_index(walk: Walk, index: fx.Node) -> torch.Tensor | None:
+    """The positions that an index takes, where no input changes them; those of a buffer are known without facts too."""
+    value, name = walk.value(index), _read_by(index)
+    if value.stored and value.facts is not None:
+        found: torch.Tensor = value.facts.value
+    elif name is not None and name in walk.parameters.tensors and not walk.is_written_name(name):
+        found = walk.parameters.tensors[name].detach().cpu()
+    else:
+        return None
+    return None if found.is_floating_point() or found.dtype in (torch.bool, torch.uint8) else found
+
+
+def _read_by(index: fx.Node) -> str | None:
+    """The buffer that an index is a copy of, None where it is computed."""
+    while index.op == "call_function" and index.target in _COPIES:
+        index = index.all_input_nodes[0]
+    return str(index.target) if index.op == "get_attr" else None
 
 
 _COPIES = (aten.lift_fresh_copy.default, aten.detach.default, aten.detach_.default, aten.alias.default)

@@ -263,6 +263,51 @@ def test_a_size_in_the_code_is_refused_by_module_class_and_line() -> None:
         write_back(fxprune.finalize(traced, align=1), model)
 
 
+class Halves(nn.Module):
+    """Two halves of what a layer writes; the second goes through another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.first(x).chunk(2, 1))
+        parts.append(self.middle(parts[-1]))
+        return self.last(torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize(("rows", "left"), [([1, 2], 8), ([5, 6], 8), ([0, 1, 5, 6], 4)])
+def test_halves_that_lost_unequally_many_channels_are_made_equal(rows: list[int], left: int) -> None:
+    model = Halves().double()
+    traced = masked(model, (image(),), modes=("eval",))
+    mask_rows(traced, rows, "first.weight", "first.bias")
+    final = fxprune.finalize(traced, align=1)
+    small = write_back(final, model)
+    assert len(small.first.weight) == left
+    x = image()
+    with torch.no_grad():
+        assert torch.allclose(small.eval()(x), final(x))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_heads_of_an_encoder_that_has_a_fused_path_come_back_as_zeros(layers: int) -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True), layers)
+    model = encoder.double().eval()
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    with torch.no_grad():
+        for number, layer in enumerate(model.layers):
+            attention, size = layer.self_attn, 4
+            for start in range(number * size, 48, 16):  # another head in each layer
+                attention.in_proj_weight[start : start + size] = 0
+                attention.in_proj_bias[start : start + size] = 0
+            attention.out_proj.weight[:, number * size : (number + 1) * size] = 0
+    final = fxprune.finalize(fxprune.trace(model, (x,), modes=("eval",)), align=1)
+    assert len(final.get_parameter("layers.0.self_attn.in_proj_weight")) == 36
+    small = write_back(final, model)
+    with torch.no_grad():
+        assert torch.allclose(small(x), model(x))
+
+
 def test_a_class_that_computes_something_else_is_refused() -> None:
     model = Attention().double().eval()
     x = torch.randn(2, 5, 12, dtype=torch.float64)

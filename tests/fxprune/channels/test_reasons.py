@@ -1,0 +1,147 @@
+"""Whatever is dead and stays has a reason in the plan, and the reason is true."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.channels import ChannelPlan
+from tests.fxprune.channels.exactness import EXACT, error
+from tests.fxprune.channels.layers import Net, zero_rows
+from tests.random_networks import ImageNetwork, TokenNetwork, network
+from tests.selection_networks import SelectionNetwork
+
+KINDS: dict[str, Callable[[random.Random], nn.Module]] = {
+    "images": ImageNetwork, "tokens": TokenNetwork, "selections": SelectionNetwork
+}  # fmt: skip
+
+
+def finalized(model: nn.Module, x: Tensor) -> ChannelPlan:
+    final = fxprune.finalize(fxprune.trace(model, (x,), modes=("eval",), dynamic_shapes=None), align=1)
+    with torch.no_grad():
+        assert error(model(x), final(x)) < EXACT
+    assert final.plan is not None
+    return final.plan
+
+
+def dead_slices(model: nn.Module) -> Iterator[tuple[str, int, list[int]]]:
+    """The outputs of layers, by their weight and its axis, that are zero but for a bias."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv1d | nn.Linear):
+            axis = 0
+        elif isinstance(layer, nn.Embedding) or (isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1):
+            axis = 1
+        else:
+            continue
+        zero = (layer.weight == 0).movedim(axis, 0).flatten(1).all(1)
+        yield f"{path}.weight", axis, zero.nonzero().flatten().tolist()
+
+
+def assert_told(kind: str, seed: int) -> None:
+    model, inputs = network(seed, kind == "tokens", KINDS[kind])
+    plan = finalized(model, inputs(2))
+    told: dict[tuple[str, int], set[int]] = {}
+    for name, axis, indices, why in plan.stayed:
+        assert why
+        told.setdefault((name, axis), set()).update(indices)
+    for name, axis, dead in dead_slices(model):
+        if name in plan.kept and name not in plan.dropped:
+            stays = {*plan.kept[name][axis].tolist()} & {*dead}
+            if plan.shapes[name][axis] > 1:
+                assert stays <= told.get((name, axis), set()), f"{kind} {seed}: {name}\n{plan.explain()}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_dead_stays_without_a_reason(kind: str) -> None:
+    for seed in range(6):
+        assert_told(kind, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", range(6, 106, 20))
+def test_nothing_dead_stays_without_a_reason_in_many_more(kind: str, first: int) -> None:
+    for seed in range(first, first + 20):
+        assert_told(kind, seed)
+
+
+def why(call: Callable[..., Any], parameter: str = "first.weight", **modules: Any) -> list[str]:
+    """The reasons for what stays of a parameter of a network over images."""
+    torch.manual_seed(0)
+    plan = finalized(Net(call, **modules).double().eval(), torch.randn(2, 3, 6, 6).double())
+    return [text for name, _, _, text in plan.stayed if name == parameter]
+
+
+def dead(layer: Any, *rows: int, bias: bool = False) -> Any:
+    """A layer with rows of zeros, whose biases are ones unless `bias`."""
+    with torch.no_grad():
+        layer.bias.fill_(1.0)
+    zero_rows(layer, *rows, bias=bias)
+    return layer
+
+
+def test_a_constant_that_a_layer_has_no_place_for_is_called_one() -> None:
+    def twice(s: Any, x: Tensor) -> Tensor:
+        return s.second(F.relu(s.first(x))) + s.second(F.relu(s.third(x)))
+
+    # a padded layer that is called with two constants: its columns cannot merge for both
+    found = why(
+        twice, first=dead(nn.Conv2d(3, 8, 1), 1, 2), third=dead(nn.Conv2d(3, 8, 1), 1, 2),
+        second=nn.Conv2d(8, 4, 3, padding=1),
+    )  # fmt: skip
+    assert found
+    assert all("a constant there for which it has no place" in text for text in found)
+
+
+def test_a_product_of_two_activations_reads_what_is_not_zero() -> None:
+    found = why(
+        lambda s, x: torch.einsum("bchw,bchw->bhw", F.relu(s.first(x)), F.relu(s.second(x))),
+        first=dead(nn.Conv2d(3, 8, 1), 1, 2), second=nn.Conv2d(3, 8, 1),
+    )  # fmt: skip
+    assert found
+    assert all("it is not always zero there" in text for text in found)
+
+
+def test_what_depends_on_the_input_is_called_not_constant() -> None:
+    found = why(
+        lambda s, x: s.second(F.relu(s.first(x) + x.mean(1, keepdim=True))), first=dead(nn.Conv2d(3, 8, 1), 1, 2),
+        second=nn.Conv2d(8, 4, 1),
+    )  # fmt: skip
+    assert found
+    assert all("reads it, and it is not constant there" in text for text in found)
+
+
+def test_a_live_row_that_nothing_reads_and_that_fills_a_group_is_told() -> None:
+    second = nn.Conv2d(8, 8, 1, groups=2)
+    third = nn.Conv2d(8, 4, 1)
+    with torch.no_grad():
+        third.weight[:, [0, 1]] = 0  # two of the four outputs of the first group
+    found = why(
+        lambda s, x: s.third(F.relu(s.second(F.relu(s.first(x))))), "second.weight",
+        first=nn.Conv2d(3, 8, 1), second=second, third=third,
+    )  # fmt: skip
+    assert found == ["kept so that groups of channels stay equal"]
+
+
+def test_diagonals_are_refused_by_name() -> None:
+    found = why(
+        lambda s, x: torch.einsum("bchh->bc", F.relu(s.first(x))), first=dead(nn.Conv2d(3, 8, 1), 1, 2, bias=True)
+    )
+    assert found
+    assert all("an equation with a diagonal" in text for text in found)
+
+
+def test_columns_of_an_embedding_that_stay_are_told() -> None:
+    words = nn.Embedding(11, 6)
+    with torch.no_grad():
+        words.weight[:, [2, 4]] = 0
+    model = Net(lambda s, x: s.words(x), words=words).double().eval()
+    plan = finalized(model, torch.randint(11, (2, 5)))
+    assert plan.stayed == [("words.weight", 1, [2, 4], "pinned by `output` (output): the model returns it")]
