@@ -313,6 +313,7 @@ def finalize(
     plan: ChannelPlan | None = None,
     verify: bool = True,
     keep_for_training: bool = False,
+    keep_for_write_back: bool = False,
     after: Callback | None = None,
 ) -> TracedModule:
     """A copy of `traced` without masks, norms, parametrizations and dead channels, that computes the same.
@@ -328,14 +329,16 @@ def finalize(
         shrink: whether to remove dead channels.
         align: "auto" takes out all that `fxprune.prune.channels` chose; of what others masked it keeps dead channels so
             that counts at convolutions are multiples of 4, next to depthwise ones of 16 where that concerns no other
-            layer (8 and 4 for fewer than 32 and 16 channels), which onnxruntime runs faster; 1 removes all, an integer
-            n keeps multiples of n.
+            layer (8 and 4 for fewer than 32 and 16 channels), which onnxruntime runs faster, and channels that are
+            constant but for the border where they are few; 1 removes all, an integer n keeps multiples of n.
         fold_batch_norm: scale the layers before batch norms instead of running these; the result has no train graph.
         plan: a stored plan to carry out instead of an analysis: the result has its architecture.
         verify: compare the outputs on the sample inputs in eval mode, and count MACs on the way.
         keep_for_training: whether channels stay that are constant in eval mode alone, so that train mode computes the
             same, too: behind a batch norm, whose running statistics make a constant of a masked row that its statistics
             of a batch make another one of.
+        keep_for_write_back: whether channels stay that are constant but for the border that zero padding makes. Without
+            them a map is added to the layer that read them, for which a class has no place: `write_back` refuses it.
         after: called after each pass with (pass, module, modified, seconds).
 
     Returns:
@@ -357,7 +360,8 @@ def finalize(
     """
     require_eval(traced, "finalize")
     flags = {"shrink": shrink, "fold_batch_norm": fold_batch_norm, "verify": verify}
-    for name, value in (flags | {"keep_for_training": keep_for_training}).items():
+    keep = {"keep_for_training": keep_for_training, "keep_for_write_back": keep_for_write_back}
+    for name, value in (flags | keep).items():
         if not isinstance(value, bool):
             raise ArgumentTypeError(f"{name}={value!r}: True or False is needed.")
     if plan is not None and not isinstance(plan, ChannelPlan):
@@ -370,7 +374,7 @@ def finalize(
         warnings.warn(text, FxpruneWarning, stacklevel=3)
     steps: list[Pass] = [*FINALIZE]
     if shrink or plan is not None:
-        steps.append(RemoveChannels(align, plan, verify, keep_for_training))
+        steps.append(RemoveChannels(align, plan, verify, **keep))
     if fold_batch_norm:
         steps.append(FoldBatchNorm())
     with torch.inference_mode(False):  # what is made trains on

@@ -22,7 +22,8 @@ class RemoveChannels(Pass):
     Masks must be folded before. The plan is left in `traced.plan`. `align` is "auto" (counts at convolutions stay
     multiples that run fast, exactness is untouched), 1 for the least, or the multiple to keep. With `plan` the sizes
     are those of a stored plan, and no constants are folded. `verify` compares the outputs and counts MACs. With
-    `keep_for_training` channels stay that are constant in eval mode alone.
+    `keep_for_training` channels stay that are constant in eval mode alone, with `keep_for_write_back` those that are
+    constant but for the border.
 
     Example:
         >>> RemoveChannels(align=1)(traced).modified
@@ -33,6 +34,7 @@ class RemoveChannels(Pass):
     plan: ChannelPlan | None = None
     verify: bool = True
     keep_for_training: bool = False
+    keep_for_write_back: bool = False
     name: ClassVar[str] = "remove-channels"
 
     def requires(self, traced: TracedModule) -> None:
@@ -42,7 +44,12 @@ class RemoveChannels(Pass):
 
     def run(self, traced: TracedModule) -> bool:
         if self.plan is None:
-            analysis = analyze(traced, align=self.align, keep_for_training=self.keep_for_training)
+            analysis = analyze(
+                traced,
+                align=self.align,
+                keep_for_training=self.keep_for_training,
+                keep_for_write_back=self.keep_for_write_back,
+            )
             plan = remove(traced, analysis, verify=self.verify)
         else:
             plan = impose(traced, self.plan)

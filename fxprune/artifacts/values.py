@@ -50,6 +50,12 @@ def check_same_model(copy: WorkingCopy) -> None:
             raise WriteBackError(f"{name!r} has shape {shape} in the given model; the traced one's had {wanted}.")
     added = {*plan.added, *(name for name in stored if name.endswith("bias"))}
     lost = [name for name, _ in copy.final.named_parameters() if name not in copy.shapes and name not in added]
+    if plan.positions:
+        layers = ", ".join(name.rpartition(".")[0] for name in list(plan.positions)[:5])
+        raise WriteBackError(
+            f"finalize added a map to the result of {layers}, for channels that are constant but for the border of "
+            "zero padding; a class has no place for it. Use finalize(..., keep_for_write_back=True)."
+        )
     if lost:
         raise WriteBackError(f"the given {type(copy.root).__name__} has no {', '.join(lost[:5])}: another model.")
 

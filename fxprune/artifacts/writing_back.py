@@ -48,9 +48,9 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
         A new module of `model`'s class, independent of both.
 
     Raises:
-        WriteBackError: `model` has other parameters than `final` comes from, its class has no place for a bias, or
-            fixes a size in its code, or takes statistics over channels of which some went; names module, class and
-            line.
+        WriteBackError: `model` has other parameters than `final` comes from, its class has no place for a bias or for a
+            map of positions (`keep_for_write_back` of `finalize`), or fixes a size in its code, or takes statistics
+            over channels of which some went; names module, class and line.
         ArgumentTypeError: `final` is no traced module, or `model` no eager one.
 
     Example:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fxprune.channels import constants, eval_only
+from fxprune.channels.added_maps import pays
 from fxprune.channels.coupling import Coupling, couple
 from fxprune.channels.ids import Mask
 from fxprune.channels.liveness import Liveness
@@ -36,15 +37,21 @@ class Analysis:
     names: frozenset[str]
 
 
-def analyze(traced: TracedModule, *, align: str | int = "auto", keep_for_training: bool = False) -> Analysis:
+def analyze(
+    traced: TracedModule,
+    *,
+    align: str | int = "auto",
+    keep_for_training: bool = False,
+    keep_for_write_back: bool = False,
+) -> Analysis:
     """Find the channels whose removal does not change what the eval graph computes.
 
     Args:
         traced: a module with an eval graph; masks folded into its parameters.
-        align: "auto" keeps dead channels where counts at convolutions then run faster, `traced.decided` axes aside; an
-            integer n, multiples of n.
-
+        align: "auto" keeps dead channels where counts at convolutions then run faster, `traced.decided` axes aside, and
+            few constants of positions, which cost less than a map; an integer n, multiples of n.
         keep_for_training: whether what is constant in eval mode alone stays.
+        keep_for_write_back: whether what is constant but for the border stays.
 
     Returns:
         The analysis, its plan in `plan`; `remove` carries it out on the same module.
@@ -59,6 +66,9 @@ def analyze(traced: TracedModule, *, align: str | int = "auto", keep_for_trainin
     """
     require_eval(traced, "removing channels")
     relations = couple(traced, traced.graphs)
+    for reader in relations.walks["eval"].readers:
+        if keep_for_write_back or (align == "auto" and not pays(reader)):
+            reader.without_maps()
     fixed, reached = constants.find(relations)
     live = Liveness(relations, align, reached, traced.decided)
     passing = eval_only.find(relations, live.alive, reached, fixed)

@@ -51,6 +51,13 @@ class Coupling:
         """The classes of ids."""
         return self.classes.of[ids]
 
+    def forget_maps_of_one_graph(self) -> None:
+        """Ask for constants of positions where the train graph has not the same layers."""
+        twins = {reader.node: twin for reader, twin in self.readers()}
+        for reader, twin in self.readers():
+            if reader.maps is not None and (twin is None or twins.get(reader.maps.source) is None):
+                reader.without_maps()
+
     def readers(self) -> Iterator[tuple[Reader, Reader | None]]:
         """The readers of the eval graph, each with the same layer's in the train graph.
 
@@ -86,7 +93,10 @@ def couple(root: nn.Module, graphs: Mapping[str, fx.Graph], facts: bool = True) 
             for mode in ("eval", "train")
             if mode in graphs
         }
-    return Coupling(walks, ids.solve(), parameters)
+    found = Coupling(walks, ids.solve(), parameters)
+    if len(graphs) > 1:
+        found.forget_maps_of_one_graph()
+    return found
 
 
 def walked(graph: fx.Graph, ids: Ids, parameters: Parameters, facts: bool, *, training: bool = False) -> Walk:

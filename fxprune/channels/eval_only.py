@@ -110,6 +110,8 @@ def _norms(coupling: Coupling) -> Iterator[_Norm]:
         ids, value = coupling.parameters.get(name, [None])[0], walk.env[norm.node]
         if name in over_batch and not norm.over_input and ids is not None:
             differs = _differs(walk, norm, value, len(ids))
+            if norm.node in walk.maps and len(walk.maps[norm.node].where) == len(ids):
+                differs = differs | walk.maps[norm.node].where.numpy()
             yield _Norm(name.rpartition(".")[0], norm.node, coupling.of(ids), differs)
 
 
@@ -148,10 +150,17 @@ def _read_differently(reader: Reader, twin: Reader | None) -> Mask:
     """Which columns [groups, columns] a reader knows, and the same layer in the train graph knows as something else."""
     if reader.constant is None or twin is None:
         return np.zeros(reader.columns.shape, bool)
-    known: Mask = ~np.isnan(reader.constant) & reader.used.any(1)
-    if twin.constant is None:
+    used = reader.used.any(1)
+    known: Mask = ~np.isnan(reader.constant) & used
+    if twin.constant is not None:
+        known = known & ~np.isclose(reader.constant, twin.constant, _RELATIVE, _ABSOLUTE)
+    if reader.mapped is None or reader.maps is None:
         return known
-    return known & ~np.isclose(reader.constant, twin.constant, _RELATIVE, _ABSOLUTE)
+    differ = reader.mapped & used
+    if twin.mapped is not None and twin.maps is not None:
+        same = np.isclose(reader.maps.values.numpy(), twin.maps.values.numpy(), _RELATIVE, _ABSOLUTE).all(0)
+        differ = differ & ~(twin.mapped & same.reshape(differ.shape))
+    return known | differ
 
 
 def _same_in(edge: Constant, walk: Walk, train: Walk) -> bool:

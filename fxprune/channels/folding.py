@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.channels.added_maps import add_map
 from fxprune.channels.arguments import set_argument
 from fxprune.channels.axes import ONE, Axis
 from fxprune.channels.constraints import representative
 from fxprune.channels.coupling import Coupling
 from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.positions import PositionMaps
 from fxprune.channels.readers import Reader
 from fxprune.channels.shapes import resized
 from fxprune.channels.values import Value
@@ -34,6 +36,7 @@ class Folding:
         values: new values of parameters by name.
         added: names of biases that were made -> name of the layer's weight, or of its node.
         folded, merged: layer -> how many constant channels went into its bias, into representative columns.
+        positions: as in `ChannelPlan.positions`.
     """
 
     traced: TracedModule
@@ -43,9 +46,11 @@ class Folding:
     added: dict[str, str] = field(default_factory=dict)
     folded: dict[str, int] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, tuple[str, str, int]] = field(default_factory=dict)
 
     def run(self) -> None:
         """Fold the constants of every reader of the eval graph; values are computed on the CPU."""
+        twins = {reader.node: None if twin is None else twin.node for reader, twin in self.coupling.readers()}
         for reader, twin in self.coupling.readers():
             if reader.constant is None or reader.folds is None or reader.merges is None or reader.table is None:
                 continue
@@ -53,6 +58,8 @@ class Folding:
             layer = reader.source.rpartition(".")[0] if reader.source else reader.node.name
             self._fold(reader, twin, reader.folds & gone, layer)
             self._merge(reader, reader.merges & gone, layer)
+            if reader.mapped is not None and reader.maps is not None:
+                self._add_map(reader, twin, reader.mapped & gone, reader.maps, twins.get(reader.maps.source))
 
     def _fold(self, reader: Reader, twin: Reader | None, folds: Mask, layer: str) -> None:
         """Add to the bias what the columns `folds` [groups, columns] contribute."""
@@ -90,6 +97,35 @@ class Folding:
             table[group, :, chosen] = (table[group, :, chosen].double() + addition).to(table.dtype)
             self.merged[layer] = self.merged.get(layer, 0) + len(index)
 
+    def _add_map(
+        self, reader: Reader, twin: Reader | None, mapped: Mask, maps: PositionMaps, source: fx.Node | None
+    ) -> None:
+        """Add what the columns `mapped` [groups, columns] contribute at each position; `source` is that of the twin."""
+        assert reader.rows is not None
+        assert reader.table is not None
+        values = maps.values.view(len(maps.values), *mapped.shape)
+        delta = torch.zeros(*reader.rows.shape, len(values)).double()
+        for group in np.flatnonzero(mapped.any(1)):
+            columns = torch.from_numpy(np.flatnonzero(mapped[group]))
+            delta[group] = reader.table[group][:, columns].double().sum(-1) @ values[:, group, columns].T
+        if not delta.count_nonzero():
+            return
+        name = _free_name(self.traced, reader, "positions")
+        result = reader.node.meta["val"]
+        value = delta.reshape(reader.rows.size, *(window.count for window in maps.windows))
+        self.positions[name] = reader.node.name, maps.source.name, int(mapped.sum())
+        add_map(
+            self.traced,
+            self.coupling,
+            reader,
+            twin,
+            name,
+            value.to(result.device, result.dtype),
+            maps.windows,
+            maps.source,
+            source,
+        )
+
     def _into_bias(self, reader: Reader, twin: Reader | None, delta: Tensor) -> None:
         bias = reader.bias.node
         walk = self.coupling.walks["eval"]
@@ -99,7 +135,7 @@ class Folding:
             self.values[name] = (old.double() + delta).to(old.dtype)
             return
         assert reader.table is not None
-        name = _free_name(self.traced, reader)
+        name = _free_name(self.traced, reader, "bias")
         # calls of a shared layer each have a bias of their own
         shared = reader.source is None or len(_readers_of(self.coupling, reader.source)) > 1
         self.added[name] = reader.node.name if shared else str(reader.source)
@@ -115,14 +151,14 @@ def _like(view: Tensor, base: Tensor, copy: Tensor) -> Tensor:
     return copy.as_strided(view.shape, view.stride(), offset)
 
 
-def _free_name(traced: TracedModule, reader: Reader) -> str:
-    """The name of a bias that the layer does not have yet."""
+def _free_name(traced: TracedModule, reader: Reader, wanted: str) -> str:
+    """The name of a bias, or of a map of positions, that the layer does not have yet."""
     path = reader.source.rpartition(".")[0] if reader.source else ""
     owner = traced.get_submodule(path)
-    attribute, number = "bias", 0
+    attribute, number = wanted, 0
     while getattr(owner, attribute, None) is not None:
         number += 1
-        attribute = f"folded_bias_{number}"
+        attribute = f"folded_{wanted}_{number}"
     return join(path, attribute)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.positions import PositionMaps
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -46,6 +47,7 @@ class Reader:
         soft: [groups, columns], columns that are not needed: they are zero, fold or merge.
         constant: [groups, columns], value of the known input channels, NaN elsewhere.
         folds, merges: [groups, columns], non-zero constants that go into the bias, into a representative column.
+        mapped, maps: [groups, columns], constants of positions that go into a map which is added; their values.
         table: the weight as a view [groups, rows, columns, taps].
         source: name of the parameter that `table` is a view of.
         row_axes: the axes of this parameter that hold groups and rows.
@@ -62,12 +64,20 @@ class Reader:
     constant: Floats | None = None
     folds: Mask | None = None
     merges: Mask | None = None
+    mapped: Mask | None = None
+    maps: PositionMaps | None = None
     table: Tensor | None = None
     source: str | None = None
     row_axes: tuple[int, ...] = (0,)
     bias: Bias = Bias()
     key: Hashable = None
     why: str = READ
+
+    def without_maps(self) -> None:
+        """Ask for the channels that are constants of positions."""
+        if self.mapped is not None and self.soft is not None:
+            self.soft = self.soft & ~self.mapped
+        self.mapped = self.maps = None
 
 
 @dataclass(frozen=True, eq=False)

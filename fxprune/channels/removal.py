@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.calling import renamed
+from fxprune.channels.added_maps import add_zero_maps
 from fxprune.channels.analysis import Analysis, fill_in, parameter_count
 from fxprune.channels.checking import Before, macs_verified
 from fxprune.channels.constants import Constant, place
@@ -55,6 +56,7 @@ def remove(traced: TracedModule, analysis: Analysis, *, verify: bool = True) -> 
     plan = ChannelPlan(stayed=list(analysis.plan.stayed), eval_only=dict(analysis.plan.eval_only))
     _carry_out(traced, relations, analysis.alive, analysis.plan, plan, folding.values, analysis.names)
     plan.folded, plan.merged, plan.added = folding.folded, folding.merged, folding.added
+    plan.positions = folding.positions
     if before is not None:
         plan.macs = macs_verified(before, traced, relations, Kept(relations.classes, analysis.alive))
         plan.sample = str(Batch.of(before.graph))
@@ -80,6 +82,7 @@ def impose(traced: TracedModule, plan: ChannelPlan) -> ChannelPlan:
     relations = coupling(traced)
     names = frozenset(relations.parameters)
     add_zero_biases(traced, relations, plan)
+    add_zero_maps(traced, relations, plan)
     alive = _imposed(relations, plan)
     done = copy.deepcopy(plan)
     _carry_out(traced, relations, alive, plan, done, {}, names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from fxprune.channels.axes import ONE, Axis, Factor, Size, same_size
 from fxprune.channels.edits import Edit, Reindex
 from fxprune.channels.ids import Ids, Vector
+from fxprune.channels.positions import PositionMaps
 from fxprune.channels.readers import Balance, EqualCounts, Reader
-from fxprune.channels.values import Known, Stack, Value
+from fxprune.channels.values import Known, Stack, Value, settled
 from fxprune.graph.mutation import is_mutating, written
 from fxprune.graph.text import describe
 
@@ -51,6 +52,7 @@ class Walk:
         training: whether constants are followed through what train mode does to them, to be compared, not removed: a
             channel that is the same everywhere is its own mean, and dropouts keep it on average.
         env: the value of every node.
+        maps: of nodes some of whose channels are constants of positions.
         readers, balances: the contractions met.
         equal: the recurrent layers met.
         edits: what removal changes in the graph.
@@ -68,6 +70,7 @@ class Walk:
         self.graph, self.ids, self.facts, self.parameters = graph, ids, facts, parameters
         self.training = training
         self.env: dict[fx.Node, Result] = {}
+        self.maps: dict[fx.Node, PositionMaps] = {}
         self.readers: list[Reader] = []
         self.balances: list[Balance] = []
         self.equal: list[EqualCounts] = []
@@ -147,6 +150,36 @@ class Walk:
     def is_alone(self, name: str | None) -> bool:
         """Whether a parameter has one reader in the graph, and its memory no other name."""
         return name is not None and self.is_read_once(name) and name not in self.parameters.overlapping
+
+    # ---- constants of positions
+
+    def pass_maps(self, operand: fx.Node, node: fx.Node) -> None:
+        """The same values under another node."""
+        if operand in self.maps:
+            self.maps[node] = self.maps[operand]
+
+    def note_maps(self, node: fx.Node, value: Value, like: PositionMaps, where: Tensor, computed: Tensor) -> Value:
+        """Note what a node's channels are by position, and add to its value those that are the same everywhere.
+
+        Args:
+            node, value: the node, and what else is known of it.
+            like: maps of the same border.
+            where: in the value's reduced shape, which channels are known by position.
+            computed: their values, with the pairs in the place of a batch.
+        """
+        shape = where.shape
+        where = where & computed.isfinite().all(0, keepdim=True)
+        same = where & (computed == computed[:1]).all(0, keepdim=True)
+        varying = (where & ~same).reshape(-1)
+        if varying.any():
+            values = computed.double().expand(computed.shape[0], *shape[1:]).reshape(len(computed), -1)
+            self.maps[node] = replace(like, where=varying, values=values)
+        if not same.any():
+            return value
+        facts, first = value.facts, computed[:1].double()
+        if facts is None:
+            return settled(value.axes, same, torch.where(same, first, 0))
+        return settled(value.axes, facts.where | same, torch.where(same, first, facts.value), facts.border)
 
     # ---- what must stay
 
@@ -294,6 +327,8 @@ class Walk:
         result = self.env[node]
         for target in _overwritten(node):
             for other in self._storage.family(target):
+                if other is not node:
+                    self.maps.pop(other, None)
                 if other is not node and isinstance(self.env.get(other), Value):
                     self.env[other] = Value(self.value(other).axes)
             if isinstance(result, Value) and result.rank == len(self.shape(target)):

@@ -28,6 +28,8 @@ class ChannelPlan(Readable):
         added: names of biases that were created for folded constants -> name of the layer's weight.
         folded: layer -> how many constant channels went into its bias.
         merged: layer -> how many constant channels went into representative columns.
+        positions: names of maps that were created for channels whose constants differ near the border -> name of the
+            node that they are added to, name of the padded convolution, how many channels went into the map.
         constants: (node, its reader, whether it is zero) of values that never change and left the graph.
         stayed: (parameter, axis, dead indices, reason) for what is dead and stayed.
         macs, parameters: (before, after); MACs of one sample, by `torch.utils.flop_counter`, while the outputs were
@@ -54,6 +56,7 @@ class ChannelPlan(Readable):
     folded: dict[str, int] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
     constants: tuple[tuple[str, str, bool], ...] = ()
+    positions: dict[str, tuple[str, str, int]] = field(default_factory=dict)
     stayed: list[tuple[str, int, list[int], str]] = field(default_factory=list)
     macs: tuple[int, int] = (0, 0)
     parameters: tuple[int, int] = (0, 0)
@@ -98,7 +101,9 @@ class ChannelPlan(Readable):
         rows = [(gone, shape[0]) for shape, gone in cut if gone and len(shape) > 1]
         gone, before = map(sum, zip(*rows, strict=True)) if rows else (0, 0)
         went = [f"{gone:,} of {before:,} rows of {counted(len(rows), 'weight')} removed" if rows else "no rows removed"]
-        constants = sum(self.folded.values()) + sum(self.merged.values())
+        constants = (
+            sum(self.folded.values()) + sum(self.merged.values()) + sum(n for _, _, n in self.positions.values())
+        )
         went += [f"{counted(constants, 'constant channel')} folded or merged"] if constants else []
         went += [f"{counted(len(self.dropped), 'tensor')} dropped"] if self.dropped else []
         lines.append(", ".join(went))
@@ -144,6 +149,10 @@ class ChannelPlan(Readable):
         lines += [f"  {name}: {n} channels counted, {left} of them left" for name, (n, left) in self.counting.items()]
         lines += [f"  {gain}: scaled, eps {eps[0]:g} -> {eps[1]:g}" for gain, eps in self.rescaled.items()]
         lines += [
+            f"  {name}: {n} channels, constant but for the border of {padded}, folded into a map that is added"
+            for name, (_, padded, n) in self.positions.items()
+        ]
+        lines += [
             f"  {node}: always {'zero' if zero else 'the same'}, its layers left the graph"
             for node, _, zero in self.constants
         ]
@@ -171,6 +180,7 @@ class ChannelPlan(Readable):
                 "added": self.added, "folded": self.folded, "merged": self.merged, "constants": self.constants,
                 "stayed": self.stayed, "macs": self.macs, "parameters": self.parameters, "sample": self.sample,
                 "eval_only": self.eval_only, "counting": self.counting, "rescaled": self.rescaled,
+                "positions": self.positions,
             }
         )  # fmt: skip
         return found
@@ -204,6 +214,7 @@ class ChannelPlan(Readable):
             plan.eval_only = {name: list(index) for name, index in data.get("eval_only", {}).items()}
             plan.counting = {name: (n, left) for name, (n, left) in data.get("counting", {}).items()}
             plan.rescaled = {name: (old, new) for name, (old, new) in data.get("rescaled", {}).items()}
+            plan.positions = {name: (a, b, n) for name, (a, b, n) in data.get("positions", {}).items()}
             return plan
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"not a channel plan: {error!r}. Store it with `ChannelPlan.to_json`.") from error

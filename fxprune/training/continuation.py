@@ -247,7 +247,8 @@ def _live_constants(plan: ChannelPlan | None) -> list[str]:
     if plan is None:
         return []
     live = [node for node, _, zero in plan.constants if not zero]
-    return list(dict.fromkeys([*plan.folded, *plan.merged, *plan.added.values(), *live]))
+    layers = [name.rpartition(".")[0] for name in plan.positions]
+    return list(dict.fromkeys([*plan.folded, *plan.merged, *plan.added.values(), *layers, *live]))
 
 
 def _build(

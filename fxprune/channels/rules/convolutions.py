@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.channels.axes import ONE, Axis, sizes_of
+from fxprune.channels.axes import ONE, Axis, reduced_shape, sizes_of
 from fxprune.channels.edits import Count, SetArguments
 from fxprune.channels.ids import Vector
-from fxprune.channels.readers import Balance, Bias
+from fxprune.channels.positions import MOST, PositionMaps, Window, inside, number
+from fxprune.channels.readers import Balance, Bias, Reader
 from fxprune.channels.registry import REGISTRY, Cost, OperatorCall, Traffic, register
-from fxprune.channels.rules.layers import Layer, read_weight
+from fxprune.channels.rules.layers import Layer, column_facts, read_weight
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result, Walk
 from fxprune.torch_internals import ConvNd
@@ -35,6 +36,8 @@ class Convolution(OperatorCall):
     bias: fx.Node | None
     padding: Any
     groups: int
+    stride: Any = 1
+    dilation: Any = 1
     transposed: bool = False
     modules: ClassVar = (ConvNd,)
 
@@ -95,7 +98,8 @@ class Convolution(OperatorCall):
             self._relate_groups(walk, data.axes[channel], weight, columns, rows)
         bias, rows = self._joined_bias(walk, rows)
         table = self._table(weight) if walk.facts and weight.stored else None
-        known = read_weight(walk, self._layer(walk, data, channel, weight, table, rows, columns, bias))
+        layer = self._layer(walk, data, channel, weight, table, rows, columns, bias)
+        known = read_weight(walk, layer)
         if table is None and walk.facts:
             for axis in (*weight.axes[:2], data.axes[channel]):
                 walk.pin_axis(self.node, axis, "a weight that depends on the input")
@@ -103,7 +107,61 @@ class Convolution(OperatorCall):
         walk.aligned.append((vectors, self.groups > 1 and self.counts == (1, 1)))
         space = [Axis.plain(size) for size in walk.shape(self.node)[channel + 1 :]]
         axes = (*data.axes[:channel], self._out_axis(rows), *space)
-        return Value(axes) if known is None else known.spread(axes, [-1] + [1] * self.space)
+        result = Value(axes) if known is None else known.spread(axes, [-1] + [1] * self.space)
+        if table is None or data.rank != self.space + 2:
+            return result
+        if self.data in walk.maps:
+            self._read_maps(walk, walk.readers[-1], weight)
+        return self._with_maps(walk, result, layer, walk.readers[-1])
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The kernel along each axis of space."""
+        taps = self.weight.meta["val"].shape[2:]
+        found = []
+        for at, size in enumerate(taps):
+            stride, dilation = (_at(argument, at) for argument in (self.stride, self.dilation))
+            if self.padding == "same":
+                whole = dilation * (size - 1)
+                before, after = whole // 2, whole - whole // 2
+            else:
+                before = after = 0 if self.padding == "valid" else _at(self.padding, at)
+            found.append(Window(size, stride, dilation, before, after))
+        return tuple(found)
+
+    def _read_maps(self, walk: Walk, reader: Reader, weight: Value) -> None:
+        """Constants of positions that a kernel of one tap reads make a map, which can be added."""
+        maps = walk.maps[self.data]
+        is_each = all(w.taps == w.stride == 1 and not w.before for w in self.windows) and not self.is_transposed
+        if not is_each or reader.soft is None or not maps.fits([1, reader.columns.size, *[1] * self.space]):
+            return
+        reader.maps, reader.mapped = maps, maps.where.numpy().reshape(reader.columns.shape) & ~reader.soft
+        reader.soft = reader.soft | reader.mapped
+
+    def _with_maps(self, walk: Walk, result: Value, layer: Layer, reader: Reader) -> Value:
+        """The result with rows known by position: all that they read are constants, with zeros around."""
+        windows = self.windows
+        if not self.pads or self.is_transposed or number(windows) > MOST:
+            return result
+        facts = column_facts(layer.data, layer.dim, layer.groups, layer.column_count)
+        usable = facts.known & (~facts.bordered | (facts.value == 0))
+        rows = ~(reader.used & ~usable[:, None]).any(-1) & reader.used.any(-1)
+        bias = layer.bias_value
+        shape = reduced_shape(result.axes)
+        if not rows.any() or (bias is not None and not bias.stored) or shape != [1, rows.size, *[1] * self.space]:
+            return result
+        assert layer.table is not None
+        group, row = (torch.from_numpy(index) for index in np.nonzero(rows))
+        constant = torch.from_numpy(np.where(usable, facts.value, 0))[group]
+        by_tap = torch.einsum("nct,nc->tn", layer.table[group, row].double(), constant)
+        values = torch.zeros(number(windows), rows.size).double()
+        where = torch.from_numpy(rows.reshape(-1))
+        values[:, where] = inside(windows) @ by_tap
+        if bias is not None and bias.facts is not None:
+            values = values + bias.facts.value.double().reshape(1, -1)
+        maps = PositionMaps(self.node, windows, where, values)
+        own, by_position = maps.laid(len(shape))
+        return walk.note_maps(self.node, result, maps, own, by_position)
 
     def _own_rows(self, walk: Walk, weight: Value) -> Vector | None:
         if self.groups > 1 and self.is_transposed:  # the weight's axis has those of one group alone
@@ -206,3 +264,10 @@ class Convolution(OperatorCall):
         groups = module.groups
         inputs, outputs = (first, second * groups) if module.transposed else (second * groups, first)
         return {"in_channels": inputs, "out_channels": outputs, "groups": groups}
+
+
+def _at(argument: Any, axis: int) -> int:
+    """An argument of a convolution for one axis of space: one number stands for all."""
+    if not isinstance(argument, list | tuple):
+        return int(argument)
+    return int(argument[axis if len(argument) > 1 else 0])

@@ -79,17 +79,28 @@ class _ChannelNorm(OperatorCall):
         known, constant = torch.zeros([1] * value.rank, dtype=torch.bool), torch.zeros([1] * value.rank)
         if value.facts is not None:
             known, constant = value.facts.inner, value.facts.value
-        zeros = torch.zeros_like(constant).double()
-        normalized = zeros if levelled else self.normalized(constant.double(), mean, variance)
-        if normalized is None:
+
+        def result_of(constants: Tensor) -> Tensor | None:
+            zeros = torch.zeros_like(constants).double()
+            normalized = zeros if levelled else self.normalized(constants.double(), mean, variance)
+            if normalized is None:
+                return None
+            if gain is not None:
+                # a gain of zero leaves the shift, whatever comes in
+                normalized = torch.where(gain == 0, 0, normalized * gain)
+            return normalized if shift is None else normalized + shift
+
+        if (normalized := result_of(constant)) is None:
             return Value(value.axes)
         if gain is not None:
-            # a gain of zero leaves the shift, whatever comes in
             known = known | (gain == 0)
-            normalized = torch.where(gain == 0, 0, normalized * gain)
-        if shift is not None:
-            normalized = normalized + shift
-        return settled(value.axes, known, torch.where(known, normalized, 0))
+        result = settled(value.axes, known, torch.where(known, normalized, 0))
+        maps, shape = walk.maps.get(self.data), reduced_shape(value.axes)
+        if maps is None or self.over_input or not maps.fits(shape):
+            return result
+        own, by_position = maps.laid(value.rank)
+        computed = result_of(by_position)
+        return result if computed is None else walk.note_maps(self.node, result, maps, own & ~known, computed)
 
 
 def _others(shape: Sequence[int]) -> Sequence[int]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.channels.axes import Axis
+from fxprune.channels.axes import Axis, reduced_shape
 from fxprune.channels.evaluation import run
 from fxprune.channels.registry import REGISTRY, OperatorCall, register
 from fxprune.channels.values import Known, Value, settled, widened
@@ -36,7 +36,32 @@ class Pointwise(OperatorCall):
         axes, laid = walk.broadcast(self.node, [walk.value(node) for node in operands])
         if not walk.facts or len(operands) < len(self.node.all_input_nodes):
             return Value(axes)
-        return self._constants(axes, dict(zip(operands, laid, strict=True)))
+        named = dict(zip(operands, laid, strict=True))
+        result = self._constants(axes, named)
+        return self._with_maps(walk, result, named) if walk.maps.keys() & named.keys() else result
+
+    def _with_maps(self, walk: Walk, result: Value, operands: Mapping[fx.Node, Value]) -> Value:
+        """The result with what is known by position: where all operands are constants, of positions or everywhere."""
+        maps = {node: walk.maps[node] for node in operands if node in walk.maps}
+        found = next(iter(maps.values()))
+        shape, tags = reduced_shape(result.axes), self.node.target.tags  # type: ignore[union-attr]
+        if any(each.source is not found.source for each in maps.values()) or not found.fits(shape):
+            return result
+        where, some, values = _TRUE, ~_TRUE, {}
+        for node, value in operands.items():
+            known = _TRUE.logical_not() if value.facts is None else value.facts.inner
+            values[node] = _reduced(value.facts)
+            if node in maps:
+                if not maps[node].fits(reduced_shape(value.axes)):
+                    return result
+                own, by_position = maps[node].laid(len(shape))
+                values[node] = torch.where(own, by_position, values[node])
+                known, some = known | own, some | own
+            where = where & known
+        computed = None if torch.Tag.nondeterministic_seeded in tags else run(self.node, values)
+        if computed is None or not computed.is_floating_point():
+            return result
+        return walk.note_maps(self.node, result, found, (where & some).expand(shape), computed)
 
     def _constants(self, axes: tuple[Axis, ...], operands: Mapping[fx.Node, Value]) -> Value:
         """Known where all operands are; a product also where one is known to be zero, a quotient where the first is."""
@@ -68,6 +93,8 @@ class Pointwise(OperatorCall):
 _QUOTIENTS = (aten.div.Tensor, aten.div_.Tensor)
 _PRODUCTS = (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar, *_QUOTIENTS)
 
+_TRUE = torch.ones((), dtype=torch.bool, device="cpu")
+
 REGISTRY.set_pointwise(Pointwise)
 
 
@@ -97,7 +124,9 @@ class Copy(OperatorCall):
         value = walk.viewed(self.node, self.data)
         dtype = self.node.meta["val"].dtype
         facts = value.facts
-        if facts is not None and dtype != self.data.meta["val"].dtype:
+        if dtype == self.data.meta["val"].dtype:
+            walk.pass_maps(self.data, self.node)
+        elif facts is not None:
             return replace(value, facts=replace(facts, value=facts.value.to(dtype)), source=None)
         same_memory = self.node.target in _SAME_MEMORY
         return value if same_memory else value.without_source()
@@ -117,7 +146,10 @@ class Dropout(OperatorCall):
 
     def relate(self, walk: Walk) -> Value:
         value = walk.viewed(self.node, self.data)
-        return Value(value.axes) if self.train and not walk.training else value.without_source()
+        if self.train and not walk.training:
+            return Value(value.axes)
+        walk.pass_maps(self.data, self.node)
+        return value.without_source()
 
 
 @register(aten.prelu)
