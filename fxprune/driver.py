@@ -330,15 +330,17 @@ def finalize(
         align: "auto" takes out all that `fxprune.prune.channels` chose; of what others masked it keeps dead channels so
             that counts at convolutions are multiples of 4, next to depthwise ones of 16 where that concerns no other
             layer (8 and 4 for fewer than 32 and 16 channels), which onnxruntime runs faster, and channels that are
-            constant but for the border where they are few; 1 removes all, an integer n keeps multiples of n.
+            constant but for the border of zero padding, whose map would be added apart; 1 removes all, an integer n
+            keeps multiples of n.
         fold_batch_norm: scale the layers before batch norms instead of running these; the result has no train graph.
         plan: a stored plan to carry out instead of an analysis: the result has its architecture.
         verify: compare the outputs on the sample inputs in eval mode, and count MACs on the way.
         keep_for_training: whether channels stay that are constant in eval mode alone, so that train mode computes the
             same, too: behind a batch norm, whose running statistics make a constant of a masked row that its statistics
             of a batch make another one of.
-        keep_for_write_back: whether channels stay that are constant but for the border that zero padding makes. Without
-            them a map is added to the layer that read them, for which a class has no place: `write_back` refuses it.
+        keep_for_write_back: whether channels stay that are constant but for the border that zero padding makes, as they
+            do with `align="auto"`. Without them a map is added to the result of the layer that read them, for which a
+            class has no place: `write_back` refuses it.
         after: called after each pass with (pass, module, modified, seconds).
 
     Returns:

@@ -12,7 +12,6 @@ from fxprune.channels.axes import ONE, Axis
 from fxprune.channels.coupling import Coupling
 from fxprune.channels.positions import Window
 from fxprune.channels.readers import Reader
-from fxprune.channels.registry import is_pointwise
 from fxprune.channels.rules.convolutions import Convolution
 from fxprune.channels.rules.normalization import BatchNorm
 from fxprune.channels.values import Value
@@ -24,9 +23,6 @@ from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import FakeTensor
 
 aten = torch.ops.aten
-# channels that a map must spare to run no slower in onnxruntime, which leaves its layout of blocks to add one: behind a
-# layer whose result goes through an activation, which it then runs apart, and behind others (MobileNets, one thread)
-_PAYS_BEFORE_ACTIVATION, _PAYS = 40, 8
 
 
 class Builder:
@@ -64,17 +60,6 @@ class Builder:
         """The size of a value along one axis: a number, or the node of a free one."""
         size = node.meta["val"].shape[dim]
         return size if type(size) is int else self(aten.sym_size.int, node, dim)
-
-
-def pays(reader: Reader) -> bool:
-    """Whether a map that is added to the result of a reader costs less time than the channels that it stands for."""
-    if reader.mapped is None:
-        return True
-    norm = _norm_behind(reader.node)
-    users = (reader.node if norm is None else norm.node).users
-    is_activated = any(is_pointwise(user.target) and len(user.all_input_nodes) == 1 for user in users)
-    spared = int((reader.mapped & reader.used.any(1)).sum())
-    return spared >= (_PAYS_BEFORE_ACTIVATION if is_activated else _PAYS)
 
 
 def add_zero_maps(traced: TracedModule, coupling: Coupling, plan: ChannelPlan) -> None:

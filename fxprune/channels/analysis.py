@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from fxprune.channels import constants, eval_only
-from fxprune.channels.added_maps import pays
 from fxprune.channels.coupling import Coupling, couple
 from fxprune.channels.ids import Mask
 from fxprune.channels.liveness import Liveness
@@ -49,9 +48,9 @@ def analyze(
     Args:
         traced: a module with an eval graph; masks folded into its parameters.
         align: "auto" keeps dead channels where counts at convolutions then run faster, `traced.decided` axes aside, and
-            few constants of positions, which cost less than a map; an integer n, multiples of n.
+            constants of positions, which cost less time than a map that is added; an integer n, multiples of n.
         keep_for_training: whether what is constant in eval mode alone stays.
-        keep_for_write_back: whether what is constant but for the border stays.
+        keep_for_write_back: whether what is constant but for the border stays, whatever `align` is.
 
     Returns:
         The analysis, its plan in `plan`; `remove` carries it out on the same module.
@@ -67,7 +66,7 @@ def analyze(
     require_eval(traced, "removing channels")
     relations = couple(traced, traced.graphs)
     for reader in relations.walks["eval"].readers:
-        if keep_for_write_back or (align == "auto" and not pays(reader)):
+        if keep_for_write_back or align == "auto":
             reader.without_maps()
     fixed, reached = constants.find(relations)
     live = Liveness(relations, align, reached, traced.decided)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fxprune.channels.ids import Classes, Mask, Vector
-from fxprune.channels.readers import UNFOLDED, Reader
+from fxprune.channels.readers import BORDERED, UNFOLDED, Reader
 from fxprune.channels.reasons import ReadBy, Structural
 from fxprune.channels.relation import Relation
 from fxprune.channels.solver import Constraint, Costs, State
@@ -66,6 +66,8 @@ class Demand(Constraint):
             if reader.constant is not None:
                 known = ~np.isnan(reader.constant)
                 changed |= state.keep(columns[needed & known], ReadBy(reader.node, UNFOLDED))
+            if reader.mapped is not None and reader.maps is None:
+                changed |= state.keep(columns[needed & reader.mapped], ReadBy(reader.node, BORDERED))
             changed |= state.keep(columns[needed], ReadBy(reader.node, reader.why))
         return changed
 

@@ -18,6 +18,7 @@ Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 READ = "reads it, and it is not constant there"
 MULTIPLIED = "reads it, and it is not always zero there"
 UNFOLDED = "reads it, a constant there for which it has no place"
+BORDERED = "reads it, and it is constant there but for the border of zero padding: without it a map is to be added"
 COUNTED = "counts it, and it is not zero there"
 
 
@@ -47,7 +48,8 @@ class Reader:
         soft: [groups, columns], columns that are not needed: they are zero, fold or merge.
         constant: [groups, columns], value of the known input channels, NaN elsewhere.
         folds, merges: [groups, columns], non-zero constants that go into the bias, into a representative column.
-        mapped, maps: [groups, columns], constants of positions that go into a map which is added; their values.
+        mapped, maps: [groups, columns], constants of positions that go into a map which is added; their values,
+            None where they stay.
         table: the weight as a view [groups, rows, columns, taps].
         source: name of the parameter that `table` is a view of.
         row_axes: the axes of this parameter that hold groups and rows.
@@ -77,7 +79,7 @@ class Reader:
         """Ask for the channels that are constants of positions."""
         if self.mapped is not None and self.soft is not None:
             self.soft = self.soft & ~self.mapped
-        self.mapped = self.maps = None
+        self.maps = None
 
 
 @dataclass(frozen=True, eq=False)

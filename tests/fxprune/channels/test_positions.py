@@ -129,16 +129,6 @@ def test_half_of_a_separable_convolution_goes_with_its_positive_constants() -> N
     assert error(model(inputs).detach(), final(inputs).detach()) < 1e-5
 
 
-@pytest.mark.parametrize(("activation", "dead", "left"), [(None, 7, 16), (None, 8, 8), (nn.ReLU(), 8, 16)])
-def test_few_such_channels_stay_by_default(activation: nn.Module | None, dead: int, left: int) -> None:
-    model, traced, inputs = _biased()
-    with torch.no_grad():
-        model[0].weight[dead:8] = 1
-    last = [] if activation is None else [activation]
-    traced = fxprune.trace(nn.Sequential(*model, *last).eval(), inputs, modes=("eval",))
-    assert fxprune.finalize(traced).get_parameter("0.weight").shape[0] == left
-
-
 def test_both_graphs_add_the_map_and_the_train_graph_trains() -> None:
     model, traced, inputs = _biased(train=True)
     final = fxprune.finalize(traced, align=1)
@@ -292,3 +282,13 @@ def test_the_file_has_the_map_and_runs_at_every_size(tmp_path: Path) -> None:
     for size in ((1, 8, 2, 2), (3, 8, 5, 9)):
         others = torch.randn(*size)
         assert fxprune.compare(model, path, inputs=others).ok
+
+
+def test_by_default_these_channels_stay_with_the_reason_and_the_class_gets_its_network_back() -> None:
+    model, traced, inputs = _biased()
+    final = fxprune.finalize(traced)
+    assert final.plan is not None
+    assert not final.plan.positions
+    assert "constant there but for the border" in final.plan.explain()
+    small = fxprune.write_back(final, model)
+    assert error(model(inputs).detach(), small(inputs).detach()) < 1e-5
