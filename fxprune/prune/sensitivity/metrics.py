@@ -29,6 +29,7 @@ from fxprune.prune.sensitivity.distances import OutputDistance
 _SHARE, _FEWEST, _MOST = 4, 32, 128
 _MOST_BYTES = 2**29  # of values that are kept for the way back
 _DRAWN = 0.1  # where G has hardly any rows, its share of the identity
+_AHEAD = 2.0  # times as many rows as came so far may still come
 _MOST_OUTPUTS = 4096  # of a reader: a matrix of more squared takes too long to factorize
 
 Inputs = Sequence[tuple[Tensor, tuple[Tensor, ...]]]  # rows of a reader's inputs, and their places
@@ -65,7 +66,10 @@ def output_metrics(
     pieces: Pieces,
     distance: OutputDistance,
 ) -> dict[Reader, Metric]:
-    """For each reader how its errors count; those that no gradient reaches are left out.
+    """For each reader how its errors count; those that no gradient reaches, or on too few rows, are left out.
+
+    Rows count in effect as many as (sum of squared lengths)^2 / sum of their squares: with fewer than a reader has
+    outputs, G says little but where these few are.
 
     Args:
         graph: what runs. tensors: its parameters and buffers. readers: of the graph.
@@ -75,10 +79,13 @@ def output_metrics(
     if not wanted or not pieces.samples[0]:
         return {}
     samples = len(range(0, pieces.samples[0], _stride(pieces)))
-    sums = {reader.node: _Sums(reader, samples) for reader in wanted}
+    sums, done = {reader.node: _Sums(reader, samples) for reader in wanted}, 0
     try:
         for piece in _parts(graph, tensors, batches, _chosen(batches, pieces)):
             _add(graph, tensors, sums, piece, distance)
+            done += piece.samples
+            if not any(own.may_tell(done / samples) for own in sums.values()):
+                return {}
     except (RuntimeError, NotImplementedError):  # an operator has no derivative
         return {}
     return {own.reader: metric for own in sums.values() if (metric := own.metric()) is not None}
@@ -96,7 +103,7 @@ class _Sums:
         self._rows = Rows(reader, reader.sizes[2], 4 * samples)  # of images, a quarter of the rows that moments have
         self._is_centred = reader.moving_mean is not None or all(name is not None for name in reader.biases)
         self._count = 0
-        self._gram = self._weight = self._total = self._square = torch.zeros(())
+        self._gram = self._weight = self._total = self._square = self._size = self._squared_size = torch.zeros(())
         self._shift: Tensor | None = None
 
     def inputs(self, data: Tensor, piece: Piece) -> Inputs:
@@ -109,6 +116,9 @@ class _Sums:
         own = self.reader.outputs_at(gradient, everywhere).double()
         self._gram = self._gram.to(own) + own.transpose(1, 2) @ own
         self._count += own.shape[1]
+        sizes = own.square().sum(2)
+        self._size = self._size.to(sizes) + sizes.sum(1)
+        self._squared_size = self._squared_size.to(sizes) + sizes.square().sum(1)
         for rows, places in inputs:
             self._add_inputs(rows, self.reader.outputs_at(gradient, places).double().square().sum(2))
 
@@ -121,9 +131,19 @@ class _Sums:
         self._total = self._total.to(weight) + (shifted.double() * weight.sqrt()[..., None]).sum(1)
         self._square = self._square.to(weight) + shifted.transpose(1, 2) @ shifted
 
+    def may_tell(self, share: float) -> bool:
+        """Whether G may come to have as many rows as outputs, by those after a share of the samples."""
+        rows = self._size.square() / self._squared_size.clamp(min=1e-300)
+        return bool((_AHEAD * rows >= share * self.reader.sizes[1]).any())
+
     def metric(self) -> Metric | None:
-        """What came of it; None where no gradient did."""
-        if not self._count or (root := _root(self._gram, self._count)) is None:
+        """What came of it; None where no gradient did, or hardly any row has one, as where a classifier is sure."""
+        rows = self._size.square() / self._squared_size.clamp(min=1e-300)
+        if (
+            not self._count
+            or bool((rows < self.reader.sizes[1]).any())
+            or (root := _root(self._gram, self._count)) is None
+        ):
             return None
         weight = self._weight.clamp(min=1e-300)[:, None, None]
         square = self._square / weight

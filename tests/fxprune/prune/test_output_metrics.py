@@ -203,3 +203,24 @@ def test_measuring_leaves_gradients_and_modes_as_they_were() -> None:
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert [curve.order for curve in inside.curves] == [curve.order for curve in outside.curves]
     assert Grouping(traced).groups
+
+
+class OnlyLarge(nn.Module):
+    """What is above 1 of a linear map of 8 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8, bias=False), nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.last(self.first(x)) - 0.3).relu()
+
+
+@pytest.mark.parametrize(("moved", "tells"), [(2, False), (60, True)])
+def test_where_the_output_moves_with_fewer_rows_than_a_reader_has_outputs_gradients_have_no_say(
+    moved: int, tells: bool
+) -> None:
+    torch.manual_seed(0)
+    model, x = OnlyLarge(), 0.001 * torch.randn(100, 5).double()
+    x[torch.arange(moved) * 100 // moved] *= 5000
+    assert ("first.weight" in found_metrics(model, x, "error")) == tells
