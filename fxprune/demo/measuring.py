@@ -24,6 +24,10 @@ def eager_twin(traced: fxprune.TracedModule, model: nn.Module) -> nn.Module:
     """The eager model with torch's own hooks and parametrizations in place of the graph's nodes, and their state."""
     twin, state = copy.deepcopy(model), traced.state_dict()
     for key, value in state.items():
+        path, _, tensor = key.removesuffix("_orig").rpartition(".")
+        if tensor == "bias" and twin.get_submodule(path).bias is None:  # the repair has made it
+            twin.get_submodule(path).bias = nn.Parameter(torch.zeros_like(value))
+    for key, value in state.items():
         path, _, tensor = key.partition(".parametrizations.")
         if tensor.endswith("._u"):
             parametrizations.spectral_norm(twin.get_submodule(path), tensor.partition(".")[0])

@@ -1,6 +1,7 @@
 """The demo: its rows, what makes it fail, and that a seed fixes it."""
 
 import contextlib
+import copy
 import io
 import json
 import subprocess
@@ -258,3 +259,14 @@ def test_pruned_stays_within_a_point_of_dense(seed, tmp_path):
     pruned, repaired, _ = (way["accuracy"] for way in found["milestones"])
     assert pruned < repaired - 0.1
     assert repaired >= dense["accuracy"] - 0.01
+
+
+def test_the_eager_twin_has_the_biases_that_the_repair_made():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, bias=False), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1))
+    traced = fxprune.trace(copy.deepcopy(model), torch.randn(2, 1, 8, 8))
+    fxprune.prune.custom_from_mask(traced, "2.weight", (torch.arange(8).reshape(2, 4, 1, 1) % 3 > 0).float())
+    fxprune.prune.custom_from_mask(traced, "0.weight", (torch.arange(36).reshape(4, 1, 3, 3) % 3 > 0).float())
+    fxprune.reconstruct(traced, [torch.randn(64, 1, 8, 8) + 1])
+    assert "0.bias" in traced.state_dict()
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(eager_twin(traced, model).eval()(x), traced.eval()(x))
