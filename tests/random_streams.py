@@ -15,9 +15,10 @@ from tests.random_networks import ACTIVATIONS, Attention, Call
 class ByHand(nn.Module):
     """A normalization as models write it themselves, with a gain and a shift."""
 
-    def __init__(self, form: Callable[[Tensor, Tensor, Tensor], Tensor], width: int) -> None:
+    def __init__(self, form: Callable[[Tensor, Tensor, Tensor], Tensor], width: int, shift: float = 0.0) -> None:
         super().__init__()
-        self.weight, self.bias, self.form = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width)), form
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.full((width,), shift))
+        self.form = form
 
     def forward(self, x: Tensor) -> Tensor:
         return self.form(x, self.weight, self.bias)

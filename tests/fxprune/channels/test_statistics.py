@@ -16,42 +16,10 @@ from torch.nn import functional as F
 import fxprune
 from tests.fxprune.channels.exactness import EXACT, count, error
 from tests.fxprune.channels.layers import Net
+from tests.random_streams import ByHand, by_deviation, by_variance, centred, rms, rms_around_one
 
 aten = torch.ops.aten
 HALF = tuple(range(8))
-
-
-class ByHand(nn.Module):
-    """A normalization as models write it themselves."""
-
-    def __init__(self, form: Callable[[Tensor, Tensor, Tensor], Tensor], width: int = 16) -> None:
-        super().__init__()
-        self.weight, self.bias, self.form = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width)), form
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.form(x, self.weight, self.bias)
-
-
-def rms(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3))
-
-
-def rms_around_one(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-3) * (1 + (w - 1)) + b
-
-
-def centred(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    mean = x.mean(-1, keepdim=True)
-    return w * ((x - mean) / torch.sqrt((x - mean).pow(2).mean(-1, keepdim=True) + 1e-3)) + b
-
-
-def by_deviation(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return w * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-3) + b
-
-
-def by_variance(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    var, mean = torch.var_mean(x, -1, keepdim=True, correction=0)
-    return (x - mean) * torch.rsqrt(var + 1e-3) * w + b
 
 
 def over_channels(norm: nn.Module) -> nn.Module:
@@ -67,11 +35,11 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "GroupNorm of one group": lambda: over_channels(nn.GroupNorm(1, 16)),
     "GroupNorm, whole groups": lambda: over_channels(nn.GroupNorm(4, 16)),
     "GroupNorm, each channel alone": lambda: over_channels(nn.GroupNorm(16, 16)),
-    "rms by hand": lambda: ByHand(rms),
-    "rms around one by hand": lambda: ByHand(rms_around_one),
-    "variance by hand": lambda: ByHand(centred),
-    "std": lambda: ByHand(by_deviation),
-    "var_mean": lambda: ByHand(by_variance),
+    "rms by hand": lambda: ByHand(rms, 16, 1.0),
+    "rms around one by hand": lambda: ByHand(rms_around_one, 16, 1.0),
+    "variance by hand": lambda: ByHand(centred, 16, 1.0),
+    "std": lambda: ByHand(by_deviation, 16, 1.0),
+    "var_mean": lambda: ByHand(by_variance, 16, 1.0),
 }
 
 
@@ -209,7 +177,7 @@ def grn(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 def test_a_global_response_norm_lets_dead_units_go() -> None:
     model = Net(
         lambda self, x: self.down(self.norm(F.gelu(self.up(x)))),
-        up=nn.Linear(6, 24), norm=ByHand(grn, 24), down=nn.Linear(24, 6),
+        up=nn.Linear(6, 24), norm=ByHand(grn, 24, 1.0), down=nn.Linear(24, 6),
     )  # fmt: skip
     zero(range(12), model.up, model.norm)
     assert count(finalized(model, 7, 6)) <= 0.6 * count(model)
