@@ -160,6 +160,27 @@ class EqualGroups(Constraint):
         return changed
 
 
+class CellsOfProjections(Constraint):
+    """Recurrent layers with a projection have more cells than projected units: else torch takes them for plain ones.
+
+    Args:
+        pairs: by layer the classes of its cells and of its projected units.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Vector, Vector]], classes: int) -> None:
+        self._pairs = pairs
+        super().__init__(Relation.of_sets([np.concatenate(pair) for pair in pairs], classes))
+
+    def meet(self, state: State) -> bool:
+        changed = False
+        for index in state.agenda(self).sweep():
+            cells, units = self._pairs[index]
+            lacking = int(state.alive[units].sum()) + 1 - int(state.alive[cells].sum())
+            if lacking > 0:
+                changed |= state.keep(state.cheapest(cells[None], np.array([lacking])), Structural.MORE_CELLS)
+        return changed
+
+
 class NonEmptyAxes(Constraint):
     """Every axis keeps something; the last ones first."""
 

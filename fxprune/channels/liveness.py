@@ -10,6 +10,7 @@ from torch import fx
 
 from fxprune.channels.alignment import distinct, fast_counts
 from fxprune.channels.constraints import (
+    CellsOfProjections,
     Demand,
     EqualGroups,
     Grids,
@@ -43,6 +44,7 @@ class Consistency:
     grids: Grids
     groups: EqualGroups
     layers: EqualGroups
+    projections: CellsOfProjections
     nonempty: NonEmptyAxes
     counts: Multiples
 
@@ -70,27 +72,30 @@ class Consistency:
         balances = list({(i.shape, i.tobytes(), o.tobytes()): (i, o) for i, o in pairs}.values())
         rows = [coupling.of(e.rows) for w in walks for e in w.equal if e.node in reached]
         equal = list({(r.shape, r.tobytes()): r for r in rows}.values())
+        more = [(coupling.of(e.cells), coupling.of(e.units)) for w in walks for e in w.more if e.node in reached]
         read = {str(n.target) for n in reached if n.op == "get_attr"}
         vectors = [v for name, axes in coupling.parameters.items() if name in read for v in axes if v is not None]
         vectors += [v for w in walks for v in w.nonempty]
         axes = distinct([coupling.of(v) for v in vectors])
         grids, groups = Grids(classes), EqualGroups(balances, classes.count)
         layers = EqualGroups([(rows, rows) for rows in equal], classes.count, Structural.SAME_UNITS)
-        nonempty = NonEmptyAxes(axes, classes.count)
-        counts = Multiples([], (grids, groups, layers), True, classes.count)
-        return cls(coupling, balances, equal, axes, grids, groups, layers, nonempty, counts).aligned(align, decided)
+        projections, nonempty = CellsOfProjections(more, classes.count), NonEmptyAxes(axes, classes.count)
+        counts = Multiples([], (grids, groups, layers, projections), True, classes.count)
+        return cls(coupling, balances, equal, axes, grids, groups, layers, projections, nonempty, counts).aligned(
+            align, decided
+        )
 
     def aligned(self, to: int | str, decided: Collection[tuple[str, int]] = ()) -> Consistency:
         """The same with counts that are multiples of `to`, or fast ones ("auto") where they are not decided."""
         auto = to == "auto"
         counts = fast_counts(self.coupling, decided) if auto else [(v, int(to)) for v in self.axes if int(to) > 1]
-        followers = self.grids, self.groups, self.layers
+        followers = self.grids, self.groups, self.layers, self.projections
         return replace(self, counts=Multiples(counts, followers, not auto, self.coupling.classes.count))
 
     @property
     def last(self) -> tuple[Constraint, ...]:
         """The constraints to meet after all others."""
-        return self.groups, self.layers, self.nonempty, self.counts
+        return self.projections, self.groups, self.layers, self.nonempty, self.counts
 
     def settle(self, alive: Mask, costs: Costs | None = None) -> Mask:
         """The smallest consistent set that holds `alive` and what is pinned.

@@ -99,3 +99,12 @@ class EqualCounts:
 
     node: fx.Node
     rows: Vector
+
+
+@dataclass(frozen=True, eq=False)
+class MoreCells:
+    """Ids of which more stay than of others: the cells of a recurrent layer, and its projected units."""
+
+    node: fx.Node
+    cells: Vector
+    units: Vector

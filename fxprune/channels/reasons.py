@@ -41,6 +41,7 @@ class Structural(Enum):
     REPRESENTATIVE = "represents the constants that a zero-padding layer reads"
     BALANCED = "kept so that groups of channels stay equal"
     SAME_UNITS = "kept so that the layers and directions of a recurrent call have equally many units"
+    MORE_CELLS = "kept so that a recurrent layer has more cells than projected units"
     NONEMPTY = "the last one of its axis"
     ALIGNED = "kept for a count that runs faster"
 

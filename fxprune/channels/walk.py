@@ -14,7 +14,7 @@ from fxprune.channels.axes import ONE, Axis, Factor, Size, same_size
 from fxprune.channels.edits import Edit, Reindex
 from fxprune.channels.ids import Ids, Vector
 from fxprune.channels.positions import PositionMaps
-from fxprune.channels.readers import Balance, EqualCounts, Reader
+from fxprune.channels.readers import Balance, EqualCounts, MoreCells, Reader
 from fxprune.channels.values import Known, Stack, Value, settled
 from fxprune.graph.mutation import is_mutating, written
 from fxprune.graph.text import describe
@@ -54,7 +54,7 @@ class Walk:
         env: the value of every node.
         maps: of nodes some of whose channels are constants of positions.
         readers, balances: the contractions met.
-        equal: the recurrent layers met.
+        equal: the recurrent layers met. more: those with a projection.
         edits: what removal changes in the graph.
         reindexed: stored indices that shift.
         aligned: the id vectors of each convolution, and whether it is depthwise.
@@ -74,6 +74,7 @@ class Walk:
         self.readers: list[Reader] = []
         self.balances: list[Balance] = []
         self.equal: list[EqualCounts] = []
+        self.more: list[MoreCells] = []
         self.edits: list[Edit] = []
         self.reindexed: list[Reindex] = []
         self.aligned: list[tuple[list[Vector], bool]] = []

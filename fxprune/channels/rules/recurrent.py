@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from fxprune.channels.axes import Axis, sizes_of
 from fxprune.channels.edits import Pending, SetArguments
-from fxprune.channels.readers import EqualCounts
+from fxprune.channels.readers import EqualCounts, MoreCells
 from fxprune.channels.registry import REGISTRY, Cost, OperatorCall, register
 from fxprune.channels.rules.hidden_units import GRU, LSTM, RNN, Direction, Kind, Units, beside, relate_direction
 from fxprune.channels.rules.initial_states import InitialStates
@@ -133,6 +133,8 @@ class Recurrent(_Call):
         return [*results, Stack.of([each.cell(batch) for each in units])] if self.is_lstm else results
 
     def _keep_equal(self, walk: Walk, units: Sequence[Units]) -> None:
+        if self.directions[0].projection is not None:
+            walk.more.extend(MoreCells(self.node, each.cells, each.states) for each in units)
         if len(units) == 1:
             return
         walk.equal.append(EqualCounts(self.node, np.stack([each.states for each in units])))

@@ -466,3 +466,18 @@ def test_packed_sequences_are_refused_by_name(with_states: bool) -> None:
         fxprune.trace(model, (X, torch.tensor([5, 3])))
     with pytest.raises(SampleError, match="an input is a packed sequence"):
         fxprune.trace(nn.LSTM(6, 8), (pack_padded_sequence(X, torch.tensor([5, 3]), batch_first=True),))
+
+
+def test_more_cells_stay_than_projected_units_as_torch_needs() -> None:
+    torch.manual_seed(0)
+    layer = nn.LSTM(6, 8, proj_size=4, batch_first=True).double()
+    with torch.no_grad():
+        for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+            layer.get_parameter(name).unflatten(0, (4, 8))[:, :5] = 0
+    model = Net(lambda self, x: self.head(self.rnn(x)[0]), rnn=layer, head=nn.Linear(4, 2).double()).eval()
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    final = fxprune.finalize(fxprune.trace(model, x, modes=("eval",)), align=1)
+    assert final.get_parameter("rnn.weight_hr_l0").shape == (4, 5)
+    assert (final(x) - model(x)).abs().max() < 1e-12
+    assert final.plan is not None
+    assert "more cells than projected units" in final.plan.explain()
