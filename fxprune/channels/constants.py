@@ -15,9 +15,9 @@ from fxprune.channels.registry import is_pointwise
 from fxprune.channels.shapes import resized
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result, Walk
-from fxprune.graph.metadata import module_path
+from fxprune.graph.buffers import hold_buffer
 from fxprune.graph.mutation import is_mutating, written
-from fxprune.graph.names import join, tensor_at
+from fxprune.graph.names import tensor_at
 from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import is_erased
 
@@ -189,16 +189,7 @@ def _adds(user: fx.Node) -> bool:
 
 def _register(traced: TracedModule, coupling: Coupling, node: fx.Node, axes: Sequence[Axis], value: Tensor) -> str:
     """Hold a constant as a buffer of the module that computed it; returns its name."""
-    path = module_path(node)
-    try:
-        owner = traced.get_submodule(path)
-    except AttributeError:  # a module without parameters has no container
-        path, owner = "", traced
-    number = 0
-    while hasattr(owner, f"constant_{number}"):
-        number += 1
-    name = join(path, f"constant_{number}")
-    owner.register_buffer(f"constant_{number}", value.clone())
+    name = hold_buffer(node, "constant", value.clone())
     coupling.tensors[name] = tensor_at(traced, name)
     coupling.parameters[name] = [axis.ids for axis in axes]
     return name

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from fxprune.channels.arguments import set_argument
 from fxprune.channels.axes import Axis
 from fxprune.channels.ids import Classes, Mask, Vector
+from fxprune.graph.buffers import hold_buffer
 
 
 class Kept:
@@ -187,15 +188,8 @@ class TakeIndices(Edit):
 
 def _held(node: fx.Node, index: Tensor) -> fx.Node:
     """The read, before `node`, of a buffer that holds an index for it; graphs share what is equal."""
-    root = node.graph.owning_module
-    assert root is not None
-    name, number = f"index_of_{node.name}", 0
-    while hasattr(root, name) and not torch.equal(getattr(root, name).cpu(), index):
-        number += 1
-        name = f"index_of_{node.name}_{number}"
     value = node.meta["val"]
-    if not hasattr(root, name):
-        root.register_buffer(name, index.to(value.device))
+    name = hold_buffer(node, f"index_of_{node.name}", index.to(value.device), shared=True)
     with node.graph.inserting_before(node):
         read = node.graph.get_attr(name)
     with value.fake_mode:

@@ -111,9 +111,7 @@ class MatrixProduct(Contraction):
 
     @classmethod
     def parse(cls, node: fx.Node) -> Self:
-        left, right = node.args[:2]
-        assert isinstance(left, fx.Node)
-        assert isinstance(right, fx.Node)
+        left, right = _operands(node)
         return cls(node, left, right, Labels.of_matmul(_rank(left), _rank(right), transposed=False))
 
 
@@ -124,10 +122,7 @@ class AddedProduct(Contraction):
 
     @classmethod
     def parse(cls, node: fx.Node) -> Self:
-        added, left, right = node.args[:3]
-        assert isinstance(added, fx.Node)
-        assert isinstance(left, fx.Node)
-        assert isinstance(right, fx.Node)
+        added, left, right = _operands(node, 3)
         labels = Labels.of_matmul(_rank(left), _rank(right), transposed=False)
         return cls(node, left, right, labels, added, "self")
 
@@ -139,9 +134,7 @@ class InnerProduct(Contraction):
 
     @classmethod
     def parse(cls, node: fx.Node) -> Self:
-        left, right = node.args[:2]
-        assert isinstance(left, fx.Node)
-        assert isinstance(right, fx.Node)
+        left, right = _operands(node)
         ranks = _rank(left), _rank(right)
         return cls(node, left, right, Labels.of_inner(*ranks) if min(ranks) else None)
 
@@ -223,6 +216,11 @@ class Einsum(Contraction):
         if order == list(range(len(order))):
             return value if pairs else value.without_source()
         return value.moved([value.axes[dim] for dim in order], lambda tensor: tensor.permute(order))
+
+
+def _operands(node: fx.Node, count: int = 2) -> list[fx.Node]:
+    """The first arguments of a call, which are tensors."""
+    return [operand for operand in node.args[:count] if isinstance(operand, fx.Node)]
 
 
 def _rank(node: fx.Node) -> int:

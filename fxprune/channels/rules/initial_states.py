@@ -8,7 +8,7 @@ from enum import Enum
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxprune.channels.arguments import bound
 from fxprune.channels.edits import Kept, Pending
@@ -16,8 +16,7 @@ from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.shapes import resized
 from fxprune.channels.values import Stack, Value
 from fxprune.channels.walk import Walk
-from fxprune.graph.metadata import module_path
-from fxprune.graph.names import join
+from fxprune.graph.buffers import hold_buffer
 
 aten = torch.ops.aten
 _ZEROS = (aten.zeros, aten.new_zeros, aten.zeros_like)
@@ -107,28 +106,12 @@ def _picked(state: fx.Node, index: Vector, node: fx.Node) -> fx.Node:
     """Entries of the last axis of a state, for a call."""
     value = state.meta["val"]
     with node.graph.inserting_before(node):
-        stored = node.graph.get_attr(_held(torch.from_numpy(index).to(value.device), node))
+        name = hold_buffer(node, "kept_units", torch.from_numpy(index).to(value.device), shared=True)
+        stored = node.graph.get_attr(name)
         picked = node.graph.call_function(aten.index_select.default, (state, value.dim() - 1, stored))
     stored.meta["val"] = value.fake_mode.from_tensor(torch.from_numpy(index))
     picked.meta["val"] = resized(value, [*value.shape[:-1], len(index)])
     return picked
-
-
-def _held(index: Tensor, node: fx.Node) -> str:
-    """The name of a buffer with these indices, of the module that a call belongs to; the same for the same indices."""
-    root = node.graph.owning_module
-    assert root is not None
-    path = module_path(node)
-    try:
-        owner = root.get_submodule(path)
-    except AttributeError:  # a module without parameters has no container
-        path, owner = "", root
-    number = 0
-    while (there := getattr(owner, f"kept_units_{number}", None)) is not None and not torch.equal(there, index):
-        number += 1
-    if there is None:
-        owner.register_buffer(f"kept_units_{number}", index)
-    return join(path, f"kept_units_{number}")
 
 
 class Cut(Enum):
