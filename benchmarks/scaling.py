@@ -150,9 +150,9 @@ def repairing(given: tuple[fxprune.TracedModule, list[torch.Tensor]]) -> Callabl
 
 
 def finalize_width(layers: int) -> Callable[[], object]:
-    """A BERT below a head, narrowed to three quarters of its width."""
-    model = nn.Sequential(encoder(layers), nn.Linear(128, 3)).eval()
-    traced = fxprune.trace(model, (torch.randn(2, 32, 128),), modes=("eval",))
+    """A BERT between two linear layers, narrowed to three quarters of its width."""
+    model = nn.Sequential(nn.Linear(16, 128), encoder(layers), nn.Linear(128, 3)).eval()
+    traced = fxprune.trace(model, (torch.randn(2, 32, 16),), modes=("eval",))
     fxprune.prune.channels(traced, 0.25, kinds="width", round_to=1)
     return lambda: fxprune.finalize(traced, align=1)
 
