@@ -60,7 +60,7 @@ def test_three_quarters_of_the_width_are_exact(name: str, transformers: Any) -> 
     assert name in ARCHITECTURES
     model, inputs = prepared(name, transformers)
     traced = fxprune.trace(model, (), inputs, modes=("eval",))
-    report = fxprune.prune.channels(traced, 0.25, kinds="width", round_to=1)
+    report = fxprune.prune.channels(traced, 0.25, kinds="width", scope="local", round_to=1)
     assert all(gone * 4 == size for gone, size in report.removed.values())
     final = fxprune.finalize(traced, align=1)
     assert final.plan is not None
