@@ -6,12 +6,11 @@ Captures patch the model, `nn.Module` and the interpreter's standard streams, so
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import random
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -34,28 +33,46 @@ def one_at_a_time() -> Iterator[None]:
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Leave the attributes of every submodule as they were, and the entries of their dictionaries, lists and sets."""
-    saved = [(module, dict(vars(module)), _copied_containers(module)) for module in model.modules()]
+    """Leave the attributes of every submodule as they were, and the entries of their dictionaries, lists and sets.
+
+    Nothing of the containers' own classes is called: a configuration may refuse to be copied, or to be changed.
+    """
+    saved = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes, entries in saved:
+        for module, attributes, containers in saved:
             vars(module).clear()
             vars(module).update(attributes)
-            for name, value in entries.items():
-                _refill(attributes[name], value)
+            for name, entries in containers.items():
+                _refill(attributes[name], entries)
 
 
-def _copied_containers(module: nn.Module) -> dict[str, Any]:
-    return {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict | list | set)}
+def _containers(module: nn.Module) -> dict[str, list[Any]]:
+    return {name: _entries(value) for name, value in vars(module).items() if isinstance(value, dict | list | set)}
 
 
-def _refill(container: Any, entries: Any) -> None:
-    container.clear()
-    if isinstance(container, list):
-        container.extend(entries)
+def _entries(container: Any) -> list[Any]:
+    """The entries of a container, as pairs where it is a dictionary."""
+    if isinstance(container, OrderedDict):
+        return [(key, dict.__getitem__(container, key)) for key in OrderedDict.keys(container)]
+    if isinstance(container, dict):
+        return list(dict.items(container))
+    return list((list if isinstance(container, list) else set).__iter__(container))
+
+
+def _refill(container: Any, entries: list[Any]) -> None:
+    if isinstance(container, dict):
+        base: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+        base.clear(container)
+        for key, value in entries:
+            base.__setitem__(container, key, value)
+    elif isinstance(container, list):
+        list.clear(container)
+        list.extend(container, entries)
     else:
-        container.update(entries)
+        set.clear(container)
+        set.update(container, entries)
 
 
 @contextlib.contextmanager

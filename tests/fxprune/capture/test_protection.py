@@ -6,6 +6,7 @@ import logging
 import random
 import sys
 import threading
+from collections import OrderedDict, defaultdict
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,76 @@ def test_attributes_and_their_entries_come_back() -> None:
     assert model.cache == {"size": 1}
     assert model.last is None
     assert "found" not in model.first._buffers
+
+
+class Frozen(OrderedDict):  # type: ignore[type-arg]
+    """A configuration that refuses to be copied and changed, and counts no entry read through it."""
+
+    def refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a frozen dictionary was used")
+
+    __copy__ = __deepcopy__ = __reduce_ex__ = clear = update = pop = setdefault = refuse
+    __setitem__ = __delitem__ = __getitem__ = __eq__ = __len__ = items = keys = values = refuse
+
+
+class FrozenList(list):  # type: ignore[type-arg]
+    """A list that refuses all changes."""
+
+    def refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a frozen list was used")
+
+    __copy__ = __reduce_ex__ = __iter__ = __len__ = clear = extend = append = refuse
+
+
+class FrozenSet(set):  # type: ignore[type-arg]
+    """A set that refuses all changes."""
+
+    def refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a frozen set was used")
+
+    __copy__ = __reduce_ex__ = __iter__ = __len__ = clear = update = add = refuse
+
+
+class Configured(nn.Linear):
+    """A layer with strict attributes."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.settings, self.names, self.kinds = Frozen(), FrozenList(), FrozenSet()
+        OrderedDict.__setitem__(self.settings, "width", 2)
+        OrderedDict.__setitem__(self.settings, "act", "relu")
+        list.append(self.names, "a")
+        set.add(self.kinds, "b")
+        self.counts: defaultdict[str, int] = defaultdict(int, seen=1)
+
+
+def test_a_model_with_frozen_attributes_is_captured_and_they_stay_the_same() -> None:
+    model = Configured()
+    before = {name: getattr(model, name) for name in ("settings", "names", "kinds", "counts")}
+    x = torch.randn(4, 3)
+    traced = fxprune.trace(model, x)
+    assert torch.equal(traced(x), model(x))
+    assert all(getattr(model, name) is value for name, value in before.items())
+    assert list(OrderedDict.keys(model.settings)) == ["width", "act"]
+    assert dict.__getitem__(model.settings, "width") == 2
+    assert list.__getitem__(model.names, 0) == "a"
+    assert set.__contains__(model.kinds, "b")
+    assert model.counts == {"seen": 1}
+    assert model.counts.default_factory is int
+
+
+def test_entries_changed_by_base_class_calls_come_back_in_frozen_attributes() -> None:
+    model = Configured()
+    with protection.attributes_kept(model):
+        OrderedDict.__setitem__(model.settings, "extra", 1)
+        OrderedDict.move_to_end(model.settings, "width")
+        list.append(model.names, "c")
+        set.clear(model.kinds)
+        model.counts["new"] += 1
+    assert list(OrderedDict.keys(model.settings)) == ["width", "act"]
+    assert list.__len__(model.names) == 1
+    assert set.__contains__(model.kinds, "b")
+    assert model.counts == {"seen": 1}
 
 
 def test_tied_parameters_are_apart_on_the_same_memory_meanwhile() -> None:
