@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,11 +53,26 @@ class Search:
         try:
             self._run(modules)
         except WriteBackError:
-            others = [m for m in self.copy.root.modules() if m not in modules and self._takes_parts(m)]
-            if not others:
+            if not self.run_wider():
                 raise
-            self.zeros.give_up()
-            self._run([*modules, *others])
+
+    def run_wider(self) -> bool:
+        """Run the copy again, modules on trial too that cut tensors into parts; False where there are none of them.
+
+        Raises:
+            WriteBackError: as `run`.
+        """
+        modules = [m for m in self.copy.root.modules() if self.choices(m) or self._takes_parts(m)]
+        if all(self.choices(module) for module in modules):
+            return False
+        self.zeros.give_up()
+        self._run(modules)
+        return True
+
+    def is_smaller(self) -> bool:
+        """Whether any tensor of the copy is smaller than in the model."""
+        now, before = tensors_of(self.copy.root), self.copy.shapes
+        return any(now[name].numel() < math.prod(shape) for name, shape in before.items() if name in now)
 
     def _run(self, modules: list[nn.Module]) -> None:
         """Run the copy, these modules on trial."""
@@ -66,7 +82,7 @@ class Search:
             self.rehearsal.run_copy(self.rehearsal.inputs)
 
     def _takes_parts(self, module: nn.Module) -> bool:
-        """Whether a module cuts tensors into parts, which may have been equal, by `chunk`."""
+        """Whether a module cuts tensors into parts, which may have to be equal, as by `chunk`."""
         paths = self.copy.paths(module)
         return any(str(node.target) in _SPLITS and module_path(node) in paths for node in self.rehearsal.graph.nodes)
 
@@ -88,7 +104,7 @@ class Search:
         yield {}
         head_sizes = [slot.before for slot in self.slots[module] if slot.before > 1]
         path = self.copy.paths(module)[0]
-        yield from ways_to_fill_up(path, self.zeros.kept, self.copy.shapes, head_sizes)
+        yield from ways_to_fill_up(path, self.zeros.kept, self.copy.shapes, head_sizes, self.zeros.numbers)
 
     def is_in_graph(self, module: nn.Module, outputs: Any, given: Sequence[Tensor]) -> bool:
         """Whether each of a module's results is a value that it has in the graph, or one that it was given."""

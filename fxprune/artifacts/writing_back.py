@@ -107,6 +107,10 @@ def _write(copy: WorkingCopy, flags: dict[str, bool]) -> None:
         search.run()
         search.derive()
         worst = rehearsal.difference()
+        if worst and search.run_wider():
+            search.derive()
+            if search.is_smaller():  # else all came back, and nothing is won
+                worst = rehearsal.difference()
         if not worst:
             break
     else:

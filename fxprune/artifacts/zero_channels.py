@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fxprune.artifacts.same_channels import same_channels
 from fxprune.artifacts.working_copy import WorkingCopy, follow_parameters
 from fxprune.graph.names import locate, tensor_at
+from fxprune.torch_internals import ConvNd
 
 _PARTS = (2, 3, 4)  # into which a class may cut channels by `chunk`
 # name of a tensor -> axis -> the channels that are there, in ascending order
@@ -19,10 +23,11 @@ Channels = dict[str, dict[int, Tensor]]
 
 @dataclass(frozen=True)
 class _Layer:
-    """The channels that several axes have in common: how many there were, and which are left."""
+    """The channels that several axes have in common: how many there were, which are left, and a number for them."""
 
     full: int
     left: tuple[int, ...]
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,11 @@ class _Axis:
 
 
 def ways_to_fill_up(
-    path: str, kept: Channels, shapes: Mapping[str, tuple[int, ...]], head_sizes: Sequence[int]
+    path: str,
+    kept: Channels,
+    shapes: Mapping[str, tuple[int, ...]],
+    head_sizes: Sequence[int],
+    numbers: Mapping[tuple[str, int], int] | None = None,
 ) -> Iterator[Channels]:
     """Channels that the module at `path` could take back, in the order in which they are worth trying.
 
@@ -45,12 +54,13 @@ def ways_to_fill_up(
         kept: the channels that there are.
         shapes: of the tensors, before any channel went.
         head_sizes: numbers of channels that may have made a head.
+        numbers: as from `same_channels`; without, axes hold the same channels where as many, and the same, are left.
 
     Returns:
         For each way, the channels that are there afterwards, of the axes that change.
     """
     below, siblings = _prefix(path), _prefix(path.rpartition(".")[0])
-    layers = _layers(kept, shapes)
+    layers = _layers(kept, shapes, numbers or {})
     own = {layer: axes for layer, axes in layers.items() if any(axis.tensor.startswith(below) for axis in axes)}
     inner = {layer: axes for layer, axes in own.items() if all(axis.tensor.startswith(siblings) for axis in axes)}
     if not inner:
@@ -73,15 +83,41 @@ def _prefix(path: str) -> str:
     return f"{path}." if path else ""
 
 
-def _layers(kept: Channels, shapes: Mapping[str, tuple[int, ...]]) -> dict[_Layer, list[_Axis]]:
-    """The axes that lost channels, those of the same channels together."""
+def _layers(
+    kept: Channels, shapes: Mapping[str, tuple[int, ...]], numbers: Mapping[tuple[str, int], int]
+) -> dict[_Layer, list[_Axis]]:
+    """The axes that lost channels, those of the same channels together.
+
+    An axis without a number, of a tensor that left the graph, goes with the nearest of those that lost the same.
+    """
     layers: dict[_Layer, list[_Axis]] = {}
+    unnumbered: list[tuple[_Layer, _Axis]] = []
     for name, axes in kept.items():
         for axis, channels in axes.items():
             full = shapes[name][axis]
             if channels.dim() == 1 and 0 < len(channels) < full:
-                layers.setdefault(_Layer(full, tuple(channels.tolist())), []).append(_Axis(name, axis))
+                layer = _Layer(full, tuple(channels.tolist()), numbers.get((name, axis)))
+                if layer.number is None:
+                    unnumbered.append((layer, _Axis(name, axis)))
+                else:
+                    layers.setdefault(layer, []).append(_Axis(name, axis))
+    numbered = list(layers)
+    for layer, place in unnumbered:
+        alike = [other for other in numbered if (other.full, other.left) == (layer.full, layer.left)]
+        nearest = max(alike, key=lambda other: _nearness(place, layers[other]), default=layer)
+        layers.setdefault(nearest, []).append(place)
     return layers
+
+
+def _nearness(axis: _Axis, others: Sequence[_Axis]) -> int:
+    """How much of its name an axis has in common with the name of one of the others, at most."""
+    return max(_parts_in_common(axis.tensor, other.tensor) for other in others)
+
+
+def _parts_in_common(name: str, other: str) -> int:
+    """How many parts of two dotted names are the same, from the front."""
+    pairs = zip(name.split("."), other.split("."), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _even_heads(layer: _Layer, headed: list[_Layer], size: int, count: int) -> Tensor:
@@ -134,12 +170,13 @@ class Hold:
 
 @dataclass(frozen=True)
 class _Before:
-    """A tensor as it was before channels were taken back."""
+    """A tensor as it was before channels were taken back; and the groups of its layer, where it is a convolution's."""
 
     name: str
     tensor: Tensor
     values: Tensor
     channels: dict[int, Tensor]
+    groups: int | None
 
 
 @dataclass
@@ -152,6 +189,11 @@ class ZeroChannels:
 
     def __post_init__(self) -> None:
         self.kept = {n: dict(axes) for n, axes in self.copy.plan.kept.items() if n in self.copy.shapes}
+
+    @cached_property
+    def numbers(self) -> Mapping[tuple[str, int], int]:
+        """Which axes hold the same channels."""
+        return same_channels(self.copy.final)
 
     @contextlib.contextmanager
     def taken_back(self, channels: Channels) -> Iterator[Hold]:
@@ -169,9 +211,10 @@ class ZeroChannels:
                 self.give_up(start)
 
     def _fill_up(self, name: str, axes: dict[int, Tensor]) -> None:
-        owner, _ = locate(self.copy.root, name)
+        owner, attribute = locate(self.copy.root, name)
         tensor, before = tensor_at(self.copy.root, name), self.kept[name]
-        self._taken.append(_Before(name, tensor, tensor.data, before))
+        groups = owner.groups if isinstance(owner, ConvNd) else None
+        self._taken.append(_Before(name, tensor, tensor.data, before, groups))
         values = tensor.data
         for axis, channels in axes.items():
             if values.shape[axis] == len(channels):  # it was done under another of its names
@@ -180,6 +223,8 @@ class ZeroChannels:
             shape[axis] = len(channels)
             places = torch.searchsorted(channels, before[axis])
             values = values.new_zeros(shape).index_copy_(axis, places, values)
+        if isinstance(owner, ConvNd) and attribute == "weight" and values.shape[1] == 1:  # depthwise
+            owner.groups = owner.groups * len(values) // len(tensor)
         tensor.data = values
         self.kept[name] = before | axes
         follow_parameters(owner)
@@ -190,4 +235,7 @@ class ZeroChannels:
             before = self._taken.pop()
             before.tensor.data = before.values
             self.kept[before.name] = before.channels
-            follow_parameters(locate(self.copy.root, before.name)[0])
+            owner, _ = locate(self.copy.root, before.name)
+            if before.groups is not None:
+                owner.groups = before.groups  # type: ignore[assignment]
+            follow_parameters(owner)

@@ -135,3 +135,20 @@ def test_what_is_kept_inside_stays_with_what_is_kept_around_it(zeros: ZeroChanne
     zeros.give_up()
     assert same(state(zeros), before)
     assert zeros.kept["0.weight"][0].tolist() == [1, 2]
+
+
+def test_layers_that_lost_the_same_are_told_apart_by_the_numbers_of_their_channels() -> None:
+    there: Channels = {
+        name: {axis: torch.tensor([0, 1])}
+        for name, axis in (("a.in.weight", 0), ("a.out.weight", 1), ("m.b.in.weight", 0), ("a.norm.weight", 0))
+    }
+    shapes: dict[str, tuple[int, ...]] = {name: (4, 4) for name in there} | {"a.norm.weight": (4,)}
+    ways = [listed(way) for way in ways_to_fill_up("a", there, shapes, [])]
+    assert all("m.b.in.weight" in way for way in ways)
+    numbers = {("a.in.weight", 0): 0, ("a.out.weight", 1): 0, ("m.b.in.weight", 0): 1}  # the norm left the graph
+    everything = [listed(way) for way in ways_to_fill_up("a", there, shapes, [], numbers)][-1]
+    assert everything == {
+        "a.in.weight": {0: [0, 1, 2, 3]},
+        "a.out.weight": {1: [0, 1, 2, 3]},
+        "a.norm.weight": {0: [0, 1, 2, 3]},
+    }
