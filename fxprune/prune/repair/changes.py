@@ -28,6 +28,10 @@ class Changes:
         """The values of a tensor before any change of its meaning."""
         if id(tensor) in self._meant:
             return self._meant[id(tensor)]
+        return self.first(tensor)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor before any change."""
         return self._before[id(tensor)][1] if id(tensor) in self._before else tensor
 
     def undo(self) -> None:
@@ -35,6 +39,7 @@ class Changes:
         for tensor, values in self._before.values():
             tensor.data.copy_(values)
         self._before.clear()
+        self._meant.clear()
 
     def keep(self) -> None:
         """Let the changes be final: autograd, and who asks whether masked weights were changed, is told of them."""

@@ -99,7 +99,7 @@ class Pair:
         return current, reference
 
     def _fixed_nodes(self, wave: Wave) -> list[fx.Node]:
-        pending = _inputs([*wave.current, *wave.reference, *wave.tried])
+        pending = [*_inputs([*wave.current, *wave.reference, *wave.tried]), *wave.fits(self._streams)]
         found: set[fx.Node] = set()
         while pending:
             node = pending.pop()

@@ -69,6 +69,15 @@ class References:
             return self._changes.before(own)
         return self._changes.before(found).to(own.device, own.dtype)
 
+    def unmasked(self, target: str) -> Tensor:
+        """What a `get_attr` node reads in a run without masks, which are ones."""
+        masked = named_by_mask(target)
+        if masked is not None and (mask := view(self._traced, masked).mask) is not None:
+            return torch.ones_like(mask)
+        if named_by_original(target) is None and view(self._traced, target).mask is not None:
+            return self.value(target)
+        return self(target)
+
     def value(self, name: str) -> Tensor:
         """A parameter of the reference by its name without masks."""
         return self(view(self._traced, name).original_name)

@@ -44,6 +44,8 @@ class ReconstructionReport(Readable):
         samples: how many were fitted, and how many held back; batches where their size is fixed.
         seconds: of the whole.
         new_biases: parameters that were made; an optimizer that was made before does not hold them.
+        output: error of the module's outputs on held-back samples, before and after, as a share of the energy of the
+            reference's; those samples are fitted, too, once the fits are decided. Of several outputs the mean.
     """
 
     readers: dict[str, ReaderRepair]
@@ -51,6 +53,7 @@ class ReconstructionReport(Readable):
     samples: tuple[int, int]
     seconds: float
     new_biases: tuple[str, ...] = ()
+    output: tuple[float, float] | None = None
 
     @property
     def refitted(self) -> list[str]:
@@ -69,6 +72,8 @@ class ReconstructionReport(Readable):
                 for name in ("before", "after")
             )
             lines.append(f"mean error of a reader on held-back samples {number(before)} -> {number(after)}")
+        if self.output is not None:
+            lines.append("error of the outputs there {} -> {}".format(*map(number, self.output)))
         if self.new_biases:
             lines.append(f"biases made, which no optimizer holds yet: {first_of(self.new_biases, 3)}")
         if self.alone:

@@ -23,6 +23,7 @@ from fxprune.prune.repair.changes import Changes
 from fxprune.prune.repair.finding import Stream, find, mask_product, stream_of
 from fxprune.prune.repair.finite import is_finite, origin_of_non_finite
 from fxprune.prune.repair.fitting import Family, Solved, families
+from fxprune.prune.repair.judging import Judge, parts
 from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.new_biases import biasable, make_biases
 from fxprune.prune.repair.pair import Pair
@@ -37,6 +38,7 @@ from fxprune.prune.repair.waves import Layout, plan
 from fxprune.reports import first_of
 
 _MOST_ROUNDS = 3
+_TAKEN_BACK = "taken back: outputs were further off with it"
 _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
@@ -59,8 +61,9 @@ def reconstruct(
     schedules, `finalize`, `save` and export go on as they do.
 
     One sample in five is held back: on these the damping is chosen, and a reader whose fit does not lower its error
-    there keeps its weights. Once that is decided, they are fitted too. Heads of attention that lose some of their
-    channels first get a basis in which these matter least.
+    there keeps its weights. Once that is decided, they are fitted too. At the end the outputs on held-back samples are
+    compared with the reference's: fits without which they are closer are taken back, all of them where the module was
+    closer as it was. Heads of attention that lose some of their channels first get a basis in which these matter least.
 
     Where a reader has no bias, and a batch norm follows at once, the running mean of that takes up the mean shift.
     Other layers without a bias get one, a parameter under torch's name, where that leaves less of the error on
@@ -112,13 +115,13 @@ def reconstruct(
     with torch.no_grad(), seeded(traced):
         try:
             sweep = _Sweep(traced, References(traced, traced.graphs["eval"], reference, changes), changes, new_biases)
-            readers, samples = sweep.run(Batches(traced, sweep.graph, batches, weight), dampings)
+            readers, samples, output = sweep.run(Batches(traced, sweep.graph, batches, weight), dampings)
         except BaseException:
             changes.undo()
             raise
         changes.keep()
     made = make_biases(traced, sweep.made)
-    return ReconstructionReport(readers, sweep.alone, samples, time.perf_counter() - start, made)
+    return ReconstructionReport(readers, sweep.alone, samples, time.perf_counter() - start, made, output)
 
 
 def _dampings(damping: Any) -> tuple[float, ...]:
@@ -228,16 +231,23 @@ class _Sweep:
         self.alone[reader.name] = "it computes what the reference does"
         return False
 
-    def run(self, batches: Batches, dampings: Sequence[float]) -> tuple[dict[str, ReaderRepair], tuple[int, int]]:
-        """Fit every reader, in the order of the waves; returns what came of it, and how many samples there were."""
+    def run(
+        self, batches: Batches, dampings: Sequence[float]
+    ) -> tuple[dict[str, ReaderRepair], tuple[int, int], tuple[float, float]]:
+        """Fit every reader, in the order of the waves.
+
+        Returns:
+            What came of each, how many samples there were, and the errors of the outputs before and after.
+        """
         waves = plan(self.layout, self.readers, self.streams)
         pair = Pair(
             self.graph, self.layout, waves, lambda target: tensor_at(self.traced, target), self.references,
             self.unmasked, self.streams,
         )  # fmt: skip
         repairs: dict[str, ReaderRepair] = {}
-        with Shelf() as shelf, Progress("reconstruct", len(self.readers)) as progress:
-            pieces = self._started(batches, pair, shelf)
+        with Shelf() as shelf, Shelf() as judged, Progress("reconstruct", len(self.readers)) as progress:
+            judge = Judge(self.graph, self.references.unmasked, judged)
+            pieces = self._started(batches, pair, shelf, judge)
             for number, wave in enumerate(waves):
                 progress.show(wave.readers[0].name if wave.readers else "")
                 fit = self._settled if wave.tried else self._fitted
@@ -247,20 +257,63 @@ class _Sweep:
                         self.made[solved.reader.name] = solved.new_bias.flatten()
                         pair.biases |= {call.node: (solved.reader, solved.new_bias) for call in solved.reader.calls}
                 progress.advance(len(wave.readers))
-        return repairs, pieces.samples
+            output = self._judged(judge, pair.biases, repairs)
+        return repairs, pieces.samples, output
 
-    def _started(self, batches: Batches, pair: Pair, shelf: Shelf) -> Pieces:
+    def _started(self, batches: Batches, pair: Pair, shelf: Shelf, judge: Judge) -> Pieces:
         """The pieces, whose states before the first wave are on the shelf; heads have turned."""
         with Shelf() as inputs:
             pieces = Pieces(inputs)
             for piece in batches:
                 pieces.add(piece)
+                if piece.is_held:
+                    judge.add(piece)
             turning = Turning(self.traced, self.graph, self.found, self.references, batches)
             if bases := turning.bases(next(iter(pieces))):
                 turning.turn(bases, pieces, self.changes)
             for number in range(len(pieces)):
                 shelf.put(number, pair.start(pieces.take(number).inputs))
         return pieces
+
+    def _judged(
+        self, judge: Judge, biases: dict[fx.Node, tuple[Reader, Tensor]], repairs: dict[str, ReaderRepair]
+    ) -> tuple[float, float]:
+        """The errors of the outputs before and after; fits that make the outputs worse are taken back."""
+
+        def error(tensors: Callable[[Tensor], Tensor], shifts: Mapping[fx.Node, tuple[Reader, Tensor]]) -> float:
+            return judge.error(lambda target: tensors(tensor_at(self.traced, target)), shifts)
+
+        before, after = error(self.changes.first, {}), error(Tensor.detach, biases)
+        if not after > before:
+            return before, after
+        order = {reader.name: reader for reader in self.readers}
+        taken: list[Reader] = []
+        for part in parts([order[name] for name, repair in repairs.items() if repair.damping is not None]):
+            tensors = [each for reader in part for each in self._written(reader)]
+            fitted = [each.detach().clone() for each in tensors]
+            for tensor in tensors:
+                self.changes.set(tensor, self.changes.before(tensor))
+            calls = {call.node for reader in part for call in reader.calls}
+            left = {node: bias for node, bias in biases.items() if node not in calls}
+            if (without := error(Tensor.detach, left)) < after:
+                after, biases, taken = without, left, [*taken, *part]
+                continue
+            for tensor, values in zip(tensors, fitted, strict=True):
+                self.changes.set(tensor, values)
+        if not after < before:
+            self.changes.undo()
+            after, taken = before, [order[name] for name in repairs]
+        for reader in taken:
+            repair = repairs[reader.name]
+            if repair.damping is not None:
+                repairs[reader.name] = replace(repair, after=repair.before, damping=None, note=_TAKEN_BACK)
+            self.made.pop(reader.name, None)
+        return before, after
+
+    def _written(self, reader: Reader) -> list[Tensor]:
+        """The tensors that a fit writes into."""
+        found = [each for each in self._parameters(reader) if each is not None]
+        return found if reader.moving_mean is None else [*found, tensor_at(self.traced, reader.moving_mean)]
 
     def _fitted(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.masks import named_by_mask, named_by_original, view
+from fxprune.graph.masks import named_by_original, view
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.bases import Basis, Head, changed, find_bases, following, only_exact, sorted_bases
 from fxprune.prune.repair.batches import Batches, Piece
@@ -38,16 +38,16 @@ class Turning:
         if not any(view(self._traced, reader.name).mask is not None for reader in self._readers):
             return []
         inputs = self._batches.head(piece, 2).inputs
-        found = find_bases(self._graph, self._readers, self._tensor, inputs)
+        found = find_bases(self._graph, self._readers, self._references.unmasked, inputs)
         found = [basis for basis in found if self._loses(basis)]
-        return only_exact(found, self._graph, self._tensor, inputs, _name_of)
+        return only_exact(found, self._graph, self._references.unmasked, inputs, _name_of)
 
     def turn(self, bases: Sequence[Basis], pieces: Pieces, changes: Changes) -> None:
         """Turn heads, of the masked module and of its reference, by moments of what the reference computes."""
         moments = InputMoments([reader for basis in bases for reader in basis.readers], pieces.samples[0])
         for piece in pieces:
             if not piece.is_held:
-                moments.add(self._graph, self._tensor, piece)
+                moments.add(self._graph, self._references.unmasked, piece)
         inputs = moments.complete()
         for basis in bases:
             found = sorted_bases(basis, inputs, self._references.value)
@@ -61,15 +61,6 @@ class Turning:
                 original = view(self._traced, name).original
                 assert original is not None
                 changes.restate(original, values)
-
-    def _tensor(self, target: str) -> Tensor:
-        """What the reference has where a `get_attr` node reads; masks are ones."""
-        masked = named_by_mask(target)
-        if masked is not None and (mask := view(self._traced, masked).mask) is not None:
-            return torch.ones_like(mask)
-        if named_by_original(target) is None and view(self._traced, target).mask is not None:
-            return self._references.value(target)
-        return self._references(target)
 
     def _original(self, name: str) -> Tensor:
         original = view(self._traced, name).original
