@@ -173,7 +173,15 @@ def _check_budget(name: str, value: object) -> None:
     else:
         allowed = 0 <= value <= 1
     if not allowed or value == float("inf"):
-        raise ArgumentError(f"{name}={value}: a fraction from 0 to 1 or a count is needed; a speedup is above 1.")
+        raise ArgumentError(f"{name}={value}: {_allowed(name, value)}")
+
+
+def _allowed(name: str, value: float) -> str:
+    if name == "speedup":
+        inverse = f"; for {value:g} of the latency give {1 / value:g}" if 0 < value < 1 else ""
+        return f"a speedup is a factor above 1, such as 1.5{inverse}."
+    percent = f" For {value:g} % give {value / 100:g}." if isinstance(value, float) and 1 < value <= 100 else ""
+    return f"a fraction from 0 to 1 (float) or a count (int) is needed.{percent}"
 
 
 def _is_count(value: object) -> bool:

@@ -102,7 +102,7 @@ def _relative(score: Scores, dead: Mask) -> Scores:
 def _given(score: UnitScore, group: ChannelGroup) -> Scores:
     value: Any = score(group)
     if (shape := np.shape(value)) != (group.size,):
-        told = f"{type(value).__name__} of shape {tuple(shape)}"
+        told = "NoneType: nothing is returned" if value is None else f"{type(value).__name__} of shape {tuple(shape)}"
         raise PruningError(f"importance gave a {told} for {group.name!r}, not a tensor [{group.size}].")
     found: Scores = torch.as_tensor(value).detach().double().cpu().numpy()
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -420,13 +421,36 @@ def constructed(kind: type[BasePruningMethod], *args: Any, **kwargs: Any) -> Bas
         if str(error).startswith("Invalid type for amount"):
             raise ArgumentTypeError(
                 f"{kind.__name__}: amount={amount!r}: a fraction (float) or a count (int) is needed."
-                f"{' Give its number: amount.item().' if isinstance(amount, torch.Tensor) else ''}"
+                f"{_amount_of_another_type(amount)}"
             ) from error
-        raise ArgumentTypeError(f"{kind.__name__}: {error}") from error
+        missing = ". Give it by name: amount=0.3." if re.search("missing .*'amount'", str(error)) else ""
+        raise ArgumentTypeError(f"{kind.__name__}: {error}{missing}") from error
     except Exception as error:
-        raise ArgumentError(f"{kind.__name__}: {error}") from error
+        raise ArgumentError(f"{kind.__name__}: {error}{_amount_out_of_range(kwargs, args)}") from error
     _check_amount(method)
     return method
+
+
+def _amount_of_another_type(amount: object) -> str:
+    if isinstance(amount, torch.Tensor):
+        return " Give its number: amount.item()."
+    if not isinstance(amount, str):
+        return ""
+    try:
+        float(amount)
+    except ValueError:
+        return (
+            " The traced module comes first, then the qualified name, then the amount: (traced, 'conv1.weight', 0.3);"
+            " torch's pair (module, 'weight') is one name here."
+        )
+    return f" Give it without quotes: amount={amount}."
+
+
+def _amount_out_of_range(kwargs: Mapping[str, Any], args: Sequence[Any]) -> str:
+    amount = kwargs.get("amount", args[0] if args else None)
+    if isinstance(amount, float) and 1 < amount <= 100:
+        return f". A float is a fraction: for {amount:g} % give {amount / 100:g}; a count is an int."
+    return ""
 
 
 def _check_amount(method: BasePruningMethod) -> None:

@@ -292,6 +292,28 @@ PRUNE: dict[str, Case] = {
         lambda t: fxprune.prune.global_unstructured(t, "*.weight", L1, amount=True), ArgumentTypeError, "True", "a co"),
     "True within a method": (
         lambda t: fxprune.prune.apply(t, "0.weight", L1(True)), ArgumentTypeError, "amount=True", "a fraction"),
+    "a module's path and a name, as torch takes them": (
+        lambda t: fxprune.prune.l1_unstructured(t, "0", "weight", 0.5), ArgumentTypeError, "amount='weight'",
+        "torch's pair .* is one name here"),
+    "name and amount swapped": (
+        lambda t: fxprune.prune.l1_unstructured(t, 0.5, "0.weight"), ArgumentTypeError, "amount='0.weight'",
+        "then the qualified name, then the amount"),
+    "an amount in quotes": (
+        lambda t: fxprune.prune.l1_unstructured(t, "0.weight", "0.5"), ArgumentTypeError, "'0.5'",
+        "quotes: amount=0.5"),
+    "an amount in per cent": (
+        lambda t: fxprune.prune.l1_unstructured(t, "0.weight", 30.0), ArgumentError, r"amount=30\.0",
+        r"30 % give 0\.3;"),
+    "a global method without its amount": (
+        lambda t: fxprune.prune.global_unstructured(t, "*.weight", L1), ArgumentTypeError, "'amount'", "by name"),
+    "a share of channels in per cent": (
+        lambda t: fxprune.prune.channels(t, macs=50.0), ArgumentError, r"macs=50\.0: a fraction", r"50 % give 0\.5\."),
+    "a share of the latency for a speedup": (
+        lambda t: fxprune.prune.channels(t, speedup=0.5), ArgumentError, r"speedup=0\.5: a speedup is a factor",
+        "give 2"),
+    "an importance that returns nothing": (
+        lambda t: fxprune.prune.channels(t, importance=lambda group: None), PruningError,
+        "nothing is returned for '0.we", r"a tensor \[16\]"),
     "the name first": (
         lambda t: fxprune.prune.l1_unstructured("0.weight", t, 0.5), ArgumentTypeError, "got str", "comes first"),
     "a part and a name, as torch takes them": (
