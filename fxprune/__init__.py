@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxprune import channels, errors, passes, prune
 from fxprune.artifacts.checkpoint import load, save
+from fxprune.artifacts.loading_states import load_state
 from fxprune.artifacts.writing_back import write_back
 from fxprune.capture.diagnosis import Fault, Faults, diagnose
 from fxprune.capture.front_end import trace
@@ -76,6 +77,7 @@ __all__ = [  # noqa: RUF022
     "write_back",
     "save",
     "load",
+    "load_state",
     "export",
     "compare",
     # errors

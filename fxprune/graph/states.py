@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,9 +75,11 @@ def _cure(
             )
     if masks := [plain for name in unexpected if (plain := named_by_mask(name))]:
         return (
-            f"It has masks that the module has not: {first_of(masks)}. Insert some before, such as "
-            f"fxprune.prune.identity(traced, {masks[0]!r}), or use fxprune.save and fxprune.load, which keep them."
+            f"It has masks that the module has not: {first_of(masks)}. fxprune.load_state(traced, state) inserts them; "
+            "fxprune.save and fxprune.load keep them, too."
         )
+    if any(re.search(r"\.parametrizations\.|^parametrizations\.|_[guv]$", name) for name in unexpected):
+        return "It has norms that the module has not. fxprune.load_state(traced, state) inserts them."
     if masks := [plain for name in missing if (plain := named_by_mask(name))]:
         return f"It has no masks, and the module has some: {first_of(masks)}. Load it before pruning."
     if sizes and is_finalized:
