@@ -231,7 +231,7 @@ def _normalization(weights: Weights, node: fx.Node) -> NormalizationReader | Non
     if isinstance(found, Why) or view(weights.root, found[0]).value().is_complex():
         return None
     count = view(weights.root, found[0]).value().numel()
-    bias = _bias(weights, shift, count)
+    bias = bias_of(weights, shift, count)
     if isinstance(bias, Why) or (bias is not None and len(weights.readers(bias)) > 1):
         return None
 
@@ -276,7 +276,7 @@ def _reader(weights: Weights, call: Contraction | Convolution | Recurrent) -> Re
     return _convolution(weights, call)
 
 
-def _bias(weights: Weights, node: fx.Node | None, outputs: int) -> str | Why | None:
+def bias_of(weights: Weights, node: fx.Node | None, outputs: int) -> str | Why | None:
     """The parameter that is added to the outputs, None where nothing is."""
     if node is None:
         return None
@@ -321,7 +321,7 @@ def _matrix(weights: Weights, call: Contraction) -> Reader | Why:
     name, order = found
     outputs, columns = (order[labels.right.index(label)] for label in (labels.inner, labels.contracted))
     shape = view(weights.root, name).value().shape
-    bias, added = _bias(weights, call.bias_operand, shape[outputs]), None
+    bias, added = bias_of(weights, call.bias_operand, shape[outputs]), None
     if isinstance(bias, Why):
         return bias
     if call.bias_operand is None:
@@ -337,7 +337,7 @@ def _bias_behind(weights: Weights, node: fx.Node, outputs: int) -> tuple[str | N
     stream = stream_of(node)
     if stream is None or stream.norm is not None or stream.sum not in node.users:
         return None, None
-    bias = _bias(weights, stream.other, outputs)
+    bias = bias_of(weights, stream.other, outputs)
     return (bias, stream.sum) if isinstance(bias, str) else (None, None)
 
 
@@ -354,7 +354,7 @@ def _recurrent(weights: Weights, call: Recurrent) -> Reader | Why:
         if isinstance(found, Why):
             return found
         shapes.append(view(weights.root, found[0]).value().shape)
-        bias = _bias(weights, added, shapes[-1][0])
+        bias = bias_of(weights, added, shapes[-1][0])
         if isinstance(bias, Why):
             return bias
         if bias is not None and (count := len(weights.readers(bias))) > 1:
@@ -376,7 +376,7 @@ def _convolution(weights: Weights, call: Convolution) -> Reader | Why:
     weight = view(weights.root, name).value()
     kernel = tuple(weight.shape[2:])
     stride, dilation = _each(given["stride"] or 1, space), _each(given["dilation"], space)
-    bias = _bias(weights, call.bias, outputs * call.groups)
+    bias = bias_of(weights, call.bias, outputs * call.groups)
     if isinstance(bias, Why):
         return bias
     mean = _moving_mean(weights, call.node, bias)

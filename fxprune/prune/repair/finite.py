@@ -18,7 +18,7 @@ def is_finite(tensor: Tensor) -> bool:
 def origin_of_non_finite(node: fx.Node, values: Mapping[fx.Node, Any]) -> fx.Node:
     """The first node, of those that a node's value comes from, that gives NaN or inf where it reads none."""
     while True:
-        guilty = [each for each in node.all_input_nodes if _is_bad(_value(values, each))]
+        guilty = [each for each in node.all_input_nodes if has_non_finite(_value(values, each))]
         if not guilty:
             return node
         node = guilty[0]
@@ -31,7 +31,8 @@ def _value(values: Mapping[fx.Node, Any], node: fx.Node) -> Any:
         return None
 
 
-def _is_bad(value: Any) -> bool:
+def has_non_finite(value: Any) -> bool:
+    """Whether NaN or inf are in a value."""
     return any(
         isinstance(each, Tensor) and each.is_floating_point() and not is_finite(each)
         for each in pytree.tree_leaves(value)

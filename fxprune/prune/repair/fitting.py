@@ -107,7 +107,7 @@ class Target:
             return rows if call.added is None else rows + biases[0].reshape(reader.sizes[:2])[:, None]
         table = reader.table([self.references.value(name) for name in reader.weights])
         bias = _joined(biases, table.new_zeros(reader.sizes[:2]))
-        return reader.inputs_at(values[call.data], places) @ table.transpose(1, 2) + bias[:, None]
+        return reader.inputs_at(reader.received(call, values, values), places) @ table.transpose(1, 2) + bias[:, None]
 
     def missing_rows(
         self, current: Environment, reference: Environment, number: int, places: tuple[Tensor, ...]
@@ -177,14 +177,16 @@ class Family:
     def add(self, current: Environment, reference: Environment, piece: Piece) -> None:
         """Add the rows of a piece."""
         for number, call in enumerate(self.targets[0].reader.calls):
-            for places in self._rows.places(current[call.data], piece):
+            data = self.targets[0].reader.received(call, current, reference)
+            for places in self._rows.places(data, piece):
                 self._add(current, reference, number, places, piece.is_held)
 
     def _add(
         self, current: Environment, reference: Environment, number: int, places: tuple[Tensor, ...], is_held: bool
     ) -> None:
         reader = self.targets[0].reader
-        inputs = reader.inputs_at(current[reader.calls[number].data], places)[..., self.columns]
+        data = reader.received(reader.calls[number], current, reference)
+        inputs = reader.inputs_at(data, places)[..., self.columns]
         inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
         outputs, errors = [], []
         for target in self.targets:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -75,6 +76,11 @@ class Reader(abc.ABC):
     @abc.abstractmethod
     def stored(self, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         """A table as it is stored, in the shapes of `weights`."""
+
+    def received(self, call: ReaderCall, own: Mapping[fx.Node, Any], reference: Mapping[fx.Node, Any]) -> Tensor:
+        """What a call reads, of the values of the network that is fitted and of those of its reference."""
+        data: Tensor = own[call.data]
+        return data
 
     @abc.abstractmethod
     def positions(self, data: Tensor) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from fxprune.prune.repair import input_moments
 from fxprune.prune.repair.batches import Batches
 from fxprune.prune.repair.changes import Changes
 from fxprune.prune.repair.finding import Stream, find, mask_product, stream_of
-from fxprune.prune.repair.finite import is_finite, origin_of_non_finite
+from fxprune.prune.repair.finite import has_non_finite, origin_of_non_finite
 from fxprune.prune.repair.fitting import Family, Solved, families
 from fxprune.prune.repair.judging import Judge, parts
 from fxprune.prune.repair.layers import Reader
@@ -33,6 +33,7 @@ from fxprune.prune.repair.references import References
 from fxprune.prune.repair.report import ReaderRepair, ReconstructionReport
 from fxprune.prune.repair.seeding import seeded
 from fxprune.prune.repair.shelf import Shelf, State
+from fxprune.prune.repair.states import StateReader, find_states
 from fxprune.prune.repair.turning import Turning
 from fxprune.prune.repair.waves import Layout, plan
 from fxprune.reports import first_of
@@ -54,7 +55,7 @@ def reconstruct(
     """Refit what is alive to do the work of what is masked, without labels, gradients or training.
 
     The masked network and the same one without its masks run side by side. Each reader in turn (linear layers, products
-    with a matrix, convolutions of all kinds, the input weights of recurrent layers, gains of normalizations) gets as
+    with a matrix, convolutions of all kinds, the weights of recurrent layers, gains of normalizations) gets as
     live weights and bias the ridge least-squares fit, towards the weights that were there, of what it computes in the
     reference, from what it receives now that the readers before it are refitted. Where its output is added to a stream,
     its target includes what the stream is missing. Masks stay masks: what is masked stays as it is, and training,
@@ -148,7 +149,8 @@ class _Sweep:
         self.traced, self.references, self.changes = traced, references, changes
         self.graph = traced.graphs["eval"]
         self.found, alone = find(traced, self.graph)
-        readers = self.found
+        states, states_alone = find_states(traced, self.graph)
+        readers = [*self.found, *states]
         products = {node: mask_product(traced, node) for node in self.graph.nodes}
         if references.is_own and (
             changed := [found.name for found in masked_views(traced) if found.changed_since_masked]
@@ -165,7 +167,9 @@ class _Sweep:
                 "another of its methods, or give the reference that the module was."
             )
         layout = Layout.of(self.graph, [call.node for reader in readers for call in reader.calls], sources)
-        self.alone = {each.name: each.why for node, each in alone.items() if node in layout.differing}
+        self.alone = {
+            each.name: each.why for node, each in (*alone.items(), *states_alone.items()) if node in layout.differing
+        }
         self.streams = _streams(readers)
         self.readers = [reader for reader in readers if self._is_to_fit(reader, layout)]
         if not self.readers:
@@ -221,15 +225,21 @@ class _Sweep:
         if (columns := int(support.any(1).any(0).sum())) > input_moments.MOST_COLUMNS:
             self.alone[reader.name] = f"{columns:,} inputs of an output, more than {input_moments.MOST_COLUMNS:,}"
             return False
+        if isinstance(reader, StateReader):  # it reads what the reference gives
+            return self._differs(reader, alive)
         lacking = [self.streams[call.node].other for call in reader.calls if call.node in self.streams]
         if not layout.differing.isdisjoint([*(call.data for call in reader.calls), *lacking]):
             return True
-        own = reader.table([each.value() for each in found])
-        dense = reader.table([self.references.value(name) for name in reader.weights])
-        if not torch.equal(own if alive is None else own[alive], dense if alive is None else dense[alive]):
+        if self._differs(reader, alive):
             return True
         self.alone[reader.name] = "it computes what the reference does"
         return False
+
+    def _differs(self, reader: Reader, alive: Tensor | None) -> bool:
+        """Whether the weights of what is alive, None for all, are others than the reference's."""
+        own = reader.table([view(self.traced, name).value() for name in reader.weights])
+        dense = reader.table([self.references.value(name) for name in reader.weights])
+        return not torch.equal(own if alive is None else own[alive], dense if alive is None else dense[alive])
 
     def run(
         self, batches: Batches, dampings: Sequence[float]
@@ -239,13 +249,16 @@ class _Sweep:
         Returns:
             What came of each, how many samples there were, and the errors of the outputs before and after.
         """
-        waves = plan(self.layout, self.readers, self.streams)
+        at = dict[fx.Node, Reader]()
+        for reader in self.readers:
+            at.setdefault(reader.node, reader)
+        waves = plan(self.layout, list(at.values()), self.streams)
         pair = Pair(
             self.graph, self.layout, waves, lambda target: tensor_at(self.traced, target), self.references,
             self.unmasked, self.streams,
         )  # fmt: skip
         repairs: dict[str, ReaderRepair] = {}
-        with Shelf() as shelf, Shelf() as judged, Progress("reconstruct", len(self.readers)) as progress:
+        with Shelf() as shelf, Shelf() as judged, Progress("reconstruct", len(at)) as progress:
             judge = Judge(self.graph, self.references.unmasked, judged)
             pieces = self._started(batches, pair, shelf, judge)
             for number, wave in enumerate(waves):
@@ -361,7 +374,8 @@ class _Sweep:
         """The readers of a wave by what they read, with the moments of all pieces."""
         wave = pair.waves[number]
         streams = {node: self.streams[node] for node in wave.corrected}
-        found = families(wave.readers, streams, biasable, self.traced, self.references, pieces.samples[0])
+        readers = [own for reader in wave.readers for own in self._of_call(reader)]
+        found = families(readers, streams, biasable, self.traced, self.references, pieces.samples[0])
         fixed = pair.fixed(number)
         for place, piece in enumerate(pieces.bare):
             state = shelf.take(place)
@@ -373,16 +387,22 @@ class _Sweep:
             shelf.put(place, state if wave.tried else pair.kept(number, current, reference))
         return found
 
+    def _of_call(self, first: Reader) -> list[Reader]:
+        """What is to be fitted of a call: a recurrent layer reads its input, and its state."""
+        return [reader for reader in self.readers if reader.node is first.node]
+
     def _check(
         self, pair: Pair, number: int, state: State, current: Mapping[fx.Node, Any], reference: Mapping[fx.Node, Any]
     ) -> None:
         """Raise where a reader gets, or should give, NaN or inf."""
-        for reader, call in ((each, call) for each in pair.waves[number].readers for call in each.calls):
+        readers = [own for reader in pair.waves[number].readers for own in self._of_call(reader)]
+        for reader, call in ((each, call) for each in readers for call in each.calls):
+            target = call.node if reader.gives_products or isinstance(reader, StateReader) else call.data
             for node, network, values in (
                 (call.data, "the masked network", current),
-                (call.node if reader.gives_products else call.data, "the reference", reference),
+                (target, "the reference", reference),
             ):
-                if is_finite(values[node]):
+                if not has_non_finite(values[node]):
                     continue
                 again = pair.run(number, state, pair.fixed(number), keep=True)
                 again = pair.tried(number, *again, keep=True)

@@ -1,0 +1,79 @@
+"""The weights of recurrent layers that read the state: readers of what the reference's states were one step before."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.channels.registry import REGISTRY
+from fxprune.channels.rules.recurrent import Recurrent
+from fxprune.graph.masks import view
+from fxprune.graph.traced import TracedModule
+from fxprune.prune.repair.finding import LeftAlone, Weights, Why, bias_of
+from fxprune.prune.repair.layers import ReaderCall, RecurrentReader
+
+
+@dataclass(frozen=True, eq=False)
+class StateReader(RecurrentReader):
+    """The weights that read the state: all gates of each direction, a group each; of several layers the last one's.
+
+    The states of the masked network come of the weights themselves, and of errors of all steps before. What is fitted
+    reads those of the reference instead: its live units make up for those that are masked.
+    """
+
+    @property
+    def key(self) -> Hashable:
+        return self.node, type(self)
+
+    def table(self, weights: Sequence[Tensor]) -> Tensor:
+        return torch.stack([*weights])
+
+    def stored(self, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        return [*table]
+
+    def received(self, call: ReaderCall, own: Mapping[fx.Node, Any], reference: Mapping[fx.Node, Any]) -> Tensor:
+        states: Tensor = reference[call.node][0]
+        return states
+
+    def inputs_at(self, data: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+        rows: Tensor = data[places].unflatten(1, (self.sizes[0], self.sizes[2]))
+        return rows.transpose(0, 1)
+
+
+def find_states(traced: TracedModule, graph: fx.Graph) -> tuple[list[StateReader], dict[fx.Node, LeftAlone]]:
+    """The readers of states of a graph in its order, and why others are left alone."""
+    weights = Weights(traced, graph)
+    readers: list[StateReader] = []
+    alone: dict[fx.Node, LeftAlone] = {}
+    for node in graph.nodes:
+        call = REGISTRY.call(node) if node.op == "call_function" else None
+        if not isinstance(call, Recurrent):
+            continue
+        found = _reader(weights, call)
+        if isinstance(found, StateReader):
+            readers.append(found)
+        else:
+            alone[node] = LeftAlone(f"what reads the state of {node.name}", found.text)
+    return readers, alone
+
+
+def _reader(weights: Weights, call: Recurrent) -> StateReader | Why:
+    names, biases = list[str](), list[str | None]()
+    for direction in call.directions[-2 if call.bidirectional else -1 :]:
+        found = weights.find_own(direction.states, "weight")
+        if isinstance(found, Why):
+            return found
+        shape = view(weights.root, found[0]).value().shape
+        bias = bias_of(weights, direction.state_bias, shape[0])
+        if isinstance(bias, Why):
+            return bias
+        if bias is not None and (count := len(weights.readers(bias))) > 1:
+            return Why(f"its bias is used by {count} calls")
+        names.append(found[0])
+        biases.append(bias)
+    sizes = len(names), *shape
+    return StateReader(call.node, call.data, tuple(names), tuple(biases), sizes, None)
