@@ -182,20 +182,20 @@ class CellsOfProjections(Constraint):
 
 
 class NonEmptyAxes(Constraint):
-    """Every axis keeps something; the last ones first."""
+    """Every axis keeps something; the last ones first, an axis at a time: what one keeps reads may fill others."""
 
     def __init__(self, axes: Sequence[Vector], classes: int) -> None:
         self._axes = axes[::-1]
         super().__init__(Relation.of_sets(self._axes, classes))
 
     def meet(self, state: State) -> bool:
-        changed = False
-        at = state.agenda(self).take()
-        for index in at[~self.watched.any(state.alive, at)].tolist():
-            axis = self._axes[index]
-            if not state.alive[axis].any():
-                changed |= state.keep(state.cheapest(axis[None], np.ones(1, np.int64)), Structural.NONEMPTY)
-        return changed
+        agenda = state.agenda(self)
+        at = agenda.take()
+        empty = at[~self.watched.any(state.alive, at)]
+        if not len(empty):
+            return False
+        agenda.put_back(empty[1:])
+        return state.keep(state.cheapest(self._axes[empty[0]][None], np.ones(1, np.int64)), Structural.NONEMPTY)
 
 
 class Multiples(Constraint):

@@ -104,8 +104,22 @@ def _imposed(relations: Coupling, plan: ChannelPlan) -> Mask:
                     f"`{name}` has size {len(ids)} on axis {axis}; the plan was made for {plan.shapes[name][axis]}."
                 )
             alive[relations.of(ids[index.numpy()])] = True
+    _keep_in_groups(relations, plan, alive)
     relations.classes.close(alive)
     return alive
+
+
+def _keep_in_groups(relations: Coupling, plan: ChannelPlan, alive: Mask) -> None:
+    """Keep what the plan keeps within the groups of convolutions: no other parameter need have these channels."""
+    for walk in relations.walks.values():
+        for balance in walk.balances:
+            index = plan.kept[balance.weight][1].numpy()
+            outer, within = balance.outputs, balance.inputs
+            if balance.transposed:
+                outer, within = within, outer
+            left = alive[relations.of(outer)].any(1)
+            if index.ndim == 2 and len(index) == left.sum():
+                alive[relations.of(np.take_along_axis(within[left], index, 1))] = True
 
 
 def _carry_out(

@@ -129,6 +129,31 @@ def _padded(node: fx.Node, operand: fx.Node, dim: int, zeros: int) -> fx.Node:
 
 
 @dataclass(frozen=True, eq=False)
+class FirstResultAlone(Statistics):
+    """A call that gives its statistics as well becomes one that gives what it normalizes, which alone is read.
+
+    Attributes:
+        node: takes the first result, and becomes the call; other edits change it after that.
+        call: the one before.
+        target: an operator that gives the first result alone.
+        arguments: the arguments that it takes, by their names in `call`.
+    """
+
+    call: fx.Node
+    target: Any
+    arguments: Sequence[str]
+
+    def apply(self, kept: Kept) -> None:
+        if self.counts(kept) is None:
+            return
+        given = bound(self.call)
+        _become(self.node, self.target, *(given[name] for name in self.arguments))
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: {self.target}, without statistics"
+
+
+@dataclass(frozen=True, eq=False)
 class PadWithZeros(Statistics):
     """The zeros that went are put back before a call, and cut from its result.
 
@@ -259,6 +284,8 @@ class GroupStatistics(Statistics):
 
     def apply(self, kept: Kept) -> None:
         alive = kept.alive(self.ids)
+        if alive.all():
+            return
         counts = alive.sum(1)[alive.any(1)]
         groups, width, stay = len(counts), self.ids.shape[1], int(counts[0])
         set_argument(self.node, "num_groups", groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from fxprune.channels.axes import reduced_shape
 from fxprune.channels.edits import Edit
 from fxprune.channels.ids import Vector
 from fxprune.channels.registry import OperatorCall, register
-from fxprune.channels.statistics import GroupStatistics, PadWithZeros, RootMeanSquare, counted
+from fxprune.channels.statistics import FirstResultAlone, GroupStatistics, PadWithZeros, RootMeanSquare, counted
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Result, Walk
 from fxprune.torch_internals import NormBase
@@ -188,15 +189,31 @@ class _MixingNorm(OperatorCall):
         gain = self.weight
         return str(gain.target) if gain is not None and gain.op == "get_attr" else self.node.name
 
+    @property
+    def normalized(self) -> fx.Node:
+        """The node whose value is normalized: the call, or the one that takes the first of its results."""
+        return self.node if not _gives_several(self.node) else next(iter(self.node.users))
+
+    def results(self, walk: Walk, value: Value) -> Result:
+        """What the call gives: the normalized value, then statistics, if any, which hold no channels."""
+        rest = walk.unknown(self.node)
+        return [value, *rest[1:]] if isinstance(rest, list) else value
+
+    def record(self, walk: Walk, ids: Vector, edit: Edit) -> None:
+        """Note what removal changes in `normalized`."""
+        if _gives_several(self.node):
+            walk.edits.append(FirstResultAlone(self.normalized, ids, self.node, *_ALONE[self.node.target]))
+        walk.edits.append(edit)
+
     def refused(self, walk: Walk, value: Value, first: int) -> Result:
         """The result where all channels from axis `first` on stay."""
         why = "normalized together, removal would change the statistics"
+        if not _is_alone(self.node):
+            why = "normalized together, and the statistics are read"
         value = walk.blur(self.node, value, range(first, value.rank), why)
         for operand in self.node.all_input_nodes[1:]:
             walk.pin_operand(self.node, operand, why)
-        result = Value(value.axes)
-        rest = walk.unknown(self.node)
-        return [result, *rest[1:]] if isinstance(rest, list) else result
+        return self.results(walk, Value(value.axes))
 
     def constants(self, walk: Walk, value: Value, parts: Mapping[str, Value], shape: Sequence[int]) -> Value:
         """What is known of the result: the shift where the gain is zero, or where zeros are kept.
@@ -216,7 +233,27 @@ class _MixingNorm(OperatorCall):
         return settled(value.axes, known, facts.get("bias", torch.zeros(()).double()))
 
 
-@register(aten.layer_norm, aten.rms_norm)
+def _gives_several(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], list | tuple)
+
+
+def _is_alone(node: fx.Node) -> bool:
+    """Whether a call gives what it normalizes alone, or one node reads this and none its statistics."""
+    if not _gives_several(node):
+        return True
+    users = list(node.users)
+    return len(users) == 1 and users[0].target is operator.getitem and users[0].args[1:] == (0,)
+
+
+# of calls that give their statistics as well, what gives the first result alone, and the arguments that it takes
+_ALONE: Mapping[Any, tuple[Any, tuple[str, ...]]] = {
+    aten.native_layer_norm.default: (aten.layer_norm.default, ("input", "normalized_shape", "weight", "bias", "eps")),
+    aten._fused_rms_norm.default: (aten.rms_norm.default, ("input", "normalized_shape", "weight", "eps")),
+    aten.native_group_norm.default: (aten.group_norm.default, ("input", "group", "weight", "bias", "eps")),
+}
+
+
+@register(aten.layer_norm, aten.rms_norm, aten.native_layer_norm, aten._fused_rms_norm)
 @dataclass(frozen=True, eq=False)
 class LayerNorm(_MixingNorm):
     """Over the last axes."""
@@ -227,7 +264,7 @@ class LayerNorm(_MixingNorm):
 
     @property
     def keeps_zeros(self) -> bool:
-        return self.node.target is aten.rms_norm.default
+        return self.node.target in (aten.rms_norm.default, aten._fused_rms_norm.default)
 
     def relate(self, walk: Walk) -> Result:
         value = walk.value(self.data)
@@ -242,27 +279,27 @@ class LayerNorm(_MixingNorm):
         if not over:
             return self._known(walk, value, parts)
         flat, ids = walk.merged(self.node, value, over[0])
-        if len(over) > 1 or ids is None:
+        if len(over) > 1 or ids is None or not _is_alone(self.node):
             return self.refused(walk, value, first)
         counted(walk, self.node, flat, over[0], ids, key=self.key)
         walk.normalized.append(ids)
-        walk.edits.append(self._edit(ids, over[0], first))
+        self.record(walk, ids, self._edit(ids, over[0], first))
         return self._known(walk, value, parts)
 
-    def _known(self, walk: Walk, value: Value, parts: Mapping[str, Value]) -> Value:
+    def _known(self, walk: Walk, value: Value, parts: Mapping[str, Value]) -> Result:
         shape = [1] * (value.rank - len(self.normalized_shape))
         shape += reduced_shape(value.axes[len(shape) :])
-        return self.constants(walk, value, parts, shape)
+        return self.results(walk, self.constants(walk, value, parts, shape))
 
     def _edit(self, ids: Vector, dim: int, first: int) -> Edit:
         operands = {"input": dim} | {name: dim - first for name in self.parts}
-        padded = PadWithZeros(self.node, ids, operands, dim)
+        padded = PadWithZeros(self.normalized, ids, operands, dim)
         gain = self.weight
         plain = self.keeps_zeros and len(self.normalized_shape) == 1 and self.eps is not None
         if not plain or gain is None or gain.op != "get_attr" or self.data.meta["val"].dtype not in _WIDE:
             return padded
         assert self.eps is not None
-        return RootMeanSquare(self.node, ids, str(gain.target), self.node, "eps", self.eps, padded)
+        return RootMeanSquare(self.normalized, ids, str(gain.target), self.normalized, "eps", self.eps, padded)
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
@@ -274,33 +311,13 @@ class LayerNorm(_MixingNorm):
 _WIDE = (torch.float32, torch.float64)
 
 
-@register(aten.native_layer_norm, aten._fused_rms_norm)
-@dataclass(frozen=True, eq=False)
-class NativeLayerNorm(_MixingNorm):
-    """Over the last axes, the statistics returned as well."""
-
-    normalized_shape: list[Any]
-
-    def relate(self, walk: Walk) -> Result:
-        value = walk.value(self.data)
-        return self.refused(walk, value, value.rank - len(self.normalized_shape))
-
-
-@register(aten.native_group_norm)
-@dataclass(frozen=True, eq=False)
-class NativeGroupNorm(_MixingNorm):
-    """Over space and the channels of a group, sizes among the arguments, the statistics returned as well."""
-
-    def relate(self, walk: Walk) -> Result:
-        return self.refused(walk, walk.value(self.data), 1)
-
-
-@register(aten.group_norm)
+@register(aten.group_norm, aten.native_group_norm)
 @dataclass(frozen=True, eq=False)
 class GroupNorm(_MixingNorm):
     """Over space and the channels of a group."""
 
     num_groups: int
+    aliases: ClassVar = {"num_groups": ("num_groups", "group")}
     modules: ClassVar = (nn.GroupNorm,)
 
     def relate(self, walk: Walk) -> Result:
@@ -310,15 +327,15 @@ class GroupNorm(_MixingNorm):
         value = walk.blur(self.node, value.relayout(1, axis), range(2, value.rank), "statistics over it")
         parts = {name: part.relayout(0, axis) for name, part in parts.items()}
         flat, ids = walk.merged(self.node, value, 1)
-        if ids is None:
+        if ids is None or not _is_alone(self.node):
             return self.refused(walk, value, 1)
         counted(walk, self.node, flat, 1, ids, key=self.key, groups=self.num_groups)
         grouped = ids.reshape(self.num_groups, -1)
         if self.num_groups > 1 and grouped.shape[1] > 1:
             walk.equal_groups.append(grouped)
         operands = {"input": 1} | dict.fromkeys(self.parts, 0)
-        walk.edits.append(GroupStatistics(self.node, grouped, operands))
-        return self.constants(walk, value, parts, [1, -1] + [1] * (value.rank - 2))
+        self.record(walk, ids, GroupStatistics(self.normalized, grouped, operands))
+        return self.results(walk, self.constants(walk, value, parts, [1, -1] + [1] * (value.rank - 2)))
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:

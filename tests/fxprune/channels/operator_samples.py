@@ -303,7 +303,7 @@ NORMS = {
         lambda x, g, b: aten.native_layer_norm.default(x, [8], g, b, 1e-5)[0], *AFFINE, kept=PINNED
     ),
     "rms_norm": tokens(lambda x, g: F.rms_norm(x, (8,), g), tensor(8)),
-    "_fused_rms_norm": tokens(lambda x, g: aten._fused_rms_norm.default(x, [8], g, 1e-5)[0], tensor(8), kept=PINNED),
+    "_fused_rms_norm": tokens(lambda x, g: aten._fused_rms_norm.default(x, [8], g, 1e-5)[0], tensor(8)),
     "group_norm": image(lambda x, g, b: F.group_norm(x, 2, g, b), *AFFINE, kept=PINNED),
     "native_group_norm": image(
         lambda x, g, b: aten.native_group_norm.default(x, g, b, x.shape[0], 8, 36, 2, 1e-5)[0], *AFFINE, kept=PINNED,

@@ -319,6 +319,25 @@ def test_the_same_plan_as_json_gives_a_dense_model_the_same_architecture() -> No
         impose(fxprune.trace(nn.Conv2d(3, 3, 1), (x,)), plan)
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_plan_gives_channels_within_groups_that_no_other_parameter_has(layer: type[nn.Module]) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.last(self.grouped(F.pad(self.first(x).relu(), (0, 0, 0, 0, 0, 3))))
+
+    parts = {"first": nn.Conv2d(3, 7, 1), "grouped": layer(10, 20, 3, groups=5), "last": nn.Conv2d(20, 4, 1)}
+    model = Net(forward, **parts).double().eval()
+    dense = fxprune.trace(copy.deepcopy(model), (torch.randn(*IMAGE).double(),))
+    zero_rows(model.first, 0, 3, bias=True)
+    with torch.no_grad():
+        model.last.weight[:, 4:8] = 0
+    x = torch.randn(*IMAGE).double()
+    traced, plan = shrink(model, x, modes=("train", "eval"))
+    assert plan.groups["grouped.weight"] == (5, 3)
+    impose(dense, ChannelPlan.from_json(plan.to_json()))
+    dense.load_state_dict(traced.state_dict())
+    assert torch.equal(dense.eval()(x), traced(x))
+
+
 @pytest.fixture
 def _wrong_tanh() -> Iterator[None]:
     class Wrong(Pointwise):

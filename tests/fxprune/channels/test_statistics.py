@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,23 @@ def over_channels(norm: nn.Module) -> nn.Module:
     return Net(lambda self, x: self.norm(x.transpose(1, 2)).transpose(1, 2), norm=norm)
 
 
+class NativeLayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)[0]
+
+
+class NativeRMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return aten._fused_rms_norm(x, self.normalized_shape, self.weight, self.eps)[0]
+
+
+class NativeGroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, *space = x.shape
+        args = (batch, channels, math.prod(space), self.num_groups, self.eps)
+        return torch.native_group_norm(x.contiguous(), self.weight, self.bias, *args)[0]
+
+
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "LayerNorm": lambda: nn.LayerNorm(16),
     "RMSNorm": lambda: nn.RMSNorm(16, eps=1e-3),
@@ -35,6 +53,11 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "GroupNorm of one group": lambda: over_channels(nn.GroupNorm(1, 16)),
     "GroupNorm, whole groups": lambda: over_channels(nn.GroupNorm(4, 16)),
     "GroupNorm, each channel alone": lambda: over_channels(nn.GroupNorm(16, 16)),
+    "native_layer_norm": lambda: NativeLayerNorm(16),
+    "_fused_rms_norm": lambda: NativeRMSNorm(16, eps=1e-3),
+    "_fused_rms_norm without eps": lambda: NativeRMSNorm(16),
+    "native_group_norm of one group": lambda: over_channels(NativeGroupNorm(1, 16)),
+    "native_group_norm, whole groups": lambda: over_channels(NativeGroupNorm(4, 16)),
     "rms by hand": lambda: ByHand(rms, 16, 1.0),
     "rms around one by hand": lambda: ByHand(rms_around_one, 16, 1.0),
     "variance by hand": lambda: ByHand(centred, 16, 1.0),
@@ -303,6 +326,22 @@ def test_channels_that_are_not_zero_everywhere_stay() -> None:
     assert len(final.get_parameter("first.weight")) == 12
     assert final.plan is not None
     assert "counts it, and it is not zero there" in final.plan.explain()
+
+
+@pytest.mark.parametrize("native", [torch.native_layer_norm, aten._fused_rms_norm])
+def test_channels_of_a_norm_whose_statistics_are_read_stay(native: Any) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        affine = tuple(self.norm.parameters())
+        normed, *statistics = native(self.first(x), [16], *affine, 1e-5)
+        return self.last(normed) + statistics[-1]
+
+    norm = nn.LayerNorm(16) if native is torch.native_layer_norm else nn.RMSNorm(16)
+    model = Net(forward, first=nn.Linear(6, 16), norm=norm, last=nn.Linear(16, 4))
+    zero(HALF, model.first, model.norm)
+    final = finalized(model, 7, 6)
+    assert len(final.get_parameter("first.weight")) == 16
+    assert final.plan is not None
+    assert "normalized together, and the statistics are read" in final.plan.explain()
 
 
 @pytest.mark.parametrize("name", NORMS)
