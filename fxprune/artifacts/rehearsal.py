@@ -128,17 +128,20 @@ class Rehearsal:
         return max((error(a, b) for a, b in pairs if not close(a, b, self.tolerance)), default=0.0)
 
     def _larger_batch(self) -> Arguments:
-        """The sample inputs with one more in the batch, where that is free: the first free size is the batch's."""
+        """The sample inputs with one more in the batch, where that is free: the first free size is the batch's.
+
+        Graphs that look rows up, as they do in masks, let inputs have free sizes of different names.
+        """
         leaves, structure = pytree.tree_flatten(self.inputs)
-        batch: str | None = None
+        batch: int | None = None
         larger: dict[tuple[int, int], int] = {}
         for i, node in enumerate(self.graph.find_nodes(op="placeholder")):
             sizes = getattr(node.meta.get("val"), "shape", ())
             if not sizes or not isinstance(leaves[i], Tensor) or fixed_size(sizes[0]) is not None:
                 continue
-            batch = batch or str(sizes[0])
-            if str(sizes[0]) == batch:
-                larger[i, 0] = leaves[i].shape[0] + 1
+            batch = leaves[i].shape[0] if batch is None else batch
+            if leaves[i].shape[0] == batch:
+                larger[i, 0] = batch + 1
         args, kwargs = pytree.tree_unflatten(stretched(leaves, larger), structure)
         return args, kwargs
 

@@ -161,3 +161,64 @@ def test_a_layer_that_several_places_share_is_loaded_with_the_biases_that_hold_t
         loaded = fxprune.load(tmp_path / "model.fxp", given)
         for found, wanted in zip(loaded(x), final(x), strict=True):
             assert torch.equal(found, wanted)
+
+
+class Heads(nn.Module):
+    """Attention without what follows it, as in models whose output layer is a sibling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size = 4, 8
+        self.query, self.key, self.value = (nn.Linear(12, 32) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (f(x).view(*x.shape[:2], -1, self.size).transpose(1, 2) for f in (self.query, self.key, self.value))
+        weights = (q @ k.transpose(2, 3)).masked_fill(~mask, -10.0).softmax(-1)
+        return (weights @ v).transpose(1, 2).reshape(*x.shape[:2], -1)
+
+
+class HeadsAndOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.output = Heads(), nn.Linear(32, 12)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x + self.output(self.attention(x, mask))
+
+
+class Looked(nn.Module):
+    """Layers of attention whose mask is looked up by sample, so that its batch has a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(HeadsAndOutput() for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        samples, places = torch.arange(x.shape[0])[:, None, None, None], torch.arange(x.shape[1])
+        looked_up = mask.bool()[samples, places]
+        for layer in self.layers:
+            x = layer(x, looked_up)
+        return x
+
+
+def test_heads_that_lose_unequally_many_channels_come_back_with_an_output_layer_beside_them() -> None:
+    model = Looked().double().eval()
+    x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 5, dtype=torch.int64)
+    mask[1, 3:] = 0
+    traced = fxprune.trace(model, (x, mask))
+    with torch.no_grad():
+        for i in range(2):
+            for number, name in ((2, "query"), (2, "key"), (3, "value")):
+                rows = [8 * head + channel for head in range(4) for channel in range(number)]
+                for kind in ("weight", "bias"):
+                    parameter = model.get_parameter(f"layers.{i}.attention.{name}.{kind}")
+                    parameter[rows] = 0
+    final = fxprune.finalize(traced, align=1)
+    sizes = [len(final.get_parameter(f"layers.0.attention.{name}.weight")) for name in ("query", "value")]
+    assert sizes == [24, 20]
+    small = write_back(final, model)
+    assert [layer.attention.size for layer in small.layers] == [6, 6]
+    for batch in (2, 3):
+        with torch.no_grad():
+            inputs = torch.randn(batch, 5, 12, dtype=torch.float64), torch.ones(batch, 5, dtype=torch.int64)
+            torch.testing.assert_close(small(*inputs), model(*inputs), rtol=0, atol=1e-9)
