@@ -43,11 +43,10 @@ def ways_to_fill_up(
     head_sizes: Sequence[int],
     numbers: Mapping[tuple[str, int], int] | None = None,
 ) -> Iterator[Channels]:
-    """Channels that the module at `path` could take back, in the order in which they are worth trying.
+    """Channels that the module at `path` could take back, the fewest first.
 
-    Only channels that stay within the module, or go from it to its siblings. First those that give all heads the same
-    size, for each size that a head may have had, then heads as they were, or equal parts where there are no heads, then
-    everything.
+    Only channels that stay within the module, or go from it to its siblings. Those that give all heads the same size,
+    for each size that a head may have had, heads as they were, or equal parts where there are no heads, and everything.
 
     Args:
         path: of the module, "" for the root.
@@ -63,8 +62,17 @@ def ways_to_fill_up(
     layers = _layers(kept, shapes, numbers or {})
     own = {layer: axes for layer, axes in layers.items() if any(axis.tensor.startswith(below) for axis in axes)}
     inner = {layer: axes for layer, axes in own.items() if all(axis.tensor.startswith(siblings) for axis in axes)}
-    if not inner:
-        return
+    if inner:
+        yield from sorted(_ways(own, inner, head_sizes), key=_count)
+
+
+def _count(channels: Channels) -> int:
+    return sum(len(there) for axes in channels.values() for there in axes.values())
+
+
+def _ways(
+    own: dict[_Layer, list[_Axis]], inner: dict[_Layer, list[_Axis]], head_sizes: Sequence[int]
+) -> Iterator[Channels]:
     for size in dict.fromkeys(head_sizes):
         headed = [layer for layer in own if layer.full % size == 0 and layer.full > size]
         most = max((len({channel % size for channel in layer.left}) for layer in headed), default=size)
