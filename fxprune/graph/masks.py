@@ -20,6 +20,7 @@ from fxprune.graph.provenance import provenance_of, set_provenance
 
 _ORIGINAL, _MASK = "_orig", "_mask"
 _VERSION = "version_at_mask"  # an attribute of the parameter: how often it had been written to when it was masked
+_COMPUTED_VERSION = "version_at_mask_of_computed"  # the same, of what a masked tensor is computed from
 
 
 def original_name(name: str) -> str:
@@ -101,11 +102,14 @@ class ParameterView:
     def changed_since_masked(self) -> bool:
         """Whether the values were written to since the mask was inserted; False where that is not known.
 
-        It is not known of copies and of what was loaded.
+        It is not known of copies and of what was loaded. What a norm or a parametrization computes changes with what it
+        is computed from.
         """
-        if self.original is None or self.mask is None:
+        if self.mask is None:
             return False
-        return vars(self.original).get(_VERSION) not in (None, self.original._version)
+        if self.original is None:
+            return any(_is_written(each, _COMPUTED_VERSION) for each in _computing(self.owner, self.attribute))
+        return _is_written(self.original, _VERSION)
 
     def insert_mask(self, values: torch.Tensor) -> None:
         """Store the parameter, which carries no mask, as a masked one, the same object; graphs are the caller's.
@@ -117,6 +121,8 @@ class ParameterView:
             known = provenance_of(self.owner)
             self.owner.register_buffer(mask_name(self.attribute), values.detach().clone())
             set_provenance(self.owner, replace(known, masked=(*known.masked, self.attribute)))
+            for each in _computing(self.owner, self.attribute):
+                vars(each)[_COMPUTED_VERSION] = each._version
             return
         assert self.original is not None, self.name
         del self.owner._parameters[self.attribute]
@@ -135,6 +141,20 @@ class ParameterView:
 def _like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     # in the memory format of the parameter, which decides that of the product
     return torch.empty_like(tensor, requires_grad=False).copy_(values.detach())
+
+
+def _is_written(parameter: nn.Parameter, since: str) -> bool:
+    """Whether a parameter was written to since an attribute was set to its version; False without one."""
+    return vars(parameter).get(since) not in (None, parameter._version)
+
+
+def _computing(owner: nn.Module, attribute: str) -> list[nn.Parameter]:
+    """The parameters that a norm or a parametrization computes a tensor of `owner` from."""
+    names = [attribute + suffix for suffixes in NORM_SUFFIXES.values() for suffix in suffixes]
+    stored = (owner._parameters.get(each) for name in names for each in (name, original_name(name)))
+    holder = owner._modules.get("parametrizations")
+    inner = holder._modules.get(attribute) if holder is not None else None
+    return [*(each for each in stored if each is not None), *(inner.parameters() if inner is not None else ())]
 
 
 def view(root: nn.Module, name: str) -> ParameterView:

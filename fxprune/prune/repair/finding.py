@@ -59,12 +59,13 @@ class Weights:
         self._readers: dict[int, set[fx.Node]] = {}
         for node in graph.find_nodes(op="get_attr"):
             if exists(root, str(node.target)):
-                self._readers.setdefault(id(tensor_at(root, str(node.target))), set()).update(self._consumers(node))
+                self._readers.setdefault(id(tensor_at(root, str(node.target))), set()).update(self.consumers(node))
 
-    def _consumers(self, node: fx.Node) -> Iterator[fx.Node]:
+    def consumers(self, node: fx.Node) -> Iterator[fx.Node]:
+        """What reads a node's values, masked or with their axes in another order."""
         for user in node.users:
             if _permutation(user) is not None or mask_product(self.root, user) is not None:
-                yield from self._consumers(user)
+                yield from self.consumers(user)
             else:
                 yield user
 
@@ -88,12 +89,22 @@ class Weights:
         product = mask_product(self.root, node)
         node = node if product is None else product
         if node.op != "get_attr" or not isinstance(tensor_at(self.root, str(node.target)), nn.Parameter):
-            return Why(f"its {what} is computed")
+            return Why(f"its {what} is computed{self._how(node)}")
         stored = str(node.target)
         name = stored if product is None else named_by_original(stored)
         if name is None:
             return Why(f"its {what} is masked and computed")
         return self.paths.canonical(name), order
+
+    def _how(self, node: fx.Node) -> str:
+        """Why a fit cannot be stored in what a value is computed from, where that is parameters alone."""
+        pending = [node]
+        while pending:
+            node = pending.pop()
+            if node.op == "placeholder":
+                return ""
+            pending += node.all_input_nodes
+        return ", and not every fit can be computed so"
 
 
 def mask_product(root: nn.Module, node: fx.Node) -> fx.Node | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.weight_norm import WeightNorm
 
+from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError
 from fxprune.graph.masks import named_by_mask, named_by_original, view
 from fxprune.graph.names import exists, locate, tensor_at
@@ -32,7 +34,10 @@ class References:
             return
         if not isinstance(reference, nn.Module):
             raise ArgumentTypeError(f"reference is a {type(reference).__name__}; a module is needed, or None.")
-        for target in dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr")):
+        targets = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
+        if isinstance(reference, TracedModule):  # weights are plain here where a norm may compute them there
+            reference = driver.without_norms(reference, {named_by_original(target) or target for target in targets})
+        for target in targets:
             self._add(reference, target)
 
     def _add(self, reference: nn.Module, target: str) -> None:
@@ -106,5 +111,8 @@ def _value(module: nn.Module, name: str) -> Tensor | None:
     if found.original is not None:
         return found.value()
     owner, attribute = locate(module, name)
+    for hook in owner._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == attribute:  # the attribute is from the last forward
+            return hook.compute_weight(owner).detach()  # type: ignore[no-any-return]
     value = getattr(owner, attribute, None)
     return value.detach() if isinstance(value, Tensor) else None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 from fxprune.graph.masks import masked_views, view
 from fxprune.graph.names import tensor_at
@@ -26,6 +27,7 @@ from fxprune.prune.repair.fitting import Family, Solved, families
 from fxprune.prune.repair.judging import Judge, parts
 from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.new_biases import biasable, make_biases
+from fxprune.prune.repair.normed import carry, weight_norms
 from fxprune.prune.repair.pair import Pair
 from fxprune.prune.repair.pieces import Pieces
 from fxprune.prune.repair.progress import Progress
@@ -112,11 +114,16 @@ def reconstruct(
     dampings = _dampings(damping)
     if not isinstance(new_biases, bool):
         raise ArgumentTypeError(f"new_biases={new_biases!r}: True or False is needed.")
-    changes = Changes()
+    changes, norms = Changes(), weight_norms(traced)
     with torch.no_grad(), seeded(traced):
+        if reference is None:
+            _require_unchanged(traced)
+        plain = driver.without_norms(traced, norms)
         try:
-            sweep = _Sweep(traced, References(traced, traced.graphs["eval"], reference, changes), changes, new_biases)
-            readers, samples, output = sweep.run(Batches(traced, sweep.graph, batches, weight), dampings)
+            references = References(plain, plain.graphs["eval"], reference, changes)
+            sweep = _Sweep(plain, references, changes, new_biases, norms)
+            readers, samples, output = sweep.run(Batches(plain, sweep.graph, batches, weight), dampings)
+            carry(plain, traced, norms, changes)
         except BaseException:
             changes.undo()
             raise
@@ -137,28 +144,36 @@ def _dampings(damping: Any) -> tuple[float, ...]:
     return given
 
 
+def _require_unchanged(traced: TracedModule) -> None:
+    if changed := [found.name for found in masked_views(traced) if found.changed_since_masked]:
+        raise PruningError(
+            f"{first_of(changed)} changed since they were masked, so that the module without its masks is no "
+            "reference. Give one: reference=, a copy of the module from before pruning."
+        )
+
+
 class _Sweep:
     """What is to be refitted of a module, and how.
 
     Attributes:
         graph: the eval graph. readers: those to refit. alone: why others are left alone.
-        made: by the weight of a reader, the bias that it is to get.
+        made: by the weight of a reader, the bias that it is to get; of `normed` weights none does.
     """
 
-    def __init__(self, traced: TracedModule, references: References, changes: Changes, new_biases: bool) -> None:
+    def __init__(
+        self,
+        traced: TracedModule,
+        references: References,
+        changes: Changes,
+        new_biases: bool,
+        normed: Collection[str],
+    ) -> None:
         self.traced, self.references, self.changes = traced, references, changes
         self.graph = traced.graphs["eval"]
         self.found, alone = find(traced, self.graph)
         states, states_alone = find_states(traced, self.graph)
         readers = [*self.found, *states]
         products = {node: mask_product(traced, node) for node in self.graph.nodes}
-        if references.is_own and (
-            changed := [found.name for found in masked_views(traced) if found.changed_since_masked]
-        ):
-            raise PruningError(
-                f"{first_of(changed)} changed since they were masked, so that the module without its masks is no "
-                "reference. Give one: reference=, a copy of the module from before pruning."
-            )
         self.unmasked = {node: operand for node, operand in products.items() if operand is not None}
         sources = self._sources()
         if not sources:
@@ -175,7 +190,7 @@ class _Sweep:
         if not self.readers:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.alone.items()) or "no contraction reads it"
             cure = (
-                " Norms are taken away by fxprune.remove_weight_norm and fxprune.remove_spectral_norm; masks stay."
+                " Norms are taken away by fxprune.remove_spectral_norm and fxprune.remove_weight_norm; masks stay."
                 if "is computed" in why
                 else ""
             )
@@ -190,7 +205,7 @@ class _Sweep:
                 sources.append(node)
         self.layout = Layout.of(self.graph, ends, sources)
         self.made: dict[str, Tensor] = {}
-        self._biasable = biasable(traced, self.readers) if new_biases else frozenset[str]()
+        self._biasable = (biasable(traced, self.readers) if new_biases else frozenset[str]()) - set(normed)
 
     def _sources(self) -> list[fx.Node]:
         """Where the two networks have other values from the start."""

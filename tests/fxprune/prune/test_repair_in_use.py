@@ -197,13 +197,12 @@ def under_norms(norm: str, *names: str) -> tuple[fxprune.TracedModule, Tensor, T
     return traced, x, target
 
 
-@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
-def test_layers_under_norms_are_left_alone_while_others_make_up_for_them(norm: str) -> None:
-    traced, x, target = under_norms(norm, "2")
+def test_layers_under_spectral_norms_are_left_alone_while_others_make_up_for_them() -> None:
+    traced, x, target = under_norms("spectral_norm", "2")
     before = (traced(x) - target).square().sum()
     report = fxprune.reconstruct(traced, x)
     assert report.refitted == ["4.weight"]
-    assert "its weight is computed" in report.alone.values()
+    assert "its weight is computed, and not every fit can be computed so" in report.alone.values()
     assert (traced(x) - target).square().sum() < before
 
 
@@ -212,8 +211,9 @@ def test_networks_under_norms_alone_are_repaired_once_these_are_taken_away(norm:
     names = ("0", "2", "4")
     traced, x, target = under_norms(norm, *names)
     state = {name: tensor.clone() for name, tensor in traced.state_dict().items()}
-    with pytest.raises(PruningError, match="is computed.*fxprune.remove_weight_norm"):
-        fxprune.reconstruct(traced, x)
+    if norm == "spectral_norm":  # a weight norm can compute every fit
+        with pytest.raises(PruningError, match="is computed.*fxprune.remove_spectral_norm"):
+            fxprune.reconstruct(traced, x)
     assert all(torch.equal(tensor, state[name]) for name, tensor in traced.state_dict().items())
     before = (traced(x) - target).square().sum()
     for name in names:
