@@ -25,6 +25,7 @@ from fxprune.errors import (
     NonFiniteWarning,
     PruningError,
 )
+from fxprune.graph.copies import copied_parameters, read_directly
 from fxprune.graph.equality import FOLDED_TOLERANCES, error
 from fxprune.graph.masks import masked_views, named_by_mask
 from fxprune.graph.names import canonical, has_parametrization, locate, one_name
@@ -222,13 +223,19 @@ _SPECTRAL_NORM = _Norm("spectral norm", "spectral_norm", ("original", "0"))
 
 
 def plain_view(traced: TracedModule) -> TracedModule:
-    """The module with every reparametrization folded, to be read only: what none stands on is shared, not copied."""
+    """The module with every reparametrization folded, to be read only: what none stands on is shared, not copied.
+
+    Parameters are read where they are, and not from copies, so that their channels are the same before and after.
+    """
     require_eval(traced, "the analysis of channels")
     names = reparametrized(traced)
-    if not names:
+    if not names and not any(map(copied_parameters, traced.graphs.values())):
         return traced
     plain = run_passes(_copied_around(traced, names), FINALIZE).graph_module
     assert isinstance(plain, TracedModule)
+    for graph in plain.graphs.values():
+        read_directly(graph)
+    plain.recompile()
     return plain
 
 

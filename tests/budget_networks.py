@@ -67,6 +67,20 @@ class RecurrentHead(nn.Module):
         return self.head(F.relu(self.hidden(y[:, -1])))
 
 
+class Tagger(nn.Module):
+    """A recurrent layer both ways, of which every state is read, behind a convolution and before an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.front = nn.Sequential(nn.Conv1d(8, width, 3, padding=1), nn.BatchNorm1d(width), nn.ReLU())
+        self.rnn = nn.LSTM(width, width, batch_first=True, bidirectional=True)
+        self.hidden, self.head = nn.Linear(2 * width, width + 16), nn.Linear(width + 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.rnn(self.front(x.transpose(1, 2)).transpose(1, 2))
+        return self.head(F.relu(self.hidden(states)))
+
+
 class Branches(nn.Module):
     """Branches that are joined, one of which is added to a shortcut."""
 
@@ -100,6 +114,7 @@ FAMILIES: dict[str, tuple[Callable[[int], nn.Module], Callable[[], Tensor]]] = {
     "depthwise": (depthwise, _image),
     "transformer": (transformer, _tokens),
     "recurrent": (RecurrentHead, _tokens),
+    "tagger": (Tagger, _tokens),
     "branches": (Branches, _image),
     "single": (single, _image),
 }
