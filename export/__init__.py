@@ -5,6 +5,7 @@ from fxprune.graph.calls import Call
 
 from .comparison import compare
 from .divergence import Divergence
+from .generation import generate
 from .inspection import Contents, inspect
 from .latency import Latencies, Latency, bench
 from .onnx import ExportReport, to_onnx
@@ -26,6 +27,7 @@ __all__ = [
     "Session",
     "bench",
     "compare",
+    "generate",
     "inspect",
     "to_onnx",
     "to_program",

@@ -31,7 +31,7 @@ from .precision import float16, int8, sparse_initializers
 from .report import Report
 from .session import PRECISION_TOLERANCES, Session
 from .translation import translating
-from .values import as_captured
+from .values import as_captured, captured_names
 from .verification import Draft, FileReport, Proof, other_sizes, verified
 
 
@@ -104,8 +104,10 @@ def to_onnx(
         providers: onnxruntime's, for the verification.
         dynamic_shapes: "captured" keeps the axes free that are free in the capture; None fixes all; else
             `torch.export`'s structure.
-        input_names: one per tensor input; None: the names of the forward's arguments, as in `x`, `batch_ids`.
-        output_names: one per tensor output; None: their paths, as in `logits`, `output_0`; `output` if there is one.
+        input_names: one per tensor input; None: the names of the forward's arguments, as in `x`, `batch_ids`; of
+            transformers' caches `past_key_values.0.key`, as optimum has it.
+        output_names: one per tensor output; None: their paths, as in `logits`, `output_0`; `output` if there is one; of
+            caches `present.0.key`.
         inputs: more inputs to verify on, in the forms that `compare` takes; None: none.
         rtol, atol: as for `compare`.
 
@@ -279,12 +281,21 @@ def _translate(request: _Request) -> _Translation:
         )
     name_weights(program, flat.parameters)
     name_origins(program)
-    name_ends(program, flat.output_names, request.input_names, request.output_names)
+    names = request.input_names or _input_names(program, captured_names(request.final.graphs["eval"], request.sample))
+    name_ends(program, flat.output_names, names, request.output_names)
     name_free_sizes(program)
     drop_stack_traces(program)
     program.model.metadata_props.update(metadata(request.final, request.precision))
     program.model.metadata_props.update(captured_sizes(program, request.sample))
     return translation
+
+
+def _input_names(program: ONNXProgram, of_caches: Sequence[str | None]) -> list[str] | None:
+    """The captured names, and for what caches hold those of its layers; None where torch took other inputs."""
+    captured = [str(value.name) for value in program.model.graph.inputs]
+    if len(captured) != len(of_caches):
+        return None
+    return [name or given for given, name in zip(captured, of_caches, strict=True)]
 
 
 def _convert(request: _Request, draft: Draft) -> _Written:

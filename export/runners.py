@@ -16,7 +16,7 @@ from torch import nn
 from fxprune.capture.archives import read_program
 from fxprune.errors import CompareError, FxpruneError
 from fxprune.files import check_suffix
-from fxprune.graph.calls import Call
+from fxprune.graph.calls import Call, cloned
 from fxprune.graph.snapshot import preserved
 
 from .session import Session
@@ -41,7 +41,7 @@ class TorchRunner(ABC):
         Raises:
             CompareError: it cannot run these inputs, or returns what cannot be compared.
         """
-        args, kwargs = _cloned((args, kwargs))
+        args, kwargs = cloned((args, kwargs))
         with torch.enable_grad():
             try:
                 outputs = output_tensors(self._call(args, kwargs), self.name)
@@ -149,13 +149,3 @@ def _way_to_a_runner(item: object) -> str:
 
 def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
-
-
-def _cloned(tree: Any) -> Any:
-    """Copies of the tensors in a pytree; what was one tensor stays one."""
-    copies: dict[int, torch.Tensor] = {}
-
-    def clone(tensor: torch.Tensor) -> torch.Tensor:
-        return copies.setdefault(id(tensor), tensor.detach().clone())
-
-    return pytree.tree_map_only(torch.Tensor, clone, tree)

@@ -68,6 +68,7 @@ class Session:
 
     Attributes:
         name: the file's name. inputs: types and shapes by name, in order. outputs: the names of its outputs.
+        shapes: of the inputs by name, a text where a size is free.
         metadata: what the file says of itself, by key. rtol: the tolerance of its precision, where it states that.
         providers: those that it runs on. placement: how many operators each of them runs.
 
@@ -101,6 +102,7 @@ class Session:
             raise CompareError(f"'{path}' was to be run; there is {found} of that name. Give an .onnx file's path.")
         self._session = _load(path, providers, threads)
         self.inputs = {value.name: f"{value.type} {value.shape}" for value in self._session.get_inputs()}
+        self.shapes = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         precision = self.metadata.get("fxprune.precision", "")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from fxprune.capture.caches import CachePath, cache_paths, is_cache
+from fxprune.capture.structures import register_classes
 from fxprune.errors import CompareError
 from fxprune.graph.arguments import Signature
 from fxprune.graph.calls import Call
@@ -18,10 +21,17 @@ from fxprune.graph.calls import Call
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a pytree with their paths, as in `logits`, `[0]`, `state.h[1]`; a bare leaf has the path ''."""
     try:
-        leaves, _ = pytree.tree_flatten_with_path(tree)
+        leaves, _ = pytree.tree_flatten_with_path(tree, is_leaf=is_cache)
     except ValueError:  # a registered node type without key paths
         return [(f"[{i}]", leaf) for i, leaf in enumerate(pytree.tree_leaves(tree))]
-    return [(path_text(path), leaf) for path, leaf in leaves]
+    return [named for path, leaf in leaves for named in _named(path_text(path), leaf)]
+
+
+def _named(path: str, leaf: Any) -> list[tuple[str, Any]]:
+    if not is_cache(leaf):
+        return [(path, leaf)]
+    register_classes(leaf)
+    return list(zip(cache_paths(leaf, path), pytree.tree_leaves(leaf), strict=True))
 
 
 def path_text(path: Any) -> str:
@@ -36,7 +46,12 @@ def _step(key: Any) -> str:
 
 
 def identifier(path: str, prefix: str) -> str:
-    """A path of `named_leaves` as a name for an ONNX value: `[0]` with the prefix `output` gives `output_0`."""
+    """A path of `named_leaves` as a name for an ONNX value: `[0]` with the prefix `output` gives `output_0`.
+
+    What a cache holds keeps its dots, and is called `present.0.key` among the outputs, as optimum has it.
+    """
+    if isinstance(path, CachePath):
+        return f"present{path[path.index('.') :]}" if prefix == "output" and "." in path else str(path)
     name = re.sub(r"\W+", "_", path).strip("_")
     return name if name and not name[0].isdigit() else f"{prefix}_{name}".rstrip("_")
 
@@ -66,11 +81,20 @@ def output_tensors(value: Any, owner: str) -> dict[str, torch.Tensor]:
 
 
 def input_tensors(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: Collection[str] = ()
 ) -> tuple[list[torch.Tensor], list[tuple[str, torch.Tensor]]]:
-    """The tensors of a call: those given by order, and those by name as a file's inputs are named."""
-    by_name = [(identifier(p, "input"), v) for p, v in named_leaves(kwargs) if isinstance(v, torch.Tensor)]
+    """The tensors of a call: those given by order, and those by name, as a file's inputs are or as in `names`."""
+    leaves = [(path, value) for path, value in named_leaves(kwargs) if isinstance(value, torch.Tensor)]
+    by_name = [(path if path in names else identifier(path, "input"), value) for path, value in leaves]
     return [v for v in pytree.tree_leaves(args) if isinstance(v, torch.Tensor)], by_name
+
+
+def captured_names(graph: fx.Graph, call: Call) -> list[str | None]:
+    """The names of the tensors in a call's caches, None for its other tensors; in the order of the captured inputs."""
+    arranged = as_captured(graph, call)
+    given = dict(zip(Signature.of(graph).names, [*arranged.args, *arranged.kwargs.values()], strict=True))
+    found = [(path, leaf) for path, leaf in named_leaves(given) if isinstance(leaf, torch.Tensor)]
+    return [identifier(path, "input") if isinstance(path, CachePath) else None for path, _ in found]
 
 
 def match_inputs(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -78,7 +102,7 @@ def match_inputs(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
 
     Keyword arguments are matched by name where the names agree, all others by order; what is no tensor is left out.
     """
-    by_order, given = input_tensors(args, kwargs)
+    by_order, given = input_tensors(args, kwargs, names)
     by_name = {name: value for name, value in given if name in names}
     by_order += [value for name, value in given if name not in by_name]
     if len(by_order) + len(by_name) != len(names):

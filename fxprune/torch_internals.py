@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._export.verifier import TrainingIRVerifier
 from torch._ops import OpOverload, OpOverloadPacket
@@ -66,6 +67,7 @@ __all__ = [
     "pruned_tensor",
     "pruning_methods",
     "pytree_info",
+    "register_named_tuple",
     "schema_of",
     "size_expression",
     "size_function",
@@ -199,6 +201,12 @@ def sizes_watched(seen: Callable[[list[str], int | None], None]) -> Iterator[Non
 def size_expression(size: torch.SymInt) -> sympy.Expr:
     """The expression of a free size over the symbols of its capture."""
     return size.node.expr
+
+
+def register_named_tuple(kind: type) -> None:
+    """Give a class of named tuples a name in stored specifications, where it has none yet."""
+    if kind not in pytree.SUPPORTED_NODES:
+        pytree._register_namedtuple(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
 
 
 # ---- optimizers

@@ -23,6 +23,7 @@ from fxprune.artifacts.restoring import restored
 from fxprune.artifacts.stored_graphs import written_graph
 from fxprune.calling import named_arguments
 from fxprune.capture.archives import is_program, read_members, read_program
+from fxprune.capture.caches import register_library
 from fxprune.capture.programs import from_program
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, SuffixError
 from fxprune.files import atomic
@@ -144,6 +145,7 @@ def _loaded_alone(path: str | os.PathLike[str]) -> TracedModule:
         members = read_members(path)
         if is_program(members):
             return from_program(read_program(path))
+        _know_classes(members)
         checkpoint = read_checkpoint(members)
         if not checkpoint.programs:
             raise ArgumentError(f"'{path}' was saved with programs=False: give load the model, too.")
@@ -157,8 +159,15 @@ def _loaded_into(path: str | os.PathLike[str], model: nn.Module) -> TracedModule
         members = read_members(path)
         if is_program(members):
             raise ArgumentError(f"'{path}' is a program, which is restored without a model: leave it out.")
+        _know_classes(members)
         checkpoint = read_checkpoint(members, device)
     return refitted(checkpoint, model)
+
+
+def _know_classes(members: dict[str, bytes]) -> None:
+    """Make classes of the transformers library known where the file names any."""
+    if any(b"transformers." in content for name, content in members.items() if name != TENSORS):
+        register_library()
 
 
 @contextlib.contextmanager
@@ -178,6 +187,6 @@ def _damage_named(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:  # torch's readers have errors that derive from nothing narrower
         raise ArtifactError(
             f"'{path}' cannot be restored: {type(error).__name__}: {error}. A file that is truncated or altered must "
-            "be written again; classes of its inputs and outputs must be imported first, and registered with "
-            "torch.export.register_dataclass."
+            "be written again; classes of its inputs and outputs must be imported first (import transformers for its "
+            "own), and dataclasses registered with torch.export.register_dataclass."
         ) from error

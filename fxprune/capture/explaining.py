@@ -17,6 +17,7 @@ from fxprune.capture.places import place_of_error
 from fxprune.capture.protection import attributes_kept, generators_kept
 from fxprune.capture.sample import Sample
 from fxprune.errors import CaptureError, SampleError
+from fxprune.graph.calls import cloned
 from fxprune.graph.snapshot import preserved
 from fxprune.reports import first_of
 
@@ -147,7 +148,7 @@ def eager_failure(model: nn.Module, sample: Sample, mode: str) -> SampleError | 
 
     The model runs once, on copies of the inputs, and is left as it was.
     """
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (sample.args, dict(sample.kwargs)))
+    args, kwargs = cloned((sample.args, dict(sample.kwargs)))
     with attributes_kept(model), generators_kept(), preserved(model), torch.enable_grad():
         try:
             model.train(mode == "train")

@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import AdditionalInputs, ExportedProgram, ShapesCollection
 
+from fxprune.capture.caches import is_cache
 from fxprune.capture.places import Place, module_names, place_now
 from fxprune.capture.programs import input_nodes
 from fxprune.capture.sample import Sample
@@ -80,6 +81,10 @@ def _axes(value: Any, shapes: Any, name: str, source: str) -> Iterator[FreeAxis]
     elif isinstance(value, Mapping) and isinstance(shapes, Mapping):
         for key in (key for key in value if key in shapes):
             yield from _axes(value[key], shapes[key], f"{name}.{key}", f"{source}[{key!r}]")
+    elif is_cache(value) and isinstance(shapes, list | tuple):
+        children, _ = pytree.SUPPORTED_NODES[type(value)].flatten_with_keys_fn(value)  # type: ignore[misc]
+        for (key, child), inner in zip(children, shapes, strict=False):
+            yield from _axes(child, inner, f"{name}.{str(key).strip('[].').strip(chr(39))}", f"{source}{key}")
     elif isinstance(value, list | tuple) and isinstance(shapes, list | tuple):
         for i, (entry, inner) in enumerate(zip(value, shapes, strict=False)):
             yield from _axes(entry, inner, f"{name}[{i}]", f"{source}[{i}]")

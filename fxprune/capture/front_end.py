@@ -16,7 +16,7 @@ from fxprune.capture.exporting import Exported, export_modes
 from fxprune.capture.protection import Reads, one_at_a_time
 from fxprune.capture.sample import Sample
 from fxprune.capture.sample_checks import check_batch, check_model, checked_sample
-from fxprune.capture.structures import by_argument, keywords_named, register_dataclasses
+from fxprune.capture.structures import by_argument, keywords_named, register_classes, spread
 from fxprune.capture.tagging import tag_results
 from fxprune.capture.unlifting import unlift
 from fxprune.errors import ArgumentError, CaptureError
@@ -55,7 +55,8 @@ def trace(
             `fxprune.Call` of both; any dtype and device that the model takes. Only shapes and dtypes matter.
         kwargs: sample keyword inputs beside these.
         dynamic_shapes: "batch" frees axis 0 of every tensor whose size there is that of the first tensor input; None
-            fixes every size; anything else goes to `torch.export.export` as it is.
+            fixes every size; anything else goes to `torch.export.export` as it is, but that one dict of axes for a
+            cache of the transformers library stands for all its tensors.
         modes: which of "train" and "eval" to capture; one mode costs half.
 
     Returns:
@@ -84,7 +85,9 @@ def trace(
         check_batch(call)
     sample = Sample(*call)
     with one_at_a_time():
-        register_dataclasses((sample.args, sample.kwargs))
+        register_classes((sample.args, sample.kwargs))
+        dynamic_shapes = spread(model, dynamic_shapes, sample.args, sample.kwargs)
+        sample = sample.rebuilt()
         shapes = by_argument(model, dynamic_shapes)
         with keywords_named(model, sample.kwargs):
             exported, sample = export_modes(model, sample, shapes, modes)

@@ -23,6 +23,11 @@ class Sample:
     kwargs: Mapping[str, Any]
     free: tuple[int, ...] = ()
 
+    def rebuilt(self) -> Sample:
+        """The same tensors in containers of its own: a cache among them goes on to grow in the caller's hands."""
+        args, kwargs = pytree.tree_map(lambda leaf: leaf, (self.args, dict(self.kwargs)))
+        return Sample(args, kwargs, self.free)
+
     def with_free_batch(self) -> Sample:
         """The sample with a free axis 0 where that has the size of the first tensor's.
 

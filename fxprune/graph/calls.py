@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -106,6 +107,16 @@ def each_call(inputs: Any, *, error: type[FxpruneError] = InputError) -> Iterato
         return
     for item in inputs:
         yield from as_calls([item], error=error, where=f", of a {type(inputs).__name__}")
+
+
+def cloned(tree: Any) -> Any:
+    """Copies of the tensors in nested inputs; what was one tensor stays one."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def clone(tensor: torch.Tensor) -> torch.Tensor:
+        return copies.setdefault(id(tensor), tensor.detach().clone())
+
+    return pytree.tree_map_only(torch.Tensor, clone, tree)
 
 
 _SINGLE = (tuple, Mapping, torch.Tensor, np.ndarray, np.generic, str, bytes, os.PathLike, nn.Module)

@@ -17,6 +17,7 @@ from torch.fx.graph import PythonCode
 from fxprune.errors import ArgumentError, ArtifactError, CaptureError, ExportError, FxpruneWarning
 from fxprune.graph.arguments import InputCheck
 from fxprune.graph.attributes import absent, check_unseen
+from fxprune.graph.calls import cloned
 from fxprune.graph.containers import Container, ReadByName, share_contents
 from fxprune.graph.names import join
 from fxprune.graph.parts import adopt, refuse_replacement
@@ -343,7 +344,8 @@ class TracedModule(ReadByName, fx.GraphModule):
         """
         with preserved(self), torch.no_grad():
             torch.manual_seed(0)
-            return pytree.tree_leaves(self.train(mode == "train")(*self.example_args, **self.example_kwargs))
+            args, kwargs = cloned((self.example_args, self.example_kwargs))  # a model may write into its inputs
+            return pytree.tree_leaves(self.train(mode == "train")(*args, **kwargs))
 
     # ---- copies, conversions, checkpoints
 

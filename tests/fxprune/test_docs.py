@@ -29,7 +29,7 @@ def _registrations_undone() -> Iterator[None]:
 
 
 @every_page
-@pytest.mark.usefixtures("_registrations_undone")
+@pytest.mark.usefixtures("_registrations_undone", "_torchvision_operators")
 def test_the_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

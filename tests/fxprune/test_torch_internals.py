@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from typing import NamedTuple
 
 import pytest
 import sympy
@@ -444,6 +445,17 @@ def test_convert_tensors_passes_by_what_the_class_does_besides() -> None:
     internals.convert_tensors(layer[0], torch.Tensor.double)
     assert layer[0].weight is weight
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
+
+
+def test_register_named_tuple_gives_a_class_a_name_in_stored_specifications() -> None:
+    class Found(NamedTuple):
+        value: int
+
+    for _ in range(2):  # a second time changes nothing
+        internals.register_named_tuple(Found)
+    structure = pytree.tree_structure(Found(1))
+    assert pytree.treespec_loads(pytree.treespec_dumps(structure)) == structure
+    assert f"{__name__}." in pytree.treespec_dumps(structure)
 
 
 # ---- dispatch
