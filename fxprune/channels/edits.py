@@ -186,6 +186,35 @@ class TakeIndices(Edit):
         return f"{self.node.name}: what stays of {len(self.taken)} of {len(self.ids)}"
 
 
+@dataclass(frozen=True, eq=False)
+class HoldIndex(Edit):
+    """The indices `taken` of an axis, some of whose channels go, by an index that is held.
+
+    Attributes:
+        node: a call that takes them by an index that is computed, or that others read as well.
+        data, dim: what it takes from.
+        ids: of the axis.
+    """
+
+    node: fx.Node
+    data: fx.Node
+    dim: int
+    ids: Vector
+    taken: Vector
+
+    def apply(self, kept: Kept) -> None:
+        alive = kept.alive(self.ids)
+        if alive.all():
+            return
+        places = (np.cumsum(alive) - 1)[self.taken[alive[self.taken]]]
+        index = _held(self.node, torch.from_numpy(places))
+        self.node.target = torch.ops.aten.index_select.default
+        self.node.args, self.node.kwargs = (self.data, self.dim, index), {}
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: what stays of {len(self.taken)} of {len(self.ids)}, by a held index"
+
+
 def _held(node: fx.Node, index: Tensor) -> fx.Node:
     """The read, before `node`, of a buffer that holds an index for it; graphs share what is equal."""
     value = node.meta["val"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +17,12 @@ from fxprune.torch_internals import OpOverload
 
 
 def run(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Tensor | None:
-    """The operator applied to reduced values; None where it cannot take them."""
+    """The operator applied to reduced values; None where it cannot take them, or does not give one tensor."""
+    result = _called(node, values)
+    return result if isinstance(result, Tensor) else None
+
+
+def _called(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Any:
     target = node.target
     assert isinstance(target, OpOverload)
     if is_mutating(node):
@@ -25,24 +31,30 @@ def run(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Tensor | None:
         values = {n: value.expand(shape).clone() if n is first else value for n, value in values.items()}
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
     try:
-        result = target(*args, **kwargs)
+        return target(*args, **kwargs)
     except (RuntimeError, TypeError):  # dtypes or shapes that the reduced form cannot have
         return None
-    return result if isinstance(result, Tensor) else None
 
 
 def exactly(walk: Walk, node: fx.Node, result: Result) -> Result:
-    """The result of an operator on parameters and buffers alone, which is one value: as eager computes it.
+    """The results of an operator on parameters and buffers alone, which are one value each: as eager computes them.
 
     A result whose axes lost their channels on the way is left as its rule has it.
     """
+    if walk.facts and isinstance(result, list) and _is_fixed(walk, node):
+        values = _called(node, {operand: _stored(walk, operand) for operand in node.all_input_nodes})
+        return result if values is None else [_settled(each, value) for each, value in zip(result, values, strict=True)]
     if not walk.facts or not isinstance(result, Value):
         return result
     if result.stored and result.facts is not None:
         return result if _is_whole(result) else replace(result, facts=replace(result.facts, stored=False))
     if not _is_fixed(walk, node):
         return result
-    value = run(node, {operand: _stored(walk, operand) for operand in node.all_input_nodes})
+    return _settled(result, run(node, {operand: _stored(walk, operand) for operand in node.all_input_nodes}))
+
+
+def _settled(result: Value, value: Tensor | None) -> Value:
+    """The result with its value, where this has its reduced shape."""
     if value is None or list(value.shape) != reduced_shape(result.axes):
         return result
     return replace(result, facts=Known.tensor(value.detach()))

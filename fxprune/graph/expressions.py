@@ -30,7 +30,7 @@ def evaluate(root: nn.Module, node: fx.Node) -> torch.Tensor:
     """
     steps = closure(node)
     for step in steps:
-        if not _is_constant(step):
+        if not is_repeatable(step):
             raise FinalizeError(
                 f"{describe(node)} was to be folded into a parameter, but it depends on {describe(step)}, which is "
                 "an input, random, or writes a buffer. Such an expression has no constant value."
@@ -40,7 +40,7 @@ def evaluate(root: nn.Module, node: fx.Node) -> torch.Tensor:
     return result
 
 
-def _is_constant(node: fx.Node) -> bool:
+def is_repeatable(node: fx.Node) -> bool:
     """Whether a node has one value, given those that it reads."""
     if node.op == "get_attr":
         return True

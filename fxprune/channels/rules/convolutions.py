@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -87,7 +87,7 @@ class Convolution(OperatorCall):
         data = walk.blur(self.node, data, range(channel + 1, data.rank), "space of a convolution")
         for axis in weight.axes[2:]:
             walk.pin_axis(self.node, axis, "kernel of a convolution")
-        data, columns = walk.merged(self.node, data, channel)
+        data, columns = walk.merged(self.node, self._in_groups(walk, data, channel), channel)
         if self.groups == 1 or self.is_transposed:
             joined = walk.join(self.node, [data.axes[channel], weight.axes[1 - self.row_axis]])
             columns = walk.vector(self.node, joined)
@@ -113,6 +113,17 @@ class Convolution(OperatorCall):
         if self.data in walk.maps:
             self._read_maps(walk, walk.readers[-1], weight)
         return self._with_maps(walk, result, layer, walk.readers[-1])
+
+    def _in_groups(self, walk: Walk, data: Value, channel: int) -> Value:
+        """The input with ids, which all stay, where it carries no channels and is read in groups."""
+        axis = data.axes[channel]
+        if self.groups == 1 or self.counts == (1, 1) or axis.carries or type(axis.size) is not int or axis.size == 1:
+            return data
+        ids = walk.ids.fresh(axis.size)
+        walk.pin(self.node, ids, "reads in groups what carries no channels")
+        axes, facts = data.replaced_axis(channel, Axis.of(ids)), data.facts
+        shape = reduced_shape(axes)
+        return replace(data, axes=axes, facts=None if facts is None else facts.map(lambda known: known.expand(shape)))
 
     @property
     def windows(self) -> tuple[Window, ...]:

@@ -12,11 +12,23 @@ import torch
 from torch import fx, nn
 
 from fxprune.channels.axes import Axis, same_size
-from fxprune.channels.edits import Count, DropItems, Extent, PartSizes, Reindex, ReplaceCall, SetArguments, TakeIndices
+from fxprune.channels.edits import (
+    Count,
+    DropItems,
+    Extent,
+    HoldIndex,
+    PartSizes,
+    Reindex,
+    ReplaceCall,
+    SetArguments,
+    TakeIndices,
+)
 from fxprune.channels.ids import Vector
 from fxprune.channels.registry import REGISTRY, OperatorCall, register
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result, Walk
+from fxprune.graph.expressions import is_repeatable
+from fxprune.graph.interpretation import run_nodes
 
 aten = torch.ops.aten
 # torch.export's end of a slice that takes everything
@@ -231,15 +243,15 @@ def indexed(walk: Walk, node: fx.Node, data: fx.Node, indices: list[Any]) -> Res
     value = walk.value(data)
     used = [dim for dim, index in enumerate(indices) if index is not None]
     if len(used) == 1:
-        found = _indexed_by_constant(walk, node, value, used[0], indices[used[0]])
+        found = _indexed_by_constant(walk, node, data, used[0], indices[used[0]])
         if found is not None:
             return found
     return _indexed_by_data(walk, node, value, used, indices)
 
 
-def _indexed_by_constant(walk: Walk, node: fx.Node, value: Value, dim: int, index: fx.Node) -> Value | None:
+def _indexed_by_constant(walk: Walk, node: fx.Node, data: fx.Node, dim: int, index: fx.Node) -> Value | None:
     constant = walk.value(index)
-    value = walk.flat(node, value, dim)
+    value = walk.flat(node, walk.value(data), dim)
     ids, positions = value.axes[dim].ids, _stored_index(walk, index)
     if ids is None or positions is None or constant.rank != 1:
         return None
@@ -252,7 +264,7 @@ def _indexed_by_constant(walk: Walk, node: fx.Node, value: Value, dim: int, inde
     if name is not None and walk.is_read_once(name):
         walk.reindexed.append(Reindex(name, ids, order))
     else:
-        walk.pin(node, ids, "indexed by a computed constant")
+        walk.edits.append(HoldIndex(node, data, dim, ids, order.numpy()))
     return value.moved(value.replaced_axis(dim, axis), lambda tensor: tensor.index_select(dim, order))
 
 
@@ -264,8 +276,34 @@ def _stored_index(walk: Walk, index: fx.Node) -> torch.Tensor | None:
     elif name is not None and name in walk.parameters.tensors and not walk.is_written_name(name):
         found = walk.parameters.tensors[name].detach().cpu()
     else:
-        return None
+        computed = _computed_index(walk, index)
+        if computed is None:
+            return None
+        found = computed
     return None if found.is_floating_point() or found.dtype in (torch.bool, torch.uint8) else found
+
+
+def _computed_index(walk: Walk, index: fx.Node) -> torch.Tensor | None:
+    """An index that is computed from numbers and buffers that nothing writes, as `arange` is; None for any other."""
+    steps, pending = {index}, [index]
+    while pending and len(steps) <= _MOST_STEPS:
+        node = pending.pop()
+        if node.op == "get_attr":
+            name = str(node.target)
+            if name not in walk.parameters.tensors or walk.is_written_name(name):
+                return None
+        elif not is_repeatable(node):
+            return None
+        fresh = [operand for operand in node.all_input_nodes if operand not in steps]
+        steps.update(fresh)
+        pending += fresh
+    if len(steps) > _MOST_STEPS:
+        return None
+    found = run_nodes(sorted(steps), walk.parameters.tensors.__getitem__)[index]
+    return found.detach().cpu() if isinstance(found, torch.Tensor) else None
+
+
+_MOST_STEPS = 64
 
 
 def _read_by(index: fx.Node) -> str | None:

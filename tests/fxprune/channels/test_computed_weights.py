@@ -14,6 +14,13 @@ from tests.fxprune.channels.exactness import error
 
 Computed = Callable[[Tensor, Tensor], Tensor]
 
+
+def standardized(weight: Tensor, scale: Tensor) -> Tensor:
+    """As the convolutions of BiT and NFNet compute theirs."""
+    variance, mean = torch.var_mean(weight, dim=(1, 2, 3), keepdim=True, correction=0)
+    return scale * (weight - mean) / torch.sqrt(variance + 1e-5)
+
+
 # of a weight [16, 3, 3, 3] and a scale [16, 1, 1, 1]
 WEIGHTS: dict[str, Computed] = {
     "hyperbolic tangent": lambda weight, scale: weight.tanh(),
@@ -21,6 +28,7 @@ WEIGHTS: dict[str, Computed] = {
     "scaled": lambda weight, scale: weight * scale,
     "centred": lambda weight, scale: weight - weight.mean((1, 2, 3), keepdim=True),
     "standardized": lambda weight, scale: weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5),
+    "standardized at once": standardized,
     "rounded": lambda weight, scale: (8 * weight).round() / 8,
     # where the weight is masked it is one, but nothing reads the row
     "cosine": lambda weight, scale: weight.cos(),

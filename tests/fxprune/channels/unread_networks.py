@@ -129,6 +129,12 @@ SELECTIONS: dict[str, Case] = dict(
         _selected("narrow from the end", lambda x: x.narrow(1, -5, 5), 5),
         _selected("two indices, stacked", lambda x: torch.stack([x[:, 3], x[:, -1]], 1), 2),
         _selected("a list of indices", lambda x: x[:, [1, 5, 9, 14]], 4),
+        _selected("an index by arange", lambda x: x[:, 2 * torch.arange(8)], 8),
+        _selected("index_select by arange", lambda x: x.index_select(1, torch.arange(15, 0, -3)), 5),
+        _image(
+            "an index that is computed, with repeats", lambda x: x[:, torch.arange(-4, 4).abs() + 3],
+            lambda: conv(3, 16), lambda: conv(8, 4), 5,
+        ),
         _selected("chunk", lambda x: x.chunk(2, 1)[1], 8),
         _selected("chunk with a rest", lambda x: x.chunk(3, 1)[2], 4),
         _selected("split", lambda x: x.split([3, 5, 8], 1)[1], 5),
@@ -441,7 +447,14 @@ def _convolutions(over: str) -> dict[str, Case]:
         return layer(inputs, outputs, kernel, padding=kernel // 2, **more)
 
     first, both = {("first.weight", 0): 8}, {("first.weight", 0): 8, ("second.weight", 0): 8}
+    parts, split = (0, 1, 4, 5, 8, 9), {("second.weight", 1): 6}
     found = {
+        "groups of the input": _chain(
+            over, split, lambda: dead(layer(3, 12, 3, groups=3), parts), lambda: plain(12, 4)
+        ),
+        "transposed groups of the input": _chain(
+            over, split, lambda: dead_outputs(up(3, 12, 3, groups=3), parts), lambda: plain(12, 4)
+        ),
         "dead": _chain(over, first, lambda: dead(plain(3, 16, 3), EIGHT), lambda: plain(16, 4, 3, stride=2)),
         "unread": _chain(over, first, lambda: plain(3, 16, 3), lambda: unread(plain(16, 4, 3), EIGHT)),
         "constants under padding": _chain(
