@@ -83,7 +83,8 @@ def flatten(final: TracedModule, structured: bool = False) -> Flat:
     if structured:
         tree = _plain(pytree.tree_unflatten(outputs, info.out_spec))
     else:
-        paths = [path for path, _ in named_leaves(pytree.tree_unflatten(range(len(outputs)), info.out_spec))]
+        stand_ins = [torch.zeros(1, 1, 1, 1)] * len(outputs)  # some classes, as caches, take tensors alone
+        paths = [path for path, _ in named_leaves(pytree.tree_unflatten(stand_ins, info.out_spec))]
         named = _separate_tensors(graph, paths, outputs)
         tree, names = tuple(named), list(named.values())
     graph.output(tuple(pytree.tree_leaves(tree)))

@@ -14,6 +14,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fxprune.calling import named_arguments
+from fxprune.capture.caches import is_cache
 from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call
 from fxprune.graph.traced import TracedModule
@@ -39,9 +40,9 @@ def to_program(
     """Write the eval graph as a `torch.export` program, which `torch.export.load` reads without the model's code.
 
     Free axes stay free; the state dict's keys are those of `final`, but for an underscore at Python's keywords; outputs
-    in classes of the model's own come as dicts. The file is loaded, run on the sample inputs and at other sizes, and
-    compared with `final`; only then it is renamed to `path`. `fxprune.json` inside has what `to_onnx` puts into the
-    metadata.
+    in classes of the model's own come as dicts. Caches of transformers are inputs still, for readers that have imported
+    it; sample inputs are left out then. The file is loaded, run on the sample inputs and at other sizes, and compared
+    with `final`; only then it is renamed to `path`. `fxprune.json` inside has what `to_onnx` puts into the metadata.
 
     Args:
         final: a traced module with an eval graph, finalized or not. path: the file to write, `.pt2`.
@@ -66,6 +67,8 @@ def to_program(
             program = _exported(module, final)
             for node in program.graph.nodes:
                 node.meta.pop("stack_trace", None)  # absolute paths of this machine's sources
+            if any(map(is_cache, pytree.tree_leaves(program.example_inputs, is_leaf=is_cache))):
+                program.example_inputs = None  # torch would pickle the caches among them
             torch.export.save(program, file, extra_files={"fxprune.json": json.dumps(metadata(final))})
         return _reported(draft, final, program, proof)
 

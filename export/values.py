@@ -31,7 +31,11 @@ def _named(path: str, leaf: Any) -> list[tuple[str, Any]]:
     if not is_cache(leaf):
         return [(path, leaf)]
     register_classes(leaf)
-    return list(zip(cache_paths(leaf, path), pytree.tree_leaves(leaf), strict=True))
+    inner, _ = pytree.tree_flatten_with_path(leaf)
+    names: list[str] = list(cache_paths(leaf, path))
+    if len(names) != len(inner):  # registered by others, in another form
+        names = [f"{path}.{path_text(steps)}" for steps, _ in inner]
+    return [(name, value) for name, (_, value) in zip(names, inner, strict=True)]
 
 
 def path_text(path: Any) -> str:

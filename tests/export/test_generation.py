@@ -54,6 +54,33 @@ def test_64_greedy_tokens_are_eagers_with_and_without_padding(name: str, transfo
     assert ended[0].tolist() == first[: first.index(end, 5) + 1] if end in first[5:] else first
 
 
+def test_a_cache_has_the_key_value_heads_that_pruning_leaves(transformers: Any, tmp_path: Path) -> None:
+    model = decoder("Llama", transformers)
+    ids = tokens(2, 6)
+    sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    shapes = {"input_ids": FREE, "attention_mask": FREE, "use_cache": None}
+    traced = fxprune.trace(model, sample, dynamic_shapes=shapes, modes=("eval",))
+    fxprune.prune.channels(traced, 0.5, kinds="key-value group", round_to=1)
+    small: Any = fxprune.write_back(fxprune.finalize(traced), model)
+    inputs = step(small, transformers.DynamicCache(), 2, 3, 4)
+    assert [layer.keys.shape[1] for layer in inputs["past_key_values"].layers] == [1, 1]
+    captured = fxprune.trace(small, inputs, dynamic_shapes=STEP_SHAPES, modes=("eval",))
+    fxprune.export.to_onnx(captured, path := tmp_path / "small.onnx")
+    assert fxprune.export.Session(path).shapes["past_key_values.0.key"][1] == 1
+    prompt = tokens(3, 5)
+    expected = _eager(small, {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)})
+    assert torch.equal(fxprune.export.generate(path, prompt, max_new_tokens=STEPS), expected)
+
+
+def test_a_program_takes_and_returns_caches(transformers: Any, tmp_path: Path) -> None:
+    model = decoder("GPT2", transformers)
+    sample = step(model, transformers.DynamicCache(), 2, 3, 4)
+    traced = fxprune.trace(model, sample, dynamic_shapes=STEP_SHAPES, modes=("eval",))
+    report = fxprune.export.to_program(traced, path := tmp_path / "decoder.pt2")
+    assert report.comparison
+    assert fxprune.compare(traced, path, inputs=step(model, transformers.DynamicCache(), 3, 1, 5)).ok
+
+
 def _cached(prefix: str) -> list[str]:
     return [f"{prefix}.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
 
