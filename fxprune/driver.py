@@ -17,21 +17,26 @@ from torch import nn
 from fxprune.calling import named_arguments
 from fxprune.channels import ChannelPlan
 from fxprune.channels.groups import ChannelGroups, Grouping
+from fxprune.channels.registry import REPORT, failed_with
 from fxprune.errors import (
+    AnalysisWarning,
     ArgumentTypeError,
     EvalConstantWarning,
     FinalizeError,
     FxpruneWarning,
     NonFiniteWarning,
+    PassError,
     PruningError,
 )
 from fxprune.graph.copies import copied_parameters, read_directly
 from fxprune.graph.equality import FOLDED_TOLERANCES, error
+from fxprune.graph.error_sites import node_of, step_of
 from fxprune.graph.masks import masked_views, named_by_mask
 from fxprune.graph.names import canonical, has_parametrization, locate, one_name
 from fxprune.graph.provenance import provenance_of, set_provenance
 from fxprune.graph.reparametrizations import computed_names, hook_state, reparametrized
 from fxprune.graph.requirements import require_eval, require_parameter, require_traced
+from fxprune.graph.text import describe
 from fxprune.graph.traced import Origin, TracedModule
 from fxprune.passes import (
     FINALIZE,
@@ -45,6 +50,9 @@ from fxprune.passes import (
 )
 from fxprune.passes.base import Callback, Pass
 from fxprune.passes.insert_parametrization import InsertParametrization, InsertParametrizations
+
+# of nodes that are left alone one by one, before all are
+_MOST_REFUSED = 8
 
 
 def run(traced: TracedModule, *pipeline: Pass) -> None:
@@ -358,6 +366,7 @@ def finalize(
         ArgumentError: `align` cannot be used.
 
     Warns:
+        AnalysisWarning: what was found of an operator is wrong: channels that it touches stay, as the plan says.
         FxpruneWarning: a `Schedule` of the module was never stepped.
         NonFiniteWarning: a parameter holds NaN or inf.
         EvalConstantWarning: channels went that are constant in eval mode alone, and there is a train graph, which
@@ -383,12 +392,10 @@ def finalize(
         warnings.warn(text, FxpruneWarning, stacklevel=3)
     steps: list[Pass] = [*FINALIZE]
     if shrink or plan is not None:
-        steps.append(RemoveChannels(align, plan, verify, **keep))
+        steps.append(RemoveChannels(align, plan, verify, keep_for_training, keep_for_write_back))
     if fold_batch_norm:
         steps.append(FoldBatchNorm())
-    with torch.inference_mode(False):  # what is made trains on
-        final = run_passes(copy.deepcopy(traced), tuple(steps), after).graph_module
-    assert isinstance(final, TracedModule)
+    final = _run_or_refuse(traced, steps, after)
     final.decide(())  # of masks that are folded
     carried_out = final.plan
     final.record(carried_out, Origin(None if carried_out is traced.plan else carried_out, _sources(traced)))
@@ -401,6 +408,32 @@ def finalize(
     if verify and plan is None and (fold_batch_norm or not removed):
         verify_equal(traced, final, exact=not fold_batch_norm)
     return final
+
+
+def _run_or_refuse(traced: TracedModule, steps: Sequence[Pass], after: Callback | None) -> TracedModule:
+    """The passes run on a copy; where the removal fails at a node, again with the channels left that this touches.
+
+    Where it cannot be told which node it is, or where leaving some did not help, all channels stay.
+    """
+    refused: dict[str, str] = {}
+    while True:
+        tried = [replace(step, refused=refused) if isinstance(step, RemoveChannels) else step for step in steps]
+        try:
+            with torch.inference_mode(False):  # what is made trains on
+                final = run_passes(copy.deepcopy(traced), tried, after).graph_module
+        except (PassError, FinalizeError) as problem:
+            analyzed = any(isinstance(step, RemoveChannels) and step.plan is None for step in steps)
+            everything = {node.name for node in traced.graphs["eval"].nodes if node.op == "call_function"}
+            if not analyzed or step_of(problem) != RemoveChannels.name or everything <= refused.keys():
+                raise
+            node, why = node_of(problem), failed_with(problem.__cause__ or problem)
+            told = node is not None and node.name not in refused and len(refused) < _MOST_REFUSED
+            refused = refused | dict.fromkeys([node.name] if told and node is not None else sorted(everything), why)
+            where = describe(node) if node is not None else "an unknown operator"
+            warnings.warn(f"{where}: {why}. {REPORT}", AnalysisWarning, stacklevel=4)
+            continue
+        assert isinstance(final, TracedModule)
+        return final
 
 
 def _text_of(eval_only: Mapping[str, Sequence[int]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "AnalysisWarning",
     "ArgumentError",
     "ArgumentTypeError",
     "ArtifactError",
@@ -100,6 +101,10 @@ class SparseGradientError(FxpruneError, NotImplementedError):
 
 class FxpruneWarning(UserWarning):
     """Base of fxprune's warnings."""
+
+
+class AnalysisWarning(FxpruneWarning):
+    """What fxprune found of an operator is wrong: its channels stay, and the rest shrinks. Fix: report the model."""
 
 
 class BatchSpecializedWarning(FxpruneWarning):

@@ -13,7 +13,7 @@ import torch
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxprune.errors import FxpruneError, PassError
-from fxprune.graph.error_sites import forget_visits, site_of
+from fxprune.graph.error_sites import failed_in, forget_visits, node_of, site_of
 from fxprune.graph.traced import TracedModule
 
 
@@ -82,10 +82,13 @@ def run_passes(traced: TracedModule, pipeline: Sequence[Pass], after: Callback |
             if modified:  # the module that was given runs as the passes before left it
                 traced.recompile()
             where = _place(error, step, pipeline[:i])
+            failed_in(error, step.name, node_of(error))
             if isinstance(error, FxpruneError):
                 error.add_note(where)
                 raise
-            raise PassError(f"{where}: {type(error).__name__}: {error}") from error
+            failure = PassError(f"{where}: {type(error).__name__}: {error}")
+            failed_in(failure, step.name, node_of(error))
+            raise failure from error
         modified |= changed
         if after is not None:
             after(step, traced, changed, time.perf_counter() - start)

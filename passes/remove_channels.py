@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fxprune.calling import renamed
@@ -23,7 +24,7 @@ class RemoveChannels(Pass):
     multiples that run fast, exactness is untouched), 1 for the least, or the multiple to keep. With `plan` the sizes
     are those of a stored plan, and no constants are folded. `verify` compares the outputs and counts MACs. With
     `keep_for_training` channels stay that are constant in eval mode alone, with `keep_for_write_back` those that are
-    constant but for the border.
+    constant but for the border; with `refused`, names of nodes and reasons, those that these touch.
 
     Example:
         >>> RemoveChannels(align=1)(traced).modified
@@ -35,6 +36,7 @@ class RemoveChannels(Pass):
     verify: bool = True
     keep_for_training: bool = False
     keep_for_write_back: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
     name: ClassVar[str] = "remove-channels"
 
     def requires(self, traced: TracedModule) -> None:
@@ -49,6 +51,7 @@ class RemoveChannels(Pass):
                 align=self.align,
                 keep_for_training=self.keep_for_training,
                 keep_for_write_back=self.keep_for_write_back,
+                refused=self.refused,
             )
             plan = remove(traced, analysis, verify=self.verify)
         else:

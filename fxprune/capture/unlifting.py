@@ -44,8 +44,7 @@ def unlift(
         raise CaptureError("the model returns something else than tensors and constants.")
     inline_no_grad_regions(graph, program.graph_module)
     _hold_branches(graph, program, root, mode)
-    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        graph.erase_node(node)
+    _erase_assertions(graph)
     spec = program.call_spec
     graph.set_codegen(CodeGen(PyTreeInfo(list(names), spec.in_spec, spec.out_spec)))
     return graph
@@ -79,3 +78,11 @@ def _hold_branches(graph: fx.Graph, program: ExportedProgram, root: Container, m
         if isinstance(body, fx.GraphModule):
             node.target = f"_{mode}_{node.target}"
             root.add_module(node.target, body)
+            _erase_assertions(body.graph)
+            body.recompile()
+
+
+def _erase_assertions(graph: fx.Graph) -> None:
+    """Take out what asserts the dtypes of the capture: the graph runs in others, too."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,7 @@ def analyze(
     align: str | int = "auto",
     keep_for_training: bool = False,
     keep_for_write_back: bool = False,
+    refused: Mapping[str, str] | None = None,
 ) -> Analysis:
     """Find the channels whose removal does not change what the eval graph computes.
 
@@ -51,6 +53,7 @@ def analyze(
             constants of positions, which cost less time than a map that is added; an integer n, multiples of n.
         keep_for_training: whether what is constant in eval mode alone stays.
         keep_for_write_back: whether what is constant but for the border stays, whatever `align` is.
+        refused: names of nodes whose channels stay, and why, whatever is known of their operators.
 
     Returns:
         The analysis, its plan in `plan`; `remove` carries it out on the same module.
@@ -58,13 +61,16 @@ def analyze(
     Raises:
         FinalizeError: there is no eval graph.
 
+    Warns:
+        AnalysisWarning: the rule of an operator raised something; its channels stay.
+
     Example:
         >>> analysis = analyze(traced, align=1)
         >>> analysis.plan.removed
         {'0.weight': {0: 3}, '0.bias': {0: 3}, '2.weight': {1: 3}}
     """
     require_eval(traced, "removing channels")
-    relations = couple(traced, traced.graphs)
+    relations = couple(traced, traced.graphs, refused=refused)
     for reader in relations.walks["eval"].readers:
         if keep_for_write_back or align == "auto":
             reader.without_maps()
@@ -82,6 +88,7 @@ def analyze(
     plan.eval_only = dict(passing.channels)
     fill_in(relations, live.alive, plan)
     plan.stayed = dead_that_stay(relations, live)
+    plan.refused = dict(relations.stored.refused)
     return Analysis(traced, plan, relations, live.alive, frozenset(relations.parameters))
 
 

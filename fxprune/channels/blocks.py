@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fxprune.channels.ids import Ids, Mask, Vector
+from fxprune.channels.ids import Ids, Mask, Vector, distinct
 from fxprune.channels.relation import Relation, numbered, positions_of
 from fxprune.channels.units import Balanced, UnitTable
 
@@ -83,7 +83,7 @@ class Takes:
         width = np.repeat([side.shape[1] for side in sides], groups)
         group_of = np.repeat(np.arange(len(width)), width)
         at, unit = units.killers.join(np.concatenate([side.reshape(-1) for side in sides]))
-        (unit, group), count = np.unique(np.stack([unit, group_of[at]]), axis=1, return_counts=True)
+        unit, group, count = distinct(unit, group_of[at])
         side_of = np.repeat(np.arange(len(sides)), groups)
         side = side_of[group]
         return cls(unit, group, count, side, numbered(unit, side), side_of, width, groups)

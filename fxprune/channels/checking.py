@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxprune.channels.axes import Axis
 from fxprune.channels.costs import layer_macs, macs_of_one_sample
@@ -19,6 +20,7 @@ from fxprune.channels.values import Stack, Value
 from fxprune.errors import FinalizeError
 from fxprune.graph.batch import Batch
 from fxprune.graph.equality import close, error
+from fxprune.graph.error_sites import working_on
 from fxprune.graph.interpretation import run
 from fxprune.graph.macs import NodeMacs
 from fxprune.graph.names import tensor_at
@@ -38,18 +40,24 @@ class Before:
     Attributes:
         graph: a copy. origin: its nodes -> those that the coupling knows.
         tensors: parameters and buffers by name.
+        root: holds the bodies of control flow, which removal leaves as they are.
     """
 
     graph: fx.Graph
     origin: dict[fx.Node, fx.Node]
     tensors: dict[str, Tensor]
+    root: nn.Module
 
     @classmethod
-    def of(cls, graph: fx.Graph, tensors: dict[str, Tensor]) -> Before:
+    def of(cls, graph: fx.Graph, tensors: dict[str, Tensor], root: nn.Module) -> Before:
         copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
         copied.output(copied.graph_copy(graph, nodes))
         origin = {copy: node for node, copy in nodes.items()}
-        return cls(copied, origin, {name: tensor.detach() for name, tensor in tensors.items()})
+        return cls(copied, origin, {name: tensor.detach() for name, tensor in tensors.items()}, root)
+
+    def read(self, name: str) -> Any:
+        """What a `get_attr` node of the graph reads."""
+        return self.tensors[name] if name in self.tensors else tensor_at(self.root, name)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ def macs_verified(before: Before, traced: TracedModule, coupling: Coupling, kept
 
     def both(dtype: torch.dtype | None) -> _Runs:
         results, macs = [], []
-        for each, source in ((before.graph, before.tensors.__getitem__), (graph, tensors)):
+        for each, source in ((before.graph, before.read), (graph, tensors)):
             with NodeMacs() as counted:
                 results.append(run(each, source, inputs, dtype, counted.watch))
             macs.append(macs_of_one_sample(each, counted.macs, Batch.of(each)))
@@ -92,11 +100,13 @@ def macs_verified(before: Before, traced: TracedModule, coupling: Coupling, kept
     if all(close(want, got, tolerance) for want, got in zip(runs.before, runs.after, strict=True)):
         return runs.macs
     worst = max(error(want, got) for want, got in zip(runs.before, runs.after, strict=True))
-    where = _first_difference(before, graph, tensors, inputs, dtype, tolerance, coupling, kept)
-    raise FinalizeError(
-        f"removing channels was to leave the outputs as they are, but they differ by {worst:.1e} relative; the first "
-        f"node that differs is {where}. Nothing was changed; please report this model, and finalize with shrink=False."
-    )
+    node = _first_difference(before, graph, tensors, inputs, dtype, tolerance, coupling, kept)
+    with working_on(node) if node is not None else contextlib.nullcontext():
+        raise FinalizeError(
+            f"removing channels was to leave the outputs as they are, but they differ by {worst:.1e} relative; the "
+            f"first node that differs is {'the output' if node is None else describe(node)}. Nothing was changed; "
+            "please report this model, and finalize with shrink=False."
+        )
 
 
 def _precision(before: Before) -> tuple[torch.dtype | None, float | None]:
@@ -110,18 +120,19 @@ def _precision(before: Before) -> tuple[torch.dtype | None, float | None]:
 def _first_difference(
     before: Before, graph: fx.Graph, tensors: Callable[[str], Any], inputs: list[Any], dtype: torch.dtype | None,
     tolerance: float | None, coupling: Coupling, kept: Kept,
-) -> str:  # fmt: skip
+) -> fx.Node | None:  # fmt: skip
     """The first node of `graph` whose value is not what was left of it."""
     seen: dict[str, Any] = {}
     run(
-        before.graph, before.tensors.__getitem__, inputs, dtype,
+        before.graph, before.read, inputs, dtype,
         lambda node, value: seen.update({before.origin.get(node, node).name: value}),
     )  # fmt: skip
     nodes = {node.name: node for node in before.origin.values()}
     differing: list[fx.Node] = []
 
     def compare(node: fx.Node, value: Any) -> None:
-        if differing or not isinstance(value, Tensor) or node.name not in nodes:
+        # parameters take up constants: it is operators that show whether what was taken out is missing
+        if differing or node.op != "call_function" or not isinstance(value, Tensor) or node.name not in nodes:
             return
         known = coupling.walks["eval"].env[nodes[node.name]]
         reference = _what_stays(seen[node.name], known if isinstance(known, Value) else None, kept)
@@ -129,7 +140,7 @@ def _first_difference(
             differing.append(node)
 
     run(graph, tensors, inputs, dtype, compare)
-    return describe(differing[0]) if differing else "the output"
+    return differing[0] if differing else None
 
 
 def _what_stays(tensor: Tensor, value: Value | None, kept: Kept) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -74,18 +74,26 @@ class Coupling:
             yield reader, queue.pop() if queue else None
 
 
-def coupling(traced: TracedModule) -> Coupling:
-    """The coupling of a traced module's channels, constants not considered."""
-    return couple(traced, traced.graphs, facts=False)
+def coupling(traced: TracedModule, refused: Mapping[str, str] | None = None) -> Coupling:
+    """The coupling of a traced module's channels, constants not considered; `refused` is as for `couple`."""
+    return couple(traced, traced.graphs, False, refused)
 
 
-def couple(root: nn.Module, graphs: Mapping[str, fx.Graph], facts: bool = True) -> Coupling:
-    """Walk every graph over one set of ids; facts are taken from the eval graph."""
+def couple(
+    root: nn.Module, graphs: Mapping[str, fx.Graph], facts: bool = True, refused: Mapping[str, str] | None = None
+) -> Coupling:
+    """Walk every graph over one set of ids; facts are taken from the eval graph.
+
+    Args:
+        root, graphs: what to walk.
+        facts: whether constants are followed.
+        refused: names of nodes whose channels stay, and why.
+    """
     ids = Ids()
     stored = tensors_of(root)
     read = {str(node.target): None for graph in graphs.values() for node in graph.find_nodes(op="get_attr")}
     tensors = {name: stored[name] for name in read if name in stored and stored[name].numel()}
-    parameters = _tied(tensors, ids)
+    parameters = replace(_tied(tensors, ids), refused=dict(refused or {}))
     with torch.no_grad(), on_cpu():
         # the eval graph first: reasons are reported in the order in which they were found
         walks = {

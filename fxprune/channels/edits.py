@@ -114,7 +114,9 @@ class Extent(Pending):
 
 
 class Edit(abc.ABC):
-    """One change of a graph that removal needs."""
+    """One change of a graph that removal needs; `node` is the call that it changes."""
+
+    node: fx.Node
 
     @abc.abstractmethod
     def apply(self, kept: Kept) -> None: ...

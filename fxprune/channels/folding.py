@@ -20,6 +20,7 @@ from fxprune.channels.shapes import resized
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result
 from fxprune.errors import FinalizeError
+from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import evaluate
 from fxprune.graph.names import join, locate
 from fxprune.graph.plan import ChannelPlan
@@ -56,10 +57,11 @@ class Folding:
                 continue
             gone = ~self.alive[self.coupling.of(reader.columns)] & reader.used.any(1)
             layer = reader.source.rpartition(".")[0] if reader.source else reader.node.name
-            self._fold(reader, twin, reader.folds & gone, layer)
-            self._merge(reader, reader.merges & gone, layer)
-            if reader.mapped is not None and reader.maps is not None:
-                self._add_map(reader, twin, reader.mapped & gone, reader.maps, twins.get(reader.maps.source))
+            with working_on(reader.node):
+                self._fold(reader, twin, reader.folds & gone, layer)
+                self._merge(reader, reader.merges & gone, layer)
+                if reader.mapped is not None and reader.maps is not None:
+                    self._add_map(reader, twin, reader.mapped & gone, reader.maps, twins.get(reader.maps.source))
 
     def _fold(self, reader: Reader, twin: Reader | None, folds: Mask, layer: str) -> None:
         """Add to the bias what the columns `folds` [groups, columns] contribute."""

@@ -6,6 +6,7 @@ recorded while a graph is walked and resolved once, on whole arrays, by `Ids.sol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,7 +35,9 @@ class Ids:
         return np.arange(self.size - count, self.size, dtype=np.int64)
 
     def unify(self, first: Vector, second: Vector) -> None:
-        """Make first[i] and second[i] the same channel."""
+        """Make first[i] and second[i] the same channel; as many of each, or a ValueError at the rule that errs."""
+        if len(first) != len(second):
+            raise ValueError(f"{len(first)} channels cannot be the same as {len(second)}")
         if first is not second:
             self._pairs.append((first, second))
 
@@ -69,7 +72,7 @@ class Ids:
         roots, of = np.unique(_components(self.size, firsts, seconds), return_inverse=True)
         grid = [of[_joined([product[part] for product in self._products])] for part in range(3)]
         if len(grid[0]):
-            grid = list(np.unique(np.stack(grid), axis=1))
+            *grid, _ = distinct(*grid)
         return Classes(of.astype(np.int64), len(roots), self._first_reasons(of, len(roots)), self.reasons, *grid)
 
     def _first_reasons(self, of: Vector, count: int) -> Vector:
@@ -125,6 +128,34 @@ class Classes:
                 break
             changed = True
         return changed
+
+
+def distinct(*columns: Vector) -> tuple[Vector, ...]:
+    """The distinct tuples of columns of numbers that are not negative, ascending, a column each; and how often each is.
+
+    As `np.unique` with an axis, which compares tuples one by one and takes fifty times as long.
+
+    Example:
+        >>> distinct(np.array([2, 1, 2]), np.array([0, 5, 0]))
+        (array([1, 2]), array([5, 0]), array([1, 2]))
+    """
+    spans = [int(column.max(initial=0)) + 1 for column in columns]
+    if math.prod(spans) < np.iinfo(np.int64).max:
+        keys = np.zeros(len(columns[0]), np.int64)
+        for column, span in zip(columns, spans, strict=True):
+            keys = keys * span + column
+        keys, counts = np.unique(keys, return_counts=True)
+        found = list[Vector]()
+        for span in reversed(spans):
+            keys, column = np.divmod(keys, span)
+            found.append(column)
+        return *reversed(found), counts
+    order = np.lexsort(columns[::-1])
+    ordered = [column[order] for column in columns]
+    new = np.ones(len(order), bool)
+    new[1:] = np.any([column[1:] != column[:-1] for column in ordered], axis=0)
+    starts = np.flatnonzero(new)
+    return *(column[starts] for column in ordered), np.diff(np.append(starts, len(order)))
 
 
 def _joined(parts: list[Vector]) -> Vector:

@@ -13,6 +13,7 @@ import abc
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar
@@ -26,7 +27,8 @@ from fxprune.channels.axes import Axis
 from fxprune.channels.evaluation import exactly
 from fxprune.channels.ids import Vector
 from fxprune.channels.walk import Result, Walk
-from fxprune.errors import ArgumentError, ArgumentTypeError
+from fxprune.errors import AnalysisWarning, ArgumentError, ArgumentTypeError, FxpruneError, FxpruneWarning
+from fxprune.graph.text import describe
 from fxprune.torch_internals import (
     OpOverload,
     OpOverloadPacket,
@@ -236,6 +238,13 @@ class Registry:
 
 REGISTRY = Registry()
 
+REPORT = "Its channels stay, the rest shrinks. Please report the model."
+
+
+def failed_with(error: BaseException) -> str:
+    """Why channels stay that an operator touches: its analysis raised `error`."""
+    return f"the analysis of this operator failed with {type(error).__name__}: {str(error).rstrip('.')}"
+
 
 def register(*operators: Operator) -> Callable[[_Class], _Class]:
     """Register a class for operators: overloads, whole packets (`torch.ops.aten.relu`) or Python functions."""
@@ -313,7 +322,29 @@ def _overloads(operator: Operator) -> list[OpOverload]:
 
 
 def relate(walk: Walk, node: fx.Node) -> Result:
-    """What a node computes, with everything that the walk needs to know of it; without a rule all it touches stays."""
+    """What a node computes, with everything that the walk needs to know of it.
+
+    Without a rule all that it touches stays, and so it does where the rule raises something: the rest still shrinks.
+
+    Warns:
+        AnalysisWarning: the rule raised something, which is a defect of it.
+    """
+    if node.name in walk.parameters.refused:
+        return walk.refuse(node, walk.parameters.refused[node.name])
+    recorded = walk.recorded()
+    try:
+        return _related(walk, node)
+    except Exception as error:
+        if isinstance(error, FxpruneError | FxpruneWarning):
+            raise
+        why = failed_with(error)
+        warnings.warn(f"{describe(node)}: {why}. {REPORT}", AnalysisWarning, stacklevel=2)
+    walk.parameters.refused[node.name] = why
+    walk.forget_since(recorded)
+    return walk.refuse(node, why)
+
+
+def _related(walk: Walk, node: fx.Node) -> Result:
     call = REGISTRY.call(node)
     if call is None:
         return walk.refuse(

@@ -49,11 +49,12 @@ def remove(traced: TracedModule, analysis: Analysis, *, verify: bool = True) -> 
     if analysis.traced is not traced:
         raise FinalizeError("the analysis is of another module. Call analyze on this one.")
     relations = analysis.coupling
-    before = Before.of(traced.graphs["eval"], relations.tensors) if verify else None
+    before = Before.of(traced.graphs["eval"], relations.tensors, traced) if verify else None
     folding = Folding(traced, relations, analysis.alive)
     with on_cpu():
         folding.run()
     plan = ChannelPlan(stayed=list(analysis.plan.stayed), eval_only=dict(analysis.plan.eval_only))
+    plan.refused = dict(analysis.plan.refused)
     _carry_out(traced, relations, analysis.alive, analysis.plan, plan, folding.values, analysis.names)
     plan.folded, plan.merged, plan.added = folding.folded, folding.merged, folding.added
     plan.positions = folding.positions
@@ -79,7 +80,7 @@ def impose(traced: TracedModule, plan: ChannelPlan) -> ChannelPlan:
         FinalizeError: the plan does not fit the module. The module is then of no use.
     """
     require_eval(traced, "removing channels")
-    relations = coupling(traced)
+    relations = coupling(traced, plan.refused)
     names = frozenset(relations.parameters)
     add_zero_biases(traced, relations, plan)
     add_zero_maps(traced, relations, plan)

@@ -12,6 +12,7 @@ from fxprune.channels.axes import Axis
 from fxprune.channels.edits import Kept
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result, Walk
+from fxprune.graph.error_sites import working_on
 from fxprune.graph.mutation import is_mutating
 from fxprune.torch_internals import FakeTensor
 
@@ -26,10 +27,11 @@ def update_shapes(walk: Walk, kept: Kept, tensors: Mapping[str, Tensor]) -> None
             continue
         before = node.meta["val"]
         stored = tensors.get(str(node.target)) if node.op == "get_attr" else None
-        if stored is not None and isinstance(before, FakeTensor):
-            after = _resized(before, stored.shape, empties)
-        else:
-            after = _updated(value, before, kept, empties)
+        with working_on(node):
+            if stored is not None and isinstance(before, FakeTensor):
+                after = _resized(before, stored.shape, empties)
+            else:
+                after = _updated(value, before, kept, empties)
         if after is not before:
             _allow_any_layout(node)
             node.meta["val"] = after

@@ -11,7 +11,7 @@ square need no padding where their gain has one reader: with r the share that st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from fxprune.channels.readers import COUNTED, Reader
 from fxprune.channels.shapes import resized
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Walk
+from fxprune.graph.error_sites import working_on
 from fxprune.graph.metadata import module_path
 
 aten = torch.ops.aten
@@ -364,12 +365,17 @@ def apply_edits(walks: Iterable[Walk], kept: Kept) -> Counted:
     walks = list(walks)
     names, found = rescalable(walks), Counted({}, {})
     for edit in (edit for walk in walks for edit in walk.edits):
-        if isinstance(edit, RootMeanSquare) and edit.gain in names:
-            rescaled = edit.rescale(kept)
-            if rescaled is not None:
-                found.rescaled[edit.gain] = rescaled
-            continue
-        if isinstance(edit, Statistics) and (counts := edit.counts(kept)) is not None:
-            found.counting[module_path(edit.node) or edit.node.name] = counts
-        edit.apply(kept)
+        with working_on(edit.node):
+            _apply(edit, kept, names, found)
     return found
+
+
+def _apply(edit: Edit, kept: Kept, rescaled_names: Collection[str], found: Counted) -> None:
+    if isinstance(edit, RootMeanSquare) and edit.gain in rescaled_names:
+        rescaled = edit.rescale(kept)
+        if rescaled is not None:
+            found.rescaled[edit.gain] = rescaled
+        return
+    if isinstance(edit, Statistics) and (counts := edit.counts(kept)) is not None:
+        found.counting[module_path(edit.node) or edit.node.name] = counts
+    edit.apply(kept)

@@ -14,7 +14,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from fxprune.channels.ids import Classes, Ids, Mask, Vector
+from fxprune.channels.ids import Classes, Ids, Mask, Vector, distinct
 from fxprune.channels.relation import Relation
 
 Balanced = tuple[Vector, Vector]  # classes of the inputs [groups, n] and of the outputs [groups, m] of a convolution
@@ -58,8 +58,7 @@ class UnitTable:
         self.unit_of: Vector = _smallest_of(tied.solve().of)
         factor, position = _factors(classes)
         every = np.arange(count)
-        pairs = np.stack([self.unit_of[np.concatenate([factor, every])], np.concatenate([position, every])])
-        unit, dies = np.unique(pairs, axis=1)
+        unit, dies, _ = distinct(self.unit_of[np.concatenate([factor, every])], np.concatenate([position, every]))
         self.dying = Relation(unit, dies, count, count)
         self.killers = self.dying.inverse()
         self.named: Mask = (self.unit_of == every) & ~self.positions
@@ -84,16 +83,16 @@ class UnitTable:
         """From a unit to the class vectors that it takes something of, without repetition, ascending."""
         holds = Relation.of_sets(vectors, len(self.dying))
         at, unit = self.killers.join(holds.rights)
-        unit, vector = np.unique(np.stack([unit, holds.lefts[at]]), axis=1)
+        unit, vector, _ = distinct(unit, holds.lefts[at])
         return Relation(unit, vector, len(self.dying), len(vectors))
 
     def alone_in(self, vectors: Sequence[Vector]) -> Mask:
         """By unit, whether it takes all of some class vector."""
         holds = Relation.of_sets(vectors, len(self.dying))
         at, unit = self.killers.join(holds.rights)
-        pairs, taken = np.unique(np.stack([holds.lefts[at], unit]), axis=1, return_counts=True)
+        vector, unit, taken = distinct(holds.lefts[at], unit)
         found = np.zeros(len(self.dying), bool)
-        found[pairs[1][taken == holds.counts[pairs[0]]]] = True
+        found[unit[taken == holds.counts[vector]]] = True
         return found
 
 
@@ -152,21 +151,20 @@ def _one_to_one(a: Vector, b: Vector) -> Mask:
     """Where a value of `a` stands for one value of `b` alone, and the other way round."""
     if not len(a):
         return np.zeros(0, bool)
-    pairs = np.unique(np.stack([a, b]), axis=1)
-    few = [np.bincount(p) == 1 for p in pairs]
+    few = [np.bincount(column) == 1 for column in distinct(a, b)[:2]]
     found: Mask = few[0][a] & few[1][b]
     return found
 
 
 def _factors(classes: Classes) -> tuple[Vector, Vector]:
     """Pairs (factor, position that dies with it), also of grids whose factors are positions of a smaller grid."""
-    pairs = np.concatenate([np.stack([side, classes.whole]) for side in (classes.left, classes.right)], axis=1)
-    pairs = np.unique(pairs, axis=1)
+    wholes = np.concatenate([classes.whole, classes.whole])
+    pairs = np.stack(distinct(np.concatenate([classes.left, classes.right]), wholes)[:2])
     direct = Relation(pairs[0], pairs[1], classes.count, classes.count)
     found = fresh = pairs
     while fresh.shape[1]:
         at, further = direct.join(fresh[1])
-        longer = np.unique(np.concatenate([found, np.stack([fresh[0][at], further])], axis=1), axis=1)
+        longer = np.stack(distinct(*np.concatenate([found, np.stack([fresh[0][at], further])], axis=1))[:2])
         if longer.shape[1] == found.shape[1]:
             break
         known = np.isin(longer[0] * classes.count + longer[1], found[0] * classes.count + found[1])

@@ -32,12 +32,14 @@ class Parameters:
         axes: the ids of each axis by qualified name, None for one of size one; tied names share them.
         overlapping: for a name that shares memory with others, all of these.
         grouped: by the weight of a grouped convolution the ids of the inputs that it reads, the same in every call.
+        refused: names of nodes whose channels stay, and why, whatever their rules say.
     """
 
     tensors: dict[str, Tensor]
     axes: dict[str, list[Vector | None]]
     overlapping: Mapping[str, list[str]]
     grouped: dict[Tensor, Vector] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 class Walk:
@@ -204,8 +206,25 @@ class Walk:
         """All axes of an operand."""
         self.pin_value(node, self.env.get(operand), why)
 
+    def recorded(self) -> tuple[int, ...]:
+        """How much rules have recorded, for `forget_since`."""
+        return tuple(map(len, self._records))
+
+    def forget_since(self, recorded: tuple[int, ...]) -> None:
+        """Forget what was recorded since; relations of ids, which only keep more channels, stay."""
+        for records, count in zip(self._records, recorded, strict=True):
+            del records[count:]
+
+    @property
+    def _records(self) -> tuple[list[Any], ...]:
+        return (
+            self.readers, self.balances, self.equal, self.more, self.edits, self.reindexed, self.aligned,
+            self.nonempty, self.normalized, self.equal_groups,
+        )  # fmt: skip
+
     def refuse(self, node: fx.Node, why: str) -> Result:
         """Pin everything that `node` touches; nothing is known of its results."""
+        self.maps.pop(node, None)
         for operand in node.all_input_nodes:
             self.pin_operand(node, operand, why)
         return self.unknown(node)

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxprune.graph.text import describe
 
-_SITE = "__fxprune_site__"
+_SITE, _STEP = "__fxprune_site__", "__fxprune_step__"
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def working_on(node: fx.Node) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        vars(error).setdefault(_SITE, describe(node))
+        vars(error).setdefault(_SITE, node)
         raise
 
 
@@ -54,6 +54,22 @@ def forget_visits() -> None:
 
 def site_of(error: Exception) -> str | None:
     """The node that was worked on when `error` was raised, as error messages name it; None where none was noted."""
-    found: str | None = vars(error).get(_SITE)
-    node = _visited.get()
-    return describe(node) if found is None and node is not None else found
+    node = node_of(error)
+    return None if node is None else describe(node)
+
+
+def node_of(error: BaseException) -> fx.Node | None:
+    """The node that was worked on when `error` was raised; None where none was noted."""
+    found: fx.Node | None = vars(error).get(_SITE)
+    return _visited.get() if found is None else found
+
+
+def failed_in(error: BaseException, step: str, node: fx.Node | None) -> None:
+    """Note in which pass an error happened, at which node."""
+    vars(error).update({_STEP: step, _SITE: node})
+
+
+def step_of(error: BaseException) -> str | None:
+    """The name of the pass in which `error` happened."""
+    found: str | None = vars(error).get(_STEP)
+    return found

@@ -24,10 +24,10 @@ def locate(root: nn.Module, target: str) -> tuple[nn.Module, str]:
 
 
 def tensor_at(root: nn.Module, target: str) -> torch.Tensor:
-    """The parameter or buffer that a `get_attr` node with this target reads."""
+    """The parameter or buffer that a `get_attr` node with this target reads; also the body of control flow."""
     owner, attribute = locate(root, target)
-    value = getattr(owner, attribute)
-    assert isinstance(value, torch.Tensor), target
+    value: torch.Tensor = getattr(owner, attribute)
+    assert isinstance(value, torch.Tensor | nn.Module), target
     return value
 
 

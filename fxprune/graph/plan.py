@@ -40,6 +40,7 @@ class ChannelPlan(Readable):
             are): the others are zero.
         rescaled: gain of a normalization by the root mean square that counts channels which went -> (eps before,
             after); the gain has taken a factor up.
+        refused: name of a node whose operator could not be analyzed -> what went wrong; its channels stayed.
         sample: what MACs are counted for, "one sample of 3x224x224"; empty where they are not.
 
     Example:
@@ -64,6 +65,7 @@ class ChannelPlan(Readable):
     eval_only: dict[str, list[int]] = field(default_factory=dict)
     counting: dict[str, tuple[int, int]] = field(default_factory=dict)
     rescaled: dict[str, tuple[float, float]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     @property
     def removed(self) -> dict[str, dict[int, int]]:
@@ -110,6 +112,8 @@ class ChannelPlan(Readable):
         if self.eval_only:
             norms = first_of(self.eval_only, 3)
             lines.append(f"constant in eval mode alone, so that train mode changes: channels of {norms}")
+        if self.refused:
+            lines.append(f"could not be analyzed, so that channels stayed: {first_of(self.refused, 3)}")
         if self.stayed:
             dead = sum(len(index) for _, _, index, _ in self.stayed)
             lines.append(f"{counted(dead, 'dead slice')} stayed; explain() says why")
@@ -161,6 +165,7 @@ class ChannelPlan(Readable):
             "keep_for_training)"
             for norm, index in self.eval_only.items()
         ]
+        lines += [f"  {node}: channels stayed: {why}" for node, why in self.refused.items()]
         if self.dropped:
             lines.append(f"  dropped, nothing reads them: {', '.join(self.dropped)}")
         if self.stayed:
@@ -180,7 +185,7 @@ class ChannelPlan(Readable):
                 "added": self.added, "folded": self.folded, "merged": self.merged, "constants": self.constants,
                 "stayed": self.stayed, "macs": self.macs, "parameters": self.parameters, "sample": self.sample,
                 "eval_only": self.eval_only, "counting": self.counting, "rescaled": self.rescaled,
-                "positions": self.positions,
+                "positions": self.positions, "refused": self.refused,
             }
         )  # fmt: skip
         return found
@@ -215,6 +220,7 @@ class ChannelPlan(Readable):
             plan.counting = {name: (n, left) for name, (n, left) in data.get("counting", {}).items()}
             plan.rescaled = {name: (old, new) for name, (old, new) in data.get("rescaled", {}).items()}
             plan.positions = {name: (a, b, n) for name, (a, b, n) in data.get("positions", {}).items()}
+            plan.refused = dict(data.get("refused", {}))
             return plan
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"not a channel plan: {error!r}. Store it with `ChannelPlan.to_json`.") from error

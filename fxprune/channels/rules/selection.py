@@ -255,11 +255,12 @@ def _indexed_by_constant(walk: Walk, node: fx.Node, data: fx.Node, dim: int, ind
     ids, positions = value.axes[dim].ids, _stored_index(walk, index)
     if ids is None or positions is None or constant.rank != 1:
         return None
-    order = positions.long() % len(ids)
+    order = positions.long().reshape(-1) % len(ids)
     taken = ids[order.numpy()]
     axis = walk.taken(node, taken)
-    if constant.axes[0].ids is not None:
-        walk.ids.unify(constant.axes[0].ids, taken)
+    own = walk.vector(index, constant.axes[0])
+    if own is not None:
+        walk.ids.unify(own, taken)
     name = _read_by(index)
     if name is not None and walk.is_read_once(name):
         walk.reindexed.append(Reindex(name, ids, order))

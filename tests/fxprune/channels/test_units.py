@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fxprune.channels.ids import Classes, Ids, Mask
+from fxprune.channels.ids import Classes, Ids, Mask, distinct
 from fxprune.channels.relation import Relation, numbered, positions_of
 from fxprune.channels.units import Balanced, Place, UnitTable
 
@@ -122,3 +122,15 @@ def test_tuples_are_numbered_in_their_order_and_positions_listed_by_number() -> 
     assert numbers.tolist() == [2, 1, 2, 0]
     assert {key: at.tolist() for key, at in positions_of(numbers).items()} == {0: [3], 1: [1], 2: [0, 2]}
     assert positions_of(vector()) == {}
+
+
+def test_distinct_tuples_are_those_of_numpy_also_where_their_keys_would_not_fit() -> None:
+    generator = np.random.default_rng(0)
+    for rows, high in ((1, 5), (2, 7), (3, 3), (3, 2**40)):
+        columns = generator.integers(0, high, (rows, 300))
+        columns = np.concatenate([columns, columns[:, :50]], axis=1)
+        want, counts = np.unique(columns, axis=1, return_counts=True)
+        *found, taken = distinct(*columns)
+        assert np.array_equal(np.stack(found), want)
+        assert np.array_equal(taken, counts)
+    assert [len(column) for column in distinct(np.zeros(0, np.int64), np.zeros(0, np.int64))] == [0, 0, 0]
