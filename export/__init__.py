@@ -7,8 +7,9 @@ from .comparison import compare
 from .divergence import Divergence
 from .generation import generate
 from .inspection import Contents, inspect
-from .latency import Latencies, Latency, bench
+from .latency import Latencies, Latency, bench, time_in_turns
 from .onnx import ExportReport, to_onnx
+from .parts import to_onnx_files
 from .program import to_program, to_torchscript
 from .report import Report, Row
 from .session import Session
@@ -29,7 +30,9 @@ __all__ = [
     "compare",
     "generate",
     "inspect",
+    "time_in_turns",
     "to_onnx",
+    "to_onnx_files",
     "to_program",
     "to_torchscript",
 ]

@@ -149,3 +149,52 @@ def _seconds_in_turns(runs: Sequence[Callable[[], object]], rounds: int) -> np.n
         run()
         seconds[place] = time.perf_counter() - start
     return seconds
+
+
+# rounds at least and at most, and seconds after which they end, and before which they never do
+_LEAST, _MOST, _LONGEST, _SHORTEST = 10, 400, 1.0, 0.1
+
+
+def time_in_turns(
+    paths: Sequence[str | os.PathLike[str]],
+    calls: Sequence[Call] | None,
+    is_sure: Callable[[np.ndarray], bool],
+    *,
+    threads: int = 1,
+    batch: int = 1,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> np.ndarray:
+    """The seconds of ONNX files in rounds [rounds, files], each file on inputs of its own, until they tell enough.
+
+    A single thread on the CPU is timed by the time that it had, so that what else the machine does counts less.
+
+    Args:
+        paths: the files. calls: the inputs of each; None: random ones, with so many samples as `batch` says.
+        is_sure: from the seconds so far whether they tell enough; asked from a tenth of a second on.
+        threads, batch, providers: as for `bench`.
+
+    Raises:
+        CompareError: a file or a provider cannot be run, or not on these inputs.
+    """
+    sessions = [Session(path, providers, threads) for path in paths]
+    given = [None] * len(paths) if calls is None else calls
+    runs = [_bound(session, call, batch) for session, call in zip(sessions, given, strict=True)]
+    now = time.thread_time if threads == 1 and [*providers] == ["CPUExecutionProvider"] else time.perf_counter
+    for run in runs:
+        run()
+    order = np.random.default_rng(0)
+    rows: list[np.ndarray] = []
+    start = time.perf_counter()
+    while len(rows) < _MOST:
+        row = np.empty(len(runs))
+        for place in order.permutation(len(runs)).tolist():
+            begin = now()
+            runs[place]()
+            row[place] = now() - begin
+        rows.append(row)
+        spent = time.perf_counter() - start
+        if len(rows) < _LEAST or spent < _SHORTEST:
+            continue
+        if spent > _LONGEST or (len(rows) % _LEAST == 0 and is_sure(np.array(rows))):
+            break
+    return np.array(rows)

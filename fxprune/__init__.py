@@ -24,6 +24,7 @@ from fxprune.errors import FxpruneError, FxpruneWarning
 from fxprune.graph.calls import Call
 from fxprune.graph.traced import TracedModule
 from fxprune.prune import ChannelReport, importance
+from fxprune.prune.latency import LatencyTable, latency_table
 from fxprune.prune.repair import ReconstructionReport, reconstruct
 from fxprune.prune.schedule import Schedule
 from fxprune.prune.sensitivity import Sensitivity, sensitivity
@@ -53,6 +54,8 @@ __all__ = [  # noqa: RUF022
     "ChannelReport",
     "sensitivity",
     "Sensitivity",
+    "latency_table",
+    "LatencyTable",
     "reconstruct",
     "ReconstructionReport",
     "channel_groups",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,6 +29,7 @@ from fxprune.errors import (
     PassError,
     PruningError,
 )
+from fxprune.graph.calls import Call
 from fxprune.graph.copies import copied_parameters, read_directly
 from fxprune.graph.equality import FOLDED_TOLERANCES, error
 from fxprune.graph.error_sites import node_of, step_of
@@ -295,6 +297,56 @@ def stopwatch(
 
         write(traced, files[0])
         yield measure
+
+
+class Clock:
+    """Tells how long modules take in onnxruntime; made by `clock`.
+
+    Args:
+        folder: for files. threads, batch, providers: as for `fxprune.export.bench`.
+    """
+
+    def __init__(self, folder: Path, threads: int, batch: int, providers: Sequence[str]) -> None:
+        from fxprune import export  # it needs onnxruntime, and nothing else here does
+
+        self._export, self._folder = export, folder
+        self._threads, self._batch, self._providers = threads, batch, providers
+
+    def whole(self, traced: TracedModule) -> float:
+        """The seconds that a module takes, finalized as it is."""
+        path = self._folder / "whole.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EvalConstantWarning)  # nobody trains it on
+            self._export.to_onnx(finalize(traced, verify=False), path, verify=False)
+        rounds = self._export.time_in_turns(
+            [path], None, lambda rounds: False, threads=self._threads, batch=self._batch, providers=self._providers
+        )
+        return float(np.quantile(rounds, 0.25))
+
+    def parts(self, sets: Sequence[Sequence[TracedModule]], is_sure: Callable[[np.ndarray], bool]) -> list[np.ndarray]:
+        """For each set of finalized modules their seconds in rounds, [rounds, modules]; those of a set run in turns.
+
+        Args:
+            sets: the modules, as they stand: at the sizes of their sample inputs.
+            is_sure: from such seconds whether they tell enough.
+        """
+        paths = self._export.to_onnx_files([module for each in sets for module in each], self._folder)
+        found, start = [], 0
+        for each in sets:
+            own = paths[start : start + len(each)]
+            start += len(each)
+            calls = [Call(module.example_args, {}) for module in each]
+            found.append(
+                self._export.time_in_turns(own, calls, is_sure, threads=self._threads, providers=self._providers)
+            )
+        return found
+
+
+@contextlib.contextmanager
+def clock(*, threads: int, batch: int, providers: Sequence[str]) -> Iterator[Clock]:
+    """Yields a clock of onnxruntime."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Clock(Path(folder), threads, batch, providers)
 
 
 @named_arguments

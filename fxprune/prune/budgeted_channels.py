@@ -35,8 +35,8 @@ from fxprune.prune.channel_budgets import (
     limit_of,
     share_of,
 )
-from fxprune.prune.channel_curves import Exchange, GroupCurves, cheapest, exchanges, prices
-from fxprune.prune.channel_report import ChannelReport, numbered_labels
+from fxprune.prune.channel_curves import Exchange, GroupCurves, cheapest, exchanges, unit_prices
+from fxprune.prune.channel_report import ChannelReport
 from fxprune.prune.channel_request import (
     DEFAULT_AMOUNT,
     SIZES,
@@ -56,7 +56,11 @@ from fxprune.prune.channel_scores import (
     unit_scores,
 )
 from fxprune.prune.decisions import record, undone
+from fxprune.prune.group_record import numbered_labels
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence
+from fxprune.prune.latency import LatencyTable
+from fxprune.prune.latency.measuring import Timing, check_prices, measured_latencies
+from fxprune.prune.latency.prices import LatencyPrices
 from fxprune.prune.sensitivity import Sensitivity
 
 MOST_CORRECTIONS = 12
@@ -88,6 +92,7 @@ def channels(
     threads: int = 1,
     batch: int = 1,
     providers: Sequence[str] = ("CPUExecutionProvider",),
+    prices: str | LatencyTable = "auto",
 ) -> ChannelReport:
     """Mask whole channels, by groups of slices that stand or fall together, so that `finalize` removes them exactly.
 
@@ -139,6 +144,10 @@ def channels(
             positions], zero for padding.
         threads, batch, providers: of the measurement for `speedup`; a batch that is not free is the sample's, providers
             are onnxruntime's, a list in order of preference.
+        prices: for `speedup`, and losses of the output ("obs", a `fxprune.Sensitivity`): what these are weighed by:
+            "macs", what a unit saves of them; "latency", what it saves in time, measured first as by
+            `fxprune.latency_table`; such a table, which costs nothing. "auto" is "macs". The speed itself is measured
+            in any case.
 
     Returns:
         A `ChannelReport`, which prints as a summary.
@@ -168,6 +177,8 @@ def channels(
     )  # fmt: skip
     evidence = Evidence(loader, loss, max_batches, seed, weight)
     check_evidence(importance, evidence)
+    timing = Timing(threads, batch, tuple(providers))
+    check_prices(prices, request, timing)
     before, earlier = undone(traced, request)
     grouping = Grouping(driver.plain_view(before))
     picked, lacking = scorable(grouping, chosen_groups(grouping.groups, request), importance)
@@ -177,11 +188,14 @@ def channels(
         if request.asks_for("speedup"):
             measure = stack.enter_context(driver.stopwatch(before, threads=threads, batch=batch, providers=providers))
         ranked = _ranked(before, grouping, picked, request, evidence, decided)
+        table = _latencies(before, grouping, picked, prices, timing)
+        if table is not None:
+            ranked = replace(ranked, prices=LatencyPrices(grouping, picked, table))
         found = _chosen(before, grouping, picked, ranked, request, decided, measure)
     earlier = {**{name: view(before, name).mask for name in found.masks}, **earlier}
     driver.insert_masks(traced, {name: _mask_or_ones(before, name) for name in earlier} | found.masks)
     record(traced, request, decided, earlier)
-    return _report(grouping, picked, lacking, found, _binding(grouping, request, found))
+    return _report(grouping, picked, lacking, found, _binding(grouping, request, found), table)
 
 
 def _mask_or_ones(traced: TracedModule, name: str) -> torch.Tensor:
@@ -200,6 +214,7 @@ class _Ranked:
         masking: with what is masked of the groups themselves, for the masks.
         counting: with all that is masked, for the budget: other groups are left alone, and count.
         curves: what is lost with the units, where that is known; scores are made of them.
+        prices: what the units save in time, where latencies say so. start: the share of the MACs to try first then.
     """
 
     scores: list[Scores]
@@ -208,6 +223,8 @@ class _Ranked:
     masking: Repair
     counting: Repair
     curves: GroupCurves | None = None
+    prices: LatencyPrices | None = None
+    start: float | None = None
 
     def corrected(self, stays: Mask, lost: Mask) -> _Ranked:
         """The same, where some classes stay whatever is chosen, and others are gone."""
@@ -256,7 +273,7 @@ def _ranked(
         scores = unit_scores(traced, grouping, picked, request.importance, evidence)
     else:
         first = exchanges(grouping, [name for name, _ in request.budgets])[0]
-        scores = curves.scores(prices(grouping, picked, first))
+        scores = curves.scores(unit_prices(grouping, picked, first))
     normalize = is_relative(request.importance) if request.normalize is None else request.normalize
     dead = [gone[id(group)] for group in picked]
     if normalize and request.scope == "global":
@@ -288,6 +305,19 @@ def _curves(
     found: Any = given if measure is None else measure(traced, grouping, picked, evidence)
     curves = [found.curve_of(group) for group in picked]
     return GroupCurves(picked, [curve.slopes() for curve in curves], [curve.losses() for curve in curves])
+
+
+def _latencies(
+    traced: TracedModule,
+    grouping: Grouping,
+    picked: Sequence[ChannelGroup],
+    prices: str | LatencyTable,
+    timing: Timing,
+) -> LatencyTable | None:
+    """The latencies by which losses are weighed, None where MACs are what counts."""
+    if isinstance(prices, LatencyTable):
+        return prices
+    return measured_latencies(traced, grouping, picked, timing) if prices == "latency" else None
 
 
 def _chosen(
@@ -367,25 +397,50 @@ def _budget(
     def speedup_of(units: Vector) -> float:
         return measure(_masks(traced, grouping, ranked.masking.alive(units)))
 
-    return Speed(grouping, ranked.counting.alive, value, speedup_of)
+    return Speed(grouping, ranked.counting.alive, value, speedup_of, ranked.start)
 
 
 def _priced(
     budget: Budget, grouping: Grouping, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest
 ) -> _Ranked:
     """With the scores whose choice loses least, where curves say what is lost."""
-    if ranked.curves is None or not request.is_of_sizes:
+    if ranked.curves is None or not (request.is_of_sizes or ranked.prices):
         return ranked
+    if ranked.prices:
+        return _timed(grouping, picked, ranked, request, ranked.curves, ranked.prices)
 
     def choose(scores: list[Scores]) -> Mask | None:
         choice = _landed(budget, picked, replace(ranked, scores=scores), request)
         return None if choice is None else ranked.masking.alive(choice.units)
 
     def priced(exchange: Exchange) -> Callable[[Mask | None], list[float]]:
-        return lambda alive: prices(grouping, picked, exchange, alive)
+        return lambda alive: unit_prices(grouping, picked, exchange, alive)
 
     ways = [priced(exchange) for exchange in exchanges(grouping, [name for name, _ in request.budgets])]
     return replace(ranked, scores=cheapest(ranked.curves, ways, choose))
+
+
+def _timed(
+    grouping: Grouping,
+    picked: Sequence[ChannelGroup],
+    ranked: _Ranked,
+    request: ChannelRequest,
+    curves: GroupCurves,
+    prices: LatencyPrices,
+) -> _Ranked:
+    """With the scores whose choice loses least of those that latencies expect to be as fast as is asked for."""
+    ((_, wanted),) = request.budgets
+    most = prices.table.whole_seconds / wanted
+
+    def choose(scores: list[Scores]) -> Mask | None:
+        stairs = _stairs(Speed.roundings, Speed.timed, picked, replace(ranked, scores=scores), request)
+        height = stairs.search(lambda units: prices.left(ranked.counting.alive(units)) <= most)
+        return None if height is None else ranked.counting.alive(stairs.units(height))
+
+    scores = cheapest(curves, [prices], choose)
+    alive = choose(scores)
+    start = None if alive is None else grouping.macs(alive) / max(grouping.dense[0], 1)
+    return replace(ranked, scores=scores, start=start)
 
 
 def _fit(budget: Budget, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest) -> Choice:
@@ -397,10 +452,21 @@ def _fit(budget: Budget, picked: Sequence[ChannelGroup], ranked: _Ranked, reques
 
 
 def _landed(budget: Budget, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest) -> Choice | None:
-    roundings = budget.roundings if isinstance(request.round_to, str) else (request.round_to, 1)
+    return budget.fit(_stairs(budget.roundings, budget.timed, picked, ranked, request))
+
+
+def _stairs(
+    roundings: Sequence[int | str],
+    timed: bool,
+    picked: Sequence[ChannelGroup],
+    ranked: _Ranked,
+    request: ChannelRequest,
+) -> Staircase:
+    if not isinstance(request.round_to, str):
+        roundings = (request.round_to, 1)
     most, least = request.max_per_group, request.at_least
-    steps = ladders(picked, ranked.scores, roundings, most, least, budget.timed, ranked.gone, ranked.started)
-    return budget.fit(Staircase(steps, request.scope))
+    steps = ladders(picked, ranked.scores, roundings, most, least, timed, ranked.gone, ranked.started)
+    return Staircase(steps, request.scope)
 
 
 def _masks(traced: TracedModule, grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:
@@ -426,6 +492,7 @@ def _report(
     lacking: Sequence[ChannelGroup],
     found: _Found,
     budget: str,
+    latencies: LatencyTable | None = None,
 ) -> ChannelReport:
     labels = dict(zip(map(id, grouping.groups), numbered_labels(grouping.groups), strict=True))
     stayed = {labels[id(group)]: group.reason for group in grouping.groups if group.reason}
@@ -433,4 +500,4 @@ def _report(
     removed = {labels[id(group)]: (int((~found.alive[group.units]).sum()), group.size) for group in picked}
     macs, parameters, _ = grouping.dense
     sizes = (macs, found.macs), (parameters, found.parameters)
-    return ChannelReport(removed, stayed, *sizes, found.speedup, grouping.sample, budget)
+    return ChannelReport(removed, stayed, *sizes, found.speedup, grouping.sample, budget, latencies)

@@ -205,6 +205,7 @@ class Speed(Budget):
         alive: from a choice of units to the classes that are left.
         wanted: the factor, above 1.
         measure: from a choice of units to how many times faster the module then runs.
+        start: the share of the MACs that is tried first; None: as many times less as is wanted.
     """
 
     timed: ClassVar[bool] = True
@@ -215,15 +216,17 @@ class Speed(Budget):
         alive: Callable[[Vector], Mask],
         wanted: float,
         measure: Callable[[Vector], float],
+        start: float | None = None,
     ) -> None:
         self.grouping, self.alive, self.wanted, self.measure = grouping, alive, wanted, measure
+        self.start = 1 / wanted if start is None else start
         self.best = 0.0
 
     def fit(self, stairs: Staircase) -> Choice | None:
         """The fewest units that were measured to be fast enough: by at most `NEAR` more, or to 1/64 of the MACs."""
         self.best = 0.0
         too_slow, fast_enough = 1.0, 0.0  # shares of the MACs
-        share, found = 1 / self.wanted, None
+        share, found = self.start, None
         for _ in range(10):
             units, within = self._cut(stairs, share)
             reached = self.measure(units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from fxprune.prune.sensitivity.curve import Losses
 ROUNDS = 4
 MIXTURES = (0.5, 0.25, 0.75, 0.0, 1.0)  # of what parameters are worth, where MACs count too
 
+# what a unit of a group saves, or what is saved without 0, 1, ... units
+Price = float | Losses
 Exchange = Mapping[str, float]  # what one of "macs" and of "parameters" is worth; of nothing else, units alone count
 
 
@@ -30,9 +33,13 @@ class GroupCurves:
     slopes: Sequence[Losses]
     losses: Sequence[Losses]
 
-    def scores(self, prices: Sequence[float]) -> list[Scores]:
+    def scores(self, prices: Sequence[Price]) -> list[Scores]:
         """By group, what is lost with each unit for what it saves; these are to be equal where a budget is met."""
-        return [slopes / max(price, 1e-30) for slopes, price in zip(self.slopes, prices, strict=True)]
+        each = zip(self.slopes, self.losses, prices, strict=True)
+        return [
+            _slopes_for(slopes, losses, price) if isinstance(price, np.ndarray) else slopes / max(price, 1e-30)
+            for slopes, losses, price in each
+        ]
 
     def loss(self, alive: Mask) -> float:
         """The sum of the losses of what is gone."""
@@ -40,6 +47,31 @@ class GroupCurves:
             float(losses[int((~alive[group.units]).sum())])
             for group, losses in zip(self.groups, self.losses, strict=True)
         )
+
+
+def _slopes_for(slopes: Losses, losses: Losses, saved: Losses) -> Losses:
+    """By unit, what is lost with it for what it saves, where units that go later may save more.
+
+    Where many units save next to nothing, and the next ones much, they go together: the hull of losses over savings.
+    """
+    hull: list[int] = []
+    for place in range(len(losses)):
+        while len(hull) > 1 and _is_above(saved, losses, hull[-2], hull[-1], place):
+            hull.pop()
+        hull.append(place)
+    steps = np.empty(len(slopes))
+    for first, last in itertools.pairwise(hull):
+        steps[first:last] = (losses[last] - losses[first]) / max(float(saved[last] - saved[first]), 1e-30)
+    found = np.empty(len(slopes))
+    order = slopes.argsort(kind="stable")
+    found[order] = steps * (1 + 1e-12 * np.arange(len(slopes))) + 1e-300 * np.arange(len(slopes))
+    return found
+
+
+def _is_above(saved: Losses, losses: Losses, first: int, middle: int, last: int) -> bool:
+    """Whether a point lies on or above the line between two others, or saves no more than the first."""
+    rise, run = losses[last] - losses[first], saved[last] - saved[first]
+    return bool((losses[middle] - losses[first]) * run >= rise * (saved[middle] - saved[first]))
 
 
 def exchanges(grouping: Grouping, budgets: Sequence[str]) -> list[Exchange]:
@@ -55,7 +87,7 @@ def exchanges(grouping: Grouping, budgets: Sequence[str]) -> list[Exchange]:
     return [{"macs": (1 - share) / max(macs, 1), "parameters": share / max(parameters, 1)} for share in MIXTURES]
 
 
-def prices(
+def unit_prices(
     grouping: Grouping, groups: Sequence[ChannelGroup], exchange: Exchange, alive: Mask | None = None
 ) -> list[float]:
     """What one more unit of each group saves: of the dense module, or of what a choice has left.
@@ -84,7 +116,7 @@ def _price(grouping: Grouping, group: ChannelGroup, totals: Sequence[tuple[Total
 
 def cheapest(
     curves: GroupCurves,
-    priced: Sequence[Callable[[Mask | None], list[float]]],
+    priced: Sequence[Callable[[Mask | None], Sequence[Price]]],
     choose: Callable[[list[Scores]], Mask | None],
 ) -> list[Scores]:
     """The scores whose choice loses least: by the prices of the dense module, then of what the last choice left.
@@ -99,7 +131,7 @@ def cheapest(
 
 def _settled(
     curves: GroupCurves,
-    priced: Callable[[Mask | None], list[float]],
+    priced: Callable[[Mask | None], Sequence[Price]],
     choose: Callable[[list[Scores]], Mask | None],
 ) -> tuple[list[Scores], float]:
     """The scores, and what their choice loses."""

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from fxprune.prune.latency.table import LatencyTable
 from fxprune.reports import Readable, change, columns, counted, first_of, plain
-
-
-class Labelled(Protocol):
-    """What has the name and the kind of a group."""
-
-    @property
-    def name(self) -> str:
-        """Of the group."""
-
-    @property
-    def kind(self) -> str:
-        """Of its units."""
-
-
-def numbered_labels(groups: Iterable[Labelled]) -> list[str]:
-    """ "name (kind)" of each group, numbered from the second of that label on."""
-    found, seen = list[str](), Counter[str]()
-    for group in groups:
-        label = f"{group.name} ({group.kind})"
-        seen[label] += 1
-        found.append(label if seen[label] == 1 else f"{label} {seen[label]}")
-    return found
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,6 +21,7 @@ class ChannelReport(Readable):
         speedup: measured in onnxruntime, None where it was not asked for.
         sample: what MACs are counted for, "one sample of 3x224x224".
         budget: what was asked for: "amount", "macs", "parameters" or "speedup"; of several the one that binds.
+        latencies: what losses were weighed by, where that is time; None where it is MACs, or nothing.
     """
 
     removed: dict[str, tuple[int, int]]
@@ -52,6 +31,7 @@ class ChannelReport(Readable):
     speedup: float | None = None
     sample: str = ""
     budget: str = "amount"
+    latencies: LatencyTable | None = None
 
     @property
     def gone(self) -> float:
@@ -73,6 +53,7 @@ class ChannelReport(Readable):
         sample = f", for {self.sample}" if self.sample else ""
         lines = [f"MACs {change(*self.macs)}, parameters {change(*self.parameters)}{sample}"]
         lines += [f"{self.speedup:.2f} times faster, as measured"] if self.speedup else []
+        lines += [f"prices: {str(self.latencies).partition(chr(10))[0]}"] if self.latencies else []
         lines.append(
             f"{self._masked:,} of {counted(self._units, 'unit')} of {counted(len(self.removed), 'group')} masked"
         )
@@ -99,6 +80,8 @@ class ChannelReport(Readable):
             before, after = given[name]
             given[name] = before, after
         given["removed"] = {group: (masked, units) for group, (masked, units) in given["removed"].items()}
+        if given.get("latencies") is not None:
+            given["latencies"] = LatencyTable.from_dict(given["latencies"])
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:

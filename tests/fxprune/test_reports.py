@@ -17,6 +17,7 @@ from torch.nn.utils import weight_norm
 import fxprune
 from fxprune.demo.results import Result, Stage
 from fxprune.export import Report, Row
+from fxprune.prune.latency import LatencyCurve, LatencyTable
 from fxprune.reports import Readable, change, columns, counted, first_of, number, plain
 
 pytestmark = pytest.mark.usefixtures("shared_translations")
@@ -54,11 +55,14 @@ def _results(folder: Path) -> dict[str, Readable]:
         eager_prune.l1_unstructured(weight_norm(layer), "weight_v", amount=0.5)  # type: ignore[no-untyped-call]
     assert differing.first_divergence is not None
     stages = [Stage("dense", "eager", 0.99, 100), Stage("pruned", "onnx", 0.98, 50, file_bytes=10)]
+    curve = LatencyCurve("a", "channel", 8, ("a[0]",), tuple(range(8)), (0, 4), (1e-3, 5e-4), (0.0, 1e-5))
+    priced = replace(curve, name="b", counts=(), why="too few units to cut")
     return {
         "groups": groups, "group": groups[0], "group that stays": groups[-1], "channels": masked, "schedule": schedule,
         "schedule of entries": fxprune.Schedule(traced, "5.weight", eager_prune.L1Unstructured, 0.5),
         "reconstruction": fxprune.reconstruct(repaired, IMAGES), "plan": final.plan,
         "sensitivity": fxprune.sensitivity(repaired, IMAGES),
+        "latencies": LatencyTable((curve, priced), 2e-3, 1e-9, 1, 1, ("CPUExecutionProvider",), "", 1, 2.5),
         "empty plan": fxprune.ChannelPlan(), "onnx": onnx, "program": program, "agreeing": agreeing,
         "unverified": replace(onnx, comparison=None, notes=("one", "two", "three")),
         "differing": differing, "divergence": differing.first_divergence,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fxprune.channels.groups import ChannelGroup
+from fxprune.prune.group_record import GroupRecord
 from fxprune.reports import plain
 
 Losses = NDArray[np.float64]
@@ -17,12 +17,11 @@ _NEXT_TO_NOTHING = 1e-13
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class Curve(GroupRecord):
     """What the output loses without the units of one group, when what reads them makes up for it.
 
     Attributes:
-        name, kind, size: of the group, as `ChannelGroup` has them, and how many units it has.
-        members, units: the axes that it cuts, and the classes of its units, by which groups of one name differ.
+        name, kind, size, members, units: as in `GroupRecord`.
         order: the units in the order in which they go, numbered as in the group.
         counts, measured: numbers of units, and what the output loses without the first so many, by the distance.
         local: by unit in `order`, what its readers lose with it: by how far the output moves with that, or, where
@@ -33,21 +32,10 @@ class Curve:
         >>> half = curve.losses()[curve.size // 2]
     """
 
-    name: str
-    kind: str
-    size: int
-    members: tuple[str, ...]
-    units: tuple[int, ...]
     order: tuple[int, ...]
     counts: tuple[int, ...]
     measured: tuple[float, ...]
     local: tuple[float, ...]
-
-    def fits(self, group: ChannelGroup) -> bool:
-        """Whether a group is of the same name and form; layers may have got biases since."""
-        members = {str(member) for member in group.members}
-        form = self.name, self.kind, self.size
-        return form == (group.name, group.kind, group.size) and members.issuperset(self.members)
 
     def losses(self) -> Losses:
         """What is lost without the first 0, 1, ... all units, float64 [size + 1].

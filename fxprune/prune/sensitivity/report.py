@@ -10,7 +10,7 @@ import torch
 
 from fxprune.channels.groups import ChannelGroup
 from fxprune.errors import PruningError
-from fxprune.prune.channel_report import numbered_labels
+from fxprune.prune.group_record import numbered_labels, record_of
 from fxprune.prune.sensitivity.curve import Curve
 from fxprune.reports import Readable, columns, counted, first_of, number, plain
 
@@ -53,10 +53,9 @@ class Sensitivity(Readable):
         Raises:
             PruningError: it was not measured, or had other units then.
         """
-        fitting = [curve for curve in self.curves if curve.fits(group)]
-        if fitting:
-            same = (curve for curve in fitting if curve.units == tuple(group.units.tolist()))
-            return next(same, fitting[0])
+        found = record_of(self.curves, group)
+        if found is not None:
+            return found
         there = first_of(f"{curve.name} ({curve.kind}, {curve.size})" for curve in self.curves)
         raise PruningError(
             f"the sensitivity has no curve of {group.name!r} ({group.kind}, {group.size} units); it has "
