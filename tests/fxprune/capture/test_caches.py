@@ -158,6 +158,31 @@ def test_layers_that_no_graph_can_hold_are_named(transformers: Any) -> None:
         fxprune.trace(model, {"input_ids": tokens(2, 3), "past_key_values": cache})
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_a_decoder_in_another_precision_is_captured_with_its_cache(kind: torch.dtype, transformers: Any) -> None:
+    model = decoder("Llama", transformers).to(kind)
+    final = fxprune.finalize(_traced_step(model, transformers))
+    call = step(model, transformers.DynamicCache(), 3, 1, 6)
+    with torch.no_grad():
+        found = final(**call)
+        assert near(found, model(**copy.deepcopy(call)))
+    assert found.past_key_values.layers[0].keys.dtype is found.past_key_values.layers[0].dtype is kind
+
+
+def test_gradient_checkpointing_that_was_left_on_changes_nothing(transformers: Any) -> None:
+    model = decoder("Llama", transformers)
+    model.activation_checkpointing_enable()  # type: ignore[operator]
+    call = {"input_ids": (ids := tokens(2, 6)), "labels": ids, "use_cache": False}
+    traced = fxprune.trace(model, call, modes=("train",))
+    traced.train()(**call).loss.backward()
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    model.train()(**call).loss.backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    assert len(found) == len(expected)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, expected, strict=True))
+
+
 def test_a_cache_where_none_was_captured_is_refused(transformers: Any) -> None:
     model = decoder("Llama", transformers)
     traced = fxprune.trace(model, {"input_ids": tokens(2, 3)}, modes=("eval",))
