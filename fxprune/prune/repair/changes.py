@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+
+_REFITTED = "version_at_repair"  # an attribute of a tensor: how often it had been written to when it was last repaired
 
 
 class Changes:
@@ -44,3 +46,10 @@ class Changes:
     def keep(self) -> None:
         """Let the changes be final: autograd, and who asks whether masked weights were changed, is told of them."""
         increment_version([tensor for tensor, _ in self._before.values()])
+        for tensor, _ in self._before.values():
+            vars(tensor)[_REFITTED] = tensor._version
+
+
+def refitted_since(module: nn.Module) -> list[str]:
+    """The parameters whose last change is that of a repair, whichever module it was made on."""
+    return [name for name, each in module.named_parameters() if vars(each).get(_REFITTED) == each._version]

@@ -74,6 +74,8 @@ class ReconstructionReport(Readable):
             lines.append(f"mean error of a reader on held-back samples {number(before)} -> {number(after)}")
         if self.output is not None:
             lines.append("error of the outputs there {} -> {}".format(*map(number, self.output)))
+        if few := [name for name, repair in self.readers.items() if repair.rows < repair.unknowns]:
+            lines.append(f"fewer rows than unknowns, which damping makes up for: {first_of(few, 3)}; more samples help")
         if self.new_biases:
             lines.append(f"biases made, which no optimizer holds yet: {first_of(self.new_biases, 3)}")
         if self.alone:

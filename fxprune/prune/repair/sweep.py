@@ -20,7 +20,7 @@ from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair import input_moments
 from fxprune.prune.repair.batches import Batches
-from fxprune.prune.repair.changes import Changes
+from fxprune.prune.repair.changes import Changes, refitted_since
 from fxprune.prune.repair.finding import Stream, find, mask_product, stream_of
 from fxprune.prune.repair.finite import has_non_finite, origin_of_non_finite
 from fxprune.prune.repair.fitting import Family, Solved, families
@@ -149,6 +149,12 @@ def _require_unchanged(traced: TracedModule) -> None:
         raise PruningError(
             f"{first_of(changed)} changed since they were masked, so that the module without its masks is no "
             "reference. Give one: reference=, a copy of the module from before pruning."
+        )
+    if changed := refitted_since(traced):
+        raise PruningError(
+            f"{first_of(changed)} were refitted by an earlier reconstruction, to masks of that time, so that the "
+            "module without its masks is no reference. Give one: reference=, a copy of the module from before pruning. "
+            "Trace a copy of a model to keep the model as it is: a traced module has its parameters."
         )
 
 

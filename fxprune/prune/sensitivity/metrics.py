@@ -31,6 +31,8 @@ _MOST_BYTES = 2**29  # of values that are kept for the way back
 _DRAWN = 0.1  # where G has hardly any rows, its share of the identity
 _AHEAD = 2.0  # times as many rows as came so far may still come
 _MOST_OUTPUTS = 4096  # of a reader: a matrix of more squared takes too long to factorize
+# of what torch says where there is no way back through an operator
+_WAY_BACK = ("derivative", "autograd", "backward", "gradient computation", "differentiation", "inplace", "in-place")
 
 Inputs = Sequence[tuple[Tensor, tuple[Tensor, ...]]]  # rows of a reader's inputs, and their places
 
@@ -86,9 +88,16 @@ def output_metrics(
             done += piece.samples
             if not any(own.may_tell(done / samples) for own in sums.values()):
                 return {}
-    except (RuntimeError, NotImplementedError):  # an operator has no derivative
+    except RuntimeError as error:
+        if not _is_of_way_back(error):
+            raise
         return {}
     return {own.reader: metric for own in sums.values() if (metric := own.metric()) is not None}
+
+
+def _is_of_way_back(error: RuntimeError) -> bool:
+    """Whether an operator has no derivative, or what it needs was written over; torch tells by texts alone."""
+    return any(word in str(error) for word in _WAY_BACK)
 
 
 class _Sums:

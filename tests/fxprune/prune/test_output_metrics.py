@@ -175,6 +175,52 @@ def test_where_no_gradient_comes_through_the_readers_own_errors_say_what_goes() 
         assert len(first_half(Loud(after), x) & set(range(8, 16))) > 4
 
 
+@torch.library.custom_op("fxprune_tests::halved", mutates_args=())
+def halved(x: Tensor) -> Tensor:
+    return x / 2
+
+
+@halved.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def spoilt(x: Tensor) -> Tensor:
+    y = x.exp()
+    return y.add_(y.sigmoid().mul_(2))
+
+
+def without_formula(x: Tensor) -> Tensor:
+    y: Tensor = halved(x)
+    return y
+
+
+@pytest.mark.parametrize("after", [without_formula, spoilt])
+def test_operators_that_autograd_cannot_go_back_through_leave_no_metric(after: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), Behind(after))
+    assert not found_metrics(model, torch.rand(100, 4).double(), "error")
+    assert found_metrics(nn.Sequential(model[0], model[1]), torch.rand(100, 4).double(), "error")
+
+
+class Behind(nn.Module):
+    def __init__(self, after: Any) -> None:
+        super().__init__()
+        self.after = after
+
+    def forward(self, x: Tensor) -> Any:
+        return self.after(x)
+
+
+def test_other_errors_on_the_way_back_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("fxprune.prune.sensitivity.metrics._directions", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        found_metrics(nn.Linear(4, 4).double().eval(), torch.rand(100, 4).double(), "error")
+
+
 def test_readers_of_one_group_are_compared_by_what_the_output_loses() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

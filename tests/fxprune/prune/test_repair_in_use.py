@@ -183,6 +183,38 @@ def test_constant_inputs_and_dead_channels_leave_finite_weights() -> None:
     torch.testing.assert_close(traced(torch.ones_like(x)), model(torch.ones_like(x)))  # the bias makes up for all
 
 
+def test_fewer_rows_than_unknowns_are_said_and_leave_finite_weights() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 2)).eval(), torch.randn(400, 3)
+    traced = fxprune.trace(copy.deepcopy(model), (x[:2],), modes=("eval",)).eval()
+    fxprune.prune.l1_unstructured(traced, "0.weight", 0.5)
+    report = fxprune.reconstruct(traced, x[:12], damping=(0.0, 1e-2))
+    assert "fewer rows than unknowns, which damping makes up for: 2.weight" in str(report)
+    assert torch.isfinite(traced(x)).all()
+    again = fxprune.reconstruct(traced, x, reference=model)
+    assert "fewer rows" not in again.table()
+
+
+def test_a_model_that_was_repaired_is_no_reference_for_other_masks() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 12), nn.Tanh(), nn.Linear(12, 2)).eval(), torch.randn(80, 3)
+    dense, target = copy.deepcopy(model), model(x).detach()
+    traced = fxprune.trace(model, (x[:2],), modes=("eval",)).eval()
+    fxprune.prune.l1_unstructured(traced, "0.weight", 0.5)
+    fxprune.reconstruct(traced, x)
+    with pytest.raises(PruningError, match=r"0\.weight changed since they were masked"):
+        fxprune.reconstruct(traced, x)
+    other = fxprune.trace(model, (x[:2],), modes=("eval",)).eval()  # the same parameters
+    fxprune.prune.ln_structured(other, "0.weight", 0.5, n=2, dim=0)
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(PruningError, match=r"2\.weight.* were refitted by an earlier reconstruction.*Trace a copy"):
+        fxprune.reconstruct(other, x)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+    before = (other(x) - target).square().sum()
+    fxprune.reconstruct(other, x, reference=dense)
+    assert (other(x) - target).square().sum() < before
+
+
 def under_norms(norm: str, *names: str) -> tuple[fxprune.TracedModule, Tensor, Tensor]:
     """A network with norms and channels masked by data, its inputs, and its outputs before it was masked."""
     torch.manual_seed(0)
