@@ -46,13 +46,17 @@ class Problem:
         self.most = share * self.dense
         self.saved = [group.macs for group in self.groups]  # by one unit of the dense network
 
-    def macs(self, counts: Sequence[int]) -> int:
-        """What is left without the first units of each order."""
+    def alive(self, counts: Sequence[int]) -> NDArray[np.bool_]:
+        """What lives without the first units of each order."""
         alive = np.ones(self.grouping.found.classes.count, bool)
         for group, curve, count in zip(self.groups, self.curves, counts, strict=True):
             if count:
                 alive &= ~self.grouping.units.dead(group.units[list(curve.order[:count])])
-        return self.grouping.macs(alive)
+        return alive
+
+    def macs(self, counts: Sequence[int]) -> int:
+        """The MACs that these leave."""
+        return self.grouping.macs(self.alive(counts))
 
     def lost(self, counts: Sequence[int]) -> float:
         """The sum of the losses."""
@@ -151,9 +155,12 @@ def integer_program(problem: Problem) -> Counts:
     return problem.reached(choose, 0.0, 1.0)
 
 
-def masked(traced: fxprune.TracedModule, problem: Problem, counts: Counts) -> fxprune.TracedModule:
-    """A copy without the first units of each order."""
-    ranks = {id(curve): np.argsort(curve.order) for curve in problem.curves}
+def masked(
+    traced: fxprune.TracedModule, problem: Problem, counts: Counts, orders: Sequence[Sequence[int]] | None = None
+) -> fxprune.TracedModule:
+    """A copy without the first units of each order, of the curves or of others."""
+    orders = [curve.order for curve in problem.curves] if orders is None else orders
+    ranks = {id(curve): np.argsort(order) for curve, order in zip(problem.curves, orders, strict=True)}
     going = {group.name + group.kind: count for group, count in zip(problem.groups, counts, strict=True)}
     curves = {group.name + group.kind: curve for group, curve in zip(problem.groups, problem.curves, strict=True)}
 
