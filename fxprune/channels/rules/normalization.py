@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -317,6 +318,7 @@ class GroupNorm(_MixingNorm):
     """Over space and the channels of a group."""
 
     num_groups: int
+    eps: float
     aliases: ClassVar = {"num_groups": ("num_groups", "group")}
     modules: ClassVar = (nn.GroupNorm,)
 
@@ -335,7 +337,29 @@ class GroupNorm(_MixingNorm):
             walk.equal_groups.append(grouped)
         operands = {"input": 1} | dict.fromkeys(self.parts, 0)
         self.record(walk, ids, GroupStatistics(self.normalized, grouped, operands))
-        return self.results(walk, self.constants(walk, value, parts, [1, -1] + [1] * (value.rank - 2)))
+        result = self.constants(walk, value, parts, [1, -1] + [1] * (value.rank - 2))
+        return self.results(walk, self._with_constant_groups(walk, result, flat, parts))
+
+    def _with_constant_groups(self, walk: Walk, result: Value, data: Value, parts: Mapping[str, Value]) -> Value:
+        """What is known of the result, and the groups of which every channel is the same at all positions."""
+        facts, count = data.facts, len(data.axes[1])
+        shape = [] if facts is None else facts.value.shape
+        if not walk.facts or facts is None or count != 1 or math.prod(shape) != shape[1]:
+            return result
+        if not all(part.stored for part in parts.values()):
+            return result
+        known = facts.inner.reshape(self.num_groups, -1).all(1, keepdim=True)
+        values = facts.value.double().reshape(self.num_groups, -1)
+        centred = values - values.mean(1, keepdim=True)
+        normed = (centred / (centred.square().mean(1, keepdim=True) + self.eps).sqrt()).reshape(-1)
+        scale, shift = (parts[name].facts if name in parts else None for name in ("weight", "bias"))
+        normed = normed if scale is None else normed * scale.value.double().reshape(-1)
+        normed = normed if shift is None else normed + shift.value.double().reshape(-1)
+        where = known.expand(values.shape).reshape(shape)
+        if result.facts is None:
+            return settled(result.axes, where, normed.reshape(shape))
+        merged = torch.where(where, normed.reshape(shape), result.facts.value)
+        return settled(result.axes, result.facts.where | where, merged)
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:

@@ -158,6 +158,22 @@ def test_groups_that_nobody_reads_go_though_they_are_not_zero() -> None:
     assert final.get_parameter("first.weight").shape[0] == 8
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_groups_of_constants_are_constants_and_go_whole(affine: bool) -> None:
+    model = Net(
+        lambda self, x: self.last(F.gelu(self.norm(self.first(x)))),
+        first=nn.Conv2d(3, 16, 3), norm=nn.GroupNorm(4, 16, affine=affine), last=nn.Conv2d(16, 4, 1),
+    )  # fmt: skip
+    with torch.no_grad():
+        model.first.weight[[0, 1, 2, 3, 6, 8, 9, 10, 11]] = 0  # the first and the third group, their biases alive
+        for parameter in model.norm.parameters():
+            parameter.uniform_(0.5, 1.5)
+    final = finalized(model, 3, 6, 6)
+    assert final.get_parameter("first.weight").shape[0] == 8
+    assert final.plan is not None
+    assert final.plan.folded == {"last": 8}
+
+
 def test_a_root_mean_square_stays_one_operator_with_its_gain_and_eps_scaled() -> None:
     model = narrowed(NORMS["RMSNorm"])
     final = finalized(model, 7, 6)
