@@ -223,7 +223,7 @@ class Speed(Budget):
         self.best = 0.0
 
     def fit(self, stairs: Staircase) -> Choice | None:
-        """The fewest units that were measured to be fast enough: by at most `NEAR` more, or to 1/64 of the MACs."""
+        """The fewest units measured to be fast enough: by at most `NEAR` more, or to 1/64 of the MACs left."""
         self.best = 0.0
         too_slow, fast_enough = 1.0, 0.0  # shares of the MACs
         share, found = self.start, None
@@ -240,7 +240,8 @@ class Speed(Budget):
             if found is None:
                 share *= min(0.95, reached / self.wanted)
                 continue
-            if found.speedup is None or found.speedup <= self.wanted * NEAR or too_slow - fast_enough < 1 / 64:
+            is_near = found.speedup is None or found.speedup <= self.wanted * NEAR
+            if is_near or too_slow - fast_enough < fast_enough / 64:
                 break
             share = (too_slow + fast_enough) / 2
         return found

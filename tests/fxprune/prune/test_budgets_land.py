@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -436,3 +437,27 @@ def test_a_finalized_module_with_grouped_convolutions_is_cut_again(layer: type[n
     assert smaller.plan is not None
     assert (smaller.plan.macs, smaller.plan.parameters) == (second.macs, second.parameters)
     assert torch.allclose(smaller(images), final(images), atol=1e-6)
+
+
+@pytest.mark.parametrize(("wanted", "overhead"), [(1.5, 0.02), (4.0, 0.0), (4.0, 0.05), (6.0, 0.0)])
+def test_a_speedup_is_used_up_where_the_clock_is_exact(
+    monkeypatch: pytest.MonkeyPatch, wanted: float, overhead: float
+) -> None:
+    traced = _traced("cnn", 128)
+
+    @contextlib.contextmanager
+    def clock(dense: fxprune.TracedModule, **options: Any) -> Iterator[Callable[[dict[str, torch.Tensor]], float]]:
+        def measure(masks: dict[str, torch.Tensor]) -> float:
+            candidate = copy.deepcopy(dense)
+            for name, mask in masks.items():
+                fxprune.prune.custom_from_mask(candidate, name, mask)
+            plan = fxprune.finalize(candidate, align=1).plan
+            assert plan is not None
+            return 1 / (overhead + (1 - overhead) * plan.macs[1] / plan.macs[0])
+
+        yield measure
+
+    monkeypatch.setattr("fxprune.driver.stopwatch", clock)
+    speedup = fxprune.prune.channels(traced, speedup=wanted, round_to=1).speedup
+    assert speedup is not None
+    assert wanted <= speedup <= 1.03 * (1 + 1 / 64) * wanted
