@@ -10,8 +10,8 @@ each adds a line to a file, and models that have one there are not run again.
 | trace | "equal": the outputs are eager's, bit for bit |
 | budget | the MACs left, or why the budget is refused |
 | finalize | the largest relative error against the masked module, at batch 2 and 3, in float64 |
-| onnx | the largest relative error of the file in onnxruntime against eager torch, in float32 |
-| back | the same of the shrunk module of the model's own class |
+| onnx | the largest relative error of the file in onnxruntime against the finalized module, in float32 |
+| back | that of the shrunk module of the model's own class against the masked module |
 
 Run: PYTHONPATH=. python benchmarks/libraries.py results.jsonl [part of a name ...]
      PYTHONPATH=. python benchmarks/libraries.py results.jsonl --table
@@ -186,7 +186,7 @@ class Steps:
             names = [item.name for item in session.get_inputs()]
             feeds = self._feeds(names, given)
             found = [torch.from_numpy(np.asarray(each)) for each in session.run(None, feeds)]
-        wanted = tensors_in(self.traced(*self.args, **self.kwargs))
+        wanted = tensors_in(self.final(*self.args, **self.kwargs))
         return f"{max(error(want, got) for want, got in zip(wanted, found, strict=True)):.1e}"
 
     def _feeds(self, names: list[str], given: list[Tensor]) -> dict[str, np.ndarray]:

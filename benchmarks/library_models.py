@@ -91,9 +91,9 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "maxvit_pico_rw_256": (64, {"img_size": 64}),
     "poolformer_s12": (64, {}),
     "caformer_s18": (64, {}),
-    "mixer_s32_224": (64, {"img_size": 64, "num_blocks": 4}),
-    "gmlp_ti16_224": (64, {"img_size": 64, "num_blocks": 6}),
-    "resmlp_12_224": (64, {"img_size": 64, "num_blocks": 6}),
+    "mixer_s32_224": (64, {"img_size": 64}),
+    "gmlp_ti16_224": (64, {"img_size": 64}),
+    "resmlp_12_224": (64, {"img_size": 64}),
     "mobilenetv3_small_050": (64, {}),
     "mobilenetv4_conv_small": (64, {}),
     "mobilenetv5_300m": (128, {}),
@@ -170,9 +170,10 @@ ULTRALYTICS = (
 
 
 def _ultralytics(name: str) -> Built:
-    from ultralytics import YOLO
+    from ultralytics import RTDETR, YOLO
 
-    return YOLO(name).model, (torch.randn(2, 3, 64, 64),), {}
+    model = (RTDETR if "rtdetr" in name else YOLO)(name).model
+    return model, (torch.randn(2, 3, 64, 64),), {}
 
 
 # ---- diffusers: what builds a model, and its inputs
