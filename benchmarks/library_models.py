@@ -381,7 +381,7 @@ TRANSFORMERS: dict[str, tuple[str, str, Mapping[str, Any], Callable[[], dict[str
     "BertForSequenceClassification, labels": (
         "BertConfig", "BertForSequenceClassification", _BERT, _words(labels=_one_label)),
     "BertForMaskedLM": ("BertConfig", "BertForMaskedLM", _BERT, _words()),
-    "BertForQuestionAnswering": ("BertConfig", "BertForQuestionAnswering", _BERT, _words()),
+    "BertForQuestionAnswering": ("BertConfig", "BertForQuestionAnswering", _BERT | {"num_labels": 2}, _words()),
     "RobertaForTokenClassification, labels": (
         "RobertaConfig", "RobertaForTokenClassification", _BERT, _words(labels=_token_labels)),
     "DistilBertForSequenceClassification": (
