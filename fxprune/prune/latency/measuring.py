@@ -39,7 +39,7 @@ from fxprune.prune.sensitivity.report import Sensitivity
 
 KEPT = (0.75, 0.5, 0.25)  # shares of the units at which a group is measured, beside all of them
 LEAST = 0.003  # share of the whole work below which layers are not measured
-AT_ONCE = 8  # pieces that are exported together
+AT_ONCE = 4  # pieces that are exported together; between lots the time is looked at
 ENOUGH = 0.02  # error of what is saved, as a share of the most, that is small
 PARTS = 5  # of the rounds, by which the error of a quantile is told
 
