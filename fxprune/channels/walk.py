@@ -400,5 +400,14 @@ def _written_nodes(graph: fx.Graph) -> set[fx.Node]:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending += node.all_input_nodes[:1]
+            if node.target not in _NEW_MEMORY:
+                pending += node.all_input_nodes[:1]
     return found
+
+
+# frequent operators whose result is never a view of an operand
+_aten = torch.ops.aten
+_NEW_MEMORY = frozenset(
+    (_aten.linear.default, _aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.add.Tensor,
+     _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
+)  # fmt: skip

@@ -174,6 +174,18 @@ def test_groups_of_constants_are_constants_and_go_whole(affine: bool) -> None:
     assert final.plan.folded == {"last": 8}
 
 
+def test_a_gain_behind_which_a_result_is_overwritten_is_not_written_to() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.up(self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3))).relu_())
+
+    model = Net(forward, first=nn.Linear(6, 16), up=nn.Linear(16, 8), last=nn.Linear(8, 4))
+    model.gain = nn.Parameter(torch.rand(16) + 0.5)
+    zero(HALF, model.first)
+    final = finalized(model, 7, 6)
+    assert len(final.get_parameter("first.weight")) == 8
+
+
 def test_a_root_mean_square_stays_one_operator_with_its_gain_and_eps_scaled() -> None:
     model = narrowed(NORMS["RMSNorm"])
     final = finalized(model, 7, 6)
