@@ -147,22 +147,25 @@ class Steps:
         self.final = fxprune.finalize(self.traced)
         try:
             masked, final = copy.deepcopy(self.traced).double(), fxprune.finalize(copy.deepcopy(self.traced).double())
-        except (
-            CaptureError,
-            PassError,
-        ):  # it computes in float32 whatever it is given: what is folded was rounded to that
+            calls = self.calls(torch.float64)
+            errors = [widest(masked(*args, **kwargs), final(*args, **kwargs)) for args, kwargs in calls]
+        except (CaptureError, PassError, RuntimeError):  # it computes in float32 whatever it is given
+            # what is folded was rounded to that
             return f"{max(self._error_of_graphs(*call) for call in self.calls(None)):.1e} (float32)"
-        errors = [widest(masked(*args, **kwargs), final(*args, **kwargs)) for args, kwargs in self.calls(torch.float64)]
         return f"{max(errors):.1e}"
 
     def _error_of_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        """How far the graphs are apart, computed in float64 node by node."""
+        """How far the graphs are apart, computed in float64 node by node, where that can be."""
         inputs = pytree.tree_leaves((args, kwargs))
-        found = [
-            run(module.graphs["eval"], functools.partial(tensor_at, module), inputs, torch.float64)
-            for module in (self.traced, self.final)
-        ]
-        return widest(*found)
+
+        def outputs(dtype: torch.dtype | None) -> list[Any]:
+            modules = self.traced, self.final
+            return [run(m.graphs["eval"], functools.partial(tensor_at, m), inputs, dtype) for m in modules]
+
+        try:
+            return widest(*outputs(torch.float64))
+        except RuntimeError:  # so does control flow
+            return widest(*outputs(None))
 
     def calls(self, dtype: torch.dtype | None) -> Iterable[tuple[Any, Any]]:
         """The sample, and one of three where the batch is free, in a dtype."""
@@ -261,7 +264,15 @@ def rows(out: Path) -> list[dict[str, Any]]:
 def verdict(step: str, text: str) -> str:
     """What of a step's result stands in the table: "yes" or a number, "refused", "WRONG" or "failed"."""
     if step == "trace":
-        return "yes" if text == "equal" else "WRONG" if text.startswith("differs") else "failed"
+        return (
+            "yes"
+            if text == "equal"
+            else "WRONG"
+            if text.startswith("differs")
+            else text
+            if text.startswith("over")
+            else "failed"
+        )
     if step == "budget":
         return text if text[:2] == "0." else "refused" if text.startswith("PruningError") else "failed"
     limit = EXACT if step == "finalize" and "float32" not in text else ROUNDED
