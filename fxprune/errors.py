@@ -10,6 +10,7 @@ __all__ = [
     "BatchSpecializedWarning",
     "CaptureError",
     "CompareError",
+    "ConfigurationWarning",
     "EvalConstantWarning",
     "EvalOnlyWarning",
     "ExportError",
@@ -125,6 +126,10 @@ class NonFiniteWarning(FxpruneWarning):
 
 class EvalConstantWarning(FxpruneWarning):
     """Channels went that are constant in eval mode alone: train mode changes. `keep_for_training` keeps them."""
+
+
+class ConfigurationWarning(FxpruneWarning):
+    """A configuration cannot say the sizes of its model, such as a width for each layer: it cannot be built from it."""
 
 
 class ProviderWarning(FxpruneWarning):

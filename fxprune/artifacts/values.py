@@ -9,6 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from fxprune.artifacts.same_channels import same_channels
 from fxprune.artifacts.working_copy import WorkingCopy, follow_parameters
 from fxprune.errors import WriteBackError
 from fxprune.graph.names import locate, tensors_of
@@ -89,6 +90,8 @@ def _put_stored(copy: WorkingCopy, flags: dict[str, bool], made: dict[int, Tenso
             owner, attribute = locate(copy.root, name)
         except AttributeError:
             continue  # a constant that the graph alone names
+        if _is_cut_by_its_reads(copy, name, value):
+            continue
         if attribute in owner._parameters:
             parameter = nn.Parameter(value.detach().clone(), flags.get(name, value.requires_grad))
             setattr(owner, attribute, made.setdefault(id(value), parameter))
@@ -96,6 +99,22 @@ def _put_stored(copy: WorkingCopy, flags: dict[str, bool], made: dict[int, Tenso
             setattr(owner, attribute, made.setdefault(id(value), value.detach().clone()))
         elif name in copy.plan.added or isinstance(value, nn.Parameter):
             raise WriteBackError(f"{copy.where(owner)} has no place for {attribute!r}, {_made(copy.final, name)}")
+
+
+def _is_cut_by_its_reads(copy: WorkingCopy, name: str, value: Tensor) -> bool:
+    """Whether a buffer of numbers or flags is cut to what the graph reads of it, as positions are to the sample's.
+
+    The class reads more of it for longer inputs. Axes that others share are channels, and numbers that shifted are
+    those of channels.
+    """
+    kept, own = copy.plan.kept.get(name, {}), tensors_of(copy.root).get(name)
+    if own is None or value.is_floating_point() or isinstance(value, nn.Parameter) or own.shape == value.shape:
+        return False
+    if not torch.equal(ChannelPlan({name: kept}).slice(name, own), value):
+        return False
+    numbers = same_channels(copy.final)
+    others = {number for (other, _), number in numbers.items() if other != name}
+    return all(numbers.get((name, axis)) not in others for axis in kept if own.shape[axis] != value.shape[axis])
 
 
 def _made(final: TracedModule, bias: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.artifacts.attribute_reads import Reads, recorded_reads
+from fxprune.artifacts.following_configurations import follow_configuration
 from fxprune.artifacts.plain_copy import plain_copy
 from fxprune.artifacts.rehearsal import Rehearsal
 from fxprune.artifacts.statistics import check_statistics, counting, put_eps
@@ -40,6 +41,10 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     folded batch norm becomes the identity. An RMS norm of a narrowed stream gets the gain and the eps that count the
     channels which went; layer and group norms cannot count them, and are refused by name.
 
+    A class that is built from its `config`, as those of transformers are, gets one that says the new sizes, where it
+    can: then `save_pretrained` and `from_pretrained` go on as before. `fxprune.prune.channels(..., runnable=model)`
+    chooses channels so that it can.
+
     Args:
         final: what `fxprune.finalize` returned, shrunk or not.
         model: the eager module that was traced, or one of the same architecture; stays as it is.
@@ -52,6 +57,9 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
             map of positions (`keep_for_write_back` of `finalize`), or fixes a size in its code, or takes statistics
             over channels of which some went; names module, class and line.
         ArgumentTypeError: `final` is no traced module, or `model` no eager one.
+
+    Warns:
+        ConfigurationWarning: no configuration gives these sizes.
 
     Example:
         >>> small = fxprune.write_back(fxprune.finalize(traced), model)
@@ -71,6 +79,7 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
         written = plain_copy(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         _write(WorkingCopy(written, final), flags)
+        follow_configuration(written, model, (final.example_args, final.example_kwargs))
     modes = {path: module.training for path, module in model.named_modules()}
     for path, module in written.named_modules():
         module.training = modes[path]

@@ -157,12 +157,17 @@ class Grouping:
         consistency: what every choice keeps.
         macs, parameters, traffic: what is left, by the classes that are alive; `dense` has all of the whole model.
         sample: what MACs and traffic are counted for, "one sample of 3x224x224".
+
+    Args:
+        plain: the module.
+        alike: classes [rows, n] of which every choice leaves each row equally many.
     """
 
-    def __init__(self, plain: TracedModule) -> None:
+    def __init__(self, plain: TracedModule, alike: Sequence[Vector] = ()) -> None:
         self.plain, self.found = plain, coupling(plain)
         classes = self.found.classes
-        self.consistency = Consistency.of(self.found, {n for g in plain.graphs.values() for n in g.nodes})
+        reached = {n for g in plain.graphs.values() for n in g.nodes}
+        self.consistency = Consistency.of(self.found, reached, alike=alike)
         self._tensors: Mapping[str, torch.nn.Parameter] = dict(plain.named_parameters(remove_duplicate=False))
         self.axes = ChannelAxes.of(self.found, self._tensors)
         fixed: Mask = classes.pinned.copy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,7 +32,8 @@ class Consistency:
     Attributes:
         coupling: the relations of the channels.
         balances: by grouped convolution the classes of its inputs [groups, n] and outputs [groups, m].
-        equal: by recurrent call the classes of the units of its layers and directions [rows, n].
+        equal: by recurrent call the classes of the units of its layers and directions [rows, n]; what else is to be
+            alike.
         axes: the distinct class vectors of axes of which something must stay.
         grids, last: the constraints, those to meet first and those to meet after all others.
     """
@@ -55,6 +56,7 @@ class Consistency:
         reached: set[fx.Node],
         align: int | str = 1,
         decided: Collection[tuple[str, int]] = (),
+        alike: Sequence[Vector] = (),
     ) -> Consistency:
         """From a coupling; nodes that are not reached ask for nothing.
 
@@ -63,6 +65,7 @@ class Consistency:
             reached: the nodes that stay in the graphs.
             align: counts are kept at multiples of it; "auto" says which run fast, as long as that does not spread.
             decided: axes of parameters whose counts "auto" leaves alone.
+            alike: classes [rows, n] of which each row keeps equally many besides.
         """
         walks, classes = list(coupling.walks.values()), coupling.classes
         pairs = [
@@ -71,7 +74,7 @@ class Consistency:
         pairs += [(coupling.of(ids), coupling.of(ids)) for w in walks for ids in w.equal_groups]
         balances = list({(i.shape, i.tobytes(), o.tobytes()): (i, o) for i, o in pairs}.values())
         rows = [coupling.of(e.rows) for w in walks for e in w.equal if e.node in reached]
-        equal = list({(r.shape, r.tobytes()): r for r in rows}.values())
+        equal = list({(r.shape, r.tobytes()): r for r in [*rows, *alike]}.values())
         more = [(coupling.of(e.cells), coupling.of(e.units)) for w in walks for e in w.more if e.node in reached]
         read = {str(n.target) for n in reached if n.op == "get_attr"}
         vectors = [v for name, axes in coupling.parameters.items() if name in read for v in axes if v is not None]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx, nn
 
 from fxprune import driver
 from fxprune.calling import renamed
@@ -61,6 +62,7 @@ from fxprune.prune.importance_registry import IMPORTANCES, Evidence
 from fxprune.prune.latency import LatencyTable
 from fxprune.prune.latency.measuring import Timing, check_prices, measured_latencies
 from fxprune.prune.latency.prices import LatencyPrices
+from fxprune.prune.runnable import runnable_groups
 from fxprune.prune.sensitivity import Sensitivity
 
 MOST_CORRECTIONS = 12
@@ -93,6 +95,7 @@ def channels(
     batch: int = 1,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     prices: str | LatencyTable = "auto",
+    runnable: nn.Module | None = None,
 ) -> ChannelReport:
     """Mask whole channels, by groups of slices that stand or fall together, so that `finalize` removes them exactly.
 
@@ -148,6 +151,10 @@ def channels(
             "macs", what a unit saves of them; "latency", what it saves in time, measured first as by
             `fxprune.latency_table`; such a table, which costs nothing. "auto" is "macs". The speed itself is measured
             in any case.
+        runnable: the model that was traced: channels are chosen so that its class runs with what is left, for
+            `fxprune.write_back`. Parts by `chunk` stay equal; of a model that is built from a configuration, as those
+            of transformers are, what follows from one number changes alike, and what the configuration cannot say
+            stays, with that as its reason, so that `from_pretrained` takes what comes back.
 
     Returns:
         A `ChannelReport`, which prints as a summary.
@@ -174,13 +181,18 @@ def channels(
         asked_for(amount, macs=macs, parameters=parameters, speedup=speedup), importance, scope,
         plain_number(round_to), plain_number(max_per_group), plain_number(at_least), normalize,
         None if targets is None else listed(targets), listed(ignore), None if kinds is None else listed(kinds),
+        runnable is not None,
     )  # fmt: skip
+    if runnable is not None and (not isinstance(runnable, nn.Module) or isinstance(runnable, fx.GraphModule)):
+        raise ArgumentTypeError(f"runnable is a {type(runnable).__name__}: the eager module that was traced is needed.")
     evidence = Evidence(loader, loss, max_batches, seed, weight)
     check_evidence(importance, evidence)
     timing = Timing(threads, batch, tuple(providers))
     check_prices(prices, request, timing)
     before, earlier = undone(traced, request)
     grouping = Grouping(driver.plain_view(before))
+    if runnable is not None:
+        grouping = runnable_groups(grouping, runnable, lambda groups: chosen_groups(groups, request))
     picked, lacking = scorable(grouping, chosen_groups(grouping.groups, request), importance)
     decided = before.decided | _written_axes(picked)
     with contextlib.ExitStack() as stack:

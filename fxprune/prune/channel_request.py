@@ -36,6 +36,7 @@ class ChannelRequest:
         budgets: what is asked for, by name: "amount", "macs", "parameters" or "speedup", and its value: a fraction
             (float), a count (int), or a factor for "speedup". "macs" and "parameters" may both be there.
         targets, ignore, kinds: each several, None for all.
+        runnable: whether the class of the model is to run with what is left.
     """
 
     budgets: tuple[tuple[str, float], ...]
@@ -48,6 +49,7 @@ class ChannelRequest:
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
     kinds: tuple[str, ...] | None = None
+    runnable: bool = False
 
     def __post_init__(self) -> None:
         for name, value in self.budgets:
@@ -221,7 +223,9 @@ def chosen_among(
         if (id(g) in taken or g.block in asked_blocks) and id(g) not in left and g.block not in ignored_blocks
     ]
     if not picked:
-        reasons = "; ".join(sorted({g.reason for g in groups if g.reason})[:3]) or "there are no groups"
+        meant = [g for g in groups if wanted is not None and _matches(g, wanted, ("writer",))]
+        staying = {g.reason for g in meant if g.reason} or {g.reason for g in groups if g.reason}
+        reasons = "; ".join(sorted(staying)[:3]) or "there are no groups"
         raise PruningError(f"no group is left to prune: {len(usable)} may be pruned at all. {reasons}.")
     return picked
 

@@ -1,0 +1,101 @@
+"""The configuration of a model that was written back: numbers that say the sizes which it has now."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fxprune.errors import ConfigurationWarning
+from fxprune.graph.arguments import Arguments
+from fxprune.graph.configurations import Axis, Configuration, Shapes, put_numbers
+from fxprune.graph.equality import close
+from fxprune.graph.names import tensors_of
+from fxprune.reports import first_of
+
+
+def follow_configuration(written: nn.Module, model: nn.Module, inputs: Arguments) -> None:
+    """Give the configuration of a shrunk model the numbers that its class makes the same model of.
+
+    Args:
+        written: the shrunk model, in eval mode. model: as it was. inputs: of a call.
+
+    Warns:
+        ConfigurationWarning: there are none, or the model that is built with them computes something else.
+    """
+    wanted: Shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(written).items()}
+    before = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+    if wanted == before or (found := Configuration.of(model)) is None:
+        return
+    numbers = found.expressing(wanted)
+    if numbers is None:
+        _warn(written, _unsaid(found, wanted))
+        return
+    outputs = _outputs(written, inputs)
+    config: Any = copy.deepcopy(model.config)
+    put_numbers(config, numbers)
+    if not _same(outputs, _outputs(_rebuilt(written, config), inputs)):
+        said = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        _warn(written, f"with {said} its class makes a model of these sizes that computes something else")
+        return
+    kept = copy.deepcopy(written.config)
+    put_numbers(written.config, numbers)
+    if not _same(outputs, _outputs(written, inputs)):  # a number that forward reads, and that is another one there
+        vars(written.config).update(vars(kept))
+        _warn(written, "its forward reads numbers of the configuration that would have to change")
+
+
+def _rebuilt(written: nn.Module, config: Any) -> nn.Module:
+    """A model of a configuration with the weights of another."""
+    rebuilt: nn.Module = type(written)(config)
+    parameter = next(written.parameters())
+    rebuilt.to(dtype=parameter.dtype, device=parameter.device)
+    rebuilt.load_state_dict(written.state_dict())
+    return rebuilt.eval()
+
+
+def _outputs(model: nn.Module, inputs: Arguments) -> list[Tensor]:
+    args, kwargs = copy.deepcopy(inputs)
+    return [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _same(wanted: list[Tensor], found: list[Tensor]) -> bool:
+    if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in found]:
+        return False
+    return all(close(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def _unsaid(found: Configuration, wanted: Shapes) -> str:
+    """Which sizes no number says: those that one number gives and that became unequal, and those that none does."""
+    told = []
+    changed = {
+        (name, axis)
+        for name, shape in found.shapes.items()
+        for axis, size in enumerate(shape)
+        if wanted.get(name, shape)[axis] != size
+    }
+    for number, axes in found.followers.items():
+        ratios = {axis: wanted[axis[0]][axis[1]] / found.shapes[axis[0]][axis[1]] for axis in axes}
+        if axes & changed and len(set(ratios.values())) > 1:
+            told.append(f"{number} gives {_two(ratios, wanted)}")
+    return first_of(told, 2) if told else f"no number of it gives {first_of(sorted({name for name, _ in changed}), 2)}"
+
+
+def _two(ratios: dict[Axis, float], wanted: Shapes) -> str:
+    """Two axes that should have changed alike."""
+    least, most = (pick(sorted(ratios), key=lambda axis: ratios[axis]) for pick in (min, max))
+    return " and ".join(f"{name} ({wanted[name][axis]} in axis {axis})" for name, axis in (least, most))
+
+
+def _warn(written: nn.Module, why: str) -> None:
+    warnings.warn(
+        f"config cannot say the sizes of this {type(written).__name__}: {why}. It runs, and trains on, but "
+        "from_pretrained could not build it: store the module that finalize returned by fxprune.save(final, path), and "
+        "restore the model by fxprune.write_back(fxprune.load(path), model). Channels chosen with "
+        "fxprune.prune.channels(traced, ..., runnable=model) keep to what a configuration can say.",
+        ConfigurationWarning,
+        stacklevel=4,
+    )

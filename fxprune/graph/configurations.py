@@ -1,0 +1,187 @@
+"""Models that are built from a configuration, as those of transformers: which of its numbers gives which size.
+
+What a class makes of its configuration is found by building it: on the meta device, with one number changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.graph.names import tensors_of
+
+Shapes = dict[str, tuple[int, ...]]
+# name of a tensor, axis
+Axis = tuple[str, int]
+_UNSAID = "head_dim"  # which many classes read, if it is there
+
+
+class Configuration:
+    """The configuration of a model, and the sizes that the model has with other numbers in it.
+
+    Attributes:
+        model: an instance of a class that is built from `config` alone.
+        shapes: of its parameters and buffers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.shapes: Shapes = _shapes(model)
+        self._built: dict[tuple[tuple[str, int], ...], Shapes | None] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Configuration | None:
+        """That of a model; None where it has none from which it can be built."""
+        config = getattr(model, "config", None)
+        if getattr(type(model), "config_class", None) is None or not hasattr(config, "to_dict"):
+            return None
+        found = cls(model)
+        return found if found.built({}) == found.shapes else None
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The numbers from which a size could follow, by name, "text_config.hidden_size" for one further down.
+
+        One that is not said, and follows from others, is among them where it can be said.
+        """
+        found: dict[str, int] = {}
+        unsaid: list[str] = []
+        for name, value in _entries(self.model.config):
+            if type(value) is int and value > 1:
+                found[name] = value
+            elif value is None:
+                unsaid.append(name)
+        sizes = sorted({size for shape in self.shapes.values() for size in shape if size > 1})
+        heads = _numbers_called(self.model, _UNSAID)
+        for name in unsaid:
+            candidates = heads if name.endswith(_UNSAID) else sizes
+            said = next((size for size in candidates if self._says(name, size)), None)
+            if said is not None:
+                found[name] = said
+        return found
+
+    @cached_property
+    def _unsaid(self) -> dict[str, int]:
+        """The numbers that are not said, as they are."""
+        entries = dict(_entries(self.model.config))
+        return {name: number for name, number in self.numbers.items() if entries[name] is None}
+
+    def _says(self, name: str, size: int) -> bool:
+        """Whether a number that is not said could be said so, and sizes follow from it."""
+        return self.built({name: size}) == self.shapes and self.built({name: 2 * size}) not in (None, self.shapes)
+
+    def built(self, numbers: Mapping[str, int]) -> Shapes | None:
+        """The sizes of a model with some numbers in its configuration; None where there is no such model."""
+        key = tuple(sorted(numbers.items()))
+        if key not in self._built:
+            self._built[key] = self._build(numbers)
+        return self._built[key]
+
+    def _build(self, numbers: Mapping[str, int]) -> Shapes | None:
+        config = copy.deepcopy(self.model.config)
+        try:
+            put_numbers(config, numbers)
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return _shapes(type(self.model)(config))
+        except Exception:  # the library's code may raise anything for numbers that do not fit
+            return None
+
+    @cached_property
+    def followers(self) -> dict[str, frozenset[Axis]]:
+        """By number, the axes whose sizes follow from it."""
+        found: dict[str, frozenset[Axis]] = {}
+        for name, number in self.numbers.items():
+            said = self._unsaid
+            for other in (2 * number, number // 2 if number % 2 == 0 else number + 1, number + 1):
+                shapes = self.built(said | {name: other})
+                if shapes is not None and shapes.keys() == self.shapes.keys():
+                    found[name] = frozenset(differing(self.shapes, shapes))
+                    break
+        return found
+
+    def expressing(self, wanted: Shapes) -> dict[str, int] | None:
+        """The numbers with which a model has these sizes; None where no numbers say them.
+
+        One number after the other gets the value of a size that it stands for, the one first that brings most of the
+        sizes into line.
+        """
+        if wanted.keys() != self.shapes.keys():
+            return None
+        chosen = dict(self._unsaid)
+        left = len(list(differing(self.shapes, wanted)))
+        while left:
+            best: tuple[int, dict[str, int]] | None = None
+            for name, values in self._candidates(wanted).items():
+                for value in values:
+                    tried = chosen | {name: value}
+                    shapes = self.built(tried)
+                    if shapes is None or shapes.keys() != wanted.keys():
+                        continue
+                    count = len(list(differing(shapes, wanted)))
+                    if count < (left if best is None else best[0]):
+                        best = count, tried
+            if best is None:
+                return None
+            left, chosen = best
+        for name in self._unsaid:  # what follows from the others as before is left unsaid
+            rest = {key: value for key, value in chosen.items() if key != name}
+            if self.built(rest) == wanted:
+                chosen = rest
+        return chosen
+
+    def _candidates(self, wanted: Shapes) -> dict[str, list[int]]:
+        """By number, what it may be, by how the sizes that follow from it changed."""
+        found: dict[str, list[int]] = {}
+        for name, axes in self.followers.items():
+            number = self.numbers[name]
+            ratios = {(self.shapes[tensor][axis], wanted[tensor][axis]) for tensor, axis in axes}
+            values = {number * new // old for old, new in ratios if old and number * new % old == 0}
+            found[name] = sorted(values - {0})
+        return found
+
+
+def differing(shapes: Shapes, others: Shapes) -> Iterator[Axis]:
+    """The axes that are of another size."""
+    for name, shape in shapes.items():
+        other = others[name]
+        if len(shape) != len(other):
+            yield name, 0
+            continue
+        yield from ((name, axis) for axis in range(len(shape)) if shape[axis] != other[axis])
+
+
+def put_numbers(config: Any, numbers: Mapping[str, int]) -> None:
+    """Set numbers of a configuration, by their names."""
+    for name, value in numbers.items():
+        *path, last = name.split(".")
+        holder = config
+        for part in path:
+            holder = getattr(holder, part)
+        setattr(holder, last, value)
+
+
+def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    entries = {_UNSAID: None} | vars(config)
+    for name, value in entries.items():
+        if name.startswith("_"):
+            continue
+        if hasattr(value, "to_dict"):
+            yield from _entries(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _numbers_called(model: nn.Module, name: str) -> list[int]:
+    values = {vars(module).get(name) for module in model.modules()}
+    return sorted(value for value in values if type(value) is int)
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}

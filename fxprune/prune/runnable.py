@@ -1,0 +1,99 @@
+"""Groups of channels that leave a model's own class runnable: what must stay equal, and what cannot go at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import nn
+
+from fxprune.channels.groups import ChannelGroup, Grouping, Kind
+from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.values import Value
+from fxprune.graph.configurations import Axis, Configuration
+
+_PARTS = ("aten.chunk.default", "aten.split.Tensor")
+_GIVEN = "its size follows from the configuration of {}, together with sizes that stay"
+
+
+def runnable_groups(
+    grouping: Grouping, model: nn.Module, pick: Callable[[Sequence[ChannelGroup]], list[ChannelGroup]]
+) -> Grouping:
+    """The groups with what the class of a model asks for.
+
+    Parts by `chunk` stay equal. Sizes that one number of a configuration gives change alike, where all of them may be
+    pruned; the others stay, as do channels within heads of which two numbers say how many there are.
+
+    Args:
+        grouping: of the model's graphs.
+        model: that was traced.
+        pick: which groups are asked for.
+    """
+    rows = list(_parts(grouping))
+    configuration = Configuration.of(model)
+    if configuration is None:
+        return Grouping(grouping.plain, rows) if rows else grouping
+    numbers = _Numbers(grouping, configuration)
+    free = numbers.free(numbers.dead(pick(grouping.groups)))
+    limited = Grouping(grouping.plain, [*rows, *numbers.rows(free)])
+    reason = _GIVEN.format(type(model).__name__)
+    groups = [g if g.reason or numbers.leaves(g, free) else replace(g, reason=reason) for g in limited.groups]
+    limited.groups = sorted(groups, key=lambda group: group.reason is not None)
+    return limited
+
+
+def _parts(grouping: Grouping) -> Iterator[Vector]:
+    """The classes of parts that code takes for equal ones, [parts, n]."""
+    walk = grouping.found.walks["eval"]
+    for node in walk.graph.nodes:
+        if str(node.target) not in _PARTS:
+            continue
+        values = walk.env[node]
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        if not isinstance(values, list) or not all(isinstance(value, Value) for value in values):
+            continue
+        axes = [value.axes[dim] for value in values if isinstance(value, Value)]
+        ids = [axis.ids for axis in axes if len(axis) == 1]
+        classes = [grouping.found.of(own) for own in ids if own is not None]
+        if len(classes) == len(values) > 1 and len({len(own) for own in classes}) == 1:
+            yield np.stack(classes)
+
+
+class _Numbers:
+    """The numbers of a configuration, and the channels whose counts follow from them."""
+
+    def __init__(self, grouping: Grouping, configuration: Configuration) -> None:
+        self._grouping, self._followers = grouping, configuration.followers
+        self._vectors: dict[Axis, Vector] = {
+            (axis.parameter, axis.axis): grouping.axes.vector(axis) for axis in grouping.axes
+        }
+
+    def dead(self, groups: Sequence[ChannelGroup]) -> Mask:
+        """By class, whether it could go with units of these groups."""
+        return self._grouping.units.dead(np.concatenate([group.units for group in groups]))
+
+    def free(self, dead: Mask) -> frozenset[str]:
+        """The numbers that can change: all that follows from them is channels that could go."""
+        return frozenset(
+            name
+            for name, axes in self._followers.items()
+            if axes and all(axis in self._vectors and dead[self._vectors[axis]].all() for axis in axes)
+        )
+
+    def rows(self, free: frozenset[str]) -> Iterator[Vector]:
+        """The classes of axes that follow from the same number and are of one length, [axes, n]."""
+        for name in sorted(free):
+            distinct = {self._vectors[axis].tobytes(): self._vectors[axis] for axis in sorted(self._followers[name])}
+            for length in sorted({len(vector) for vector in distinct.values()}):
+                alike = [vector for vector in distinct.values() if len(vector) == length]
+                if len(alike) > 1:
+                    yield np.stack(alike)
+
+    def leaves(self, group: ChannelGroup, free: frozenset[str]) -> bool:
+        """Whether a group may lose channels: every one of its axes follows from numbers that can change."""
+        for member in group.members:
+            saying = {name for name, axes in self._followers.items() if (member.parameter, member.axis) in axes}
+            if not saying or not saying <= free or (group.kind == Kind.HEAD_CHANNEL and len(saying) > 1):
+                return False
+        return True
