@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -15,6 +17,8 @@ from fxprune.graph.configurations import Axis, Configuration, Shapes, put_number
 from fxprune.graph.equality import close
 from fxprune.graph.names import tensors_of
 from fxprune.reports import first_of
+
+_TRIED = 3  # ways to say the same sizes
 
 
 def follow_configuration(written: nn.Module, model: nn.Module, inputs: Arguments) -> None:
@@ -30,15 +34,14 @@ def follow_configuration(written: nn.Module, model: nn.Module, inputs: Arguments
     before = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     if wanted == before or (found := Configuration.of(model)) is None:
         return
-    numbers = found.expressing(wanted)
-    if numbers is None:
+    ways = list(itertools.islice(found.expressing(wanted), _TRIED))
+    if not ways:
         _warn(written, _unsaid(found, wanted))
         return
     outputs = _outputs(written, inputs)
-    config: Any = copy.deepcopy(model.config)
-    put_numbers(config, numbers)
-    if not _same(outputs, _outputs(_rebuilt(written, config), inputs)):
-        said = ", ".join(f"{name}={value}" for name, value in numbers.items())
+    numbers = next((way for way in ways if _same(outputs, _outputs(_rebuilt(written, model, way), inputs))), None)
+    if numbers is None:
+        said = ", ".join(f"{name}={value}" for name, value in ways[0].items())
         _warn(written, f"with {said} its class makes a model of these sizes that computes something else")
         return
     kept = copy.deepcopy(written.config)
@@ -48,8 +51,10 @@ def follow_configuration(written: nn.Module, model: nn.Module, inputs: Arguments
         _warn(written, "its forward reads numbers of the configuration that would have to change")
 
 
-def _rebuilt(written: nn.Module, config: Any) -> nn.Module:
-    """A model of a configuration with the weights of another."""
+def _rebuilt(written: nn.Module, model: nn.Module, numbers: Mapping[str, int]) -> nn.Module:
+    """A model of the configuration with other numbers, and with the weights of what was written back."""
+    config: Any = copy.deepcopy(model.config)
+    put_numbers(config, numbers)
     rebuilt: nn.Module = type(written)(config)
     parameter = next(written.parameters())
     rebuilt.to(dtype=parameter.dtype, device=parameter.device)

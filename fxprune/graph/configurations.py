@@ -6,6 +6,7 @@ What a class makes of its configuration is found by building it: on the meta dev
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -19,6 +20,7 @@ from fxprune.graph.names import tensors_of
 Shapes = dict[str, tuple[int, ...]]
 # name of a tensor, axis
 Axis = tuple[str, int]
+_WAYS = 1000  # of numbers that are tried together
 _UNSAID = "head_dim"  # which many classes read, if it is there
 
 
@@ -106,35 +108,31 @@ class Configuration:
                     break
         return found
 
-    def expressing(self, wanted: Shapes) -> dict[str, int] | None:
-        """The numbers with which a model has these sizes; None where no numbers say them.
+    def expressing(self, wanted: Shapes) -> Iterator[dict[str, int]]:
+        """The numbers with which a model has these sizes, those first that change the fewest; nothing where none do.
 
-        One number after the other gets the value of a size that it stands for, the one first that brings most of the
-        sizes into line.
+        Each gets the values of a size that it stands for.
         """
         if wanted.keys() != self.shapes.keys():
-            return None
-        chosen = dict(self._unsaid)
-        left = len(list(differing(self.shapes, wanted)))
-        while left:
-            best: tuple[int, dict[str, int]] | None = None
-            for name, values in self._candidates(wanted).items():
-                for value in values:
-                    tried = chosen | {name: value}
-                    shapes = self.built(tried)
-                    if shapes is None or shapes.keys() != wanted.keys():
-                        continue
-                    count = len(list(differing(shapes, wanted)))
-                    if count < (left if best is None else best[0]):
-                        best = count, tried
-            if best is None:
-                return None
-            left, chosen = best
-        for name in self._unsaid:  # what follows from the others as before is left unsaid
-            rest = {key: value for key, value in chosen.items() if key != name}
+            return
+        choices = [
+            (name, [self.numbers[name], *values])
+            for name, found in self._candidates(wanted).items()
+            if (values := [value for value in found if value != self.numbers[name]])
+        ]
+        ways = itertools.islice(itertools.product(*(values for _, values in choices)), _WAYS)
+        changed = [{name: v for (name, values), v in zip(choices, way, strict=True) if v != values[0]} for way in ways]
+        for numbers in sorted(changed, key=len):
+            if self.built(self._unsaid | numbers) == wanted:
+                yield self._said(self._unsaid | numbers, wanted)
+
+    def _said(self, numbers: dict[str, int], wanted: Shapes) -> dict[str, int]:
+        """Without what follows from the others, as it did before."""
+        for name in self._unsaid:
+            rest = {key: value for key, value in numbers.items() if key != name}
             if self.built(rest) == wanted:
-                chosen = rest
-        return chosen
+                numbers = rest
+        return numbers
 
     def _candidates(self, wanted: Shapes) -> dict[str, list[int]]:
         """By number, what it may be, by how the sizes that follow from it changed."""
