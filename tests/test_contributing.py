@@ -34,7 +34,7 @@ def is_test(block: FileBlock) -> bool:
 
 def follow(walk: list[FileBlock], root: Path) -> Path:
     """A copy of the source tree with the blocks of a walk-through in it."""
-    ignored = shutil.ignore_patterns(".*", "*cache*", "build", "dist", "*.egg-info", "*venv", "benchmarks", "docs")
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*venv", "benchmarks", "docs")
     shutil.copytree(ROOT, root, symlinks=True, ignore=ignored)
     for block in walk:
         block.write(root)

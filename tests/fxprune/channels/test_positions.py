@@ -158,7 +158,7 @@ def test_a_smaller_one_is_pruned_further_and_its_map_is_cut_with_it() -> None:
     final = fxprune.finalize(traced, align=1)
     fxprune.prune.channels(final, 3, targets="0.4", round_to=1)
     smaller = fxprune.finalize(final, align=1)
-    assert smaller.get_buffer("0.4.positions").shape == (5, 4, 4)
+    assert len(smaller.get_buffer("0.4.positions")) == 5
     assert error(final(inputs).detach(), smaller(inputs).detach()) < 1e-5
 
 

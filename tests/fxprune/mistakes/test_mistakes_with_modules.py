@@ -62,7 +62,7 @@ ACCESS: dict[str, Case] = {
         r"nn.DataParallel.*removeprefix\('module.'\)"),
     "a state with masks": (
         lambda t: t.load_state_dict(_masked_state(t)), StateDictError, "Unexpected.*0.weight_orig, 0.weight_mask",
-        r"prune.identity\(traced, '0.weight'\)"),
+        r"fxprune.load_state\(traced, state\) inserts them"),
     "the state of another model": (
         lambda t: t.load_state_dict(Tokens().state_dict()), StateDictError, "words.weight", "as it was traced"),
 }  # fmt: skip

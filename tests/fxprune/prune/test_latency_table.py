@@ -277,18 +277,18 @@ def test_a_piece_computes_what_the_whole_does_and_shrinks_exactly(name: str) -> 
         final = fxprune.finalize(small, align=1)
         for before, after in zip(small(*piece.inputs), final(*piece.inputs), strict=True):
             assert (before - after).abs().max() < 1e-9
-        shrunk = sum(p.numel() for p in final.parameters()) < sum(p.numel() for p in piece.module.parameters())
-        assert shrunk or group.name == "grouped.weight"  # a grouped convolution alone cannot
+        assert sum(p.numel() for p in final.parameters()) < sum(p.numel() for p in piece.module.parameters())
         tried += 1
     assert tried > 1
 
 
-def test_layers_that_lose_nothing_alone_are_named_and_priced_by_macs(clock: FakeClock) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 128, 3, groups=4), nn.ReLU(), nn.Conv2d(128, 4, 1))
-    traced = fxprune.trace(model.eval(), torch.randn(2, 3, 9, 9), modes=("eval",))
+def test_layers_that_lose_nothing_alone_are_named_and_priced_by_macs(
+    clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = blocks(nn.Tanh())
+    monkeypatch.setattr(driver, "finalize", lambda candidate, **options: candidate)
     table = fxprune.latency_table(traced)
-    why = {curve.name: curve.why for curve in table.curves}
-    assert "lose no channels without the layers before them" in why["1.weight"]
+    assert all("lose no channels without the layers before them" in curve.why for curve in table.curves)
     assert "cannot be run alone" in table.table()
 
 
