@@ -11,6 +11,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxprune.artifacts.following_integers import Integers
 from fxprune.errors import ConfigurationWarning
 from fxprune.graph.arguments import Arguments
 from fxprune.graph.configurations import Axis, Configuration, Shapes, put_numbers
@@ -24,6 +25,9 @@ _TRIED = 3  # ways to say the same sizes
 def follow_configuration(written: nn.Module, model: nn.Module, inputs: Arguments) -> None:
     """Give the configuration of a shrunk model the numbers that its class makes the same model of.
 
+    The integers of its modules that the class computes from these numbers follow, whether a call with these inputs
+    reads them or not.
+
     Args:
         written: the shrunk model, in eval mode. model: as it was. inputs: of a call.
 
@@ -34,21 +38,26 @@ def follow_configuration(written: nn.Module, model: nn.Module, inputs: Arguments
     before = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
     if wanted == before or (found := Configuration.of(model)) is None:
         return
+    outputs = _outputs(written, inputs)
+    integers = Integers(written, found, lambda: _same(outputs, _outputs(written, inputs)))
     ways = list(itertools.islice(found.expressing(wanted), _TRIED))
     if not ways:
-        _warn(written, _unsaid(found, wanted))
+        _warn(written, _unsaid(found, wanted), integers.follow_in_parts(wanted))
         return
-    outputs = _outputs(written, inputs)
     numbers = next((way for way in ways if _same(outputs, _outputs(_rebuilt(written, model, way), inputs))), None)
     if numbers is None:
         said = ", ".join(f"{name}={value}" for name, value in ways[0].items())
-        _warn(written, f"with {said} its class makes a model of these sizes that computes something else")
+        why = f"with {said} its class makes a model of these sizes that computes something else"
+        _warn(written, why, integers.follow_in_parts(wanted))
         return
     kept = copy.deepcopy(written.config)
     put_numbers(written.config, numbers)
     if not _same(outputs, _outputs(written, inputs)):  # a number that forward reads, and that is another one there
         vars(written.config).update(vars(kept))
-        _warn(written, "its forward reads numbers of the configuration that would have to change")
+        why = "its forward reads numbers of the configuration that would have to change"
+        _warn(written, why, integers.follow_in_parts(wanted))
+        return
+    integers.follow(numbers)
 
 
 def _rebuilt(written: nn.Module, model: nn.Module, numbers: Mapping[str, int]) -> nn.Module:
@@ -95,12 +104,18 @@ def _two(ratios: dict[Axis, float], wanted: Shapes) -> str:
     return " and ".join(f"{name} ({wanted[name][axis]} in axis {axis})" for name, axis in (least, most))
 
 
-def _warn(written: nn.Module, why: str) -> None:
+def _warn(written: nn.Module, why: str, unknown: list[str]) -> None:
+    attributes = ""
+    if unknown:
+        attributes = (
+            f" {first_of(unknown, 3)} may have to change with the sizes there, and nothing says to what: calls of "
+            "another form than the one that was traced could fail."
+        )
     warnings.warn(
         f"config cannot say the sizes of this {type(written).__name__}: {why}. It runs, and trains on, but "
         "from_pretrained could not build it: store the module that finalize returned by fxprune.save(final, path), and "
         "restore the model by fxprune.write_back(fxprune.load(path), model). Channels chosen with "
-        "fxprune.prune.channels(traced, ..., runnable=model) keep to what a configuration can say.",
+        f"fxprune.prune.channels(traced, ..., runnable=model) keep to what a configuration can say.{attributes}",
         ConfigurationWarning,
         stacklevel=4,
     )

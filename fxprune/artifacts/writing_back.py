@@ -42,7 +42,9 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     channels which went; layer and group norms cannot count them, and are refused by name.
 
     A class that is built from its `config`, as those of transformers are, gets one that says the new sizes, where it
-    can: then `save_pretrained` and `from_pretrained` go on as before. `fxprune.prune.channels(..., runnable=model)`
+    can: then `save_pretrained` and `from_pretrained` go on as before. Integers of its modules that follow from a
+    configuration are what the class makes of these sizes, also where only calls of another form read them, as with a
+    mask. `fxprune.prune.channels(..., runnable=model)`
     chooses channels so that it can.
 
     Args:

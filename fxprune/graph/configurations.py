@@ -9,6 +9,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +21,30 @@ from fxprune.graph.names import tensors_of
 Shapes = dict[str, tuple[int, ...]]
 # name of a tensor, axis
 Axis = tuple[str, int]
+# path of a module, name of an attribute of it that is an integer
+Attribute = tuple[str, str]
 _WAYS = 1000  # of numbers that are tried together
 _UNSAID = "head_dim"  # which many classes read, if it is there
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a class makes of numbers: the sizes of tensors, and the integers that modules keep as attributes."""
+
+    shapes: Shapes
+    integers: dict[Attribute, int]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Built:
+        """Those of a model."""
+        modules = model.named_modules()
+        integers = {
+            (path, name): value
+            for path, module in modules
+            for name, value in vars(module).items()
+            if type(value) is int
+        }
+        return cls(_shapes(model), integers)
 
 
 class Configuration:
@@ -35,7 +58,7 @@ class Configuration:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.shapes: Shapes = _shapes(model)
-        self._built: dict[tuple[tuple[str, int], ...], Shapes | None] = {}
+        self._built: dict[tuple[tuple[str, int], ...], Built | None] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> Configuration | None:
@@ -80,40 +103,60 @@ class Configuration:
 
     def built(self, numbers: Mapping[str, int]) -> Shapes | None:
         """The sizes of a model with some numbers in its configuration; None where there is no such model."""
+        made = self.made(numbers)
+        return None if made is None else made.shapes
+
+    def made(self, numbers: Mapping[str, int]) -> Built | None:
+        """What the class makes of some numbers in its configuration; None where it makes nothing."""
         key = tuple(sorted(numbers.items()))
         if key not in self._built:
             self._built[key] = self._build(numbers)
         return self._built[key]
 
-    def _build(self, numbers: Mapping[str, int]) -> Shapes | None:
+    def _build(self, numbers: Mapping[str, int]) -> Built | None:
         config = copy.deepcopy(self.model.config)
         try:
             put_numbers(config, numbers)
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return _shapes(type(self.model)(config))
+                return Built.of(type(self.model)(config))
         except Exception:  # the library's code may raise anything for numbers that do not fit
             return None
 
     @cached_property
-    def followers(self) -> dict[str, frozenset[Axis]]:
-        """By number, the axes whose sizes follow from it."""
-        found: dict[str, frozenset[Axis]] = {}
+    def _with_another(self) -> dict[str, Built]:
+        """By number, what the class makes where that one is another."""
+        found: dict[str, Built] = {}
         for name, number in self.numbers.items():
-            said = self._unsaid
             for other in (2 * number, number // 2 if number % 2 == 0 else number + 1, number + 1):
-                shapes = self.built(said | {name: other})
-                if shapes is not None and shapes.keys() == self.shapes.keys():
-                    found[name] = frozenset(differing(self.shapes, shapes))
+                made = self.made(self._unsaid | {name: other})
+                if made is not None and made.shapes.keys() == self.shapes.keys():
+                    found[name] = made
                     break
         return found
 
-    def expressing(self, wanted: Shapes) -> Iterator[dict[str, int]]:
+    @cached_property
+    def followers(self) -> dict[str, frozenset[Axis]]:
+        """By number, the axes whose sizes follow from it."""
+        return {name: frozenset(differing(self.shapes, made.shapes)) for name, made in self._with_another.items()}
+
+    @cached_property
+    def following_integers(self) -> dict[str, frozenset[Attribute]]:
+        """By number, the attributes of modules that follow from it."""
+        as_it_is = self.made(self._unsaid)
+        before = {} if as_it_is is None else as_it_is.integers
+        return {
+            name: frozenset(key for key, value in before.items() if made.integers.get(key, value) != value)
+            for name, made in self._with_another.items()
+        }
+
+    def expressing(self, wanted: Shapes, path: str = "") -> Iterator[dict[str, int]]:
         """The numbers with which a model has these sizes, those first that change the fewest; nothing where none do.
 
-        Each gets the values of a size that it stands for.
+        Each gets the values of a size that it stands for. With the path of a module, only the sizes within it count.
         """
-        if wanted.keys() != self.shapes.keys():
+        wanted = _within(wanted, path)
+        if wanted.keys() != _within(self.shapes, path).keys():
             return
         choices = [
             (name, [self.numbers[name], *values])
@@ -123,14 +166,18 @@ class Configuration:
         ways = itertools.islice(itertools.product(*(values for _, values in choices)), _WAYS)
         changed = [{name: v for (name, values), v in zip(choices, way, strict=True) if v != values[0]} for way in ways]
         for numbers in sorted(changed, key=len):
-            if self.built(self._unsaid | numbers) == wanted:
-                yield self._said(self._unsaid | numbers, wanted)
+            if self._gives(self._unsaid | numbers, wanted, path):
+                yield self._said(self._unsaid | numbers, wanted, path)
 
-    def _said(self, numbers: dict[str, int], wanted: Shapes) -> dict[str, int]:
+    def _gives(self, numbers: Mapping[str, int], wanted: Shapes, path: str) -> bool:
+        shapes = self.built(numbers)
+        return shapes is not None and _within(shapes, path) == wanted
+
+    def _said(self, numbers: dict[str, int], wanted: Shapes, path: str) -> dict[str, int]:
         """Without what follows from the others, as it did before."""
         for name in self._unsaid:
             rest = {key: value for key, value in numbers.items() if key != name}
-            if self.built(rest) == wanted:
+            if self._gives(rest, wanted, path):
                 numbers = rest
         return numbers
 
@@ -139,7 +186,7 @@ class Configuration:
         found: dict[str, list[int]] = {}
         for name, axes in self.followers.items():
             number = self.numbers[name]
-            ratios = {(self.shapes[tensor][axis], wanted[tensor][axis]) for tensor, axis in axes}
+            ratios = {(self.shapes[tensor][axis], wanted[tensor][axis]) for tensor, axis in axes if tensor in wanted}
             values = {number * new // old for old, new in ratios if old and number * new % old == 0}
             found[name] = sorted(values - {0})
         return found
@@ -153,6 +200,16 @@ def differing(shapes: Shapes, others: Shapes) -> Iterator[Axis]:
             yield name, 0
             continue
         yield from ((name, axis) for axis in range(len(shape)) if shape[axis] != other[axis])
+
+
+def _within(shapes: Shapes, path: str) -> Shapes:
+    """Those of the tensors of a module and of the modules in it."""
+    return {name: shape for name, shape in shapes.items() if is_within(name, path)}
+
+
+def is_within(tensor: str, path: str) -> bool:
+    """Whether a tensor is one of a module, or of the modules in it."""
+    return not path or tensor.startswith(f"{path}.")
 
 
 def put_numbers(config: Any, numbers: Mapping[str, int]) -> None:
