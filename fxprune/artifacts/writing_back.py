@@ -44,8 +44,7 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     A class that is built from its `config`, as those of transformers are, gets one that says the new sizes, where it
     can: then `save_pretrained` and `from_pretrained` go on as before. Integers of its modules that follow from a
     configuration are what the class makes of these sizes, also where only calls of another form read them, as with a
-    mask. `fxprune.prune.channels(..., runnable=model)`
-    chooses channels so that it can.
+    mask. `fxprune.prune.channels(..., runnable=model)` chooses channels so that a configuration can say the sizes.
 
     Args:
         final: what `fxprune.finalize` returned, shrunk or not.
