@@ -154,7 +154,9 @@ def test_no_machine_paths():
 def checkout(tmp_path_factory):
     """A copy of the source tree, so that a build leaves nothing in the real one."""
     target = tmp_path_factory.mktemp("checkout") / "fxprune"
-    ignored = shutil.ignore_patterns(".git", "*cache*", "build", "dist", "*.egg-info", ".hypothesis", "*venv")
+    ignored = shutil.ignore_patterns(
+        ".git", "__pycache__", "*_cache", "build", "dist", "*.egg-info", ".hypothesis", "*venv"
+    )
     shutil.copytree(ROOT, target, symlinks=True, ignore=ignored)
     return target
 
