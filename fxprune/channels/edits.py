@@ -173,16 +173,14 @@ class TakeIndices(Edit):
 
     def apply(self, kept: Kept) -> None:
         alive = kept.alive(self.ids)
-        places = (np.cumsum(alive) - 1)[self.taken[alive[self.taken]]]
+        places = _places(alive, self.taken)
         steps = np.unique(np.diff(places)).tolist() or [1]
         if len(steps) == 1:
             wanted = {"start": int(places[0]), "end": int(places[-1]) + 1, "step": steps[0]}
             for name, value in wanted.items():
                 set_argument(self.node, name, value)
             return
-        index = _held(self.node, torch.from_numpy(places))
-        self.node.target = torch.ops.aten.index_select.default
-        self.node.args, self.node.kwargs = (self.data, self.dim, index), {}
+        _select(self.node, self.data, self.dim, places)
 
     def __str__(self) -> str:
         return f"{self.node.name}: what stays of {len(self.taken)} of {len(self.ids)}"
@@ -208,13 +206,23 @@ class HoldIndex(Edit):
         alive = kept.alive(self.ids)
         if alive.all():
             return
-        places = (np.cumsum(alive) - 1)[self.taken[alive[self.taken]]]
-        index = _held(self.node, torch.from_numpy(places))
-        self.node.target = torch.ops.aten.index_select.default
-        self.node.args, self.node.kwargs = (self.data, self.dim, index), {}
+        _select(self.node, self.data, self.dim, _places(alive, self.taken))
 
     def __str__(self) -> str:
         return f"{self.node.name}: what stays of {len(self.taken)} of {len(self.ids)}, by a held index"
+
+
+def _places(alive: Mask, taken: Vector) -> Vector:
+    """Where, among the channels that stay, those are that are taken and stay."""
+    places: Vector = (np.cumsum(alive) - 1)[taken[alive[taken]]]
+    return places
+
+
+def _select(node: fx.Node, data: fx.Node, dim: int, places: Vector) -> None:
+    """Let a call take places of an axis by an index that is held."""
+    index = _held(node, torch.from_numpy(places))
+    node.target = torch.ops.aten.index_select.default
+    node.args, node.kwargs = (data, dim, index), {}
 
 
 def _held(node: fx.Node, index: Tensor) -> fx.Node:

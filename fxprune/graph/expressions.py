@@ -46,3 +46,12 @@ def is_repeatable(node: fx.Node) -> bool:
         return True
     is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     return node.op == "call_function" and not is_random and not is_mutating(node)
+
+
+def depending_on_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that are computed from an input of the graph, and the inputs."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.attention import Attention
 from fxprune.channels.rules.contractions import Contraction
+from fxprune.graph.expressions import depending_on_inputs
 from fxprune.graph.interpretation import Interpreter, run
 from fxprune.prune.repair.layers import MatrixReader, Reader
 from fxprune.prune.repair.moments import Moments
@@ -226,7 +227,7 @@ def only_exact(
         return []
 
     dense = _values(graph, tensors, inputs, torch.float64)
-    moving = _of_inputs(graph)
+    moving = depending_on_inputs(graph)
 
     def is_exact(some: Sequence[Basis]) -> bool:
         overrides: dict[str, Tensor] = {}
@@ -245,15 +246,6 @@ def only_exact(
         return all(same)
 
     return [*bases] if is_exact(bases) else [basis for basis in bases if is_exact([basis])]
-
-
-def _of_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on inputs."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _is_close(one: Any, other: Any) -> bool:

@@ -358,20 +358,31 @@ def _is_plain_sum(node: fx.Node) -> bool:
     return all(given.get(name, 1) == 1 for name in ("alpha", "beta"))
 
 
+def own_weight_and_bias(
+    weights: Weights, weight: fx.Node, added: fx.Node | None
+) -> tuple[str, str | None, torch.Size] | Why:
+    """The names of a weight of one recurrent direction and of its bias, which no other call reads; and the shape."""
+    found = weights.find_own(weight, "weight")
+    if isinstance(found, Why):
+        return found
+    shape = view(weights.root, found[0]).value().shape
+    bias = bias_of(weights, added, shape[0])
+    if isinstance(bias, Why):
+        return bias
+    if bias is not None and (count := len(weights.readers(bias))) > 1:
+        return Why(f"its bias is used by {count} calls")
+    return found[0], bias, shape
+
+
 def _recurrent(weights: Weights, call: Recurrent) -> Reader | Why:
     names, biases, shapes = [], [], []
     for weight, added in call.first_layer:
-        found = weights.find_own(weight, "weight")
+        found = own_weight_and_bias(weights, weight, added)
         if isinstance(found, Why):
             return found
-        shapes.append(view(weights.root, found[0]).value().shape)
-        bias = bias_of(weights, added, shapes[-1][0])
-        if isinstance(bias, Why):
-            return bias
-        if bias is not None and (count := len(weights.readers(bias))) > 1:
-            return Why(f"its bias is used by {count} calls")
         names.append(found[0])
-        biases.append(bias)
+        biases.append(found[1])
+        shapes.append(found[2])
     sizes = 1, sum(shape[0] for shape in shapes), shapes[0][1]
     return RecurrentReader(call.node, call.data, tuple(names), tuple(biases), sizes, None)
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.channels.arguments import bound
 from fxprune.graph.computed import NORM_SUFFIXES
+from fxprune.graph.expressions import depending_on_inputs
 from fxprune.graph.masks import view
 from fxprune.graph.names import tensor_at
 from fxprune.graph.traced import TracedModule
@@ -46,7 +47,7 @@ def weight_norms(traced: TracedModule) -> dict[str, WeightNorm]:
     nodes = graph.find_nodes(op="call_function", target=aten._weight_norm.default)
     if not nodes:
         return {}
-    weights, moving = Weights(traced, graph), _moving(graph)
+    weights, moving = Weights(traced, graph), depending_on_inputs(graph)
     found: dict[str, list[fx.Node]] = {}
     for node in nodes:
         given = bound(node)
@@ -86,15 +87,6 @@ def _computed(direction: str, length: str) -> str:
 
 def _readers(weights: Weights, calls: list[fx.Node]) -> set[fx.Node]:
     return {reader for call in calls for reader in weights.consumers(call)}
-
-
-def _moving(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that depend on inputs."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def carry(plain: TracedModule, traced: TracedModule, norms: Mapping[str, WeightNorm], changes: Changes) -> None:

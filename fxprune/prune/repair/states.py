@@ -11,9 +11,8 @@ from torch import Tensor, fx
 
 from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.recurrent import Recurrent
-from fxprune.graph.masks import view
 from fxprune.graph.traced import TracedModule
-from fxprune.prune.repair.finding import LeftAlone, Weights, Why, bias_of
+from fxprune.prune.repair.finding import LeftAlone, Weights, Why, own_weight_and_bias
 from fxprune.prune.repair.layers import ReaderCall, RecurrentReader
 
 
@@ -64,16 +63,11 @@ def find_states(traced: TracedModule, graph: fx.Graph) -> tuple[list[StateReader
 def _reader(weights: Weights, call: Recurrent) -> StateReader | Why:
     names, biases = list[str](), list[str | None]()
     for direction in call.directions[-2 if call.bidirectional else -1 :]:
-        found = weights.find_own(direction.states, "weight")
+        found = own_weight_and_bias(weights, direction.states, direction.state_bias)
         if isinstance(found, Why):
             return found
-        shape = view(weights.root, found[0]).value().shape
-        bias = bias_of(weights, direction.state_bias, shape[0])
-        if isinstance(bias, Why):
-            return bias
-        if bias is not None and (count := len(weights.readers(bias))) > 1:
-            return Why(f"its bias is used by {count} calls")
-        names.append(found[0])
+        name, bias, shape = found
+        names.append(name)
         biases.append(bias)
     sizes = len(names), *shape
     return StateReader(call.node, call.data, tuple(names), tuple(biases), sizes, None)
