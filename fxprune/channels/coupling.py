@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.channels import rules
+from fxprune.channels.class_statistics import keep_statistics_of_class
 from fxprune.channels.ids import Classes, Ids, Vector
 from fxprune.channels.readers import Reader
 from fxprune.channels.registry import relate
@@ -74,13 +75,18 @@ class Coupling:
             yield reader, queue.pop() if queue else None
 
 
-def coupling(traced: TracedModule, refused: Mapping[str, str] | None = None) -> Coupling:
-    """The coupling of a traced module's channels, constants not considered; `refused` is as for `couple`."""
-    return couple(traced, traced.graphs, False, refused)
+def coupling(traced: TracedModule, refused: Mapping[str, str] | None = None, *, for_class: bool = False) -> Coupling:
+    """The coupling of a traced module's channels, constants not considered; the others are as for `couple`."""
+    return couple(traced, traced.graphs, False, refused, for_class=for_class)
 
 
 def couple(
-    root: nn.Module, graphs: Mapping[str, fx.Graph], facts: bool = True, refused: Mapping[str, str] | None = None
+    root: nn.Module,
+    graphs: Mapping[str, fx.Graph],
+    facts: bool = True,
+    refused: Mapping[str, str] | None = None,
+    *,
+    for_class: bool = False,
 ) -> Coupling:
     """Walk every graph over one set of ids; facts are taken from the eval graph.
 
@@ -88,6 +94,7 @@ def couple(
         root, graphs: what to walk.
         facts: whether constants are followed.
         refused: names of nodes whose channels stay, and why.
+        for_class: whether the class of the model is to take the statistics over the channels that are left.
     """
     ids = Ids()
     stored = tensors_of(root)
@@ -101,6 +108,8 @@ def couple(
             for mode in ("eval", "train")
             if mode in graphs
         }
+        if for_class:
+            keep_statistics_of_class(list(walks.values()))
     found = Coupling(walks, ids.solve(), parameters)
     if len(graphs) > 1:
         found.forget_maps_of_one_graph()

@@ -161,10 +161,11 @@ class Grouping:
     Args:
         plain: the module.
         alike: classes [rows, n] of which every choice leaves each row equally many.
+        for_class: whether the class of the model is to take the statistics over the channels that are left.
     """
 
-    def __init__(self, plain: TracedModule, alike: Sequence[Vector] = ()) -> None:
-        self.plain, self.found = plain, coupling(plain)
+    def __init__(self, plain: TracedModule, alike: Sequence[Vector] = (), *, for_class: bool = False) -> None:
+        self.plain, self.found = plain, coupling(plain, for_class=for_class)
         classes = self.found.classes
         reached = {n for g in plain.graphs.values() for n in g.nodes}
         self.consistency = Consistency.of(self.found, reached, alike=alike)

@@ -152,9 +152,10 @@ def channels(
             `fxprune.latency_table`; such a table, which costs nothing. "auto" is "macs". The speed itself is measured
             in any case.
         runnable: the model that was traced: channels are chosen so that its class runs with what is left, for
-            `fxprune.write_back`. Parts by `chunk` stay equal; of a model that is built from a configuration, as those
-            of transformers are, what follows from one number changes alike, and what the configuration cannot say
-            stays, with that as its reason, so that `from_pretrained` takes what comes back.
+            `fxprune.write_back`. Parts by `chunk` stay equal, group norms lose whole groups; of a model that is built
+            from a configuration, as those of transformers are, what follows from one number changes alike, and what
+            the configuration cannot say stays, with that as its reason, so that `from_pretrained` takes what comes
+            back.
 
     Returns:
         A `ChannelReport`, which prints as a summary.
@@ -190,7 +191,7 @@ def channels(
     timing = Timing(threads, batch, tuple(providers))
     check_prices(prices, request, timing)
     before, earlier = undone(traced, request)
-    grouping = Grouping(driver.plain_view(before))
+    grouping = Grouping(driver.plain_view(before), for_class=runnable is not None)
     if runnable is not None:
         grouping = runnable_groups(grouping, runnable, lambda groups: chosen_groups(groups, request))
     picked, lacking = scorable(grouping, chosen_groups(grouping.groups, request), importance)

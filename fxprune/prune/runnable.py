@@ -33,10 +33,10 @@ def runnable_groups(
     rows = list(_parts(grouping))
     configuration = Configuration.of(model)
     if configuration is None:
-        return Grouping(grouping.plain, rows) if rows else grouping
+        return Grouping(grouping.plain, rows, for_class=True) if rows else grouping
     numbers = _Numbers(grouping, configuration)
     free = numbers.free(numbers.dead(pick(grouping.groups)))
-    limited = Grouping(grouping.plain, [*rows, *numbers.rows(free)])
+    limited = Grouping(grouping.plain, [*rows, *numbers.rows(free)], for_class=True)
     reason = _GIVEN.format(type(model).__name__)
     groups = [g if g.reason or numbers.leaves(g, free) else replace(g, reason=reason) for g in limited.groups]
     limited.groups = sorted(groups, key=lambda group: group.reason is not None)

@@ -1,0 +1,83 @@
+"""Channels chosen so that a class can take its own statistics over what is left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fxprune
+from fxprune.errors import PruningError
+
+
+class Residual(nn.Module):
+    """As the blocks of diffusion networks: group norms before convolutions, and a skip connection that is joined."""
+
+    def __init__(self, width: int = 32, groups: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, width), nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, 2 * width), nn.Conv2d(2 * width, width, 3, padding=1)
+        self.norm3, self.head = nn.GroupNorm(groups, 2 * width), nn.Conv2d(2 * width, 3, 1)
+        for norm in (self.norm1, self.norm2, self.norm3):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.conv1(functional.silu(self.norm1(x)))
+        y = x + self.conv2(functional.silu(self.norm2(y)))
+        return self.head(functional.silu(self.norm3(torch.cat([y, x], 1))))
+
+
+@pytest.mark.parametrize("importance", ["l2", "obs"])
+def test_channels_that_are_normalized_together_go_together(importance: str) -> None:
+    torch.manual_seed(0)
+    model = Residual().eval()
+    traced = fxprune.trace(model, torch.randn(2, 3, 8, 8), modes=("eval",))
+    data = {} if importance == "l2" else {"loader": [torch.randn(4, 3, 8, 8)]}
+    report = fxprune.prune.channels(traced, macs=0.6, importance=importance, runnable=model, **data)
+    assert 0.45 < report.macs[1] / report.macs[0] <= 0.6
+    final = fxprune.finalize(traced)
+    assert not final.plan.counting
+    small = fxprune.write_back(final, model)
+    assert small.norm2.num_groups < 8
+    assert small.norm2.num_channels == small.norm2.num_groups * 8 == small.conv1.out_channels
+    assert (small.norm1.num_groups, small.norm1.num_channels) == (small.stem.out_channels // 4, small.stem.out_channels)
+    x = torch.randn(3, 3, 8, 8).double()
+    torch.testing.assert_close(small.double()(x), traced.double()(x), rtol=1e-9, atol=1e-9)
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 16), norm, nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x)).relu())
+
+
+class OverChannels(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(16), nn.GroupNorm(1, 16), OverChannels()])
+def test_channels_that_a_class_counts_stay_and_say_why(norm: nn.Module) -> None:
+    model = Normed(norm).eval()
+    traced = fxprune.trace(model, torch.randn(2, 6), modes=("eval",))
+    with pytest.raises(PruningError, match="its class takes statistics over them"):
+        fxprune.prune.channels(traced, 0.5, targets="first", runnable=model)
+    fxprune.prune.channels(traced, 0.5, targets="first", round_to=1)
+    assert len(fxprune.finalize(traced).get_parameter("first.weight")) == 8
+
+
+def test_channels_of_a_norm_by_the_root_mean_square_go_where_its_gain_counts_them() -> None:
+    model = Normed(nn.RMSNorm(16, eps=1e-5)).eval()
+    x = torch.randn(2, 6)
+    traced = fxprune.trace(model, x, modes=("eval",))
+    fxprune.prune.channels(traced, 0.5, targets="first", round_to=1, runnable=model)
+    small = fxprune.write_back(fxprune.finalize(traced), model)
+    assert small.first.out_features == 8
+    torch.testing.assert_close(small(x), traced(x))
