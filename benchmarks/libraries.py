@@ -12,8 +12,10 @@ each adds a line to a file, and models that have one there are not run again.
 | finalize | the largest relative error against the masked module, at batch 2 and 3, in float64 |
 | onnx | the largest relative error of the file in onnxruntime against the finalized module, in float32 |
 | back | that of the shrunk module of the model's own class against the masked module |
+| Torch-Pruning | the MACs that it leaves, and "equal" or how far its result is from the model with zeros instead |
 
 Run: PYTHONPATH=. python benchmarks/libraries.py results.jsonl [part of a name ...]
+     PYTHONPATH=. python benchmarks/libraries.py results.jsonl --peer [part of a name ...]   (the last column alone)
      PYTHONPATH=. python benchmarks/libraries.py results.jsonl --table
 """
 
@@ -50,6 +52,7 @@ from fxprune.graph.names import tensor_at
 
 LIMIT = 300
 STEPS = ("trace", "budget", "finalize", "onnx", "back")
+PEER = "Torch-Pruning"
 # larger errors are wrong results: in float64, and in float32
 EXACT, ROUNDED = 1e-9, 2e-4
 
@@ -110,6 +113,13 @@ class Steps:
         self.row: dict[str, Any] = {"model": name}
         self.model, self.args, self.kwargs = entries()[name].build()
         settle(self.model)
+
+    def peer(self) -> dict[str, Any]:
+        """What Torch-Pruning makes of the model."""
+        from libraries_peer import by_torch_pruning  # needs Torch-Pruning, which the other columns do not
+
+        self._step(PEER, lambda: by_torch_pruning(self.model, self.args, self.kwargs, tensors_in))
+        return self.row
 
     def run(self) -> dict[str, Any]:
         """Steps in order; what needs a step that failed is left out."""
@@ -208,20 +218,24 @@ class Steps:
 # ---- the runner
 
 
-def run_all(out: Path, wanted: list[str]) -> None:
-    """Run what has no line yet, one process a model."""
+def run_all(out: Path, wanted: list[str], *, peer: bool) -> None:
+    """Run what has no line yet, one process a model; its line is added to those that are there."""
     import_all()
-    done = {row["model"] for row in rows(out)}
+    key = PEER if peer else "trace"
+    done = {row["model"] for row in rows(out) if key in row}
     for name in entries():
         if name in done or (wanted and not any(part in name for part in wanted)):
             continue
         start = time.perf_counter()
-        row = in_a_process(name)
+        row = in_a_process(name, peer=peer)
         row["wall"] = round(time.perf_counter() - start, 1)
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(
-            f"{row['wall']:6.1f} s", *(str(row.get(key, "-"))[:100] for key in ("model", *STEPS)), sep=" | ", flush=True
+            f"{row['wall']:6.1f} s",
+            *(str(row[key])[:100] for key in ("model", *STEPS, PEER) if key in row),
+            sep=" | ",
+            flush=True,
         )
 
 
@@ -232,14 +246,15 @@ def import_all() -> None:
         fxprune.export.to_onnx(fxprune.finalize(traced), os.path.join(folder, "model.onnx"), verify=False)
 
 
-def in_a_process(name: str) -> dict[str, Any]:
+def in_a_process(name: str, *, peer: bool) -> dict[str, Any]:
     """What one model gives, in a process that is forked from this one, which has imported everything."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
-        sender.send(Steps(name).run())
+        steps = Steps(name)
+        sender.send(steps.peer() if peer else steps.run())
 
     process = context.Process(target=work)
     process.start()
@@ -249,20 +264,26 @@ def in_a_process(name: str) -> dict[str, Any]:
     except EOFError:
         process.join()
         killed = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
-        return {"model": name, "trace": f"over {LIMIT} s" if killed else f"ended with {process.exitcode}"}
+        first = PEER if peer else "trace"
+        return {"model": name, first: f"over {LIMIT} s" if killed else f"ended with {process.exitcode}"}
     finally:
         process.kill()
         process.join()
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
-    """The lines of a file; of a model that has several, the last."""
-    found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    return list({row["model"]: row for row in found}.values())
+    """The lines of a file; of a model that has several, the last, and the last of Torch-Pruning."""
+    by_model: dict[str, dict[str, Any]] = {}
+    for row in map(json.loads, out.read_text().splitlines() if out.exists() else []):
+        before = by_model.get(row["model"], {})
+        by_model[row["model"]] = before | row if PEER in row else row | {k: before[k] for k in (PEER,) if k in before}
+    return list(by_model.values())
 
 
 def verdict(step: str, text: str) -> str:
     """What of a step's result stands in the table: "yes" or a number, "refused", "WRONG" or "failed"."""
+    if step == PEER:
+        return text if text[:2] in ("0.", "1.") or text.startswith("over") else text.split(":")[0]
     if step == "trace":
         return (
             "yes"
@@ -284,16 +305,22 @@ def verdict(step: str, text: str) -> str:
 
 def table(out: Path) -> str:
     """The table of all models in a file, by library."""
-    lines, found = list[str](), rows(out)
+    lines, found, columns = list[str](), rows(out), (*STEPS, PEER)
     for library in dict.fromkeys(row["model"].split("/")[0] for row in found):
-        lines += [f"### {library}", "", "| model | " + " | ".join(STEPS) + " |", "|---" * (len(STEPS) + 1) + "|"]
+        lines += [
+            f"### {library}",
+            "",
+            "| model | " + " | ".join((*STEPS, PEER)) + " |",
+            "|---" * (len(STEPS) + 2) + "|",
+        ]
         passed: Counter[str] = Counter()
         mine = [row for row in found if row["model"].startswith(f"{library}/")]
         for row in mine:
-            verdicts = [verdict(step, row[step]) if step in row else "" for step in STEPS]
-            passed.update(step for step, text in zip(STEPS, verdicts, strict=True) if text == "yes" or text[:2] == "0.")
-            lines.append(f"| {row['model'].split('/')[1]} | " + " | ".join(verdicts) + " |")
-        lines += [f"| of {len(mine)} | " + " | ".join(str(passed[step]) for step in STEPS) + " |", ""]
+            verdicts = {step: verdict(step, row[step]) if step in row else "" for step in columns}
+            passed.update(step for step in STEPS if verdicts[step] == "yes" or verdicts[step][:2] == "0.")
+            passed[PEER] += verdicts[PEER].endswith("equal")
+            lines.append(f"| {row['model'].split('/')[1]} | " + " | ".join(verdicts.values()) + " |")
+        lines += [f"| of {len(mine)} | " + " | ".join(str(passed[step]) for step in columns) + " |", ""]
     return "\n".join(lines)
 
 
@@ -305,7 +332,7 @@ def main() -> None:
         torch.set_num_threads(1)
         declare_torchvision()
         os.environ.setdefault("YOLO_OFFLINE", "1")
-        run_all(Path(arguments[0]), arguments[1:])
+        run_all(Path(arguments[0]), [each for each in arguments[1:] if each != "--peer"], peer="--peer" in arguments)
 
 
 if __name__ == "__main__":
