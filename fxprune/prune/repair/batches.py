@@ -81,8 +81,9 @@ class Batches:
         for call in self.calls:
             self.check(call.args, call.kwargs)
             arranged = self.check.signature.arrange(call.args, call.kwargs)
-            inputs, counts = pytree.tree_leaves(arranged), self._counts(call)
+            inputs = pytree.tree_leaves(arranged)
             samples = self._samples(inputs)
+            counts = self._counts(call, samples)
             for part in parts:
                 yield from self._cut(part, inputs, counts, samples, seen)
             seen += samples
@@ -100,7 +101,7 @@ class Batches:
             return 1
         return next(len(each) for each, leads in zip(inputs, self.is_batch, strict=True) if leads)
 
-    def _counts(self, call: Call) -> Tensor | None:
+    def _counts(self, call: Call, samples: int) -> Tensor | None:
         if self.weight is None:
             return None
         found = self.weight(*call.args, **call.kwargs)
@@ -108,6 +109,11 @@ class Batches:
             raise ArgumentError(
                 f"weight gave {type(found).__name__}; a tensor [samples] or [samples, positions] is needed, zero for "
                 "rows that do not count."
+            )
+        if self.is_free and len(found) != samples:
+            raise ArgumentError(
+                f"weight gave a tensor of shape {tuple(found.shape)} for {samples} samples; [samples] or [samples, "
+                "positions] is needed, zero for rows that do not count."
             )
         return found != 0
 

@@ -66,6 +66,9 @@ MISTAKES: dict[str, tuple[Callable[[fxprune.TracedModule], object], type[Excepti
         measured(batches=X[:5], weight=lambda x: torch.tensor([0, 1, 0, 0, 0])), ArgumentError,
         "'2.weight' no row of the samples that are not held back",
     ),
+    "a weight of other samples": (
+        measured(weight=lambda x: torch.ones(3)), ArgumentError, r"shape \(3,\) for \d+ samples",
+    ),
     "a weight of another form": (measured(weight=lambda x: 1), ArgumentError, "weight gave int"),
     "no loader": (pruned(loader=None), ArgumentError, "looks at data: give loader="),
     "a loss of labels": (pruned(loss=nn.CrossEntropyLoss(reduction="none")), ArgumentError, "loss gave a Tensor"),
