@@ -15,11 +15,10 @@ from torch import fx, nn
 
 from fxprune import driver
 from fxprune.calling import renamed
-from fxprune.channels.budget import ladders, masks
+from fxprune.channels.budget import masks
 from fxprune.channels.foresight import classes_left, foresee, parameters_left
-from fxprune.channels.groups import ChannelGroup, Grouping, Repair, Scores
+from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
-from fxprune.channels.stairs import Staircase
 from fxprune.errors import ArgumentError, ArgumentTypeError
 from fxprune.graph.masks import masked, view
 from fxprune.graph.requirements import require_traced
@@ -36,7 +35,9 @@ from fxprune.prune.channel_budgets import (
     limit_of,
     share_of,
 )
-from fxprune.prune.channel_curves import Exchange, GroupCurves, cheapest, exchanges, unit_prices
+from fxprune.prune.channel_curves import GroupCurves, exchanges, unit_prices
+from fxprune.prune.channel_pricing import priced
+from fxprune.prune.channel_ranking import Ranked, landed
 from fxprune.prune.channel_report import ChannelReport
 from fxprune.prune.channel_request import (
     DEFAULT_AMOUNT,
@@ -113,7 +114,7 @@ def channels(
     Args:
         traced: the module, changed in place.
         amount: share of the units that goes (float) or their number (int); 0.5 where none of the budgets below takes
-            its place. One of them can be given, or `macs` and `parameters`: then both are kept, and one is used up.
+            its place. Of these, one can be given, or several: then all are kept, and the one that binds is used up.
         importance: "l1", "l2", "linf" (norms of a slice, for l2 its square, as DepGraph takes it), "random", "bn"
             (gains of batch norm: Liu et al., "Network Slimming", 2017, https://arxiv.org/abs/1708.06519), "fpgm"
             (distance to the other filters: He et al., 2019, https://arxiv.org/abs/1811.00250), "taylor" (Molchanov et
@@ -208,40 +209,12 @@ def channels(
     earlier = {**{name: view(before, name).mask for name in found.masks}, **earlier}
     driver.insert_masks(traced, {name: _mask_or_ones(before, name) for name in earlier} | found.masks)
     record(traced, request, decided, earlier)
-    return _report(grouping, picked, lacking, found, _binding(grouping, request, found), table)
+    return _report(grouping, picked, lacking, found, request, table)
 
 
 def _mask_or_ones(traced: TracedModule, name: str) -> torch.Tensor:
     own = view(traced, name)
     return torch.ones_like(unmasked(traced, own)) if own.mask is None else own.mask
-
-
-@dataclass(frozen=True)
-class _Ranked:
-    """The order in which units go, and what that leaves.
-
-    Attributes:
-        scores: for each group of its units, comparable between groups.
-        gone: for each group which of its units are masked already; these go first.
-        started: for each group whether an earlier budget chose them.
-        masking: with what is masked of the groups themselves, for the masks.
-        counting: with all that is masked, for the budget: other groups are left alone, and count.
-        curves: what is lost with the units, where that is known; scores are made of them.
-        prices: what the units save in time, where latencies say so. start: the share of the MACs to try first then.
-    """
-
-    scores: list[Scores]
-    gone: list[Mask]
-    started: list[bool]
-    masking: Repair
-    counting: Repair
-    curves: GroupCurves | None = None
-    prices: LatencyPrices | None = None
-    start: float | None = None
-
-    def corrected(self, stays: Mask, lost: Mask) -> _Ranked:
-        """The same, where some classes stay whatever is chosen, and others are gone."""
-        return replace(self, masking=self.masking.with_known(stays), counting=self.counting.with_known(stays, lost))
 
 
 @dataclass(frozen=True)
@@ -253,6 +226,7 @@ class _Found:
         alive: the classes that the masks leave.
         macs, parameters: what `finalize` leaves of them.
         speedup: measured, None where it was not asked for.
+        for_speed: whether units go that sizes did not ask for.
     """
 
     masks: dict[str, torch.Tensor]
@@ -260,6 +234,7 @@ class _Found:
     macs: int
     parameters: int
     speedup: float | None
+    for_speed: bool = False
 
 
 def _written_axes(groups: Sequence[ChannelGroup]) -> frozenset[tuple[str, int]]:
@@ -274,7 +249,7 @@ def _ranked(
     request: ChannelRequest,
     evidence: Evidence,
     decided: frozenset[tuple[str, int]],
-) -> _Ranked:
+) -> Ranked:
     removable = [group for group in grouping.groups if group.reason is None]
     gone = dict(zip(map(id, removable), masked_units(traced, grouping, removable), strict=True))
 
@@ -285,7 +260,7 @@ def _ranked(
     if curves is None:
         scores = unit_scores(traced, grouping, picked, request.importance, evidence)
     else:
-        first = exchanges(grouping, [name for name, _ in request.budgets])[0]
+        first = exchanges(grouping, ["macs" if name == "speedup" else name for name, _ in request.budgets])[0]
         scores = curves.scores(unit_prices(grouping, picked, first))
     normalize = is_relative(request.importance) if request.normalize is None else request.normalize
     dead = [gone[id(group)] for group in picked]
@@ -295,7 +270,7 @@ def _ranked(
     repairs = (grouping.repair(masked_of(groups), ranks, "auto", decided) for groups in (picked, removable))
     started = [not traced.decided.isdisjoint(_written_axes([group])) for group in picked]
     masking, counting = repairs
-    return _Ranked(scores, dead, started, masking, counting, curves)
+    return Ranked(scores, dead, started, masking, counting, curves)
 
 
 def _curves(
@@ -337,7 +312,7 @@ def _chosen(
     traced: TracedModule,
     grouping: Grouping,
     picked: Sequence[ChannelGroup],
-    ranked: _Ranked,
+    ranked: Ranked,
     request: ChannelRequest,
     decided: frozenset[tuple[str, int]],
     measure: Callable[[Mapping[str, torch.Tensor]], float] | None,
@@ -347,12 +322,21 @@ def _chosen(
     The budget counts by relations of channels alone. What else stays or goes, since values say so, is seen by the
     analysis of the masked module; then it is known, and the choice is made again.
     """
+    speeds: dict[bytes, float] = {}
+
+    def speed_of(alive: Mask) -> float:
+        key = alive.tobytes()
+        if key not in speeds:
+            assert measure is not None
+            speeds[key] = measure(_masks(traced, grouping, alive))
+        return speeds[key]
+
+    timer = None if measure is None else speed_of
     added, corrected = {name: 0 for name, _ in request.budgets}, False
-    ranked = _priced(
-        _budget(traced, grouping, picked, ranked, request, measure, added), grouping, picked, ranked, request
-    )
+    ranked = priced(_budget(grouping, picked, ranked, request, timer, added), grouping, picked, ranked, request)
     for corrections in range(MOST_CORRECTIONS):
-        choice = _fit(_budget(traced, grouping, picked, ranked, request, measure, added), picked, ranked, request)
+        budget = _budget(grouping, picked, ranked, request, timer, added)
+        choice = _fit(budget, picked, ranked, request)
         alive, counted = ranked.masking.alive(choice.units), ranked.counting.alive(choice.units)
         wanted = _masks(traced, grouping, alive)
         analysis = foresee(grouping.plain, wanted, decided)
@@ -369,9 +353,17 @@ def _chosen(
         more = {name: sizes.get(name, 0) for name in added}
         settles = corrections >= MOST_CORRECTIONS // 2  # what is added depends on the choice: the most of it counts
         if all(more[name] == there or (settles and more[name] < there) for name, there in added.items()):
-            return _Found(wanted, alive, *found, choice.speedup)
+            return _Found(wanted, alive, *found, choice.speedup, choice.for_speed)
         added = {name: max(more[name], there) if settles else more[name] for name, there in added.items()}
-    return _Found(wanted, alive, *_finalized(traced, wanted, decided), choice.speedup)
+    return _Found(wanted, alive, *_finalized(traced, wanted, decided), choice.speedup, choice.for_speed)
+
+
+def _fit(budget: Budget, picked: Sequence[ChannelGroup], ranked: Ranked, request: ChannelRequest) -> Choice:
+    """The choice that keeps the budget."""
+    choice = landed(budget, picked, ranked, request)
+    if choice is None:
+        raise budget.refusal()
+    return choice
 
 
 def _finalized(
@@ -389,97 +381,29 @@ def _finalized(
 
 
 def _budget(
-    traced: TracedModule,
     grouping: Grouping,
     picked: Sequence[ChannelGroup],
-    ranked: _Ranked,
+    ranked: Ranked,
     request: ChannelRequest,
-    measure: Callable[[Mapping[str, torch.Tensor]], float] | None,
+    measure: Callable[[Mask], float] | None,
     added: Mapping[str, int],
 ) -> Budget:
-    (name, value), *others = request.budgets
-    if name == "amount":
-        return Amount(picked, ranked.masking.alive, value)
+    asked = dict(request.budgets)
+    if "amount" in asked:
+        return Amount(picked, ranked.masking.alive, asked["amount"])
+    counted = [
+        (Macs if name == "macs" else Size)(grouping, ranked.counting.alive, name, asked[name], added[name])
+        for name in request.sizes
+    ]
+    sizes = Sizes(counted) if len(counted) > 1 else counted[0] if counted else None
     if measure is None:
-        sizes = [
-            (Macs if name == "macs" else Size)(grouping, ranked.counting.alive, name, value, added[name])
-            for name, value in request.budgets
-        ]
-        return Sizes(sizes) if others else sizes[0]
+        assert sizes is not None
+        return sizes
 
     def speedup_of(units: Vector) -> float:
-        return measure(_masks(traced, grouping, ranked.masking.alive(units)))
+        return measure(ranked.masking.alive(units))
 
-    return Speed(grouping, ranked.counting.alive, value, speedup_of, ranked.start)
-
-
-def _priced(
-    budget: Budget, grouping: Grouping, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest
-) -> _Ranked:
-    """With the scores whose choice loses least, where curves say what is lost."""
-    if ranked.curves is None or not (request.is_of_sizes or ranked.prices):
-        return ranked
-    if ranked.prices:
-        return _timed(grouping, picked, ranked, request, ranked.curves, ranked.prices)
-
-    def choose(scores: list[Scores]) -> Mask | None:
-        choice = _landed(budget, picked, replace(ranked, scores=scores), request)
-        return None if choice is None else ranked.masking.alive(choice.units)
-
-    def priced(exchange: Exchange) -> Callable[[Mask | None], list[float]]:
-        return lambda alive: unit_prices(grouping, picked, exchange, alive)
-
-    ways = [priced(exchange) for exchange in exchanges(grouping, [name for name, _ in request.budgets])]
-    return replace(ranked, scores=cheapest(ranked.curves, ways, choose))
-
-
-def _timed(
-    grouping: Grouping,
-    picked: Sequence[ChannelGroup],
-    ranked: _Ranked,
-    request: ChannelRequest,
-    curves: GroupCurves,
-    prices: LatencyPrices,
-) -> _Ranked:
-    """With the scores whose choice loses least of those that latencies expect to be as fast as is asked for."""
-    ((_, wanted),) = request.budgets
-    most = prices.table.whole_seconds / wanted
-
-    def choose(scores: list[Scores]) -> Mask | None:
-        stairs = _stairs(Speed.roundings, Speed.timed, picked, replace(ranked, scores=scores), request)
-        height = stairs.search(lambda units: prices.left(ranked.counting.alive(units)) <= most)
-        return None if height is None else ranked.counting.alive(stairs.units(height))
-
-    scores = cheapest(curves, [prices], choose)
-    alive = choose(scores)
-    start = None if alive is None else grouping.macs(alive) / max(grouping.dense[0], 1)
-    return replace(ranked, scores=scores, start=start)
-
-
-def _fit(budget: Budget, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest) -> Choice:
-    """The choice that keeps the budget."""
-    choice = _landed(budget, picked, ranked, request)
-    if choice is None:
-        raise budget.refusal()
-    return choice
-
-
-def _landed(budget: Budget, picked: Sequence[ChannelGroup], ranked: _Ranked, request: ChannelRequest) -> Choice | None:
-    return budget.fit(_stairs(budget.roundings, budget.timed, picked, ranked, request))
-
-
-def _stairs(
-    roundings: Sequence[int | str],
-    timed: bool,
-    picked: Sequence[ChannelGroup],
-    ranked: _Ranked,
-    request: ChannelRequest,
-) -> Staircase:
-    if not isinstance(request.round_to, str):
-        roundings = (request.round_to, 1)
-    most, least = request.max_per_group, request.at_least
-    steps = ladders(picked, ranked.scores, roundings, most, least, timed, ranked.gone, ranked.started)
-    return Staircase(steps, request.scope)
+    return Speed(grouping, ranked.counting.alive, asked["speedup"], speedup_of, ranked.start, sizes)
 
 
 def _masks(traced: TracedModule, grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:
@@ -490,13 +414,13 @@ def _masks(traced: TracedModule, grouping: Grouping, alive: Mask) -> dict[str, t
 
 
 def _binding(grouping: Grouping, request: ChannelRequest, found: _Found) -> str:
-    """The budget of which the largest share is left."""
-    names = [name for name, _ in request.budgets]
-    if len(names) == 1:
-        return names[0]
+    """The budget that more goes for than for the others: of sizes, that of which the largest share is left."""
+    if found.for_speed or not request.sizes:
+        return request.budgets[-1][0]
     left, dense = {"macs": found.macs, "parameters": found.parameters}, dict(zip(SIZES, grouping.dense, strict=False))
-    used = {name: share_of(left[name], limit_of(value, dense[name])) for name, value in request.budgets}
-    return max(names, key=lambda name: used[name])
+    asked = dict(request.budgets)
+    used = {name: share_of(left[name], limit_of(asked[name], dense[name])) for name in request.sizes}
+    return max(request.sizes, key=lambda name: used[name])
 
 
 def _report(
@@ -504,8 +428,8 @@ def _report(
     picked: Sequence[ChannelGroup],
     lacking: Sequence[ChannelGroup],
     found: _Found,
-    budget: str,
-    latencies: LatencyTable | None = None,
+    request: ChannelRequest,
+    latencies: LatencyTable | None,
 ) -> ChannelReport:
     labels = dict(zip(map(id, grouping.groups), numbered_labels(grouping.groups), strict=True))
     stayed = {labels[id(group)]: group.reason for group in grouping.groups if group.reason}
@@ -513,4 +437,7 @@ def _report(
     removed = {labels[id(group)]: (int((~found.alive[group.units]).sum()), group.size) for group in picked}
     macs, parameters, _ = grouping.dense
     sizes = (macs, found.macs), (parameters, found.parameters)
-    return ChannelReport(removed, stayed, *sizes, found.speedup, grouping.sample, budget, latencies)
+    budget = _binding(grouping, request, found)
+    return ChannelReport(
+        removed, stayed, *sizes, found.speedup, grouping.sample, budget, latencies, asked=dict(request.budgets)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -22,10 +22,17 @@ NEAR = 1.03  # a measured speedup that is more by this factor at most uses its b
 
 @dataclass(frozen=True)
 class Choice:
-    """The units that go, and how many times faster the rest was measured to be (None: it was not)."""
+    """The units that go.
+
+    Attributes:
+        units: their classes.
+        speedup: how many times faster the rest was measured to be (None: it was not).
+        for_speed: whether units go that sizes did not ask for.
+    """
 
     units: Vector
     speedup: float | None = None
+    for_speed: bool = False
 
 
 def limit_of(value: float, dense: int) -> float:
@@ -182,7 +189,7 @@ class Sizes(Budget):
         self.unreached = sizes[0]
 
     def fit(self, stairs: Staircase) -> Choice | None:
-        units = stairs.land(Limit(self._used, 1.0, SPENT))
+        units = stairs.land(Limit(self.used, 1.0, SPENT))
         if units is None:
             everything = stairs.units(len(stairs))
             self.unreached = max(self.sizes, key=lambda size: size.used(everything))
@@ -190,7 +197,8 @@ class Sizes(Budget):
             return None
         return Choice(units)
 
-    def _used(self, units: Vector) -> float:
+    def used(self, units: Vector) -> float:
+        """The share of its limit that is left without the units, of the size that binds."""
         return max(size.used(units) for size in self.sizes)
 
     def refusal(self) -> PruningError:
@@ -206,6 +214,7 @@ class Speed(Budget):
         wanted: the factor, above 1.
         measure: from a choice of units to how many times faster the module then runs.
         start: the share of the MACs that is tried first; None: as many times less as is wanted.
+        sizes: that every choice keeps as well.
     """
 
     timed: ClassVar[bool] = True
@@ -217,16 +226,30 @@ class Speed(Budget):
         wanted: float,
         measure: Callable[[Vector], float],
         start: float | None = None,
+        sizes: Size | Sizes | None = None,
     ) -> None:
-        self.grouping, self.alive, self.wanted, self.measure = grouping, alive, wanted, measure
+        self.grouping, self.alive, self.wanted, self.measure, self.sizes = grouping, alive, wanted, measure, sizes
         self.start = 1 / wanted if start is None else start
         self.best = 0.0
 
     def fit(self, stairs: Staircase) -> Choice | None:
         """The fewest units measured to be fast enough: by at most `NEAR` more, or to 1/64 of the MACs left."""
         self.best = 0.0
-        too_slow, fast_enough = 1.0, 0.0  # shares of the MACs
-        share, found = self.start, None
+        if self.sizes is None:
+            return self._searched(stairs, self.start, 1.0)
+        choice = self.sizes.fit(stairs)
+        if choice is None:
+            return None
+        self.best = self.measure(choice.units)
+        if self.best >= self.wanted * MARGIN:
+            return replace(choice, speedup=self.best)
+        most = self._macs(choice.units) / max(self.grouping.dense[0], 1)
+        found = self._searched(stairs, most * min(0.95, self.best / self.wanted), most)
+        return None if found is None else replace(found, for_speed=True)
+
+    def _searched(self, stairs: Staircase, share: float, too_slow: float) -> Choice | None:
+        """From a first share of the MACs, and one that is known to be too slow."""
+        fast_enough, found = 0.0, None
         for _ in range(10):
             units, within = self._cut(stairs, share)
             reached = self.measure(units)
@@ -246,13 +269,22 @@ class Speed(Budget):
             share = (too_slow + fast_enough) / 2
         return found
 
+    def _macs(self, units: Vector) -> int:
+        return self.grouping.macs(self.alive(units))
+
     def _cut(self, stairs: Staircase, share: float) -> tuple[Vector, bool]:
-        """The fewest units that leave a share of the MACs, else all, and whether they do."""
-        limit = share * self.grouping.dense[0]
-        units = stairs.land(Limit(lambda units: self.grouping.macs(self.alive(units)), limit, SPENT))
+        """The fewest units that leave a share of the MACs and keep the sizes, else all, and whether they do."""
+        limit, sizes = share * self.grouping.dense[0], self.sizes
+        if sizes is None:
+            units = stairs.land(Limit(self._macs, limit, SPENT))
+        else:
+            used, macs = sizes.used, self._macs
+            units = stairs.land(Limit(lambda units: max(used(units), share_of(macs(units), limit)), 1.0, SPENT))
         return (stairs.units(len(stairs)), False) if units is None else (units, True)
 
     def refusal(self) -> PruningError:
+        if self.sizes is not None and not self.best:
+            return self.sizes.refusal()
         return PruningError(
             f"speedup={self.wanted} cannot be reached: the best that was measured is {self.best:.2f}. No mask was "
             "inserted."

@@ -18,7 +18,8 @@ MIXTURES = (0.5, 0.25, 0.75, 0.0, 1.0)  # of what parameters are worth, where MA
 
 # what a unit of a group saves, or what is saved without 0, 1, ... units
 Price = float | Losses
-Exchange = Mapping[str, float]  # what one of "macs" and of "parameters" is worth; of nothing else, units alone count
+# what one of "macs", of "parameters" and of "seconds" is worth; of nothing else, units alone count
+Exchange = Mapping[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,17 +75,36 @@ def _is_above(saved: Losses, losses: Losses, first: int, middle: int, last: int)
     return bool((losses[middle] - losses[first]) * run >= rise * (saved[middle] - saved[first]))
 
 
-def exchanges(grouping: Grouping, budgets: Sequence[str]) -> list[Exchange]:
-    """What a MAC and a parameter are worth under budgets; of several that are kept together, in several ways.
+def exchanges(grouping: Grouping, budgets: Sequence[str], seconds: float = 1.0) -> list[Exchange]:
+    """What a MAC, a parameter and a second are worth under budgets; of several that are kept together, in several ways.
 
     At the best choice each is worth what it costs to save one more, and nothing where its budget does not bind: which
     mixture that is, the losses of the choices say.
+
+    Args:
+        grouping: of the module.
+        budgets: of "macs", "parameters" and "seconds"; or "amount" alone.
+        seconds: what the dense module takes.
     """
-    if len(budgets) == 1:
-        (budget,) = budgets
-        return [{} if budget == "amount" else {"parameters" if budget == "parameters" else "macs": 1.0}]
+    names = [*dict.fromkeys(budgets)]
+    if names == ["amount"]:
+        return [{}]
+    if len(names) == 1:
+        return [{names[0]: 1.0}]
     macs, parameters, _ = grouping.dense
-    return [{"macs": (1 - share) / max(macs, 1), "parameters": share / max(parameters, 1)} for share in MIXTURES]
+    whole = {"macs": max(macs, 1), "parameters": max(parameters, 1), "seconds": seconds}
+    return [
+        {name: share / whole[name] for name, share in zip(names, shares, strict=True)}
+        for shares in _mixtures(len(names))
+    ]
+
+
+def _mixtures(count: int) -> list[tuple[float, ...]]:
+    """Shares of several that add up to one."""
+    if count == 2:
+        return [(1 - share, share) for share in MIXTURES]
+    several = [each for size in range(count, 0, -1) for each in itertools.combinations(range(count), size)]
+    return [tuple((number in each) / len(each) for number in range(count)) for each in several]
 
 
 def unit_prices(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fxprune.prune.latency.table import LatencyTable
@@ -22,6 +22,7 @@ class ChannelReport(Readable):
         sample: what MACs are counted for, "one sample of 3x224x224".
         budget: what was asked for: "amount", "macs", "parameters" or "speedup"; of several the one that binds.
         latencies: what losses were weighed by, where that is time; None where it is MACs, or nothing.
+        asked: by budget, what was asked for; `got` is what came of it. Reports of the same masks are equal.
     """
 
     removed: dict[str, tuple[int, int]]
@@ -32,6 +33,7 @@ class ChannelReport(Readable):
     sample: str = ""
     budget: str = "amount"
     latencies: LatencyTable | None = None
+    asked: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def gone(self) -> float:
@@ -40,6 +42,18 @@ class ChannelReport(Readable):
             return self._masked / max(self._units, 1)
         before, after = self.parameters if self.budget == "parameters" else self.macs
         return 1 - after / max(before, 1)
+
+    @property
+    def got(self) -> dict[str, float]:
+        """By budget what came of it, as it was asked for: a share, a count, or how many times faster."""
+        found: dict[str, float] = {}
+        for name, value in self.asked.items():
+            if name == "speedup":
+                found[name] = self.speedup or 1.0
+                continue
+            whole, part = (self._units, self._masked) if name == "amount" else getattr(self, name)
+            found[name] = part / max(whole, 1) if isinstance(value, float) else part
+        return found
 
     @property
     def _masked(self) -> int:
@@ -53,6 +67,10 @@ class ChannelReport(Readable):
         sample = f", for {self.sample}" if self.sample else ""
         lines = [f"MACs {change(*self.macs)}, parameters {change(*self.parameters)}{sample}"]
         lines += [f"{self.speedup:.2f} times faster, as measured"] if self.speedup else []
+        if len(self.asked) > 1:
+            got = self.got
+            each = [f"{name}={value} ({_short(got[name])})" for name, value in self.asked.items()]
+            lines.append(f"budgets, and what is left or reached: {', '.join(each)}; {self.budget} binds")
         lines += [f"prices: {str(self.latencies).partition(chr(10))[0]}"] if self.latencies else []
         lines.append(
             f"{self._masked:,} of {counted(self._units, 'unit')} of {counted(len(self.removed), 'group')} masked"
@@ -75,7 +93,7 @@ class ChannelReport(Readable):
         Raises:
             AttributeError, LookupError, TypeError, ValueError: it is another dictionary.
         """
-        given = {name: value for name, value in found.items() if name != "gone"}
+        given = {name: value for name, value in found.items() if name not in ("gone", "got")}
         for name in ("macs", "parameters"):
             before, after = given[name]
             given[name] = before, after
@@ -87,4 +105,8 @@ class ChannelReport(Readable):
     def to_dict(self) -> dict[str, Any]:
         """The report in JSON's types; `speedup` is how many times faster, `gone` a share of what the budget counts."""
         found: dict[str, Any] = plain(vars(self))
-        return found | {"gone": self.gone}
+        return found | {"gone": self.gone, "got": self.got}
+
+
+def _short(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"

@@ -25,7 +25,7 @@ class UnaskedAmount(float):
 
 DEFAULT_AMOUNT = UnaskedAmount(0.5)
 
-SIZES = ("macs", "parameters")  # budgets that can be given together
+SIZES = ("macs", "parameters")  # budgets that count what is left
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ChannelRequest:
 
     Attributes:
         budgets: what is asked for, by name: "amount", "macs", "parameters" or "speedup", and its value: a fraction
-            (float), a count (int), or a factor for "speedup". "macs" and "parameters" may both be there.
+            (float), a count (int), or a factor for "speedup". All but "amount" may be there together.
         targets, ignore, kinds: each several, None for all.
         runnable: whether the class of the model is to run with what is left.
     """
@@ -86,9 +86,14 @@ class ChannelRequest:
         return budget in dict(self.budgets)
 
     @property
+    def sizes(self) -> list[str]:
+        """The budgets of MACs and of parameters."""
+        return [name for name, _ in self.budgets if name in SIZES]
+
+    @property
     def is_of_sizes(self) -> bool:
         """Whether the budgets are of MACs or parameters."""
-        return all(name in SIZES for name, _ in self.budgets)
+        return len(self.sizes) == len(self.budgets)
 
 
 def _check_function(importance: Callable[..., object]) -> None:
@@ -132,7 +137,7 @@ def check_evidence(importance: Importance, evidence: Evidence) -> None:
 def asked_for(
     amount: float | None, *, macs: float | None, parameters: float | None, speedup: float | None
 ) -> tuple[tuple[str, float], ...]:
-    """The budgets that are given, by name and value: one, or MACs and parameters; `DEFAULT_AMOUNT` where none is."""
+    """The budgets that are given, by name and value: an amount, or others; `DEFAULT_AMOUNT` where none is."""
     budgets = {"macs": macs, "parameters": parameters, "speedup": speedup}
     given = {name: value for name, value in budgets.items() if value is not None}
     if given and amount is not None and not isinstance(amount, UnaskedAmount):
@@ -140,11 +145,6 @@ def asked_for(
         raise ArgumentError(
             f"one budget at a time: amount={amount} and {name}={value} were given. amount is the share of the units "
             f"that goes, {name} {'how many times faster' if name == 'speedup' else 'what stays'}: give one of them."
-        )
-    if len(given) > 1 and not given.keys() <= {*SIZES}:
-        raise ArgumentError(
-            f"one budget at a time: {' and '.join(f'{k}={v}' for k, v in given.items())} were given. macs and "
-            "parameters alone can be given together."
         )
     if given:
         return tuple((name, plain_number(value)) for name, value in given.items())

@@ -371,7 +371,8 @@ def test_targets_and_ignore_choose_groups(traced: fxprune.TracedModule) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"macs": 0.5, "speedup": 2.0}, ArgumentError, "one budget.*macs and parameters alone"),
+        ({"amount": 0.5, "speedup": 2.0}, ArgumentError, "one budget at a time.*amount=0.5 and speedup=2.0"),
+        ({"macs": 0.5, "speedup": 0.5}, ArgumentError, "speedup=0.5: a speedup is a factor"),
         ({"macs": 0.5, "parameters": 1.5}, ArgumentError, "parameters=1.5"),
         ({"macs": 0.9, "parameters": 0.0001}, PruningError, "parameters=0.0001 cannot be reached.*best"),
         ({"macs": 0.0001, "parameters": 0.9}, PruningError, "macs=0.0001 cannot be reached.*best"),
