@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fxprune import channels, errors, passes, prune
-from fxprune.artifacts.checkpoint import load, save
-from fxprune.artifacts.loading_states import load_state
 from fxprune.artifacts.writing_back import write_back
 from fxprune.capture.diagnosis import Fault, Faults, diagnose
 from fxprune.capture.front_end import trace
 from fxprune.channels import ChannelGroup, ChannelGroups, ChannelPlan, OperatorCall, register_operator
+from fxprune.checkpoints.checkpoint import load, save
+from fxprune.checkpoints.loading_states import load_state
 from fxprune.driver import (
     channel_groups,
     finalize,

@@ -1,1 +1,1 @@
-"""What is kept of a module: checkpoints, and the way back into the user's own class."""
+"""What finalize returns, put back into the user's own class."""

@@ -14,7 +14,7 @@ import torch
 
 import fxprune
 from fxprune.errors import ArtifactError
-from tests.fxprune.artifacts.twins import rewritten
+from tests.fxprune.checkpoints.twins import rewritten
 
 
 def _header(change: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, bytes]], None]:

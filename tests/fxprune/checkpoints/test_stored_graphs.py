@@ -17,7 +17,7 @@ from torch.export import Dim
 
 import fxprune
 from fxprune.errors import ArtifactError
-from tests.fxprune.artifacts.twins import X
+from tests.fxprune.checkpoints.twins import X
 from tests.networks import Residual
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from fxprune.artifacts.header import StoredModule
-from fxprune.artifacts.reading import Checkpoint
-from fxprune.artifacts.stored_graphs import read_graph
+from fxprune.checkpoints.header import StoredModule
+from fxprune.checkpoints.reading import Checkpoint
+from fxprune.checkpoints.stored_graphs import read_graph
 from fxprune.graph.containers import Container
 from fxprune.graph.provenance import Provenance
 from fxprune.graph.traced import TracedModule

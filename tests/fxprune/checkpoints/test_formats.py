@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.artifacts.header import FORMAT
+from fxprune.checkpoints.header import FORMAT
 
 # By format, a file that the first version with it wrote: `nn.Linear(3, 2)` in eval mode, its weight 1 to 6, its bias
 # 10 and 20, with the mask [[1, 0, 1], [0, 1, 1]].

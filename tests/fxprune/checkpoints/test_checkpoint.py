@@ -16,7 +16,7 @@ import fxprune
 from fxprune.errors import ArgumentError, ArtifactError
 from fxprune.graph.names import locate
 from fxprune.graph.text import text
-from tests.fxprune.artifacts.twins import ROADS, X, assert_twin, loaded_by
+from tests.fxprune.checkpoints.twins import ROADS, X, assert_twin, loaded_by
 from tests.networks import NETWORKS, Residual
 from tests.systems import LAYERS, assert_same, assert_same_calls, assert_same_state, call
 

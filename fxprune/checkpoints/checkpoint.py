@@ -14,17 +14,17 @@ from pathlib import Path
 import safetensors.torch
 from torch import nn
 
-from fxprune.artifacts.describing import described
-from fxprune.artifacts.foreign_files import refuse_strangers
-from fxprune.artifacts.header import HEADER, TENSORS, program_member
-from fxprune.artifacts.reading import CPU, read_checkpoint
-from fxprune.artifacts.refitting import refitted
-from fxprune.artifacts.restoring import restored
-from fxprune.artifacts.stored_graphs import written_graph
 from fxprune.calling import named_arguments
 from fxprune.capture.archives import is_program, read_members, read_program
 from fxprune.capture.caches import register_library
 from fxprune.capture.programs import from_program
+from fxprune.checkpoints.describing import described
+from fxprune.checkpoints.foreign_files import refuse_strangers
+from fxprune.checkpoints.header import HEADER, TENSORS, program_member
+from fxprune.checkpoints.reading import CPU, read_checkpoint
+from fxprune.checkpoints.refitting import refitted
+from fxprune.checkpoints.restoring import restored
+from fxprune.checkpoints.stored_graphs import written_graph
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, SuffixError
 from fxprune.files import atomic
 from fxprune.graph.traced import TracedModule

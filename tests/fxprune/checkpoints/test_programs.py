@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import ArgumentError, ArtifactError
-from tests.fxprune.artifacts.twins import X, rewritten
+from tests.fxprune.checkpoints.twins import X, rewritten
 from tests.networks import Residual
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, exported_program, graph_signature
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec
 
-from fxprune.artifacts.header import StoredGraph
 from fxprune.capture.archives import read_program
 from fxprune.capture.unlifting import unlift
+from fxprune.checkpoints.header import StoredGraph
 from fxprune.graph.containers import Container
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.metadata import tag, tag_of

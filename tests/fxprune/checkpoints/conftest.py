@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fxprune
-from tests.fxprune.artifacts.twins import X
+from tests.fxprune.checkpoints.twins import X
 from tests.networks import Residual
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import ArgumentTypeError, ArtifactError
-from tests.fxprune.artifacts.twins import X
+from tests.fxprune.checkpoints.twins import X
 from tests.networks import Residual, mlp
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.artifacts.dimensions import dimension_to_data
-from fxprune.artifacts.header import Header, StoredModule, StoredTensor, StoredTree
-from fxprune.artifacts.stored_graphs import stored_graph
+from fxprune.checkpoints.dimensions import dimension_to_data
+from fxprune.checkpoints.header import Header, StoredModule, StoredTensor, StoredTree
+from fxprune.checkpoints.stored_graphs import stored_graph
 from fxprune.graph.masks import masked
 from fxprune.graph.names import tensors_of
 from fxprune.graph.provenance import provenance_of

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from fxprune import driver
-from fxprune.artifacts.header import Header
-from fxprune.artifacts.reading import Checkpoint
 from fxprune.capture.front_end import trace
+from fxprune.checkpoints.header import Header
+from fxprune.checkpoints.reading import Checkpoint
 from fxprune.errors import ArtifactError, CaptureError, FixedSizeWarning, FxpruneError
 from fxprune.graph.masks import mask_name, masked, named_by_mask, named_by_original, original_name
 from fxprune.graph.names import exists, join, tensor_at, tensors_of

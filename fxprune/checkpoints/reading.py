@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fxprune.artifacts.dimensions import dimension_from_data
-from fxprune.artifacts.header import FORMAT, HEADER, TENSORS, Header, Json, StoredModule, program_member
 from fxprune.capture.archives import refuse_code
+from fxprune.checkpoints.dimensions import dimension_from_data
+from fxprune.checkpoints.header import FORMAT, HEADER, TENSORS, Header, Json, StoredModule, program_member
 from fxprune.errors import ArtifactError
 from fxprune.graph.names import join
 from fxprune.graph.plan import ChannelPlan

@@ -1,0 +1,1 @@
+"""Checkpoints without pickle: saving, loading, into a model or without one."""
