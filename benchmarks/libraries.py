@@ -12,6 +12,7 @@ each adds a line to a file, and models that have one there are not run again.
 | finalize | the largest relative error against the masked module, at batch 2 and 3, in float64 |
 | onnx | the largest relative error of the file in onnxruntime against the finalized module, in float32 |
 | back | that of the shrunk module of the model's own class against the masked module |
+| pretrained | with `runnable=model`, through `save_pretrained` and `from_pretrained`: that error again |
 | Torch-Pruning | the MACs that it leaves, and "equal" or how far its result is from the model with zeros instead |
 
 Run: PYTHONPATH=. python benchmarks/libraries.py results.jsonl [part of a name ...]
@@ -51,7 +52,7 @@ from fxprune.graph.interpretation import run
 from fxprune.graph.names import tensor_at
 
 LIMIT = 300
-STEPS = ("trace", "budget", "finalize", "onnx", "back")
+STEPS = ("trace", "budget", "finalize", "onnx", "back", "pretrained")
 PEER = "Torch-Pruning"
 # larger errors are wrong results: in float64, and in float32
 EXACT, ROUNDED = 1e-9, 2e-4
@@ -130,6 +131,8 @@ class Steps:
         if hasattr(self, "final"):
             self._step("onnx", self.onnx)
             self._step("back", self.back)
+        if hasattr(self, "traced") and hasattr(self.model, "save_pretrained"):
+            self._step("pretrained", self.pretrained)
         return self.row
 
     def _step(self, name: str, step: Callable[[], str]) -> None:
@@ -214,6 +217,16 @@ class Steps:
         assert type(small) is type(self.model)
         return f"{widest(self.traced(*self.args, **self.kwargs), small(*self.args, **self.kwargs)):.1e}"
 
+    def pretrained(self) -> str:
+        """With channels chosen for the class, through a folder as the library has it."""
+        traced = fxprune.trace(self.model, self.args, self.kwargs, modes=("eval",))
+        fxprune.prune.channels(traced, macs=0.7, runnable=self.model)
+        small: Any = fxprune.write_back(fxprune.finalize(traced), self.model)
+        with tempfile.TemporaryDirectory() as folder:
+            small.save_pretrained(folder)
+            again = type(small).from_pretrained(folder).eval()
+        return f"{widest(traced(*self.args, **self.kwargs), again(*self.args, **self.kwargs)):.1e}"
+
 
 # ---- the runner
 
@@ -296,6 +309,8 @@ def verdict(step: str, text: str) -> str:
         )
     if step == "budget":
         return text if text[:2] == "0." else "refused" if text.startswith("PruningError") else "failed"
+    if text.startswith("PruningError"):
+        return "refused"
     limit = EXACT if step == "finalize" and "float32" not in text else ROUNDED
     try:
         return "yes" if float(text.split()[0]) < limit else f"WRONG ({text})"

@@ -1,7 +1,7 @@
 """The models of `benchmarks/libraries.py`: how each is built, with random weights, and what it is called with.
 
-A small member of every family of timm that constructs without a download, models of diffusers and ultralytics, and
-tasks of transformers in small configurations. Libraries are imported where a model of theirs is built.
+A small member of every family of timm that constructs without a download, models of diffusers and ultralytics; those of
+transformers stand in `transformers_models.py`. Libraries are imported where a model of theirs is built.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers_models import TRANSFORMERS, build
 
 Built: TypeAlias = "tuple[nn.Module, tuple[Any, ...], dict[str, Any]]"
 
@@ -324,145 +325,10 @@ DIFFUSERS: dict[str, tuple[str, Mapping[str, Any], Callable[[], dict[str, Any]]]
 }  # fmt: skip
 
 
-# ---- transformers: a class, its configuration, its inputs
-
-_BERT = {
-    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
-    "max_position_embeddings": 40, "num_labels": 3,
-}  # fmt: skip
-_DISTIL = {"vocab_size": 60, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "num_labels": 3}
-_LLAMA = _BERT | {"num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0, "head_dim": 8}
-_VISION = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32,
-    "patch_size": 8, "num_labels": 3,
-}  # fmt: skip
-
-
-def _words(**more: Any) -> Callable[[], dict[str, Any]]:
-    mask = torch.ones(2, 12, dtype=torch.int64)
-    mask[1, 9:] = 0
-    return lambda: {
-        "input_ids": torch.randint(3, 60, (2, 12)), "attention_mask": mask.clone(),
-        **{name: value() for name, value in more.items()},
-    }  # fmt: skip
-
-
-def _pixels(side: int = 32) -> Callable[[], dict[str, Any]]:
-    return lambda: {"pixel_values": torch.randn(2, 3, side, side)}
-
-
-def _one_label() -> Tensor:
-    return torch.randint(0, 3, (2,))
-
-
-def _token_labels() -> Tensor:
-    return torch.randint(0, 3, (2, 12))
-
-
-_SEQ2SEQ = {"decoder_input_ids": lambda: torch.randint(3, 60, (2, 5))}
-_BART = {
-    "vocab_size": 60, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 40,
-    "use_cache": False, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
-}  # fmt: skip
-_T5 = {
-    "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "use_cache": False,
-    "pad_token_id": 0, "decoder_start_token_id": 0,
-}  # fmt: skip
-_WAV2VEC = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 20,
-    "conv_dim": (16, 16, 16), "conv_stride": (5, 2, 2), "conv_kernel": (10, 3, 3), "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "feat_extract_norm": "group",
-}  # fmt: skip
-
-# name in the table -> configuration's class, model's class, configuration, inputs
-TRANSFORMERS: dict[str, tuple[str, str, Mapping[str, Any], Callable[[], dict[str, Any]]]] = {
-    "BertModel": ("BertConfig", "BertModel", _BERT, _words()),
-    "BertForSequenceClassification, labels": (
-        "BertConfig", "BertForSequenceClassification", _BERT, _words(labels=_one_label)),
-    "BertForMaskedLM": ("BertConfig", "BertForMaskedLM", _BERT, _words()),
-    "BertForQuestionAnswering": ("BertConfig", "BertForQuestionAnswering", _BERT | {"num_labels": 2}, _words()),
-    "RobertaForTokenClassification, labels": (
-        "RobertaConfig", "RobertaForTokenClassification", _BERT, _words(labels=_token_labels)),
-    "DistilBertForSequenceClassification": (
-        "DistilBertConfig", "DistilBertForSequenceClassification", _DISTIL, _words()),
-    "ElectraForSequenceClassification": (
-        "ElectraConfig", "ElectraForSequenceClassification", _BERT | {"embedding_size": 32}, _words()),
-    "AlbertForSequenceClassification": (
-        "AlbertConfig", "AlbertForSequenceClassification", _BERT | {"embedding_size": 16}, _words()),
-    "MPNetForMaskedLM": ("MPNetConfig", "MPNetForMaskedLM", _BERT, _words()),
-    "DebertaV2ForSequenceClassification": (
-        "DebertaV2Config", "DebertaV2ForSequenceClassification",
-        _BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, _words()),
-    "ModernBertForSequenceClassification": (
-        "ModernBertConfig", "ModernBertForSequenceClassification", _BERT | {"pad_token_id": 0}, _words()),
-    "LlamaForCausalLM": ("LlamaConfig", "LlamaForCausalLM", _LLAMA, _words()),
-    "LlamaForSequenceClassification": ("LlamaConfig", "LlamaForSequenceClassification", _LLAMA, _words()),
-    "MistralForCausalLM": ("MistralConfig", "MistralForCausalLM", _LLAMA, _words()),
-    "Qwen2ForCausalLM": ("Qwen2Config", "Qwen2ForCausalLM", _LLAMA, _words()),
-    "Qwen3ForCausalLM": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA, _words()),
-    "Gemma2ForCausalLM": ("Gemma2Config", "Gemma2ForCausalLM", _LLAMA, _words()),
-    "Phi3ForCausalLM": ("Phi3Config", "Phi3ForCausalLM", _LLAMA, _words()),
-    "GPT2LMHeadModel": (
-        "GPT2Config", "GPT2LMHeadModel",
-        {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "use_cache": False}, _words()),
-    "GPTNeoXForCausalLM": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _BERT | {"use_cache": False}, _words()),
-    "OPTForCausalLM": (
-        "OPTConfig", "OPTForCausalLM",
-        {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64,
-         "max_position_embeddings": 40, "word_embed_proj_dim": 32, "use_cache": False}, _words()),
-    "T5ForConditionalGeneration": ("T5Config", "T5ForConditionalGeneration", _T5, _words(**_SEQ2SEQ)),
-    "T5EncoderModel": ("T5Config", "T5EncoderModel", _T5, _words()),
-    "BartForConditionalGeneration": ("BartConfig", "BartForConditionalGeneration", _BART, _words(**_SEQ2SEQ)),
-    "MarianMTModel": ("MarianConfig", "MarianMTModel", _BART, _words(**_SEQ2SEQ)),
-    "WhisperForConditionalGeneration": (
-        "WhisperConfig", "WhisperForConditionalGeneration",
-        _BART | {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 40},
-        lambda: {"input_features": torch.randn(2, 8, 24), "decoder_input_ids": torch.randint(3, 60, (2, 5))}),
-    "ViTForImageClassification": ("ViTConfig", "ViTForImageClassification", _VISION, _pixels()),
-    "DeiTForImageClassification": ("DeiTConfig", "DeiTForImageClassification", _VISION, _pixels()),
-    "BeitForImageClassification": ("BeitConfig", "BeitForImageClassification", _VISION, _pixels()),
-    "Dinov2ForImageClassification": ("Dinov2Config", "Dinov2ForImageClassification", _VISION, _pixels()),
-    "SwinForImageClassification": (
-        "SwinConfig", "SwinForImageClassification",
-        {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
-         "num_labels": 3}, _pixels()),
-    "ConvNextForImageClassification": (
-        "ConvNextConfig", "ConvNextForImageClassification",
-        {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "num_labels": 3}, _pixels()),
-    "ResNetForImageClassification": (
-        "ResNetConfig", "ResNetForImageClassification",
-        {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": 3}, _pixels()),
-    "MobileNetV2ForImageClassification": (
-        "MobileNetV2Config", "MobileNetV2ForImageClassification", {"num_labels": 3, "depth_multiplier": 0.35},
-        _pixels(64)),
-    "SegformerForSemanticSegmentation": (
-        "SegformerConfig", "SegformerForSemanticSegmentation",
-        {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4],
-         "decoder_hidden_size": 32, "num_labels": 3}, _pixels(64)),
-    "CLIPModel": (
-        "CLIPConfig", "CLIPModel",
-        {"text_config": _BERT | {"eos_token_id": 2}, "vision_config": _VISION, "projection_dim": 24},
-        lambda: {"input_ids": torch.randint(3, 60, (2, 12)), "pixel_values": torch.randn(2, 3, 32, 32)}),
-    "Wav2Vec2ForCTC": (
-        "Wav2Vec2Config", "Wav2Vec2ForCTC", _WAV2VEC, lambda: {"input_values": torch.randn(2, 1600)}),
-    "HubertForSequenceClassification": (
-        "HubertConfig", "HubertForSequenceClassification", _WAV2VEC | {"num_labels": 3},
-        lambda: {"input_values": torch.randn(2, 1600)}),
-}  # fmt: skip
-
-
-def _transformers(config: str, name: str, options: Mapping[str, Any], inputs: Callable[[], dict[str, Any]]) -> Built:
-    import transformers
-
-    model = getattr(transformers, name)(getattr(transformers, config)(**options))
-    return model, (), inputs()
-
-
 def entries() -> dict[str, Entry]:
     """All models by their names, "library/name"."""
     found = [Entry("timm", name, lambda name=name, row=row: _timm(name, *row)) for name, row in TIMM.items()]
-    found += [Entry("transformers", name, lambda row=row: _transformers(*row)) for name, row in TRANSFORMERS.items()]
+    found += [Entry("transformers", name, lambda name=name: build(name)) for name in TRANSFORMERS]
     found += [Entry("ultralytics", name, lambda name=name: _ultralytics(name)) for name in ULTRALYTICS]
     found += [Entry("diffusers", name, lambda row=row: _diffusers(*row)) for name, row in DIFFUSERS.items()]
     return {f"{entry.library}/{entry.name}": entry for entry in found}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -14,29 +14,52 @@ from torch import Tensor, nn
 from fxprune.artifacts.following_integers import Integers
 from fxprune.errors import ConfigurationWarning
 from fxprune.graph.arguments import Arguments
-from fxprune.graph.configurations import Axis, Configuration, Shapes, put_numbers
+from fxprune.graph.configurations import Axis, Configuration, Shapes, put_back, put_numbers, sizes_of
 from fxprune.graph.equality import close
-from fxprune.graph.names import tensors_of
 from fxprune.reports import first_of
 
 _TRIED = 3  # ways to say the same sizes
 
 
-def follow_configuration(written: nn.Module, model: nn.Module, inputs: Arguments) -> None:
+def sizes_as_configured(written: nn.Module, configuration: Configuration, difference: Callable[[], float]) -> bool:
+    """Give the configuration of a shrunk model, and its modules' integers, numbers that say the sizes which it has now.
+
+    What modules read from a configuration that they share is found in no other way.
+
+    Args:
+        written: the shrunk model, in eval mode. configuration: of the model as it was.
+        difference: between outputs of `written` and those wanted, found by running it; 0.0 where there is none.
+
+    Returns:
+        Whether it computes what it should then; else it is as it was.
+    """
+    now = sizes_of(written)
+    wanted = {name: now.get(name, shape) for name, shape in configuration.shapes.items()}  # a new bias says nothing
+    if wanted == configuration.shapes:
+        return False
+    integers = Integers(written, configuration, lambda: not difference())
+    for numbers in itertools.islice(configuration.expressing(wanted), _TRIED):
+        before = put_numbers(written.config, numbers)
+        if integers.agree_with(numbers):
+            return True
+        put_back(before)
+    return False
+
+
+def follow_configuration(written: nn.Module, found: Configuration, inputs: Arguments) -> None:
     """Give the configuration of a shrunk model the numbers that its class makes the same model of.
 
     The integers of its modules that the class computes from these numbers follow, whether a call with these inputs
     reads them or not.
 
     Args:
-        written: the shrunk model, in eval mode. model: as it was. inputs: of a call.
+        written: the shrunk model, in eval mode. found: of the model as it was. inputs: of a call.
 
     Warns:
         ConfigurationWarning: there are none, or the model that is built with them computes something else.
     """
-    wanted: Shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(written).items()}
-    before = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
-    if wanted == before or (found := Configuration.of(model)) is None:
+    wanted, model = sizes_of(written), found.model
+    if wanted == found.shapes:
         return
     outputs = _outputs(written, inputs)
     integers = Integers(written, found, lambda: _same(outputs, _outputs(written, inputs)))
@@ -50,10 +73,9 @@ def follow_configuration(written: nn.Module, model: nn.Module, inputs: Arguments
         why = f"with {said} its class makes a model of these sizes that computes something else"
         _warn(written, why, integers.follow_in_parts(wanted))
         return
-    kept = copy.deepcopy(written.config)
-    put_numbers(written.config, numbers)
+    before = put_numbers(written.config, numbers)
     if not _same(outputs, _outputs(written, inputs)):  # a number that forward reads, and that is another one there
-        vars(written.config).update(vars(kept))
+        put_back(before)
         why = "its forward reads numbers of the configuration that would have to change"
         _warn(written, why, integers.follow_in_parts(wanted))
         return

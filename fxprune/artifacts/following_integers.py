@@ -46,6 +46,10 @@ class Integers:
             for path in self._modules:
                 self._set(numbers, {path})
 
+    def agree_with(self, numbers: Mapping[str, int]) -> bool:
+        """Set them to what the class makes of these numbers, where the model computes what it should then."""
+        return self._configuration.made(numbers) is not None and self._hold(self._new(numbers, self._modules))
+
     def follow_in_parts(self, wanted: Shapes) -> list[str]:
         """Set those of each module to what its class makes of numbers that say the sizes within it.
 
@@ -75,13 +79,22 @@ class Integers:
 
     def _set(self, numbers: Mapping[str, int], paths: Collection[str]) -> bool:
         """Give those of some modules the values for some numbers; False, and none of them, where results change."""
+        new = {key: value for key, value in self._new(numbers, paths).items() if value != self._value(key)}
+        return self._configuration.made(numbers) is not None and (not new or self._hold(new))
+
+    def _new(self, numbers: Mapping[str, int], paths: Collection[str]) -> dict[Attribute, int]:
+        """What the class makes of those of some modules with some numbers."""
         made = self._configuration.made(numbers)
-        new = {} if made is None else {key: made.integers.get(key) for key in self._before if key[0] in paths}
-        kept = {key: self._value(key) for key, value in new.items() if value not in (None, self._value(key))}
-        for key in kept:
-            self._put(key, new[key])
-        if not kept or self._computes_the_same():
-            return made is not None
+        integers = {} if made is None else made.integers
+        return {key: integers[key] for key in self._before if key[0] in paths and key in integers}
+
+    def _hold(self, new: Mapping[Attribute, int]) -> bool:
+        """Give integers these values; False, and those of before, where the model computes something else then."""
+        kept = {key: self._value(key) for key in new}
+        for key, value in new.items():
+            self._put(key, value)
+        if self._computes_the_same():
+            return True
         for key, value in kept.items():
             self._put(key, value)
         return False

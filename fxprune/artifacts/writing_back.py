@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx, nn
 
 from fxprune.artifacts.attribute_reads import Reads, recorded_reads
-from fxprune.artifacts.following_configurations import follow_configuration
+from fxprune.artifacts.following_configurations import follow_configuration, sizes_as_configured
 from fxprune.artifacts.plain_copy import plain_copy
 from fxprune.artifacts.rehearsal import Rehearsal
 from fxprune.artifacts.statistics import check_statistics, counting, put_eps
 from fxprune.artifacts.trial import Search, by_its_parts
-from fxprune.artifacts.values import LeftOut, check_same_model, put_values, set_left_over
+from fxprune.artifacts.values import LeftOut, LeftOver, check_same_model, put_values, set_left_over
 from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentTypeError, WriteBackError
+from fxprune.graph.configurations import Configuration
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
@@ -79,8 +80,10 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
         torch.manual_seed(0)
         written = plain_copy(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-        _write(WorkingCopy(written, final), flags)
-        follow_configuration(written, model, (final.example_args, final.example_kwargs))
+        configuration = Configuration.of(model)
+        _write(WorkingCopy(written, final), flags, configuration)
+        if configuration is not None:
+            follow_configuration(written, configuration, (final.example_args, final.example_kwargs))
     modes = {path: module.training for path, module in model.named_modules()}
     for path, module in written.named_modules():
         module.training = modes[path]
@@ -97,7 +100,7 @@ def _way_to_both(final: object, model: object) -> str:
     return ""
 
 
-def _write(copy: WorkingCopy, flags: dict[str, bool]) -> None:
+def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configuration | None) -> None:
     """Give the copy values, sizes and the integers that follow, and check what it computes.
 
     Raises:
@@ -110,25 +113,33 @@ def _write(copy: WorkingCopy, flags: dict[str, bool]) -> None:
     left_over = put_values(copy, flags)
     put_eps(copy)
     rehearsal.convert_tensors()
-    search = Search(copy, rehearsal, reads)
+    if configuration is None or not sizes_as_configured(copy.root, configuration, rehearsal.difference):
+        _find_integers(Search(copy, rehearsal, reads), left_over)
+    if rehearsal.return_to_own_precision() and (worst := rehearsal.difference_on_samples()):
+        raise WriteBackError(f"an output differs by {worst:.1e} relative in the model's own precision.")
+    if "train" in copy.final.graphs:
+        rehearsal.run_copy(rehearsal.inputs, train=True)
+
+
+def _find_integers(search: Search, left_over: Sequence[LeftOver]) -> None:
+    """Find the integers with which a copy computes what the graph does, and channels that its class needs as zeros.
+
+    Raises:
+        WriteBackError: there are none.
+    """
     for state in LeftOut if left_over else [LeftOut.AS_IN_THE_MODEL]:
         search.zeros.give_up()
         set_left_over(left_over, state)
         search.run()
         search.derive()
-        worst = rehearsal.difference()
+        worst = search.rehearsal.difference()
         if worst and search.run_wider():
             search.derive()
             if search.is_smaller():  # else all came back, and nothing is won
-                worst = rehearsal.difference()
+                worst = search.rehearsal.difference()
         if not worst:
-            break
-    else:
-        raise _other_results(copy, search.disagreeing, worst)
-    if rehearsal.return_to_own_precision() and (worst := rehearsal.difference_on_samples()):
-        raise WriteBackError(f"an output differs by {worst:.1e} relative in the model's own precision.")
-    if "train" in copy.final.graphs:
-        rehearsal.run_copy(rehearsal.inputs, train=True)
+            return
+    raise _other_results(search.copy, search.disagreeing, worst)
 
 
 def _reads_of_a_run(rehearsal: Rehearsal) -> Reads:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -44,7 +44,7 @@ class Built:
             for name, value in vars(module).items()
             if type(value) is int
         }
-        return cls(_shapes(model), integers)
+        return cls(sizes_of(model), integers)
 
 
 class Configuration:
@@ -57,7 +57,7 @@ class Configuration:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.shapes: Shapes = _shapes(model)
+        self.shapes: Shapes = sizes_of(model)
         self._built: dict[tuple[tuple[str, int], ...], Built | None] = {}
 
     @classmethod
@@ -212,14 +212,30 @@ def is_within(tensor: str, path: str) -> bool:
     return not path or tensor.startswith(f"{path}.")
 
 
-def put_numbers(config: Any, numbers: Mapping[str, int]) -> None:
-    """Set numbers of a configuration, by their names."""
+# an object of a configuration, the name of a number in it, whether it had one of that name, and what it was
+Before = tuple[Any, str, bool, Any]
+
+
+def put_numbers(config: Any, numbers: Mapping[str, int]) -> list[Before]:
+    """Set numbers of a configuration, by their names; returns what they were, for `put_back`."""
+    before: list[Before] = []
     for name, value in numbers.items():
         *path, last = name.split(".")
         holder = config
         for part in path:
             holder = getattr(holder, part)
+        before.append((holder, last, last in vars(holder), vars(holder).get(last)))
         setattr(holder, last, value)
+    return before
+
+
+def put_back(before: Sequence[Before]) -> None:
+    """Undo `put_numbers`."""
+    for holder, name, was_there, value in before:
+        if was_there:
+            setattr(holder, name, value)
+        else:
+            delattr(holder, name)
 
 
 def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -238,5 +254,6 @@ def _numbers_called(model: nn.Module, name: str) -> list[int]:
     return sorted(value for value in values if type(value) is int)
 
 
-def _shapes(model: nn.Module) -> Shapes:
+def sizes_of(model: nn.Module) -> Shapes:
+    """The sizes of a model's tensors, by every name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}

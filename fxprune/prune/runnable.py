@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from fxprune.channels.groups import ChannelGroup, Grouping, Kind
+from fxprune.channels.groups import WHOLE_KINDS, ChannelGroup, Grouping, Kind
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.values import Value
 from fxprune.graph.configurations import Axis, Configuration
@@ -91,9 +91,14 @@ class _Numbers:
                     yield np.stack(alike)
 
     def leaves(self, group: ChannelGroup, free: frozenset[str]) -> bool:
-        """Whether a group may lose channels: every one of its axes follows from numbers that can change."""
+        """Whether a group may lose channels: every one of its axes follows from numbers that can change.
+
+        How many heads there are can change where the number of channels in each stays.
+        """
         for member in group.members:
             saying = {name for name, axes in self._followers.items() if (member.parameter, member.axis) in axes}
-            if not saying or not saying <= free or (group.kind == Kind.HEAD_CHANNEL and len(saying) > 1):
+            if not saying & free or (group.kind not in WHOLE_KINDS and not saying <= free):
+                return False
+            if group.kind == Kind.HEAD_CHANNEL and len(saying) > 1:
                 return False
         return True

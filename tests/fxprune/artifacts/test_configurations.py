@@ -174,3 +174,63 @@ def test_models_of_transformers_go_through_from_pretrained(name: str, tmp_path: 
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert loaded.num_parameters() < model.num_parameters()
     torch.testing.assert_close(loaded(ids)[0], traced(input_ids=ids)[0])
+
+
+class Fused(nn.Module):
+    """Attention that reads how many heads there are from the configuration which all layers share."""
+
+    def __init__(self, config: Numbers) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim or config.width // config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.heads * self.head_dim)
+        self.out = nn.Linear(config.heads * self.head_dim, config.width)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        parts = self.qkv(x).split(self.config.heads * self.head_dim, -1)
+        q, k, v = (part.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for part in parts)
+        y = nn.functional.scaled_dot_product_attention(q * scale, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+class Scaled(nn.Module):
+    """A model with one number that heads follow from, and another that a table of fixed length follows from too."""
+
+    config_class: ClassVar[type] = Numbers
+
+    def __init__(self, config: Numbers) -> None:
+        super().__init__()
+        self.config = config
+        self.words = nn.Embedding(20, config.width)
+        size = config.head_dim or config.width // config.heads
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, size), persistent=False)
+        self.layers = nn.ModuleList(Fused(config) for _ in range(config.layers))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        for layer in self.layers:
+            x = layer(x, self.scale)
+        return x.sum(-1)
+
+
+def test_heads_go_where_their_own_number_says_how_many_and_their_size_stays() -> None:
+    model = Scaled(Numbers(heads=4, head_dim=6)).eval()
+    traced = fxprune.trace(model, IDS, modes=("eval",))
+    report = fxprune.prune.channels(traced, 0.5, kinds="attention head", round_to=1, runnable=model)
+    assert list(report.removed.values()) == [(2, 4)] * 3
+    small = fxprune.write_back(fxprune.finalize(traced), model)
+    assert (small.config.heads, small.config.head_dim, model.config.heads) == (2, 6, 4)
+    assert small.layers[1].qkv.out_features == 3 * 2 * 6
+    built = Scaled(copy.deepcopy(small.config)).eval()
+    built.load_state_dict(small.state_dict())
+    torch.testing.assert_close(built(IDS), traced(IDS))
+
+
+def test_a_number_that_all_layers_read_from_their_configuration_follows_without_being_asked_for() -> None:
+    model = Scaled(Numbers(heads=4)).eval()
+    traced = fxprune.trace(model, IDS, modes=("eval",))
+    fxprune.prune.channels(traced, 0.5, kinds="attention head", scope="local", round_to=1)
+    small = fxprune.write_back(fxprune.finalize(traced), model)
+    assert small.config.heads == 2
+    assert small.layers[0].qkv.out_features == 3 * 2 * 3
+    torch.testing.assert_close(small(IDS), traced(IDS))
