@@ -11,7 +11,7 @@ each adds a line to a file, and models that have one there are not run again.
 | budget | the MACs left, or why the budget is refused |
 | finalize | the largest relative error against the masked module, at batch 2 and 3, in float64 |
 | onnx | the largest relative error of the file in onnxruntime against the finalized module, in float32 |
-| back | that of the shrunk module of the model's own class against the masked module |
+| back | that of the shrunk module of the own class against the masked module; "runnable": chosen for the class |
 | pretrained | with `runnable=model`, through `save_pretrained` and `from_pretrained`: that error again |
 | Torch-Pruning | the MACs that it leaves, and "equal" or how far its result is from the model with zeros instead |
 
@@ -46,7 +46,7 @@ from library_models import entries
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import CaptureError, PassError
+from fxprune.errors import CaptureError, PassError, WriteBackError
 from fxprune.graph.equality import error
 from fxprune.graph.interpretation import run
 from fxprune.graph.names import tensor_at
@@ -213,9 +213,19 @@ class Steps:
         return {name: named[name].numpy() for name in names}
 
     def back(self) -> str:
-        small = fxprune.write_back(self.final, self.model)
+        try:
+            return self._back(self.traced, self.final)
+        except WriteBackError:
+            traced = fxprune.trace(self.model, self.args, self.kwargs, modes=("eval",))
+            fxprune.prune.channels(traced, macs=0.7, runnable=self.model)
+            return f"{self._back(traced, fxprune.finalize(traced))} (runnable)"
+
+    def _back(self, traced: fxprune.TracedModule, final: fxprune.TracedModule) -> str:
+        small = fxprune.write_back(final, self.model)
         assert type(small) is type(self.model)
-        return f"{widest(self.traced(*self.args, **self.kwargs), small(*self.args, **self.kwargs)):.1e}"
+        if sum(p.numel() for p in small.parameters()) >= sum(p.numel() for p in self.model.parameters()):
+            raise WriteBackError("everything came back as zeros")
+        return f"{widest(traced(*self.args, **self.kwargs), small(*self.args, **self.kwargs)):.1e}"
 
     def pretrained(self) -> str:
         """With channels chosen for the class, through a folder as the library has it."""
@@ -315,7 +325,7 @@ def verdict(step: str, text: str) -> str:
     try:
         return "yes" if float(text.split()[0]) < limit else f"WRONG ({text})"
     except ValueError:
-        return "refused" if text.startswith("WriteBackError") else "failed"
+        return "refused" if text.startswith(("WriteBackError", "PruningError")) else "failed"
 
 
 def table(out: Path) -> str:

@@ -33,6 +33,9 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
         if is_projected(node):
             with graph.inserting_before(node):
                 replace_projected(graph, node)
+    for node in [node for node in graph.nodes if node.target in _SQUEEZES]:
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(_without_others(graph, node))
     erase_dead(graph)
     module.recompile()
 
@@ -40,6 +43,26 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
 def _replace(node: fx.Node, result: fx.Node) -> None:
     result.meta = node.meta
     node.replace_all_uses_with(result)
+
+
+# ---- axes of size one
+
+_SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
+
+
+def _without_others(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A squeeze of the axes that are of size one; of others, which torch leaves alone, ONNX makes an error."""
+    data, named = node.args
+    assert isinstance(data, fx.Node)
+    shape = data.meta["val"].shape
+    dims: list[int] = [named] if isinstance(named, int) else list(named)  # type: ignore[arg-type]
+    asked = {dim % len(shape) for dim in dims} if shape else set()
+    ones = sorted(dim for dim in asked if isinstance(shape[dim], int) and shape[dim] == 1)
+    if not ones:
+        return data
+    squeezed = graph.call_function(aten.squeeze.dims, (data, ones))
+    squeezed.meta = node.meta
+    return squeezed
 
 
 # ---- attention

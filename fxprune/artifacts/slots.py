@@ -70,11 +70,15 @@ def _slots(holder: Any) -> Iterator[Slot]:
             yield from (Slot(holder, name, i, entry) for i, entry in enumerate(value) if type(entry) is int)
 
 
-def candidates(before: int, changes: Set[Change]) -> list[int]:
+def candidates(before: int, changes: Set[Change], written: Set[int] = frozenset()) -> list[int]:
     """The values that an integer could have now, given how the sizes around it changed, the likeliest first.
 
     Itself where a size of that value stayed; what a size of that value became; itself; the same multiple or fraction of
-    a size that changed; a small number, since how many heads share one, say, is a ratio of two counts.
+    a size that changed; a size that is written in a call nearby; a small number, since how many heads share one, say,
+    is a ratio of two counts.
+
+    Args:
+        before: its value. changes: of sizes around it. written: sizes that calls there have as arguments now.
 
     Example:
         >>> candidates(16, {(16, 12)})
@@ -87,8 +91,9 @@ def candidates(before: int, changes: Set[Change]) -> list[int]:
     exact = [new for old, new in changed if old == before]
     related = [(old, new) for old, new in changed if old != before and (before % old == 0 or old % before == 0)]
     in_proportion = [before * new // old for old, new in related if before * new % old == 0]
+    said = sorted((size for size in written if before > size > before // _LARGEST_RATIO), reverse=True)
     ratios = range(1, min(before, _LARGEST_RATIO)) if related else ()
-    return list(dict.fromkeys([*stayed, *exact, before, *in_proportion, *ratios]))
+    return list(dict.fromkeys([*stayed, *exact, before, *in_proportion, *(said if changed else ()), *ratios]))
 
 
 def combinations(options: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:

@@ -24,6 +24,7 @@ from fxprune.graph.metadata import module_calls, module_path
 from fxprune.graph.names import tensors_of
 
 _SPLITS = ("aten.split_with_sizes.default", "aten.chunk.default", "aten.split.Tensor")
+_SIZED = ("aten.split_with_sizes.default", "aten.split.Tensor", "aten.view.default", "aten.reshape.default")
 _TRIES = 100  # of values for the integers of one module
 _CALLS = 10_000  # of modules altogether: those that contain each other try for each other
 Shapes = tuple[torch.Size, ...]
@@ -39,6 +40,7 @@ class Search:
         self.calls_left = _CALLS
         self.disagreeing: nn.Module | None = None
         self._reads = reads
+        self._sized = [node for node in rehearsal.graph.nodes if str(node.target) in _SIZED]
         self._values: Mapping[nn.Module, list[Tensor]] = {}
 
     def run(self) -> None:
@@ -89,8 +91,15 @@ class Search:
     def choices(self, module: nn.Module) -> list[tuple[Slot, list[int]]]:
         """The integers that forward reads and that could follow from a size, with the values to try."""
         changes, read = self.copy.changes(module), self._read(module)
-        found = [(slot, candidates(slot.before, changes)) for slot in self._free(module) if slot in read]
+        said = self._written(module)
+        found = [(slot, candidates(slot.before, changes, said)) for slot in self._free(module) if slot in read]
         return [(slot, values) for slot, values in found if len(values) > 1]
+
+    def _written(self, module: nn.Module) -> set[int]:
+        """The sizes that calls of a module itself have among their arguments in the graph."""
+        paths = self.copy.paths(module)
+        calls = [node for node in self._sized if module_path(node) in paths]
+        return {size for node in calls for size in pytree.tree_leaves(node.args[1]) if type(size) is int}
 
     def settings(self, module: nn.Module) -> Iterator[Setting]:
         """What the integers of a module could be with the sizes that its tensors have, the likeliest first."""

@@ -161,10 +161,18 @@ class Grouping:
     Args:
         plain: the module.
         alike: classes [rows, n] of which every choice leaves each row equally many.
+        staying: classes that no choice removes, and why.
         for_class: whether the class of the model is to take the statistics over the channels that are left.
     """
 
-    def __init__(self, plain: TracedModule, alike: Sequence[Vector] = (), *, for_class: bool = False) -> None:
+    def __init__(
+        self,
+        plain: TracedModule,
+        alike: Sequence[Vector] = (),
+        staying: Sequence[tuple[Vector, str]] = (),
+        *,
+        for_class: bool = False,
+    ) -> None:
         self.plain, self.found = plain, coupling(plain, for_class=for_class)
         classes = self.found.classes
         reached = {n for g in plain.graphs.values() for n in g.nodes}
@@ -172,6 +180,9 @@ class Grouping:
         self._tensors: Mapping[str, torch.nn.Parameter] = dict(plain.named_parameters(remove_duplicate=False))
         self.axes = ChannelAxes.of(self.found, self._tensors)
         fixed: Mask = classes.pinned.copy()
+        self._staying = staying
+        for stay, _ in staying:
+            fixed[stay] = True
         classes.close(fixed)
         self.units = UnitTable(classes, self.consistency.balances, fixed)
         self._normalized: Mask = np.zeros(classes.count, bool)
@@ -305,7 +316,11 @@ class Grouping:
         if self.units.fixed[units[0]]:
             dying = self.units.dying.of(units)
             pinned = dying[classes.pinned[dying]]
-            return classes.reasons[classes.reason[pinned.min()]]() if len(pinned) else "part of a grid that stays"
+            if len(pinned):
+                reason: str = classes.reasons[classes.reason[pinned.min()]]()
+                return reason
+            told = [why for stay, why in self._staying if np.isin(dying, stay).any()]
+            return told[0] if told else "part of a grid that stays"
         return "the only channels of an axis" if needed else None
 
     def _checked(self, found: Sequence[ChannelGroup], blocks: Blocks) -> list[ChannelGroup]:

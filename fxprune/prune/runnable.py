@@ -12,9 +12,11 @@ from fxprune.channels.groups import WHOLE_KINDS, ChannelGroup, Grouping, Kind
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.values import Value
 from fxprune.graph.configurations import Axis, Configuration
+from fxprune.prune.alike_sizes import alike_sizes
 
 _PARTS = ("aten.chunk.default", "aten.split.Tensor")
 _GIVEN = "its size follows from the configuration of {}, together with sizes that stay"
+_HEADS = "its class says the size of all heads together by another width: what is in each goes"
 
 
 def runnable_groups(
@@ -22,21 +24,23 @@ def runnable_groups(
 ) -> Grouping:
     """The groups with what the class of a model asks for.
 
-    Parts by `chunk` stay equal. Sizes that one number of a configuration gives change alike, where all of them may be
-    pruned; the others stay, as do channels within heads of which two numbers say how many there are.
+    Parts by `chunk` stay equal, as does what one attribute or the shape of another tensor sizes. Sizes that one
+    number of a configuration gives change alike, where all of them may be pruned; the others stay, as do channels
+    within heads of which two numbers say how many there are.
 
     Args:
         grouping: of the model's graphs.
         model: that was traced.
         pick: which groups are asked for.
     """
-    rows = list(_parts(grouping))
+    sizes = alike_sizes(grouping, model)
+    rows, staying = [*_parts(grouping), *sizes.rows], [(heads, _HEADS) for heads in sizes.heads]
     configuration = Configuration.of(model)
     if configuration is None:
-        return Grouping(grouping.plain, rows, for_class=True) if rows else grouping
+        return Grouping(grouping.plain, rows, staying, for_class=True) if rows else grouping
     numbers = _Numbers(grouping, configuration)
     free = numbers.free(numbers.dead(pick(grouping.groups)))
-    limited = Grouping(grouping.plain, [*rows, *numbers.rows(free)], for_class=True)
+    limited = Grouping(grouping.plain, [*rows, *numbers.rows(free)], staying, for_class=True)
     reason = _GIVEN.format(type(model).__name__)
     groups = [g if g.reason or numbers.leaves(g, free) else replace(g, reason=reason) for g in limited.groups]
     limited.groups = sorted(groups, key=lambda group: group.reason is not None)

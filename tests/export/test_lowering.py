@@ -185,3 +185,20 @@ def test_projections_from_a_given_state_are_refused_before_anything_is_written(t
     ):
         fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+class Squeezed(nn.Module):
+    """Squeezes of axes that are of size one, and of others."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        one = x[:, :, :1]
+        return x.squeeze(1) + 1, one.squeeze((1, 2)), x.squeeze(-2) * 2, x[0, 0, 0].squeeze(0) + x
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_squeezes_of_axes_that_are_of_another_size_do_nothing(batch: int, tmp_path: Path) -> None:
+    session = exported(Squeezed(), torch.randn(2, 4, 5), tmp_path / "model.onnx")
+    x = torch.randn(batch, 4, 5)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for want, got in zip(Squeezed()(x), found, strict=True):
+        np.testing.assert_array_equal(got, want.numpy())

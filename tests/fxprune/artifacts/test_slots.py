@@ -68,6 +68,11 @@ def test_candidates_stand_in_the_order_of_likelihood(before: int, changes: set[A
     assert candidates(before, changes) == wanted
 
 
+def test_sizes_that_are_written_in_calls_stand_behind_those_that_follow_and_before_small_numbers() -> None:
+    assert candidates(32, {(128, 80)}, {16, 40, 72, 2}) == [32, 20, 16, *range(1, 16)]
+    assert candidates(32, {(128, 128)}, {16}) == [32]
+
+
 @given(st.lists(st.lists(st.integers(), min_size=1, max_size=4, unique=True), max_size=4))
 def test_combinations_are_all_choices_those_of_small_places_first(options: list[list[int]]) -> None:
     found = list(combinations(options))
