@@ -13,11 +13,12 @@ from fxprune.channels.arguments import bound
 from fxprune.channels.registry import REGISTRY, OperatorCall
 from fxprune.channels.rules.contractions import Contraction
 from fxprune.channels.rules.convolutions import Convolution
-from fxprune.channels.rules.recurrent import Recurrent
+from fxprune.channels.rules.recurrent import Recurrent, RecurrentCell
 from fxprune.graph.masks import named_by_mask, named_by_original, view
 from fxprune.graph.names import ModulePaths, exists, tensor_at
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.layers import (
+    CellReader,
     ConvolutionReader,
     MatrixReader,
     NormalizationReader,
@@ -153,7 +154,7 @@ def find(traced: TracedModule, graph: fx.Graph) -> tuple[list[Reader], dict[fx.N
             readers += [] if gain is None else [gain]
             continue
         call = REGISTRY.call(node) if node.op == "call_function" else None
-        if not isinstance(call, Contraction | Convolution | Recurrent) or not has_weight(call):
+        if not isinstance(call, Contraction | Convolution | Recurrent | RecurrentCell) or not has_weight(call):
             continue
         reader = _reader(weights, call)
         if isinstance(reader, Why):
@@ -165,11 +166,11 @@ def find(traced: TracedModule, graph: fx.Graph) -> tuple[list[Reader], dict[fx.N
         readers.append(reader)
         if isinstance(call, Recurrent) and call.num_layers > 1:
             alone[node] = LeftAlone(f"{node.name} above its first layer", "what it reads stays within the call")
-    return _joined(weights, readers, alone), alone
+    return joined(weights, readers, alone), alone
 
 
-def _joined(weights: Weights, readers: Sequence[Reader], alone: dict[fx.Node, LeftAlone]) -> list[Reader]:
-    """The readers, calls by the same weights as one; those of which not all can be refitted are left alone."""
+def joined(weights: Weights, readers: Sequence[Reader], alone: dict[fx.Node, LeftAlone]) -> list[Reader]:
+    """The readers, calls by the same weights as one; those of which not all can be refitted are left alone, named."""
     by_node = {reader.node: reader for reader in readers}
     found: list[Reader] = []
     done = set[fx.Node]()
@@ -189,7 +190,7 @@ def _joined(weights: Weights, readers: Sequence[Reader], alone: dict[fx.Node, Le
         elif adding != ends:
             alone[reader.node] = LeftAlone(reader.name, f"its bias is used by {len(adding)} calls")
         elif others:
-            further = tuple(ReaderCall(other.node, other.data, other.added) for other in others)
+            further = tuple(ReaderCall(other.node, other.data, other.added, other.state) for other in others)
             found.append(replace(reader, moving_mean=None, further=further))
             done.update(calls)
         else:
@@ -199,7 +200,7 @@ def _joined(weights: Weights, readers: Sequence[Reader], alone: dict[fx.Node, Le
 
 def _is_alike(root: nn.Module, one: Reader, other: Reader) -> bool:
     """Whether two calls compute the same of what they read."""
-    differing = ("node", "data", "weights", "biases", "moving_mean", "added", "further")
+    differing = ("node", "data", "weights", "biases", "moving_mean", "added", "further", "state")
     if type(one) is not type(other) or any(
         getattr(one, each.name) != getattr(other, each.name) for each in fields(one) if each.name not in differing
     ):
@@ -268,7 +269,7 @@ def _called_bare(root: nn.Module, node: fx.Node, given: Mapping[str, Any], data:
 
 def has_weight(call: OperatorCall) -> bool:
     """Whether the second operand depends on no input."""
-    if isinstance(call, Recurrent):
+    if isinstance(call, Recurrent | RecurrentCell):
         return True
     pending = [call.right if isinstance(call, Contraction) else call.weight]  # type: ignore[attr-defined]
     while pending:
@@ -279,7 +280,9 @@ def has_weight(call: OperatorCall) -> bool:
     return True
 
 
-def _reader(weights: Weights, call: Contraction | Convolution | Recurrent) -> Reader | Why:
+def _reader(weights: Weights, call: Contraction | Convolution | Recurrent | RecurrentCell) -> Reader | Why:
+    if isinstance(call, RecurrentCell):
+        return cell_reader(CellReader, weights, call, call.w_ih, call.b_ih)
     if isinstance(call, Recurrent):
         return _recurrent(weights, call)
     if isinstance(call, Contraction):
@@ -385,6 +388,23 @@ def _recurrent(weights: Weights, call: Recurrent) -> Reader | Why:
         shapes.append(found[2])
     sizes = 1, sum(shape[0] for shape in shapes), shapes[0][1]
     return RecurrentReader(call.node, call.data, tuple(names), tuple(biases), sizes, None)
+
+
+def cell_reader(
+    kind: type[CellReader], weights: Weights, call: RecurrentCell, weight: fx.Node, added: fx.Node | None
+) -> CellReader | Why:
+    """The reader of one step of a cell, by one of its weights and what is added to that product."""
+    found = weights.find(weight, "weight")
+    if isinstance(found, Why):
+        return found
+    shape = view(weights.root, found[0]).value().shape
+    bias = bias_of(weights, added, shape[0])
+    if isinstance(bias, Why):
+        return bias
+    if len(call.data.meta["val"].shape) != 2:
+        return Why("its input has no batch")
+    state = call.hx[0] if call.is_lstm else call.hx
+    return kind(call.node, call.data, (found[0],), (bias,), (1, *shape), None, state=state)
 
 
 def _convolution(weights: Weights, call: Convolution) -> Reader | Why:

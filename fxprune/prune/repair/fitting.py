@@ -225,6 +225,11 @@ class Family:
             )  # fmt: skip
             yield Solved(target.reader, repair, fit.bias if gets_bias else None)
 
+    def reads_any(self, nodes: Collection[fx.Node]) -> bool:
+        """Whether what the readers read of the network that is fitted is the value of one of these nodes."""
+        reader = self.targets[0].reader
+        return not reader.reads_reference and any(call.data in nodes for call in reader.calls)
+
     def errors(self) -> list[float]:
         """The held-back errors of the readers as they are, relative to the energy of the reference's outputs."""
         found = []

@@ -20,11 +20,13 @@ class ReaderCall:
     Attributes:
         node: the call. data: its input.
         added: the node that adds the bias to what the call gives, where the call itself does not.
+        state: what a step of a recurrent cell starts from.
     """
 
     node: fx.Node
     data: fx.Node
     added: fx.Node | None = None
+    state: fx.Node | None = None
 
     @property
     def end(self) -> fx.Node:
@@ -43,6 +45,7 @@ class Reader(abc.ABC):
         moving_mean: where there is no bias, the buffer of a batch norm right behind that takes up a mean shift.
         added: the node that adds the bias, where the call does not.
         further: the other calls, in the order of the graph.
+        state: what a step of a recurrent cell starts from.
     """
 
     node: fx.Node
@@ -53,11 +56,12 @@ class Reader(abc.ABC):
     moving_mean: str | None
     added: fx.Node | None = field(default=None, kw_only=True)
     further: tuple[ReaderCall, ...] = field(default=(), kw_only=True)
+    state: fx.Node | None = field(default=None, kw_only=True)
 
     @property
     def calls(self) -> tuple[ReaderCall, ...]:
         """All calls, in the order of the graph."""
-        return ReaderCall(self.node, self.data, self.added), *self.further
+        return ReaderCall(self.node, self.data, self.added, self.state), *self.further
 
     @property
     def name(self) -> str:
@@ -104,6 +108,15 @@ class Reader(abc.ABC):
         """Whether the call returns what least squares fits, not something made of it."""
         return True
 
+    @property
+    def reads_reference(self) -> bool:
+        """Whether what it is fitted to read are values of the reference."""
+        return False
+
+    def told_by(self, call: ReaderCall) -> fx.Node:
+        """The node of the reference that says what a call is to give."""
+        return call.node if self.gives_products else call.data
+
 
 @dataclass(frozen=True, eq=False)
 class MatrixReader(Reader):
@@ -137,6 +150,15 @@ class RecurrentReader(MatrixReader):
 
     def stored(self, table: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         return list(table[0].split([len(weight) for weight in weights]))
+
+    @property
+    def gives_products(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class CellReader(MatrixReader):
+    """The weights of a recurrent cell that read its input: all gates, at every step."""
 
     @property
     def gives_products(self) -> bool:

@@ -19,7 +19,7 @@ from fxprune.graph.masks import masked_attributes, original_name, view
 from fxprune.graph.names import join, locate
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.finding import find
-from fxprune.prune.repair.layers import ConvolutionReader, MatrixReader, Reader, RecurrentReader
+from fxprune.prune.repair.layers import CellReader, ConvolutionReader, MatrixReader, Reader, RecurrentReader
 
 
 def biasable(traced: TracedModule, readers: Iterable[Reader]) -> frozenset[str]:
@@ -90,7 +90,8 @@ def _by_weight(traced: TracedModule, graph: fx.Graph) -> dict[str, Reader]:
 
 
 def _lacks_bias(reader: Reader) -> bool:
-    has_place = isinstance(reader, MatrixReader | ConvolutionReader) and not isinstance(reader, RecurrentReader)
+    is_plain = not isinstance(reader, RecurrentReader | CellReader)
+    has_place = isinstance(reader, MatrixReader | ConvolutionReader) and is_plain
     return has_place and reader.biases == (None,)
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.channels.registry import REGISTRY
-from fxprune.channels.rules.recurrent import Recurrent
+from fxprune.channels.rules.recurrent import Recurrent, RecurrentCell
 from fxprune.graph.traced import TracedModule
-from fxprune.prune.repair.finding import LeftAlone, Weights, Why, own_weight_and_bias
-from fxprune.prune.repair.layers import ReaderCall, RecurrentReader
+from fxprune.prune.repair.finding import LeftAlone, Weights, Why, cell_reader, joined, own_weight_and_bias
+from fxprune.prune.repair.layers import CellReader, Reader, ReaderCall, RecurrentReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,13 @@ class StateReader(RecurrentReader):
     @property
     def key(self) -> Hashable:
         return self.node, type(self)
+
+    @property
+    def reads_reference(self) -> bool:
+        return True
+
+    def told_by(self, call: ReaderCall) -> fx.Node:
+        return call.node
 
     def table(self, weights: Sequence[Tensor]) -> Tensor:
         return torch.stack([*weights])
@@ -43,24 +50,48 @@ class StateReader(RecurrentReader):
         return rows.transpose(0, 1)
 
 
-def find_states(traced: TracedModule, graph: fx.Graph) -> tuple[list[StateReader], dict[fx.Node, LeftAlone]]:
+@dataclass(frozen=True, eq=False)
+class CellStateReader(CellReader):
+    """The weights of a recurrent cell that read the state, as `StateReader`: of all steps, those of the reference."""
+
+    @property
+    def key(self) -> Hashable:
+        return self.node, type(self)
+
+    @property
+    def reads_reference(self) -> bool:
+        return True
+
+    def told_by(self, call: ReaderCall) -> fx.Node:
+        assert call.state is not None
+        return call.state
+
+    def received(self, call: ReaderCall, own: Mapping[fx.Node, Any], reference: Mapping[fx.Node, Any]) -> Tensor:
+        states: Tensor = reference[self.told_by(call)]
+        return states
+
+
+def find_states(traced: TracedModule, graph: fx.Graph) -> tuple[list[Reader], dict[fx.Node, LeftAlone]]:
     """The readers of states of a graph in its order, and why others are left alone."""
     weights = Weights(traced, graph)
-    readers: list[StateReader] = []
+    readers: list[Reader] = []
     alone: dict[fx.Node, LeftAlone] = {}
     for node in graph.nodes:
         call = REGISTRY.call(node) if node.op == "call_function" else None
-        if not isinstance(call, Recurrent):
+        if not isinstance(call, Recurrent | RecurrentCell):
             continue
-        found = _reader(weights, call)
-        if isinstance(found, StateReader):
+        if isinstance(call, Recurrent):
+            found = _reader(weights, call)
+        else:
+            found = cell_reader(CellStateReader, weights, call, call.w_hh, call.b_hh)
+        if isinstance(found, Reader):
             readers.append(found)
         else:
             alone[node] = LeftAlone(f"what reads the state of {node.name}", found.text)
-    return readers, alone
+    return joined(weights, readers, alone), alone
 
 
-def _reader(weights: Weights, call: Recurrent) -> StateReader | Why:
+def _reader(weights: Weights, call: Recurrent) -> Reader | Why:
     names, biases = list[str](), list[str | None]()
     for direction in call.directions[-2 if call.bidirectional else -1 :]:
         found = own_weight_and_bias(weights, direction.states, direction.state_bias)

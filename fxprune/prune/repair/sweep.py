@@ -35,9 +35,10 @@ from fxprune.prune.repair.references import References
 from fxprune.prune.repair.report import ReaderRepair, ReconstructionReport
 from fxprune.prune.repair.seeding import seeded
 from fxprune.prune.repair.shelf import Shelf, State
-from fxprune.prune.repair.states import StateReader, find_states
+from fxprune.prune.repair.stacks import in_single_layers
+from fxprune.prune.repair.states import find_states
 from fxprune.prune.repair.turning import Turning
-from fxprune.prune.repair.waves import Layout, plan
+from fxprune.prune.repair.waves import Layout, Wave, plan
 from fxprune.reports import first_of
 
 _MOST_ROUNDS = 3
@@ -175,7 +176,7 @@ class _Sweep:
         normed: Collection[str],
     ) -> None:
         self.traced, self.references, self.changes = traced, references, changes
-        self.graph = traced.graphs["eval"]
+        self.graph = in_single_layers(traced.graphs["eval"])
         self.found, alone = find(traced, self.graph)
         states, states_alone = find_states(traced, self.graph)
         readers = [*self.found, *states]
@@ -246,7 +247,7 @@ class _Sweep:
         if (columns := int(support.any(1).any(0).sum())) > input_moments.MOST_COLUMNS:
             self.alone[reader.name] = f"{columns:,} inputs of an output, more than {input_moments.MOST_COLUMNS:,}"
             return False
-        if isinstance(reader, StateReader):  # it reads what the reference gives
+        if reader.reads_reference:
             return self._differs(reader, alive)
         lacking = [self.streams[call.node].other for call in reader.calls if call.node in self.streams]
         if not layout.differing.isdisjoint([*(call.data for call in reader.calls), *lacking]):
@@ -366,16 +367,43 @@ class _Sweep:
     def _settled(
         self, pair: Pair, number: int, shelf: Shelf, pieces: Pieces, dampings: Sequence[float]
     ) -> list[Solved]:
+        """Fit readers of which one call runs before another; those that read what they gave last, and several times."""
+        start = time.perf_counter()
+        wave = pair.waves[number]
+        found = self._gathered(pair, number, shelf, pieces, ())
+        moving = _moved_by_fits(wave)
+        solved = [
+            each
+            for family in found
+            if not family.reads_any(moving)
+            for each in family.solve(dampings, self.changes, (time.perf_counter() - start) / len(found))
+        ]
+        if len(solved) == sum(len(family.targets) for family in found):
+            return solved
+        if solved:
+            found = self._gathered(pair, number, shelf, pieces, ())
+        return [*solved, *self._again(pair, number, shelf, pieces, dampings, found, moving)]
+
+    def _again(
+        self,
+        pair: Pair,
+        number: int,
+        shelf: Shelf,
+        pieces: Pieces,
+        dampings: Sequence[float],
+        found: Sequence[Family],
+        moving: Collection[fx.Node],
+    ) -> list[Solved]:
         """Fit readers that read what they gave: again and again, as long as they are better with what they give now."""
         start = time.perf_counter()
-        (family,) = self._gathered(pair, number, shelf, pieces, ())
-        first, kept = family.errors(), family.errors()
+        found = [family for family in found if family.reads_any(moving)]
+        first = kept = [error for family in found for error in family.errors()]
         solved: list[Solved] = []
         for _ in range(_MOST_ROUNDS):
-            before = family.values()
-            again = [*family.solve(dampings, self.changes, 0.0)]
-            (family,) = self._gathered(pair, number, shelf, pieces, ())
-            errors = family.errors()
+            before = [each for family in found for each in family.values()]
+            again = [each for family in found for each in family.solve(dampings, self.changes, 0.0)]
+            found = [each for each in self._gathered(pair, number, shelf, pieces, ()) if each.reads_any(moving)]
+            errors = [error for family in found for error in family.errors()]
             if sum(errors) >= sum(kept):
                 for tensor, values in before:
                     self.changes.set(tensor, values)
@@ -418,10 +446,9 @@ class _Sweep:
         """Raise where a reader gets, or should give, NaN or inf."""
         readers = [own for reader in pair.waves[number].readers for own in self._of_call(reader)]
         for reader, call in ((each, call) for each in readers for call in each.calls):
-            target = call.node if reader.gives_products or isinstance(reader, StateReader) else call.data
             for node, network, values in (
                 (call.data, "the masked network", current),
-                (target, "the reference", reference),
+                (reader.told_by(call), "the reference", reference),
             ):
                 if not has_non_finite(values[node]):
                     continue
@@ -432,6 +459,15 @@ class _Sweep:
                     f"NaN or inf come up in {network} at {describe(origin)}, in front of {reader.name!r}. Check the "
                     "batches, and the weights."
                 )
+
+
+def _moved_by_fits(wave: Wave) -> set[fx.Node]:
+    """The nodes of what a wave runs for its fits whose values depend on what its readers give."""
+    found = {call.node for reader in wave.readers for call in reader.calls}
+    for node in wave.tried:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _streams(readers: Iterable[Reader]) -> dict[fx.Node, Stream]:

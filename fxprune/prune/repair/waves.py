@@ -41,8 +41,9 @@ class Wave:
 
     def fits(self, streams: Mapping[fx.Node, Stream]) -> set[fx.Node]:
         """The nodes whose values the fits need, in both networks."""
-        data = {call.data for reader in self.readers for call in reader.calls}
-        return data | {streams[node].other for node in self.corrected}
+        calls = [call for reader in self.readers for call in reader.calls]
+        read = {each for call in calls for each in (call.data, call.state) if each is not None}
+        return read | {streams[node].other for node in self.corrected}
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.channels.budget import masks
 from fxprune.channels.groups import ChannelGroup, Grouping
@@ -53,6 +53,7 @@ class Measured:
 
 def measure(
     grouping: Grouping,
+    graph: fx.Graph,
     groups: Sequence[ChannelGroup],
     batches: Batches,
     distance: OutputDistance,
@@ -62,18 +63,18 @@ def measure(
     """The curve of each group.
 
     Args:
-        grouping: of the module. groups: those to measure. batches: inputs. distance: of outputs.
+        grouping: of the module. graph: what runs, as `in_single_layers` gives it. groups: those to measure.
+        batches: inputs. distance: of outputs.
         shares: of a group's units, at which it is measured. samples: how many it is measured on at most.
 
     Raises:
         PruningError: NaN or inf come up. ArgumentError: there are fewer than two samples, or no row counts.
     """
     curves: dict[int, Curve] = {}
-    graph = grouping.plain.graphs["eval"]
     with torch.no_grad(), Shelf() as shelf, Progress("sensitivity", len(groups)) as progress:
         fitted, judging = _kept(batches, shelf, samples)
         forks = Forks(grouping.plain, graph, judging, distance)
-        analysis = _Analysis(grouping, groups, forks, shares, batches.head(judging[0], 2))
+        analysis = _Analysis(grouping, graph, groups, forks, shares, batches.head(judging[0], 2))
         total = fitted.samples[0]
         for part in [*in_passes(analysis.needed)] or [[]]:  # there are curves where nothing reads the channels, too
             moments = InputMoments(part, total)
@@ -110,16 +111,16 @@ class _Analysis:
     def __init__(
         self,
         grouping: Grouping,
+        graph: fx.Graph,
         groups: Sequence[ChannelGroup],
         forks: Forks,
         shares: Sequence[float],
         piece: Piece,
     ) -> None:
         self._grouping, self._forks, self._shares = grouping, forks, shares
-        everything = [each for each in readings(grouping) if _is_affordable(each.reader)]
+        everything = [each for each in readings(grouping, graph) if _is_affordable(each.reader)]
         self._columns: dict[int, list[tuple[Reading, list[tuple[int, Tensor]]]]] = {}
         self._bases: dict[int, list[Basis]] = {}
-        graph = grouping.plain.graphs["eval"]
         readers = [each.reader for each in everything if isinstance(each.reader, Reader)]
         bases = find_bases(graph, readers, self.tensor, piece.inputs)
         bases = only_exact(bases, graph, self.tensor, piece.inputs)

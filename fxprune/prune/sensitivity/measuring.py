@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune import driver
 from fxprune.calling import named_arguments
@@ -21,6 +21,7 @@ from fxprune.prune.channel_request import chosen_among, listed
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence, Importance
 from fxprune.prune.repair.batches import Batches
 from fxprune.prune.repair.seeding import seeded
+from fxprune.prune.repair.stacks import in_single_layers
 from fxprune.prune.sensitivity.analysis import measure
 from fxprune.prune.sensitivity.distances import Distance, OutputDistance
 from fxprune.prune.sensitivity.report import Sensitivity, sensitivity_of
@@ -102,10 +103,11 @@ def sensitivity(
         grouping.groups, None if targets is None else listed(targets), listed(ignore),
         None if kinds is None else listed(kinds),
     )  # fmt: skip
-    far = OutputDistance(grouping.plain.graphs["eval"], distance)
+    graph = in_single_layers(grouping.plain.graphs["eval"])
+    far = OutputDistance(graph, distance)
     given = None if shares is None else _shares(shares)
     most = None if max_samples is None else _count(max_samples, "max_samples")
-    return _measured(traced, grouping, groups, batches, far, weight, given, most)
+    return _measured(traced, grouping, graph, groups, batches, far, weight, given, most)
 
 
 def measured_for_choice(
@@ -121,16 +123,18 @@ def measured_for_choice(
         raise ArgumentError(
             'importance="obs" looks at data: give loader=, batches of inputs without labels, such as a list of tensors.'
         )
-    far = OutputDistance(grouping.plain.graphs["eval"], "auto" if evidence.loss is None else evidence.loss, "loss")
+    graph = in_single_layers(grouping.plain.graphs["eval"])
+    far = OutputDistance(graph, "auto" if evidence.loss is None else evidence.loss, "loss")
     batches = evidence.loader
     if evidence.max_batches is not None:
         batches = itertools.islice(each_call(batches), _count(evidence.max_batches, "max_batches"))
-    return _measured(traced, grouping, groups, batches, far, evidence.weight)
+    return _measured(traced, grouping, graph, groups, batches, far, evidence.weight)
 
 
 def _measured(
     traced: TracedModule,
     grouping: Grouping,
+    graph: fx.Graph,
     groups: Sequence[ChannelGroup],
     batches: Any,
     far: OutputDistance,
@@ -144,9 +148,8 @@ def _measured(
     if samples is None:
         fewest = _MOST_SAMPLES if far.is_one_row_of_classes else _FEWEST_SAMPLES
         samples = min(max(_MOST_RUNS // len(groups), fewest), _MOST_SAMPLES)
-    graph = grouping.plain.graphs["eval"]
     with seeded(traced):
-        found = measure(grouping, groups, Batches(traced, graph, batches, weight), far, shares, samples)
+        found = measure(grouping, graph, groups, Batches(traced, graph, batches, weight), far, shares, samples)
     return sensitivity_of(found.curves, groups, str(far), found.samples, time.perf_counter() - start)
 
 

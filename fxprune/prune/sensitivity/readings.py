@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.attention import Attention
 from fxprune.channels.rules.contractions import Contraction
 from fxprune.channels.values import Value
+from fxprune.channels.walk import Result
 from fxprune.prune.repair.finding import find, has_weight
 from fxprune.prune.repair.layers import ConvolutionReader, Reader, TransposedReader
 from fxprune.prune.repair.products import Product
@@ -63,12 +65,17 @@ class Reading:
         return bool((rows == rows[0]).all() and rows[0] >= 0 and (own == rows[0]).all())
 
 
-def readings(grouping: Grouping) -> list[Reading]:
-    """The readers of a module's eval graph that read channels, in the order of the graph."""
-    graph = grouping.plain.graphs["eval"]
+def readings(grouping: Grouping, graph: fx.Graph | None = None) -> list[Reading]:
+    """The readers of a module's eval graph that read channels, in the order of the graph.
+
+    Args:
+        grouping: of the module. graph: a copy of its eval graph with nodes of the same names; None for that itself.
+    """
+    graph = grouping.plain.graphs["eval"] if graph is None else graph
     order = {node: number for number, node in enumerate(graph.nodes)}
     found = [reading for reader in find(grouping.plain, graph)[0] if (reading := _of_weight(grouping, reader))]
-    found += [reading for node in graph.nodes if (reading := _of_product(grouping, node))]
+    values = {node.name: value for node, value in grouping.found.walks["eval"].env.items()}
+    found += [reading for node in graph.nodes if (reading := _of_product(grouping, values, node))]
     return sorted(found, key=lambda reading: order[reading.reader.node])
 
 
@@ -98,7 +105,7 @@ def _of_weight(grouping: Grouping, reader: Reader) -> Reading | None:
     return Reading(reader, channels, taps, rows.reshape(groups, -1) if rows is not None and is_whole else None)
 
 
-def _of_product(grouping: Grouping, node: fx.Node) -> Reading | None:
+def _of_product(grouping: Grouping, values: Mapping[str, Result], node: fx.Node) -> Reading | None:
     call = REGISTRY.call(node) if node.op == "call_function" else None
     if isinstance(call, Attention):
         product = Product(node, *((each, tuple(range(_rank(each)))) for each in (call.query, call.key)))
@@ -115,7 +122,7 @@ def _of_product(grouping: Grouping, node: fx.Node) -> Reading | None:
         product = Product(node, (call.left, orders[0]), (call.right, orders[1]))
     else:
         return None
-    ids = [_ids(grouping, operand, order[-1]) for operand, order in (product.left, product.right)]
+    ids = [_ids(values, operand, order[-1]) for operand, order in (product.left, product.right)]
     if any(each is None for each in ids):
         return None
     channels = grouping.found.of(ids[0])  # type: ignore[arg-type]
@@ -126,8 +133,8 @@ def _rank(node: fx.Node) -> int:
     return len(node.meta["val"].shape)
 
 
-def _ids(grouping: Grouping, node: fx.Node, axis: int) -> Vector | None:
-    value = grouping.found.walks["eval"].env.get(node)
+def _ids(values: Mapping[str, Result], node: fx.Node, axis: int) -> Vector | None:
+    value = values.get(node.name)
     if not isinstance(value, Value) or len(value.axes[axis]) != 1:
         return None
     return value.axes[axis].ids
