@@ -7,11 +7,28 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_LEAST_SPLIT = 512  # columns: of fewer, the product as a whole is as fast
+
 
 def first_shift(inputs: Tensor) -> Tensor:
     """From what the rows of an input, [groups, rows, columns], are counted: what never changes is zero behind it."""
     constant = (inputs == inputs[:, :1]).all(1)
     return torch.where(constant, inputs[:, 0], inputs.mean(1))
+
+
+def _add_products(square: Tensor, rows: Tensor) -> None:
+    """Add X^T X of X, [groups, rows, columns]: what stands above the diagonal stands below it, and is computed once."""
+    columns = rows.shape[2]
+    if columns < _LEAST_SPLIT:
+        square += rows.transpose(1, 2) @ rows
+        return
+    half = columns // 2
+    first, second = rows[..., :half], rows[..., half:]
+    across = first.transpose(1, 2) @ second
+    square[:, :half, half:] += across
+    square[:, half:, :half] += across.transpose(1, 2)
+    _add_products(square[:, :half, :half], first)
+    _add_products(square[:, half:, half:], second)
 
 
 @dataclass
@@ -79,7 +96,7 @@ class Moments:
         transposed = shifted.transpose(1, 2)
         self.count += rows
         self.total += shifted.sum(1, dtype=torch.float64)
-        self.square += transposed @ shifted
+        _add_products(self.square, shifted)
         for found, error, output in zip(self.errors, errors, outputs, strict=True):
             found.cross += transposed @ error
             found.total += error.sum(1, dtype=torch.float64)
@@ -99,6 +116,12 @@ class Moments:
         """Whether no NaN or inf was among what was added."""
         sums = [self.total, *(each for found in self.errors for each in (found.energy, found.output))]
         return all(bool(torch.isfinite(each).all()) for each in sums)
+
+    @property
+    def mean_squares(self) -> Tensor:
+        """[groups, columns], the mean of each input's square: about zero."""
+        shifted = self.square.diagonal(dim1=1, dim2=2) + 2 * self.total * self.shift
+        return shifted / self.count + self.shift.square()
 
     def normal_square(self, centred: bool) -> Tensor:
         """X^T X, about the mean or about zero."""

@@ -256,7 +256,7 @@ class _Analysis:
         assert isinstance(found, Moments)
         reader = reading.reader
         square = _square(found, reader)
-        raw = found.normal_square(centred=False).diagonal(dim1=1, dim2=2) / found.count
+        raw = found.mean_squares
         weights = _table(self._grouping, reader).double()
         parts = []
         for number, table in columns:

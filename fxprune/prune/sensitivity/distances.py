@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ _PLAIN = (
     aten.clone.default, aten.contiguous.default, aten.dropout.default, aten.alias.default, aten._to_copy.default,
     aten.to.dtype,
 )  # fmt: skip
+_MOST_ENTRIES = 2**22  # of outputs that are compared at once
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 
@@ -64,7 +66,7 @@ class OutputDistance:
 
     def sums(self) -> list[Tensor]:
         """Nothing added yet, for each output, or for the function of the user."""
-        return [torch.zeros(4, dtype=torch.float64) for _ in ([None] if callable(self.given) else self.leaves)]
+        return [torch.zeros(6, dtype=torch.float64) for _ in ([None] if callable(self.given) else self.leaves)]
 
     def add(
         self,
@@ -85,12 +87,15 @@ class OutputDistance:
         """
         if callable(self.given):
             value = _number(self.given(structure(outputs), structure(dense)), self._option)
-            sums[0] += torch.tensor([value * samples, samples, 0, 0], dtype=torch.float64)
+            sums[0] += torch.tensor([value * samples, samples, 0, 0, 0, 0], dtype=torch.float64)
             return
         for place, (value, reference, (kind, axis)) in enumerate(zip(outputs, dense, self.kinds, strict=True)):
             if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
                 name = kind if self.given == "auto" else str(self.given)
-                sums[place] += _sums(name, axis, value, reference, counts)
+                if self.given == "auto" and name.startswith("divergence") and value.dim() > 2:
+                    sums[place] += _of_positions(name, axis, value, reference, counts)
+                else:
+                    sums[place] += _sums(name, axis, value, reference, counts)
 
     def mean(self, sums: Sequence[Tensor]) -> float:
         """The mean distance of what was added, over the outputs.
@@ -99,10 +104,10 @@ class OutputDistance:
             PruningError: nothing could be compared.
         """
         found: list[float] = []
-        for lost, count, total, squares in (each.tolist() for each in sums):
+        for lost, count, total, squares, off, energy in (each.tolist() for each in sums):
             if count:
                 spread = count if squares == 0 else max(squares - total**2 / count, 1e-30)
-                found.append(lost / spread)
+                found.append(lost / spread + off / max(energy, 1e-30))
         if not found:
             raise PruningError(
                 f"the module returns no floating-point tensor to compare. Give a function as {self._option}."
@@ -176,14 +181,10 @@ def _has_classes(leaf: fx.Node, axis: int) -> bool:
 
 def _sums(kind: str, axis: int, value: Tensor, reference: Tensor, counts: Tensor | None) -> Tensor:
     """What is lost, over how many rows or entries; for squared errors also the sums of entries and of their squares."""
-    value, reference = (each.movedim(axis, -1).double() for each in (value, reference))  # small ones count
     if kind.startswith("divergence"):
-        first, second = (
-            (each.clamp(min=1e-12).log() if "probabilities" in kind else each.log_softmax(-1))
-            for each in (reference, value)
-        )
-        each = torch.where(first.isneginf(), 0, first.exp() * (first - second)).sum(-1).clamp(min=0)
-        return _rows_lost(_counted(each, counts))
+        first, second = (_log_likelihoods(kind, axis, each) for each in (reference, value))
+        return _rows_lost(_counted(_divergence(first, second), counts))
+    value, reference = (each.movedim(axis, -1).double() for each in (value, reference))  # small ones count
     if bool(reference.isneginf().any()):  # what is masked out says nothing
         value, reference = (torch.where(reference.isneginf(), 0, each) for each in (value, reference))
     if kind == "cosine":
@@ -191,11 +192,50 @@ def _sums(kind: str, axis: int, value: Tensor, reference: Tensor, counts: Tensor
     lost = _counted((value - reference).square().sum(-1), counts).sum()
     total, squares = (_counted(each.sum(-1), counts) for each in (reference, reference.square()))
     entries = len(total) * reference.shape[-1]
-    return torch.stack([lost, lost.new_tensor(entries), total.sum(), squares.sum().clamp(min=1e-300)]).cpu()
+    found = [lost, lost.new_tensor(entries), total.sum(), squares.sum().clamp(min=1e-300)]
+    return torch.stack([*found, *lost.new_zeros(2)]).cpu()
+
+
+def _of_positions(kind: str, axis: int, value: Tensor, reference: Tensor, counts: Tensor | None) -> Tensor:
+    """The divergence of outputs of many positions, and the error of their logits, which says more of few samples.
+
+    Of positions where the dense network is sure, one in a hundred makes up nearly all of the divergence: those where
+    the other one is sure of something else. So none counts for more than one of which nothing is known would, log of
+    the number of classes. Logits move at all positions. They are counted from their mean, which says nothing.
+    """
+    outputs, found = [_rows(axis, each, counts) for each in (reference, value)], torch.zeros(6, dtype=torch.float64)
+    for parts in zip(*(each.split(max(1, _MOST_ENTRIES // each.shape[-1])) for each in outputs), strict=True):
+        first, second = (_log_likelihoods(kind, -1, each) for each in parts)
+        found += _rows_lost(_divergence(first, second).clamp(max=math.log(first.shape[-1])))
+        there = ~(first.isneginf() | second.isneginf())
+        classes = there.sum(-1).clamp(min=1)
+        for place, each in ((4, second - first), (5, first)):
+            logits = torch.where(there, each, 0)
+            found[place] += (logits.square().sum(-1) - logits.sum(-1).square() / classes).sum().clamp(min=0).cpu()
+    return found
+
+
+def _rows(axis: int, output: Tensor, counts: Tensor | None) -> Tensor:
+    """The positions that count, [rows, classes]."""
+    output = output.movedim(axis, -1)
+    if counts is None or tuple(counts.shape) != tuple(output.shape[:-1][: counts.dim()]):
+        return output.flatten(0, -2)
+    return output[counts].flatten(0, -2)
+
+
+def _log_likelihoods(kind: str, axis: int, output: Tensor) -> Tensor:
+    """Of each class, which come last."""
+    output = output.movedim(axis, -1).double()  # small ones count
+    return output.clamp(min=1e-12).log() if "probabilities" in kind else output.log_softmax(-1)
+
+
+def _divergence(first: Tensor, second: Tensor) -> Tensor:
+    """That of Kullback and Leibler, a row at a time, of logarithms of what is likely."""
+    return torch.where(first.isneginf(), 0, first.exp() * (first - second)).sum(-1).clamp(min=0)
 
 
 def _rows_lost(rows: Tensor) -> Tensor:
-    return torch.stack([rows.sum(), rows.new_tensor(len(rows)), *rows.new_zeros(2)]).cpu()
+    return torch.stack([rows.sum(), rows.new_tensor(len(rows)), *rows.new_zeros(4)]).cpu()
 
 
 def _counted(each: Tensor, counts: Tensor | None) -> Tensor:

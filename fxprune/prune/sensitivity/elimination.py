@@ -28,6 +28,7 @@ from fxprune.prune.sensitivity.turns import Turns
 # Losses of all units are computed this often; between two times, the cheapest go among this many more, in this many
 # steps at most. Groups of fewer units than both multiplied lose one at a time.
 _CHUNKS, _CANDIDATES, _STEPS = 48, 10, 8
+_LEAST_FULL = 0.75  # of a matrix, what is left; of less a smaller one is made
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +64,20 @@ class Part:
 class _Rest:
     """What is left of a part: the columns of the units that are left, unit by unit.
 
-    Attributes:
-        inverse: [units, width, units, width]. weights: [units, outputs, width].
+    Matrices are changed where they stand, and hold what went as well until that is a share of them: to write them
+    anew takes several times as long as the products.
+
+    Args:
+        inverse: [units * width, units * width]. weights: [outputs, units * width]. width: columns of a unit.
+        energy: by which losses are divided.
     """
 
-    def __init__(self, inverse: Tensor, weights: Tensor, energy: float) -> None:
-        self.inverse, self.weights, self._energy = inverse, weights, energy
+    def __init__(self, inverse: Tensor, weights: Tensor, width: int, energy: float) -> None:
+        self._inverse, self._weights, self._energy = inverse, weights, energy
+        self._columns = torch.arange(len(inverse), device=inverse.device).view(-1, width)  # of each unit that is left
 
     @classmethod
     def of(cls, part: Part) -> _Rest:
-        units, width = part.columns.shape
         flat = part.columns.flatten()
         there = (flat >= 0).to(part.inverse.device)
         inverse = part.inverse[flat.clamp(min=0)[:, None], flat.clamp(min=0)]
@@ -80,33 +85,41 @@ class _Rest:
             inverse = inverse * (there[:, None] & there)
             inverse.diagonal()[~there] = 1.0
         weights = part.weights[:, flat.clamp(min=0)] * there
-        weights = weights.reshape(-1, units, width).transpose(0, 1).contiguous()
-        return cls(inverse.reshape(units, width, units, width), weights, part.energy)
+        return cls(inverse, weights, part.columns.shape[1], part.energy)
 
     def losses(self) -> Tensor:
         """What each unit's removal loses, relative to the energy of the output."""
-        if self.inverse.shape[1] == 1:
-            lost = self.weights[..., 0].square().sum(1) / self.inverse[:, 0, :, 0].diagonal()
+        columns = self._columns
+        weights = self._weights[:, columns.T]  # [outputs, width, units]
+        if columns.shape[1] == 1:
+            lost = weights[:, 0].square().sum(0) / self._inverse.diagonal()[columns[:, 0]]
         else:
-            blocks = self.inverse.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            grams = self.weights.transpose(1, 2) @ self.weights
-            lost = torch.linalg.solve(blocks, grams).diagonal(dim1=1, dim2=2).sum(1)
+            blocks = self._inverse[columns[:, :, None], columns[:, None]]
+            each = weights.permute(2, 1, 0)
+            lost = torch.linalg.solve(blocks, each @ each.transpose(1, 2)).diagonal(dim1=1, dim2=2).sum(1)
         return lost / self._energy
 
     def only(self, units: Tensor) -> _Rest:
         """The same for some of the units, which are chosen among."""
-        return _Rest(self.inverse[units][:, :, units], self.weights[units], self._energy)
+        flat = self._of(units)
+        width = self._columns.shape[1]
+        return _Rest(self._inverse[flat[:, None], flat], self._weights[:, flat], width, self._energy)
 
-    def without(self, units: Tensor, rest: Tensor) -> _Rest:
-        """The rest without some units, whose work is done by those that are left."""
-        width = self.inverse.shape[1]
-        own = self.inverse[units][:, :, units].reshape(len(units) * width, -1)
-        across = self.inverse[units][:, :, rest].reshape(len(units) * width, -1)
-        solved = torch.linalg.solve(own, across)
-        inverse = self.inverse[rest][:, :, rest].reshape(len(rest) * width, -1) - across.T @ solved
-        gone = self.weights[units].transpose(0, 1).flatten(1)
-        shift = (gone @ solved).reshape(-1, len(rest), width).transpose(0, 1)
-        return _Rest(inverse.reshape(len(rest), width, len(rest), width), self.weights[rest] - shift, self._energy)
+    def drop(self, units: Tensor, rest: Tensor) -> None:
+        """Let some units go, whose work is done by the rest of them, which is given too."""
+        gone = self._of(units)
+        rows = self._inverse[gone]
+        solved = torch.linalg.solve(rows[:, gone], rows)
+        self._weights.addmm_(self._weights[:, gone], solved, alpha=-1)
+        self._inverse.addmm_(rows.T, solved, alpha=-1)
+        left = self._of(rest)
+        self._columns = left.view(len(rest), -1)
+        if len(left) < _LEAST_FULL * len(self._inverse):
+            self._inverse, self._weights = self._inverse[left[:, None], left], self._weights[:, left]
+            self._columns = torch.arange(len(left), device=left.device).view(len(rest), -1)
+
+    def _of(self, units: Tensor) -> Tensor:
+        return self._columns[units.to(self._columns.device)].flatten()
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +158,8 @@ def removal_order(parts: Sequence[Part], units: int, turns: Turns | None = None)
         stays = torch.ones(len(left), dtype=torch.bool)
         stays[gone] = False
         rest_units = stays.nonzero()[:, 0]
-        rests = [rest.without(gone, rest_units) for rest in rests]
+        for rest in rests:
+            rest.drop(gone, rest_units)
         left = left[rest_units]
     order += left.tolist()
     losses += [losses[-1] if losses else 0.0] * len(left)
@@ -192,7 +206,8 @@ def _cheapest(rests: Sequence[_Rest], cells: Vector, quotas: Vector) -> tuple[li
         stays = np.ones(len(left), bool)
         stays[places] = False
         left = left[stays]
-        rests = [rest.without(torch.from_numpy(places), torch.from_numpy(stays.nonzero()[0])) for rest in rests]
+        for rest in rests:
+            rest.drop(torch.from_numpy(places), torch.from_numpy(stays.nonzero()[0]))
 
 
 def _first_of(order: Vector, cells: Vector, quotas: Vector, most: int) -> Vector:

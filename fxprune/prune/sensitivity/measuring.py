@@ -68,7 +68,9 @@ def sensitivity(
             back, for the curves.
         distance: of outputs to those of the module as it is: "divergence" (Kullback-Leibler, of outputs that are
             logits), "error" (squared, relative to their spread), "cosine" (1 - cosine similarity along the last axis),
-            "auto": divergence for outputs of a softmax, a linear layer or a convolution, else error; or a function
+            "auto": divergence for outputs of a softmax, a linear layer or a convolution, else error; where an output
+            has positions beside its classes, each counts for log(classes) at most, and the error of the logits,
+            relative to their size, is added, since a few samples tell little by divergence alone; or a function
             `(outputs, outputs as they are) -> scalar`, larger for outputs further off, a number or a tensor of one.
         weight: called as the module is, gives the rows that count: a tensor [samples], or [samples, positions], zero
             for padding. Outputs that begin with other sizes count as a whole.

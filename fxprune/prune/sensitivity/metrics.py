@@ -27,6 +27,7 @@ from fxprune.prune.sensitivity.distances import OutputDistance
 
 # of the samples that moments are made from one in so many, but no fewer, and no more
 _SHARE, _FEWEST, _MOST = 4, 32, 128
+_FIRST = 8  # that run before the others
 _MOST_BYTES = 2**29  # of values that are kept for the way back
 _DRAWN = 0.1  # where G has hardly any rows, its share of the identity
 _AHEAD = 2.0  # times as many rows as came so far may still come
@@ -86,7 +87,8 @@ def output_metrics(
         for piece in _parts(graph, tensors, batches, _chosen(batches, pieces)):
             _add(graph, tensors, sums, piece, distance)
             done += piece.samples
-            if not any(own.may_tell(done / samples) for own in sums.values()):
+            sums = {node: own for node, own in sums.items() if own.may_tell(done / samples)}
+            if not sums:
                 return {}
     except RuntimeError as error:
         if not _is_of_way_back(error):
@@ -184,10 +186,14 @@ def _parts(
     """The pieces, cut into parts whose values fit in memory."""
     most = 0
     for piece in pieces:
+        places = torch.arange(piece.samples)
         if not most:
             most = max(1, _MOST_BYTES // max(1, _bytes(graph, tensors, batches.head(piece, 1))))
-        for places in torch.arange(piece.samples).split(most):
-            yield batches.some(piece, places)
+            if most > _FIRST < len(places):  # those say whether others are worth it
+                yield batches.some(piece, places[:_FIRST])
+                places = places[_FIRST:]
+        for some in places.split(most):
+            yield batches.some(piece, some)
 
 
 def _bytes(graph: fx.Graph, tensors: Callable[[str], Tensor], piece: Piece) -> int:

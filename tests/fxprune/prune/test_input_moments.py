@@ -15,6 +15,7 @@ from fxprune.graph.names import tensor_at
 from fxprune.prune.repair.batches import Batches
 from fxprune.prune.repair.finding import find
 from fxprune.prune.repair.input_moments import InputMoments, in_passes
+from fxprune.prune.repair.moments import Moments
 from fxprune.prune.repair.products import Product
 from tests.repairs import HELD
 
@@ -58,6 +59,19 @@ def test_they_are_those_of_dense_algebra_however_samples_are_batched() -> None:
             torch.testing.assert_close(one.normal_square(True), other.normal_square(True))
     for one, again in zip(found, moments(model, x, x).complete().values(), strict=True):
         assert torch.equal(one.square, again.square)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 1100])
+def test_wide_inputs_are_summed_in_parts_to_the_same(columns: int) -> None:
+    torch.manual_seed(0)
+    rows, shift = torch.randn(2, 30, columns, dtype=torch.float64) + 2, torch.randn(2, columns, dtype=torch.float64)
+    found = Moments([])
+    for part in rows.split(11, 1):
+        found.add(part, [], [], shift)
+    shifted = rows - shift[:, None]
+    torch.testing.assert_close(found.square, shifted.transpose(1, 2) @ shifted)
+    assert torch.equal(found.square, found.square.transpose(1, 2))
+    torch.testing.assert_close(found.mean_squares, rows.square().mean(1))
 
 
 @pytest.mark.parametrize("heads", [2, 4])
