@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "AnalysisWarning",
     "ArgumentError",
@@ -93,7 +95,15 @@ class StateDictError(ArtifactError, RuntimeError):
 
 
 class WriteBackError(FxpruneError):
-    """The model's own class cannot hold the shrunk model. Fix: make the size that the message names an attribute."""
+    """The model's own class cannot hold the shrunk model. Fix: make the size that the message names an attribute.
+
+    Attributes:
+        places: the paths of the modules that cannot, as far as one is known.
+    """
+
+    def __init__(self, message: str, places: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.places = tuple(places)
 
 
 class SparseGradientError(FxpruneError, NotImplementedError):

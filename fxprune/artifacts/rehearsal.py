@@ -18,6 +18,7 @@ from fxprune.errors import WriteBackError
 from fxprune.graph.arguments import Arguments, fixed_size
 from fxprune.graph.equality import close, error
 from fxprune.graph.interpretation import Watch, run
+from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.names import tensor_at, tensors_of
 from fxprune.graph.samples import stretched
 
@@ -65,6 +66,7 @@ class Rehearsal:
         for name, tensor in tensors_of(self.copy.root).items():
             if self._dtypes.get(name, new) == torch.float32:
                 tensor.data = tensor.data.to(torch.float64 if self._wide else torch.float32)
+        forget_kept_tensors(self.copy.root)
 
     @property
     def tolerance(self) -> float | None:
@@ -90,10 +92,12 @@ class Rehearsal:
         try:
             return root(*args, **kwargs)
         except Exception as failure:  # the user's code may raise anything
+            place, said = _place(root, failure)
             raise WriteBackError(
                 f"{type(root).__name__} does not run with the sizes of the finalized model: it fails in "
-                f"{_place(root, failure)}: {type(failure).__name__}: {str(failure).strip()}. Where a size is a "
-                "number there, take it from the tensors or keep it in an attribute."
+                f"{said}: {type(failure).__name__}: {str(failure).strip()}. Where a size is a "
+                "number there, take it from the tensors or keep it in an attribute.",
+                [place],
             ) from failure
 
     def _fresh(self, inputs: Arguments) -> Arguments:
@@ -150,8 +154,11 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
-def _place(root: nn.Module, failure: Exception) -> str:
-    """The innermost module in which the user's code fails, and the line; that of torch where no code is the user's."""
+def _place(root: nn.Module, failure: Exception) -> tuple[str, str]:
+    """The path of the innermost module in which the user's code fails, and what to say of it: with its class and line.
+
+    The line is torch's where no code is the user's.
+    """
     paths = {module: path for path, module in root.named_modules()}
     owner, line = root, ""
     for frame, number in traceback.walk_tb(failure.__traceback__):
@@ -163,4 +170,4 @@ def _place(root: nn.Module, failure: Exception) -> str:
             owner = inner
         if not is_foreign:
             line = f", {file}:{number}"
-    return f"{paths[owner] or 'the root module'} ({type(owner).__name__}){line}"
+    return paths[owner], f"{paths[owner] or 'the root module'} ({type(owner).__name__}){line}"

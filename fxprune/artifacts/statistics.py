@@ -23,7 +23,8 @@ def check_statistics(copy: WorkingCopy) -> None:
         raise WriteBackError(
             f"{copy.where(layer)} normalizes {counted} channels, of which {left} are left: a {type(layer).__name__} "
             f"takes statistics over those that it has. So do {len(norms) - 1} others. Deploy what fxprune.finalize "
-            'returned (to_onnx, to_program, save), or leave the width as it is: prune other kinds than "width".'
+            'returned (to_onnx, to_program, save), or leave the width as it is: prune other kinds than "width".',
+            norms,
         )
 
 
@@ -50,7 +51,8 @@ def put_eps(copy: WorkingCopy) -> None:
         if not names:
             raise WriteBackError(
                 f"{copy.where(owner)} has no attribute that is {before:g}, its eps, which is {after:g} for the "
-                "channels that are left. Keep it in an attribute."
+                "channels that are left. Keep it in an attribute.",
+                copy.paths(owner)[:1],
             )
         for name in names:
             setattr(owner, name, after)

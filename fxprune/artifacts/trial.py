@@ -20,6 +20,7 @@ from fxprune.artifacts.zero_channels import Channels, ZeroChannels, ways_to_fill
 from fxprune.channels.registry import REGISTRY
 from fxprune.errors import WriteBackError
 from fxprune.graph.equality import close
+from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.metadata import module_calls, module_path
 from fxprune.graph.names import tensors_of
 
@@ -39,6 +40,7 @@ class Search:
         self.slots = slots_by_module(copy.root)
         self.calls_left = _CALLS
         self.disagreeing: nn.Module | None = None
+        self.filling_up: set[nn.Module] = set()
         self._reads = reads
         self._sized = [node for node in rehearsal.graph.nodes if str(node.target) in _SIZED]
         self._values: Mapping[nn.Module, list[Tensor]] = {}
@@ -187,6 +189,7 @@ class Trial:
                         break
                     search.calls_left -= 1
                     _write(setting)
+                    forget_kept_tensors(module)
                     with zeros.taken_back({}) as filled_inside:
                         try:
                             outputs = call()
@@ -198,6 +201,7 @@ class Trial:
                         if search.is_in_graph(module, outputs, call.given):
                             filled.keep()
                             filled_inside.keep()
+                            self._note(channels)
                             self._settled = self._shapes()
                             return outputs
                         first_running = first_running or (channels, setting)
@@ -211,10 +215,17 @@ class Trial:
         """The outputs with a setting that runs, though it does not agree with the graph."""
         with self._search.zeros.taken_back(channels) as filled:
             filled.keep()
+            self._note(channels)
             _write(setting)
+            forget_kept_tensors(self._module)
             self._settled = self._shapes()
             self._search.disagreeing = self._search.disagreeing or self._module
             return call()
+
+    def _note(self, channels: Channels) -> None:
+        """Note whether the module took channels back."""
+        if channels:
+            self._search.filling_up.add(self._module)
 
     def _shapes(self) -> Shapes:
         return tuple(tensor.shape for tensor in tensors_of(self._module).values())

@@ -98,7 +98,9 @@ def _put_stored(copy: WorkingCopy, flags: dict[str, bool], made: dict[int, Tenso
         elif attribute in owner._buffers or isinstance(vars(owner).get(attribute), Tensor):
             setattr(owner, attribute, made.setdefault(id(value), value.detach().clone()))
         elif name in copy.plan.added or isinstance(value, nn.Parameter):
-            raise WriteBackError(f"{copy.where(owner)} has no place for {attribute!r}, {_made(copy.final, name)}")
+            raise WriteBackError(
+                f"{copy.where(owner)} has no place for {attribute!r}, {_made(copy.final, name)}", copy.paths(owner)[:1]
+            )
 
 
 def _is_cut_by_its_reads(copy: WorkingCopy, name: str, value: Tensor) -> bool:

@@ -18,6 +18,7 @@ from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentTypeError, WriteBackError
 from fxprune.graph.configurations import Configuration
+from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
@@ -76,18 +77,28 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     require_eval(final, "write_back", WriteBackError)
     if left := reparametrized(final):
         raise WriteBackError(f"{', '.join(left[:5])}: still reparametrized. Give what fxprune.finalize returns.")
+    return written_with_zeros(final, model)[0]
+
+
+def written_with_zeros(final: TracedModule, model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """What `write_back` returns, and the paths of modules that took channels back as zeros.
+
+    Raises:
+        WriteBackError: as `write_back`.
+    """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         written = plain_copy(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         configuration = Configuration.of(model)
-        _write(WorkingCopy(written, final), flags, configuration)
+        filling_up = _write(WorkingCopy(written, final), flags, configuration)
+        forget_kept_tensors(written)
         if configuration is not None:
             follow_configuration(written, configuration, (final.example_args, final.example_kwargs))
     modes = {path: module.training for path, module in model.named_modules()}
     for path, module in written.named_modules():
         module.training = modes[path]
-    return written
+    return written, filling_up
 
 
 def _way_to_both(final: object, model: object) -> str:
@@ -100,8 +111,11 @@ def _way_to_both(final: object, model: object) -> str:
     return ""
 
 
-def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configuration | None) -> None:
+def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configuration | None) -> list[str]:
     """Give the copy values, sizes and the integers that follow, and check what it computes.
+
+    Returns:
+        The paths of modules that took channels back.
 
     Raises:
         WriteBackError: as `write_back`.
@@ -113,12 +127,14 @@ def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configurati
     left_over = put_values(copy, flags)
     put_eps(copy)
     rehearsal.convert_tensors()
+    search = Search(copy, rehearsal, reads)
     if configuration is None or not sizes_as_configured(copy.root, configuration, rehearsal.difference):
-        _find_integers(Search(copy, rehearsal, reads), left_over)
+        _find_integers(search, left_over)
     if rehearsal.return_to_own_precision() and (worst := rehearsal.difference_on_samples()):
         raise WriteBackError(f"an output differs by {worst:.1e} relative in the model's own precision.")
     if "train" in copy.final.graphs:
         rehearsal.run_copy(rehearsal.inputs, train=True)
+    return [copy.paths(module)[0] for module in search.filling_up] if search.zeros.any_taken else []
 
 
 def _find_integers(search: Search, left_over: Sequence[LeftOver]) -> None:
@@ -151,8 +167,10 @@ def _reads_of_a_run(rehearsal: Rehearsal) -> Reads:
 
 def _other_results(copy: WorkingCopy, disagreeing: nn.Module | None, worst: float) -> WriteBackError:
     first = "" if disagreeing is None else f" first at {copy.where(disagreeing)},"
+    places = [] if disagreeing is None else copy.paths(disagreeing)[:1]
     return WriteBackError(
         f"{type(copy.root).__name__} runs with the sizes of the finalized model, but an output differs,{first} "
         f"by {worst:.1e} relative. Its code computes with a size that is no attribute, or it is another model "
-        f"than the one that was traced.{counting(copy)}"
+        f"than the one that was traced.{counting(copy)}",
+        [*copy.plan.counting, *places],
     )

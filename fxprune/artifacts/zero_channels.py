@@ -198,6 +198,11 @@ class ZeroChannels:
     def __post_init__(self) -> None:
         self.kept = {n: dict(axes) for n, axes in self.copy.plan.kept.items() if n in self.copy.shapes}
 
+    @property
+    def any_taken(self) -> bool:
+        """Whether any channel is there as zeros."""
+        return bool(self._taken)
+
     @cached_property
     def numbers(self) -> Mapping[tuple[str, int], int]:
         """Which axes hold the same channels."""

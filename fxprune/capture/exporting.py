@@ -27,6 +27,7 @@ from fxprune.capture.protection import (
 from fxprune.capture.sample import Sample
 from fxprune.capture.structures import outputs_registered
 from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
+from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.traced import MODES
 
 aten = torch.ops.aten
@@ -170,6 +171,7 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
     ):
         warnings.simplefilter("always")
         try:
+            forget_kept_tensors(model)
             model.train(mode == "train")
             kwargs = dict(sample.kwargs) or None
             program = torch.export.export(model, sample.args, kwargs, dynamic_shapes=shapes, strict=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from fxprune.channels.budget import masks
 from fxprune.channels.foresight import classes_left, foresee, parameters_left
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
-from fxprune.errors import ArgumentError, ArgumentTypeError
+from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 from fxprune.graph.masks import masked, view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
@@ -57,6 +58,7 @@ from fxprune.prune.channel_scores import (
     scorable,
     unit_scores,
 )
+from fxprune.prune.class_limits import ClassLimits, Filled, failure_in_class
 from fxprune.prune.decisions import record, undone
 from fxprune.prune.group_record import numbered_labels
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence
@@ -156,7 +158,9 @@ def channels(
             `fxprune.write_back`. Parts by `chunk` stay equal, group norms lose whole groups; of a model that is built
             from a configuration, as those of transformers are, what follows from one number changes alike, and what
             the configuration cannot say stays, with that as its reason, so that `from_pretrained` takes what comes
-            back.
+            back. What is chosen is then written back for a trial: where the class
+            does not run with it, or needs zeros in its place, the module that fails gets less freedom, and channels
+            are chosen again.
 
     Returns:
         A `ChannelReport`, which prints as a summary.
@@ -187,29 +191,96 @@ def channels(
     )  # fmt: skip
     if runnable is not None and (not isinstance(runnable, nn.Module) or isinstance(runnable, fx.GraphModule)):
         raise ArgumentTypeError(f"runnable is a {type(runnable).__name__}: the eager module that was traced is needed.")
+    if runnable is not None and isinstance(loader, Iterator):  # it may be read more than once
+        loader = list(itertools.islice(loader, max_batches))
     evidence = Evidence(loader, loss, max_batches, seed, weight)
     check_evidence(importance, evidence)
     timing = Timing(threads, batch, tuple(providers))
     check_prices(prices, request, timing)
     before, earlier = undone(traced, request)
-    grouping = Grouping(driver.plain_view(before), for_class=runnable is not None)
-    if runnable is not None:
-        grouping = runnable_groups(grouping, runnable, lambda groups: chosen_groups(groups, request))
-    picked, lacking = scorable(grouping, chosen_groups(grouping.groups, request), importance)
-    decided = before.decided | _written_axes(picked)
+    limits = None if runnable is None else ClassLimits(runnable)
+    if limits is not None and _is_costly(request, evidence, prices):
+        _in_class(before, limits, lambda: _outcome(before, _cheap(request), Evidence(None), limits))
     with contextlib.ExitStack() as stack:
         measure = None
         if request.asks_for("speedup"):
             measure = stack.enter_context(driver.stopwatch(before, threads=threads, batch=batch, providers=providers))
-        ranked = _ranked(before, grouping, picked, request, evidence, decided)
-        table = _latencies(before, grouping, picked, prices, timing)
-        if table is not None:
-            ranked = replace(ranked, prices=LatencyPrices(grouping, picked, table))
-        found = _chosen(before, grouping, picked, ranked, request, decided, measure)
-    earlier = {**{name: view(before, name).mask for name in found.masks}, **earlier}
-    driver.insert_masks(traced, {name: _mask_or_ones(before, name) for name in earlier} | found.masks)
-    record(traced, request, decided, earlier)
-    return _report(grouping, picked, lacking, found, request, table)
+        chosen = _in_class(before, limits, lambda: _outcome(before, request, evidence, limits, measure, prices, timing))
+    earlier = {**{name: view(before, name).mask for name in chosen.found.masks}, **earlier}
+    driver.insert_masks(traced, {name: _mask_or_ones(before, name) for name in earlier} | chosen.found.masks)
+    record(traced, request, chosen.decided, earlier)
+    return _report(chosen.grouping, chosen.picked, chosen.lacking, chosen.found, request, chosen.table)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A choice among groups, as `channels` reports it."""
+
+    grouping: Grouping
+    picked: list[ChannelGroup]
+    lacking: list[ChannelGroup]
+    decided: frozenset[tuple[str, int]]
+    found: _Found
+    table: LatencyTable | None
+
+
+def _outcome(
+    before: TracedModule,
+    request: ChannelRequest,
+    evidence: Evidence,
+    limits: ClassLimits | None = None,
+    measure: Callable[[Mapping[str, torch.Tensor]], float] | None = None,
+    prices: str | LatencyTable = "auto",
+    timing: Timing | None = None,
+) -> _Outcome:
+    """The choice, within what is known of a class."""
+    grouping = Grouping(driver.plain_view(before), for_class=limits is not None)
+    if limits is not None:
+        grouping = runnable_groups(grouping, limits, lambda groups: chosen_groups(groups, request))
+    picked, lacking = scorable(grouping, chosen_groups(grouping.groups, request), request.importance)
+    decided = before.decided | _written_axes(picked)
+    ranked = _ranked(before, grouping, picked, request, evidence, decided)
+    table = None if timing is None else _latencies(before, grouping, picked, prices, timing)
+    if table is not None:
+        ranked = replace(ranked, prices=LatencyPrices(grouping, picked, table))
+    found = _chosen(before, grouping, picked, ranked, request, decided, measure)
+    return _Outcome(grouping, picked, lacking, decided, found, table)
+
+
+def _in_class(before: TracedModule, limits: ClassLimits | None, choose: Callable[[], _Outcome]) -> _Outcome:
+    """A choice with which the class runs: one is made, tried, and made again with what is known then.
+
+    Where every choice needs channels back as zeros, the first of them.
+
+    Raises:
+        PruningError: there is none.
+    """
+    running: _Outcome | None = None
+    while True:
+        try:
+            outcome = choose()
+            if limits is None:
+                return outcome
+            failure = failure_in_class(before, outcome.found.masks, outcome.decided, limits.model)
+            if failure is None:
+                return outcome
+            running = running or (outcome if isinstance(failure, Filled) else None)
+            limits.learn(outcome.grouping, outcome.picked, failure)
+        except PruningError:
+            if running is None:
+                raise
+            return running
+
+
+def _is_costly(request: ChannelRequest, evidence: Evidence, prices: str | LatencyTable) -> bool:
+    """Whether a choice needs data or measurements, so that it had better not be made again and again."""
+    return evidence.loader is not None or request.asks_for("speedup") or prices == "latency"
+
+
+def _cheap(request: ChannelRequest) -> ChannelRequest:
+    """A request for a choice that is alike, by weights alone."""
+    budgets = request.budgets if request.is_of_sizes else (("amount", 0.5),)
+    return replace(request, importance="l2", normalize=None, budgets=budgets)
 
 
 def _mask_or_ones(traced: TracedModule, name: str) -> torch.Tensor:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from torch import nn
 
 from fxprune.channels.groups import WHOLE_KINDS, ChannelGroup, Grouping, Kind
 from fxprune.channels.ids import Mask, Vector
-from fxprune.channels.values import Value
 from fxprune.graph.configurations import Axis, Configuration
 from fxprune.prune.alike_sizes import alike_sizes
+from fxprune.prune.class_limits import ClassLimits, parts_of_axes
 
 _PARTS = ("aten.chunk.default", "aten.split.Tensor")
 _GIVEN = "its size follows from the configuration of {}, together with sizes that stay"
@@ -20,7 +19,7 @@ _HEADS = "its class says the size of all heads together by another width: what i
 
 
 def runnable_groups(
-    grouping: Grouping, model: nn.Module, pick: Callable[[Sequence[ChannelGroup]], list[ChannelGroup]]
+    grouping: Grouping, limits: ClassLimits, pick: Callable[[Sequence[ChannelGroup]], list[ChannelGroup]]
 ) -> Grouping:
     """The groups with what the class of a model asks for.
 
@@ -30,37 +29,31 @@ def runnable_groups(
 
     Args:
         grouping: of the model's graphs.
-        model: that was traced.
+        limits: what is known of the class of the model that was traced.
         pick: which groups are asked for.
     """
+    model = limits.model
     sizes = alike_sizes(grouping, model)
-    rows, staying = [*_parts(grouping), *sizes.rows], [(heads, _HEADS) for heads in sizes.heads]
+    rows = [*_parts(grouping), *sizes.rows, *limits.alike]
+    staying = [(heads, _HEADS) for heads in sizes.heads]
     configuration = Configuration.of(model)
     if configuration is None:
-        return Grouping(grouping.plain, rows, staying, for_class=True) if rows else grouping
+        found = Grouping(grouping.plain, rows, staying, for_class=True) if rows else grouping
+        found.groups = limits.limited(found.groups)
+        return found
     numbers = _Numbers(grouping, configuration)
     free = numbers.free(numbers.dead(pick(grouping.groups)))
-    limited = Grouping(grouping.plain, [*rows, *numbers.rows(free)], staying, for_class=True)
+    found = Grouping(grouping.plain, [*rows, *numbers.rows(free)], staying, for_class=True)
     reason = _GIVEN.format(type(model).__name__)
-    groups = [g if g.reason or numbers.leaves(g, free) else replace(g, reason=reason) for g in limited.groups]
-    limited.groups = sorted(groups, key=lambda group: group.reason is not None)
-    return limited
+    groups = [g if g.reason or numbers.leaves(g, free) else replace(g, reason=reason) for g in found.groups]
+    found.groups = limits.limited(groups)
+    return found
 
 
 def _parts(grouping: Grouping) -> Iterator[Vector]:
     """The classes of parts that code takes for equal ones, [parts, n]."""
-    walk = grouping.found.walks["eval"]
-    for node in walk.graph.nodes:
-        if str(node.target) not in _PARTS:
-            continue
-        values = walk.env[node]
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-        if not isinstance(values, list) or not all(isinstance(value, Value) for value in values):
-            continue
-        axes = [value.axes[dim] for value in values if isinstance(value, Value)]
-        ids = [axis.ids for axis in axes if len(axis) == 1]
-        classes = [grouping.found.of(own) for own in ids if own is not None]
-        if len(classes) == len(values) > 1 and len({len(own) for own in classes}) == 1:
+    for node, classes in parts_of_axes(grouping):
+        if str(node.target) in _PARTS and len(classes) > 1 and len({len(own) for own in classes}) == 1:
             yield np.stack(classes)
 
 
