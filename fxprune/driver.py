@@ -450,6 +450,8 @@ def finalize(
     final = _run_or_refuse(traced, steps, after)
     final.decide(())  # of masks that are folded
     carried_out = final.plan
+    if carried_out is not None and carried_out is not traced.plan and plan is None:
+        carried_out.chosen = tuple(sorted(traced.decided))
     final.record(carried_out, Origin(None if carried_out is traced.plan else carried_out, _sources(traced)))
     if broken := [name for name, p in final.named_parameters() if p.is_floating_point() and not p.isfinite().all()]:
         warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=3)

@@ -31,6 +31,7 @@ from torch.nn.modules.batchnorm import _NormBase as NormBase
 from torch.nn.modules.conv import _ConvNd as ConvNd
 from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
 from torch.nn.utils.parametrizations import _Orthogonal as Orthogonal
+from torch.nn.utils.parametrizations import _WeightNorm as WeightNormParametrization
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from torch.nn.utils.prune import _validate_pruning_amount_init as validate_pruning_amount
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,6 +51,7 @@ __all__ = [
     "PyTreeInfo",
     "TorchDispatchMode",
     "TrainingIRVerifier",
+    "WeightNormParametrization",
     "convert_tensors",
     "derived_dimension",
     "dimension_hint",

@@ -5,92 +5,98 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxprune.artifacts.following_integers import Integers
-from fxprune.errors import ConfigurationWarning
+from fxprune.artifacts.rehearsal import Rehearsal
+from fxprune.artifacts.restoring_norms import without_weight_norms
+from fxprune.artifacts.working_copy import WorkingCopy
+from fxprune.artifacts.zero_channels import ZeroChannels, lost_by_themselves
+from fxprune.errors import ConfigurationWarning, WriteBackError
 from fxprune.graph.arguments import Arguments
-from fxprune.graph.configurations import Axis, Configuration, Shapes, put_back, put_numbers, sizes_of
+from fxprune.graph.configuration_numbers import Number, put_back, put_numbers
+from fxprune.graph.configurations import Axis, Configuration, Shapes, sizes_of
 from fxprune.graph.equality import close
 from fxprune.reports import first_of
 
 _TRIED = 3  # ways to say the same sizes
 
 
-def sizes_as_configured(written: nn.Module, configuration: Configuration, difference: Callable[[], float]) -> bool:
+def sizes_as_configured(
+    copied: WorkingCopy, configuration: Configuration, zeros: ZeroChannels, rehearsal: Rehearsal
+) -> bool:
     """Give the configuration of a shrunk model, and its modules' integers, numbers that say the sizes which it has now.
 
-    What modules read from a configuration that they share is found in no other way.
+    What modules read from a configuration that they share is found in no other way. The class must make the same model
+    of the numbers. Channels that nobody chose come back as zeros where numbers say the sizes then.
 
     Args:
-        written: the shrunk model, in eval mode. configuration: of the model as it was.
-        difference: between outputs of `written` and those wanted, found by running it; 0.0 where there is none.
+        copied: the shrunk model, in eval mode. configuration: of the model as it was.
+        zeros: the channels of the copy. rehearsal: runs it.
 
     Returns:
-        Whether it computes what it should then; else it is as it was.
+        Whether there are such numbers; else it is as it was.
     """
-    now = sizes_of(written)
-    wanted = {name: now.get(name, shape) for name, shape in configuration.shapes.items()}  # a new bias says nothing
-    if wanted == configuration.shapes:
-        return False
-    integers = Integers(written, configuration, lambda: not difference())
-    for numbers in itertools.islice(configuration.expressing(wanted), _TRIED):
-        before = put_numbers(written.config, numbers)
-        if integers.agree_with(numbers):
-            return True
-        put_back(before)
+    written = copied.root
+    integers = Integers(written, configuration, lambda: not rehearsal.difference())
+    unchosen = lost_by_themselves(zeros.kept, copied.shapes, zeros.numbers, copied.plan.chosen)
+    for channels in ({}, unchosen) if unchosen and copied.plan.chosen else ({},):
+        with zeros.taken_back(channels) as filled:
+            now = sizes_of(written)
+            wanted = {name: now.get(name, shape) for name, shape in configuration.shapes.items()}
+            if wanted == configuration.shapes:
+                return False
+            for numbers in itertools.islice(configuration.expressing(wanted), _TRIED):
+                before = put_numbers(written.config, numbers)
+                if integers.agree_with(numbers) and _is_made(written, configuration.model, numbers, rehearsal):
+                    filled.keep()
+                    return True
+                put_back(before)
     return False
 
 
-def follow_configuration(written: nn.Module, found: Configuration, inputs: Arguments) -> None:
-    """Give the configuration of a shrunk model the numbers that its class makes the same model of.
+def _is_made(written: nn.Module, model: nn.Module, numbers: Mapping[str, Number], rehearsal: Rehearsal) -> bool:
+    """Whether the class makes the same model of numbers, given the weights."""
+    config: Any = copy.deepcopy(model.config)
+    put_numbers(config, numbers)
+    parameter = next(written.parameters())
+    try:
+        rebuilt: nn.Module = type(written)(config)
+        without_weight_norms(rebuilt)
+        rebuilt.to(dtype=parameter.dtype, device=parameter.device)
+        rebuilt.load_state_dict(written.state_dict())
+        return not rehearsal.difference(rebuilt.eval())
+    except (RuntimeError, WriteBackError):
+        return False
 
-    The integers of its modules that the class computes from these numbers follow, whether a call with these inputs
-    reads them or not.
+
+def warn_of_sizes(written: nn.Module, found: Configuration, inputs: Arguments) -> None:
+    """Warn that no configuration gives the sizes of a shrunk model, where they are others than before.
+
+    Integers of modules follow where numbers say the sizes of one.
 
     Args:
         written: the shrunk model, in eval mode. found: of the model as it was. inputs: of a call.
 
     Warns:
-        ConfigurationWarning: there are none, or the model that is built with them computes something else.
+        ConfigurationWarning: there are no numbers that say them, or the class makes another model of these.
     """
-    wanted, model = sizes_of(written), found.model
+    wanted = sizes_of(written)
     if wanted == found.shapes:
         return
     outputs = _outputs(written, inputs)
     integers = Integers(written, found, lambda: _same(outputs, _outputs(written, inputs)))
-    ways = list(itertools.islice(found.expressing(wanted), _TRIED))
-    if not ways:
-        _warn(written, _unsaid(found, wanted), integers.follow_in_parts(wanted))
-        return
-    numbers = next((way for way in ways if _same(outputs, _outputs(_rebuilt(written, model, way), inputs))), None)
-    if numbers is None:
-        said = ", ".join(f"{name}={value}" for name, value in ways[0].items())
+    way = next(found.expressing(wanted), None)
+    if way is None:
+        why = _unsaid(found, wanted)
+    else:
+        said = ", ".join(f"{name}={value}" for name, value in way.items())
         why = f"with {said} its class makes a model of these sizes that computes something else"
-        _warn(written, why, integers.follow_in_parts(wanted))
-        return
-    before = put_numbers(written.config, numbers)
-    if not _same(outputs, _outputs(written, inputs)):  # a number that forward reads, and that is another one there
-        put_back(before)
-        why = "its forward reads numbers of the configuration that would have to change"
-        _warn(written, why, integers.follow_in_parts(wanted))
-        return
-    integers.follow(numbers)
-
-
-def _rebuilt(written: nn.Module, model: nn.Module, numbers: Mapping[str, int]) -> nn.Module:
-    """A model of the configuration with other numbers, and with the weights of what was written back."""
-    config: Any = copy.deepcopy(model.config)
-    put_numbers(config, numbers)
-    rebuilt: nn.Module = type(written)(config)
-    parameter = next(written.parameters())
-    rebuilt.to(dtype=parameter.dtype, device=parameter.device)
-    rebuilt.load_state_dict(written.state_dict())
-    return rebuilt.eval()
+    _warn(written, why, integers.follow_in_parts(wanted))
 
 
 def _outputs(model: nn.Module, inputs: Arguments) -> list[Tensor]:
@@ -114,7 +120,8 @@ def _unsaid(found: Configuration, wanted: Shapes) -> str:
         if wanted.get(name, shape)[axis] != size
     }
     for number, axes in found.followers.items():
-        ratios = {axis: wanted[axis[0]][axis[1]] / found.shapes[axis[0]][axis[1]] for axis in axes}
+        there = [axis for axis in axes if axis[0] in wanted]
+        ratios = {axis: wanted[axis[0]][axis[1]] / found.shapes[axis[0]][axis[1]] for axis in there}
         if axes & changed and len(set(ratios.values())) > 1:
             told.append(f"{number} gives {_two(ratios, wanted)}")
     return first_of(told, 2) if told else f"no number of it gives {first_of(sorted({name for name, _ in changed}), 2)}"

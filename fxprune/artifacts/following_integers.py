@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from fxprune.channels.registry import REGISTRY
+from fxprune.graph.configuration_numbers import Number
 from fxprune.graph.configurations import Attribute, Configuration, Shapes, differing, is_within
 
 _TRIED = 3  # ways to say the same sizes of a module
@@ -40,13 +41,7 @@ class Integers:
             and name not in REGISTRY.module_sizes(dense[path])
         }
 
-    def follow(self, numbers: Mapping[str, int]) -> None:
-        """Set them to what the class makes of these numbers, which say the sizes of the whole model."""
-        if not self._set(numbers, set(self._modules)):
-            for path in self._modules:
-                self._set(numbers, {path})
-
-    def agree_with(self, numbers: Mapping[str, int]) -> bool:
+    def agree_with(self, numbers: Mapping[str, Number]) -> bool:
         """Set them to what the class makes of these numbers, where the model computes what it should then."""
         return self._configuration.made(numbers) is not None and self._hold(self._new(numbers, self._modules))
 
@@ -77,12 +72,12 @@ class Integers:
                 unknown += sorted(key for key in following if self._before[key] not in stayed and self._is_open(key))
         return [".".join(filter(None, attribute)) for attribute in unknown]
 
-    def _set(self, numbers: Mapping[str, int], paths: Collection[str]) -> bool:
+    def _set(self, numbers: Mapping[str, Number], paths: Collection[str]) -> bool:
         """Give those of some modules the values for some numbers; False, and none of them, where results change."""
         new = {key: value for key, value in self._new(numbers, paths).items() if value != self._value(key)}
         return self._configuration.made(numbers) is not None and (not new or self._hold(new))
 
-    def _new(self, numbers: Mapping[str, int], paths: Collection[str]) -> dict[Attribute, int]:
+    def _new(self, numbers: Mapping[str, Number], paths: Collection[str]) -> dict[Attribute, int]:
         """What the class makes of those of some modules with some numbers."""
         made = self._configuration.made(numbers)
         integers = {} if made is None else made.integers

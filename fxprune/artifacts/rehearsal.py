@@ -81,13 +81,14 @@ class Rehearsal:
         leaves = pytree.tree_leaves(inputs)
         return run(self.graph, lambda name: tensor_at(self.copy.final, name), leaves, dtype, watch)
 
-    def run_copy(self, inputs: Arguments, *, train: bool = False) -> Any:
-        """The outputs of the copy on copies of the inputs, in train mode those of a copy of it.
+    def run_copy(self, inputs: Arguments, *, train: bool = False, instead: nn.Module | None = None) -> Any:
+        """The outputs of the copy, or another module, on copies of the inputs; in train mode those of a copy of it.
 
         Raises:
             WriteBackError: it fails; names module, class and line.
         """
-        root = copy.deepcopy(self.copy.root).train() if train else self.copy.root
+        root = self.copy.root if instead is None else instead
+        root = copy.deepcopy(root).train() if train else root
         args, kwargs = self._fresh(inputs)
         try:
             return root(*args, **kwargs)
@@ -115,17 +116,20 @@ class Rehearsal:
 
     # ---- comparison
 
-    def difference(self) -> float:
-        """How much outputs differ beyond rounding, relative to the largest, at two batch sizes; 0.0 where none does."""
-        return max(self.difference_on_samples(), self._difference(self._larger_batch()))
+    def difference(self, instead: nn.Module | None = None) -> float:
+        """How much outputs differ beyond rounding, relative to the largest, at two batch sizes; 0.0 where none does.
+
+        Those of the copy, or of another module.
+        """
+        return max(self._difference(inputs, instead) for inputs in (self.inputs, self._larger_batch()))
 
     def difference_on_samples(self) -> float:
         """The same on the sample inputs alone."""
         return self._difference(self.inputs)
 
-    def _difference(self, inputs: Arguments) -> float:
+    def _difference(self, inputs: Arguments, instead: nn.Module | None = None) -> float:
         wanted = _tensors(self.run_graph(inputs))
-        found = _tensors(self.run_copy(inputs))
+        found = _tensors(self.run_copy(inputs, instead=instead))
         if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in found]:
             return float("inf")
         pairs = list(zip(wanted, found, strict=True))

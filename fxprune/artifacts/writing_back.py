@@ -8,9 +8,10 @@ import torch
 from torch import fx, nn
 
 from fxprune.artifacts.attribute_reads import Reads, recorded_reads
-from fxprune.artifacts.following_configurations import follow_configuration, sizes_as_configured
+from fxprune.artifacts.following_configurations import sizes_as_configured, warn_of_sizes
 from fxprune.artifacts.plain_copy import plain_copy
 from fxprune.artifacts.rehearsal import Rehearsal
+from fxprune.artifacts.restoring_norms import restore_weight_norms
 from fxprune.artifacts.statistics import check_statistics, counting, put_eps
 from fxprune.artifacts.trial import Search, by_its_parts
 from fxprune.artifacts.values import LeftOut, LeftOver, check_same_model, put_values, set_left_over
@@ -44,9 +45,11 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     channels which went; layer and group norms cannot count them, and are refused by name.
 
     A class that is built from its `config`, as those of transformers are, gets one that says the new sizes, where it
-    can: then `save_pretrained` and `from_pretrained` go on as before. Integers of its modules that follow from a
-    configuration are what the class makes of these sizes, also where only calls of another form read them, as with a
-    mask. `fxprune.prune.channels(..., runnable=model)` chooses channels so that a configuration can say the sizes.
+    can, and the weight norms that it builds itself: then `save_pretrained` and `from_pretrained` go on as before.
+    Integers of its modules that follow from a configuration are what the class makes of these sizes, also where only
+    calls of another form read them, as with a mask. Channels that nobody chose, and that are dead all the same, come
+    back as zeros where a configuration says the sizes then. `fxprune.prune.channels(..., runnable=model)` chooses
+    channels so that a configuration can say the sizes.
 
     Args:
         final: what `fxprune.finalize` returned, shrunk or not.
@@ -91,10 +94,12 @@ def written_with_zeros(final: TracedModule, model: nn.Module) -> tuple[nn.Module
         written = plain_copy(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         configuration = Configuration.of(model)
-        filling_up = _write(WorkingCopy(written, final), flags, configuration)
+        is_said, filling_up = _write(WorkingCopy(written, final), flags, configuration)
         forget_kept_tensors(written)
         if configuration is not None:
-            follow_configuration(written, configuration, (final.example_args, final.example_kwargs))
+            restore_weight_norms(written, model)
+            if not is_said:
+                warn_of_sizes(written, configuration, (final.example_args, final.example_kwargs))
     modes = {path: module.training for path, module in model.named_modules()}
     for path, module in written.named_modules():
         module.training = modes[path]
@@ -111,11 +116,11 @@ def _way_to_both(final: object, model: object) -> str:
     return ""
 
 
-def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configuration | None) -> list[str]:
+def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configuration | None) -> tuple[bool, list[str]]:
     """Give the copy values, sizes and the integers that follow, and check what it computes.
 
     Returns:
-        The paths of modules that took channels back.
+        Whether a configuration says the sizes, and the paths of modules that took channels back.
 
     Raises:
         WriteBackError: as `write_back`.
@@ -128,13 +133,19 @@ def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configurati
     put_eps(copy)
     rehearsal.convert_tensors()
     search = Search(copy, rehearsal, reads)
-    if configuration is None or not sizes_as_configured(copy.root, configuration, rehearsal.difference):
+
+    def is_configured() -> bool:
+        return configuration is not None and sizes_as_configured(copy, configuration, search.zeros, rehearsal)
+
+    is_said = is_configured()
+    if not is_said:
         _find_integers(search, left_over)
+        is_said = is_configured()
     if rehearsal.return_to_own_precision() and (worst := rehearsal.difference_on_samples()):
         raise WriteBackError(f"an output differs by {worst:.1e} relative in the model's own precision.")
     if "train" in copy.final.graphs:
         rehearsal.run_copy(rehearsal.inputs, train=True)
-    return [copy.paths(module)[0] for module in search.filling_up] if search.zeros.any_taken else []
+    return is_said, [copy.paths(module)[0] for module in search.filling_up] if search.zeros.any_taken else []
 
 
 def _find_integers(search: Search, left_over: Sequence[LeftOver]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -64,6 +64,27 @@ def ways_to_fill_up(
     inner = {layer: axes for layer, axes in own.items() if all(axis.tensor.startswith(siblings) for axis in axes)}
     if inner:
         yield from sorted(_ways(own, inner, head_sizes), key=_count)
+
+
+def lost_by_themselves(
+    kept: Channels,
+    shapes: Mapping[str, tuple[int, ...]],
+    numbers: Mapping[tuple[str, int], int],
+    decided: Collection[tuple[str, int]],
+) -> Channels:
+    """All channels of what lost some that nobody chose.
+
+    Args:
+        kept, shapes, numbers: as for `ways_to_fill_up`.
+        decided: tensors and axes that hold channels which were chosen.
+    """
+    layers = _layers(kept, shapes, numbers)
+    own = {
+        layer: axes
+        for layer, axes in layers.items()
+        if not any((place.tensor, place.axis) in decided for place in axes)
+    }
+    return _by_name({layer: torch.arange(layer.full) for layer in own}, own)
 
 
 def _count(channels: Channels) -> int:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
 
+from fxprune.graph.configuration_numbers import TOGETHER, UNSAID, Number, Numbers, entries, put_numbers
 from fxprune.graph.names import tensors_of
 
 Shapes = dict[str, tuple[int, ...]]
@@ -24,7 +24,8 @@ Axis = tuple[str, int]
 # path of a module, name of an attribute of it that is an integer
 Attribute = tuple[str, str]
 _WAYS = 1000  # of numbers that are tried together
-_UNSAID = "head_dim"  # which many classes read, if it is there
+_DIRECTION = ".original1"  # of a weight norm, beside the magnitude ".original0"
+_ABOVE = 1 + 1e-9  # of a fraction whose product is rounded down
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Configuration:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.shapes: Shapes = sizes_of(model)
-        self._built: dict[tuple[tuple[str, int], ...], Built | None] = {}
+        self._built: dict[tuple[tuple[str, Number], ...], Built | None] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> Configuration | None:
@@ -70,50 +71,73 @@ class Configuration:
         return found if found.built({}) == found.shapes else None
 
     @cached_property
-    def numbers(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, Number]:
         """The numbers from which a size could follow, by name, "text_config.hidden_size" for one further down.
 
-        One that is not said, and follows from others, is among them where it can be said.
+        Those of a list have their place as name, "hidden_sizes.0". One that is not said, and follows from others, is
+        among them where it can be said.
         """
-        found: dict[str, int] = {}
+        found: dict[str, Number] = {}
         unsaid: list[str] = []
-        for name, value in _entries(self.model.config):
-            if type(value) is int and value > 1:
+        for name, value in entries(self.model.config):
+            if isinstance(value, list | tuple):
+                found |= self._listed(name, value)
+            elif (type(value) is int and value > 1) or (type(value) is float and value > 0):
                 found[name] = value
             elif value is None:
                 unsaid.append(name)
         sizes = sorted({size for shape in self.shapes.values() for size in shape if size > 1})
-        heads = _numbers_called(self.model, _UNSAID)
+        heads = _numbers_called(self.model, UNSAID)
         for name in unsaid:
-            candidates = heads if name.endswith(_UNSAID) else sizes
+            candidates = heads if name.endswith(UNSAID) else sizes
             said = next((size for size in candidates if self._says(name, size)), None)
             if said is not None:
                 found[name] = said
-        return found
+        return found | self._joint(found)
+
+    def _joint(self, numbers: Numbers) -> Numbers:
+        """Pairs of equal numbers of which neither can change alone, as the two widths around a shortcut."""
+        fixed = [name for name, value in numbers.items() if type(value) is int and not self._can_be(name, 2 * value)]
+        return {
+            f"{one}{TOGETHER}{other}": numbers[one]
+            for one, other in itertools.islice(itertools.combinations(fixed, 2), _WAYS)
+            if numbers[one] == numbers[other] and self._can_be(f"{one}{TOGETHER}{other}", 2 * numbers[one])
+        }
+
+    def _can_be(self, name: str, value: Number) -> bool:
+        """Whether the class makes a model of the same tensors where a number is another one."""
+        made = self.made({name: value})
+        return made is not None and made.shapes.keys() == self.shapes.keys()
+
+    def _listed(self, name: str, values: Sequence[Number]) -> Numbers:
+        """The numbers of a list, where anything follows from them."""
+        found = {f"{name}.{i}": value for i, value in enumerate(values) if value > 0}
+        doubled = {entry: 2 * value for entry, value in found.items()}
+        return {} if not found or self.built(doubled) == self.shapes else found
 
     @cached_property
-    def _unsaid(self) -> dict[str, int]:
+    def _unsaid(self) -> Numbers:
         """The numbers that are not said, as they are."""
-        entries = dict(_entries(self.model.config))
-        return {name: number for name, number in self.numbers.items() if entries[name] is None}
+        unsaid = {name for name, value in entries(self.model.config) if value is None}
+        return {name: number for name, number in self.numbers.items() if name in unsaid}
 
     def _says(self, name: str, size: int) -> bool:
         """Whether a number that is not said could be said so, and sizes follow from it."""
         return self.built({name: size}) == self.shapes and self.built({name: 2 * size}) not in (None, self.shapes)
 
-    def built(self, numbers: Mapping[str, int]) -> Shapes | None:
+    def built(self, numbers: Mapping[str, Number]) -> Shapes | None:
         """The sizes of a model with some numbers in its configuration; None where there is no such model."""
         made = self.made(numbers)
         return None if made is None else made.shapes
 
-    def made(self, numbers: Mapping[str, int]) -> Built | None:
+    def made(self, numbers: Mapping[str, Number]) -> Built | None:
         """What the class makes of some numbers in its configuration; None where it makes nothing."""
         key = tuple(sorted(numbers.items()))
         if key not in self._built:
             self._built[key] = self._build(numbers)
         return self._built[key]
 
-    def _build(self, numbers: Mapping[str, int]) -> Built | None:
+    def _build(self, numbers: Mapping[str, Number]) -> Built | None:
         config = copy.deepcopy(self.model.config)
         try:
             put_numbers(config, numbers)
@@ -124,21 +148,22 @@ class Configuration:
             return None
 
     @cached_property
-    def _with_another(self) -> dict[str, Built]:
-        """By number, what the class makes where that one is another."""
-        found: dict[str, Built] = {}
+    def _with_another(self) -> dict[str, tuple[Number, Built]]:
+        """By number, another one, and what the class makes of that."""
+        found: dict[str, tuple[Number, Built]] = {}
         for name, number in self.numbers.items():
-            for other in (2 * number, number // 2 if number % 2 == 0 else number + 1, number + 1):
+            half = number // 2 if isinstance(number, int) and number % 2 == 0 else number / 2
+            for other in (2 * number, number + 1 if isinstance(number, int) and number % 2 else half, number + 1):
                 made = self.made(self._unsaid | {name: other})
                 if made is not None and made.shapes.keys() == self.shapes.keys():
-                    found[name] = made
+                    found[name] = other, made
                     break
         return found
 
     @cached_property
     def followers(self) -> dict[str, frozenset[Axis]]:
         """By number, the axes whose sizes follow from it."""
-        return {name: frozenset(differing(self.shapes, made.shapes)) for name, made in self._with_another.items()}
+        return {name: frozenset(differing(self.shapes, made.shapes)) for name, (_, made) in self._with_another.items()}
 
     @cached_property
     def following_integers(self) -> dict[str, frozenset[Attribute]]:
@@ -147,33 +172,66 @@ class Configuration:
         before = {} if as_it_is is None else as_it_is.integers
         return {
             name: frozenset(key for key, value in before.items() if made.integers.get(key, value) != value)
-            for name, made in self._with_another.items()
+            for name, (_, made) in self._with_another.items()
         }
 
-    def expressing(self, wanted: Shapes, path: str = "") -> Iterator[dict[str, int]]:
-        """The numbers with which a model has these sizes, those first that change the fewest; nothing where none do.
+    @cached_property
+    def proportional(self) -> dict[str, frozenset[Axis]]:
+        """By number, the axes whose sizes are multiples or fractions of it, the other numbers as they are."""
+        return {
+            name: frozenset(
+                (tensor, axis)
+                for tensor, axis in self.followers[name]
+                if len(made.shapes[tensor]) == len(self.shapes[tensor])
+                and made.shapes[tensor][axis] * self.numbers[name] == self.shapes[tensor][axis] * other
+            )
+            for name, (other, made) in self._with_another.items()
+        }
 
-        Each gets the values of a size that it stands for. With the path of a module, only the sizes within it count.
+    def is_divisible(self, name: str, axis: Axis, units: int) -> bool:
+        """Whether a number can be what says an axis with one of so many units less.
+
+        Of an axis that is no multiple of it, whether it can be made less by that.
+        """
+        tensor, dim = axis
+        wanted = self.shapes[tensor][dim] * (units - 1) if axis in self.proportional[name] else None
+        for value in self._valued(name, (units - 1) / units * self.numbers[name]):
+            shapes = self.built(self._unsaid | {name: value})
+            if shapes is None or not self.followers[name].issuperset(differing(self.shapes, shapes)):
+                continue
+            if wanted is None or shapes[tensor][dim] * units == wanted:
+                return True
+        return False
+
+    def expressing(self, wanted: Shapes, path: str = "") -> Iterator[Numbers]:
+        """The numbers with which a model has these sizes, nothing where none do.
+
+        Those first that change the fewest, and fewest that the configuration does not say.
+
+        A number that alone says a size, the others being known, is found from that size; of others all values are
+        tried that a size which they say could stand for. With the path of a module, only the sizes within it count.
         """
         wanted = _within(wanted, path)
         if wanted.keys() != _within(self.shapes, path).keys():
             return
+        known, unknown = self._told(wanted)
         choices = [
             (name, [self.numbers[name], *values])
-            for name, found in self._candidates(wanted).items()
-            if (values := [value for value in found if value != self.numbers[name]])
+            for name in unknown
+            if (values := self._candidates(name, known, wanted))
         ]
         ways = itertools.islice(itertools.product(*(values for _, values in choices)), _WAYS)
         changed = [{name: v for (name, values), v in zip(choices, way, strict=True) if v != values[0]} for way in ways]
-        for numbers in sorted(changed, key=len):
-            if self._gives(self._unsaid | numbers, wanted, path):
-                yield self._said(self._unsaid | numbers, wanted, path)
+        for more in sorted(changed, key=lambda way: (len(way), len(way.keys() & self._unsaid.keys()))):
+            numbers = self._unsaid | known | more
+            if self._gives(numbers, wanted, path):
+                yield self._said(numbers, wanted, path)
 
-    def _gives(self, numbers: Mapping[str, int], wanted: Shapes, path: str) -> bool:
+    def _gives(self, numbers: Numbers, wanted: Shapes, path: str) -> bool:
         shapes = self.built(numbers)
         return shapes is not None and _within(shapes, path) == wanted
 
-    def _said(self, numbers: dict[str, int], wanted: Shapes, path: str) -> dict[str, int]:
+    def _said(self, numbers: Numbers, wanted: Shapes, path: str) -> Numbers:
         """Without what follows from the others, as it did before."""
         for name in self._unsaid:
             rest = {key: value for key, value in numbers.items() if key != name}
@@ -181,15 +239,58 @@ class Configuration:
                 numbers = rest
         return numbers
 
-    def _candidates(self, wanted: Shapes) -> dict[str, list[int]]:
-        """By number, what it may be, by how the sizes that follow from it changed."""
-        found: dict[str, list[int]] = {}
-        for name, axes in self.followers.items():
-            number = self.numbers[name]
-            ratios = {(self.shapes[tensor][axis], wanted[tensor][axis]) for tensor, axis in axes if tensor in wanted}
-            values = {number * new // old for old, new in ratios if old and number * new % old == 0}
-            found[name] = sorted(values - {0})
-        return found
+    def _told(self, wanted: Shapes) -> tuple[Numbers, list[str]]:
+        """The numbers that changed and that sizes tell alone, one after the other; and those that are told by none."""
+        known: Numbers = {}
+        unknown = [name for name, axes in self.followers.items() if any(tensor in wanted for tensor, _ in axes)]
+        while True:
+            told = next(filter(None, (self._told_alone(name, unknown, known, wanted) for name in unknown)), None)
+            if told is None:
+                return known, unknown
+            name, value = told
+            unknown.remove(name)
+            if value != self.numbers[name]:
+                known[name] = value
+
+    def _told_alone(
+        self, name: str, unknown: Collection[str], known: Numbers, wanted: Shapes
+    ) -> tuple[str, Number] | None:
+        """A number with its value, where sizes that follow from no other unknown one are what it says."""
+        others = frozenset[Axis]().union(*(self.followers[other] for other in unknown if other != name))
+        alone = [(tensor, axis) for tensor, axis in sorted(self.followers[name] - others) if tensor in wanted]
+        for value in self._values(name, alone[:1], known, wanted):
+            shapes = self.built(self._unsaid | known | {name: value})
+            if shapes and all(shapes[tensor][axis] == wanted[tensor][axis] for tensor, axis in alone):
+                return name, value
+        return None
+
+    def _candidates(self, name: str, known: Numbers, wanted: Shapes) -> list[Number]:
+        """What a number may be, by how the sizes that follow from it changed."""
+        axes = [axis for axis in self.followers[name] if axis[0] in wanted]
+        return [value for value in self._values(name, axes, known, wanted) if value != self.numbers[name]]
+
+    def _values(self, name: str, axes: Collection[Axis], known: Numbers, wanted: Shapes) -> list[Number]:
+        """What a number would have to be for each of some axes, going by the change that another value makes."""
+        number, (other, _) = self.numbers[name], self._with_another[name]
+        base, changed = self.built(self._unsaid | known), self.built(self._unsaid | known | {name: other})
+        if base is None or changed is None:
+            return []
+        steps = {(base[tensor][axis], changed[tensor][axis], wanted[tensor][axis]) for tensor, axis in axes}
+        values = {number + (new - old) * (other - number) / (moved - old) for old, moved, new in steps if moved != old}
+        return sorted({found for value in values if value > 0 for found in self._valued(name, value)})
+
+    def _valued(self, name: str, value: float) -> list[Number]:
+        """A number as its class takes it: whole, or a fraction, or one a little larger, whose products are cut."""
+        near = round(value)
+        if abs(value - near) < 1e-9 * max(near, 1):
+            return [near if type(self.numbers[name]) is int else float(near)] if near else []
+        return [value, value * _ABOVE] if self._takes_fractions(name) else []
+
+    def _takes_fractions(self, name: str) -> bool:
+        """Whether a number may be a fraction."""
+        return (
+            type(self.numbers[name]) is float or self.built(self._unsaid | {name: self.numbers[name] + 0.5}) is not None
+        )
 
 
 def differing(shapes: Shapes, others: Shapes) -> Iterator[Axis]:
@@ -212,48 +313,17 @@ def is_within(tensor: str, path: str) -> bool:
     return not path or tensor.startswith(f"{path}.")
 
 
-# an object of a configuration, the name of a number in it, whether it had one of that name, and what it was
-Before = tuple[Any, str, bool, Any]
-
-
-def put_numbers(config: Any, numbers: Mapping[str, int]) -> list[Before]:
-    """Set numbers of a configuration, by their names; returns what they were, for `put_back`."""
-    before: list[Before] = []
-    for name, value in numbers.items():
-        *path, last = name.split(".")
-        holder = config
-        for part in path:
-            holder = getattr(holder, part)
-        before.append((holder, last, last in vars(holder), vars(holder).get(last)))
-        setattr(holder, last, value)
-    return before
-
-
-def put_back(before: Sequence[Before]) -> None:
-    """Undo `put_numbers`."""
-    for holder, name, was_there, value in before:
-        if was_there:
-            setattr(holder, name, value)
-        else:
-            delattr(holder, name)
-
-
-def _entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    entries = {_UNSAID: None} | vars(config)
-    for name, value in entries.items():
-        if name.startswith("_"):
-            continue
-        if hasattr(value, "to_dict"):
-            yield from _entries(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def _numbers_called(model: nn.Module, name: str) -> list[int]:
     values = {vars(module).get(name) for module in model.modules()}
     return sorted(value for value in values if type(value) is int)
 
 
 def sizes_of(model: nn.Module) -> Shapes:
-    """The sizes of a model's tensors, by every name."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+    """The sizes of a model's tensors, by every name; of weights under weight norms those of the weights."""
+    found = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+    for name in list(found):
+        if name.endswith(_DIRECTION) and name.removesuffix("1") + "0" in found:
+            path, _, weight = name.removesuffix(_DIRECTION).rpartition("parametrizations.")
+            del found[name.removesuffix("1") + "0"]
+            found[path + weight] = found.pop(name)
+    return found

@@ -42,6 +42,7 @@ class ChannelPlan(Readable):
             after); the gain has taken a factor up.
         refused: name of a node whose operator could not be analyzed -> what went wrong; its channels stayed.
         sample: what MACs are counted for, "one sample of 3x224x224"; empty where they are not.
+        chosen: (parameter, axis) that a choice of channels masked; what others lost was dead by itself.
 
     Example:
         >>> plan = fxprune.finalize(traced).plan
@@ -66,6 +67,7 @@ class ChannelPlan(Readable):
     counting: dict[str, tuple[int, int]] = field(default_factory=dict)
     rescaled: dict[str, tuple[float, float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    chosen: tuple[tuple[str, int], ...] = ()
 
     @property
     def removed(self) -> dict[str, dict[int, int]]:
@@ -185,7 +187,7 @@ class ChannelPlan(Readable):
                 "added": self.added, "folded": self.folded, "merged": self.merged, "constants": self.constants,
                 "stayed": self.stayed, "macs": self.macs, "parameters": self.parameters, "sample": self.sample,
                 "eval_only": self.eval_only, "counting": self.counting, "rescaled": self.rescaled,
-                "positions": self.positions, "refused": self.refused,
+                "positions": self.positions, "refused": self.refused, "chosen": self.chosen,
             }
         )  # fmt: skip
         return found
@@ -221,6 +223,7 @@ class ChannelPlan(Readable):
             plan.rescaled = {name: (old, new) for name, (old, new) in data.get("rescaled", {}).items()}
             plan.positions = {name: (a, b, n) for name, (a, b, n) in data.get("positions", {}).items()}
             plan.refused = dict(data.get("refused", {}))
+            plan.chosen = tuple((name, axis) for name, axis in data.get("chosen", ()))
             return plan
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"not a channel plan: {error!r}. Store it with `ChannelPlan.to_json`.") from error

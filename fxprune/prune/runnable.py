@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from fxprune.channels.groups import WHOLE_KINDS, ChannelGroup, Grouping, Kind
+from fxprune.channels.groups import ChannelGroup, Grouping, Kind
 from fxprune.channels.ids import Mask, Vector
 from fxprune.graph.configurations import Axis, Configuration
 from fxprune.prune.alike_sizes import alike_sizes
 from fxprune.prune.class_limits import ClassLimits, parts_of_axes
 
 _PARTS = ("aten.chunk.default", "aten.split.Tensor")
+_LONGER = 8  # than the longest axis, what all lengths divide
 _GIVEN = "its size follows from the configuration of {}, together with sizes that stay"
 _HEADS = "its class says the size of all heads together by another width: what is in each goes"
 
@@ -43,7 +45,8 @@ def runnable_groups(
         return found
     numbers = _Numbers(grouping, configuration)
     free = numbers.free(numbers.dead(pick(grouping.groups)))
-    found = Grouping(grouping.plain, [*rows, *numbers.rows(free)], staying, for_class=True)
+    rows += [*numbers.rows(free), *numbers.steps(free, grouping.groups)]
+    found = Grouping(grouping.plain, rows, staying, for_class=True)
     reason = _GIVEN.format(type(model).__name__)
     groups = [g if g.reason or numbers.leaves(g, free) else replace(g, reason=reason) for g in found.groups]
     found.groups = limits.limited(groups)
@@ -61,10 +64,14 @@ class _Numbers:
     """The numbers of a configuration, and the channels whose counts follow from them."""
 
     def __init__(self, grouping: Grouping, configuration: Configuration) -> None:
-        self._grouping, self._followers = grouping, configuration.followers
+        self._grouping, self._configuration, self._followers = grouping, configuration, configuration.followers
         self._vectors: dict[Axis, Vector] = {
             (axis.parameter, axis.axis): grouping.axes.vector(axis) for axis in grouping.axes
         }
+        for tensor, axis in frozenset[Axis]().union(*self._followers.values()) - self._vectors.keys():  # of buffers
+            ids = grouping.found.parameters.get(tensor, ())
+            if axis < len(ids) and (own := ids[axis]) is not None:
+                self._vectors[tensor, axis] = grouping.found.of(own)
 
     def dead(self, groups: Sequence[ChannelGroup]) -> Mask:
         """By class, whether it could go with units of these groups."""
@@ -79,23 +86,61 @@ class _Numbers:
         )
 
     def rows(self, free: frozenset[str]) -> Iterator[Vector]:
-        """The classes of axes that follow from the same number and are of one length, [axes, n]."""
+        """The classes of axes that follow from the same number, [axes, n], each as often as the longest asks for.
+
+        Axes whose sizes are multiples of a number lose the same fraction; others change alike with those of one length.
+        """
         for name in sorted(free):
-            distinct = {self._vectors[axis].tobytes(): self._vectors[axis] for axis in sorted(self._followers[name])}
-            for length in sorted({len(vector) for vector in distinct.values()}):
-                alike = [vector for vector in distinct.values() if len(vector) == length]
-                if len(alike) > 1:
-                    yield np.stack(alike)
+            proportional = self._configuration.proportional[name]
+            for axes in (proportional, self._followers[name] - proportional):
+                distinct = {self._vectors[axis].tobytes(): self._vectors[axis] for axis in sorted(axes)}
+                lengths = sorted({len(vector) for vector in distinct.values()})
+                whole = math.lcm(*lengths)
+                if axes is proportional and whole <= _LONGER * max(lengths, default=0):
+                    parts = [list(distinct.values())]
+                else:
+                    parts = [[v for v in distinct.values() if len(v) == length] for length in lengths]
+                for alike in parts:
+                    if len(alike) > 1:
+                        longest = math.lcm(*map(len, alike))
+                        yield np.stack([np.repeat(vector, longest // len(vector)) for vector in alike])
+
+    def steps(self, free: frozenset[str], groups: Sequence[ChannelGroup]) -> Iterator[Vector]:
+        """The classes of groups of which a whole number says how many times a size there are, [size, times].
+
+        Each row keeps equally many, so that what is left is a multiple of the size.
+        """
+        for group in groups:
+            times = self._times(group, free) if group.reason is None else None
+            if times is not None:
+                yield group.units.reshape(times, -1).T
+
+    def _times(self, group: ChannelGroup, free: frozenset[str]) -> int | None:
+        """The number that says a group as a multiple, None where its units can go one by one, or not at all."""
+        if group.kind not in (Kind.CHANNEL, Kind.MLP_UNIT) or self._goes(group, free, group.size):
+            return None
+        axis = group.members[0].parameter, group.members[0].axis
+        for name in sorted(self._saying(axis) & free):
+            times = self._configuration.numbers[name]
+            if type(times) is int and group.size % times == 0 and self._goes(group, free, times):
+                return times
+        return None
 
     def leaves(self, group: ChannelGroup, free: frozenset[str]) -> bool:
-        """Whether a group may lose channels: every one of its axes follows from numbers that can change.
+        """Whether a group may lose channels."""
+        return self._goes(group, free, group.size) or self._times(group, free) is not None
 
-        How many heads there are can change where the number of channels in each stays.
-        """
+    def _goes(self, group: ChannelGroup, free: frozenset[str], units: int) -> bool:
+        """Whether a number that can change says every axis of a group with one of so many units less."""
         for member in group.members:
-            saying = {name for name, axes in self._followers.items() if (member.parameter, member.axis) in axes}
-            if not saying & free or (group.kind not in WHOLE_KINDS and not saying <= free):
-                return False
+            axis = member.parameter, member.axis
+            saying = self._saying(axis)
             if group.kind == Kind.HEAD_CHANNEL and len(saying) > 1:
                 return False
+            if not any(self._configuration.is_divisible(name, axis, units) for name in saying & free):
+                return False
         return True
+
+    def _saying(self, axis: Axis) -> set[str]:
+        """The numbers that an axis follows from."""
+        return {name for name, axes in self._followers.items() if axis in axes}

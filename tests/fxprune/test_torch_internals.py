@@ -475,3 +475,10 @@ def test_TorchDispatchMode_sees_every_operator_of_its_thread() -> None:
         torch.ones(2).sum()
     torch.ones(2)
     assert seen == [aten.ones.default, aten.sum.default]
+
+
+def test_WeightNormParametrization() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(3, 2), dim=1)
+    (step,) = layer.parametrizations["weight"]
+    assert isinstance(step, internals.WeightNormParametrization)
+    assert step.dim == 1

@@ -1,0 +1,215 @@
+"""Numbers of configurations in other forms: lists, ratios, numbers that change together, and what a class builds."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import fxprune
+from fxprune.graph.configurations import Configuration
+
+
+class Config:
+    """A configuration of the numbers that are given."""
+
+    def __init__(self, **numbers: Any) -> None:
+        vars(self).update(numbers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class Configured(nn.Module):
+    config_class: ClassVar[type] = Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config: Any = config
+
+
+def back_again(model: Configured, x: Tensor, **request: Any) -> Configured:
+    """The model pruned for its class, built from the configuration that comes back; it computes what the masks say."""
+    traced = fxprune.trace(model.eval(), x, modes=("eval",))
+    fxprune.prune.channels(traced, runnable=model, **request)
+    small = fxprune.write_back(fxprune.finalize(traced), model)
+    built = type(model)(copy.deepcopy(small.config)).eval()
+    built.load_state_dict(small.state_dict())
+    torch.testing.assert_close(built(x), traced(x))
+    assert sum(p.numel() for p in built.parameters()) < sum(p.numel() for p in model.parameters())
+    return built
+
+
+class Stages(Configured):
+    """Blocks of two widths, whose inner widths are a ratio of theirs."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        widths = self.config.widths
+        inner = [int(width * self.config.ratio) for width in widths]
+        self.stem = nn.Conv2d(3, widths[0], 1)
+        self.up = nn.ModuleList(nn.Linear(width, more) for width, more in zip(widths, inner, strict=True))
+        self.down = nn.ModuleList(nn.Linear(more, width) for width, more in zip(widths, inner, strict=True))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
+        self.merge = nn.Linear(widths[0], widths[1])
+        self.head = nn.Linear(widths[1], 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).flatten(2).transpose(1, 2)
+        for i in range(2):
+            y = y + self.down[i](self.up[i](self.norms[i](y)).relu())
+            y = self.merge(y) if i == 0 else y
+        return self.head(y.mean(1))
+
+
+def test_widths_of_several_lengths_that_one_ratio_gives_lose_the_same_fraction() -> None:
+    model = Stages(Config(widths=[8, 16], ratio=4.0))
+    built = back_again(model, torch.randn(2, 3, 4, 4), amount=0.3, round_to=1)
+    assert isinstance(built.config.ratio, float)
+    first, second = (layer.out_features for layer in built.up)
+    assert 2 * first == second < 64
+
+
+def test_a_whole_ratio_keeps_multiples_of_the_width_that_it_multiplies() -> None:
+    class Whole(Stages):
+        def __init__(self, config: Config) -> None:
+            if type(config.ratio) is not int:  # type: ignore[attr-defined]
+                raise TypeError("a whole ratio is needed")
+            super().__init__(config)
+
+    built = back_again(Whole(Config(widths=[8, 16], ratio=4)), torch.randn(2, 3, 4, 4), amount=0.3, round_to=1)
+    assert built.config.ratio in (2, 3)
+    assert [layer.out_features for layer in built.up] == [8 * built.config.ratio, 16 * built.config.ratio]
+
+
+class Residual(Configured):
+    """Two stages; the first has a shortcut of its own where its width is not the stem's."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        stem, first, second = self.config.stem, *self.config.widths
+        self.stem, self.norm = nn.Conv2d(3, stem, 3, padding=1), nn.BatchNorm2d(stem)
+        self.one = nn.Conv2d(stem, first, 3, padding=1)
+        self.shortcut = nn.Identity() if stem == first else nn.Conv2d(stem, first, 1)
+        self.two, self.last = nn.Conv2d(first, second, 3, padding=1), nn.BatchNorm2d(second)
+        self.head = nn.Linear(second, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = (self.one(x) + self.shortcut(x)).relu()
+        return self.head(self.last(self.two(x)).relu().mean((2, 3)))
+
+
+def test_numbers_of_a_list_and_numbers_that_change_together_follow() -> None:
+    model = Residual(Config(stem=12, widths=[12, 24]))
+    found = Configuration.of(model)
+    assert found is not None
+    assert "stem and widths.0" in found.numbers
+    assert ("last.running_mean", 0) in found.followers["widths.1"]
+    built = back_again(model, torch.randn(2, 3, 8, 8), amount=0.5, round_to=1)
+    assert built.config.stem == built.config.widths[0] < 12
+    assert built.config.widths[1] < 24
+
+
+class Heads(Configured):
+    """Attention whose widths two numbers say as well with others."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.heads = self.config.heads
+        self.head_dim = getattr(config, "head_dim", None) or self.config.width // self.heads
+        self.qkv = nn.Linear(self.config.width, 3 * self.heads * self.head_dim)
+        self.out = nn.Linear(self.heads * self.head_dim, self.config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.out(y.reshape(*x.shape[:2], -1))
+
+
+def test_of_numbers_that_say_the_same_sizes_those_are_taken_that_compute_the_same() -> None:
+    model = Heads(Config(width=32, heads=4))
+    nn.init.normal_(model.qkv.weight, 0, 0.02)  # attention hardly differs, whatever the heads are
+    built = back_again(model, torch.randn(2, 5, 32), amount=0.25, kinds="attention head", round_to=1)
+    assert (built.config.heads, built.config.head_dim) == (3, 8)
+
+
+class Normed(Configured):
+    """A convolution that the class builds under a weight norm."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.first = nn.Conv1d(3, self.config.inner, 1)
+        self.second = weight_norm(nn.Conv1d(self.config.inner, 6, 3, padding=1), dim=2)
+        self.scale = nn.Parameter(torch.ones(6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.second(self.first(x).relu())
+
+
+def test_a_weight_norm_of_the_class_comes_back_so_that_the_class_reads_the_state() -> None:
+    model = Normed(Config(inner=16))
+    model.second.parametrizations.weight.original0.requires_grad_(False)
+    built = back_again(model, torch.randn(2, 3, 8), amount=0.5, round_to=1)
+    assert built.second.parametrizations.weight.original1.shape[1] == built.config.inner == 8
+    small = fxprune.write_back(fxprune.finalize(fxprune.trace(model, torch.randn(2, 3, 8), modes=("eval",))), model)
+    flags = [p.requires_grad for p in small.second.parametrizations.weight.parameters()]
+    assert flags == [False, True]
+
+
+class Biased(Configured):
+    """Adds a network of a fixed table to its tokens; eval mode keeps what it gave, as some libraries do."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.register_buffer("table", -torch.rand(5, 2))
+        self.positions = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 6))
+        self.up, self.down = nn.Linear(6, self.config.inner), nn.Linear(self.config.inner, 6)
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Biased:
+        if mode:
+            self.kept = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            added = self.positions(self.table)
+        else:
+            added = self.kept.setdefault("added", self.positions(self.table).detach())
+        x = x + added
+        return x + self.down(self.up(x).relu())
+
+
+def test_units_that_nobody_chose_come_back_where_the_configuration_says_the_rest() -> None:
+    model = Biased(Config(inner=24)).eval()
+    nn.init.constant_(model.positions[0].weight[:20], 1.0)  # the table is negative: 20 units are never on
+    nn.init.zeros_(model.positions[0].bias)
+    x = torch.randn(2, 5, 6)
+    model(x)
+    traced = fxprune.trace(model, x, modes=("eval",))
+    fxprune.prune.channels(traced, 0.5, targets="up", round_to=1, runnable=model)
+    final = fxprune.finalize(traced)
+    assert final.plan.chosen == (("up.bias", 0), ("up.weight", 0))
+    assert fxprune.graph.plan.ChannelPlan.from_json(final.plan.to_json()).chosen == final.plan.chosen
+    small = fxprune.write_back(final, model)
+    assert (small.config.inner, small.positions[0].out_features) == (12, 64)
+    assert not small.kept
+    torch.testing.assert_close(small(x), traced(x))
+
+
+@pytest.mark.parametrize("value", [0.5, 3])
+def test_numbers_that_are_put_in_a_list_come_back_as_they_were(value: float) -> None:
+    from fxprune.graph.configuration_numbers import put_back, put_numbers
+
+    inner = Config(widths=(2, 4))
+    config = Config(part=inner, same=5)
+    before = put_numbers(config, {"part.widths.1": value, "part.widths.0": 1, "same and other": 7})
+    assert (inner.widths, config.same, config.other) == ((1, value), 7, 7)  # type: ignore[attr-defined]
+    put_back(before)
+    assert vars(config) == {"part": inner, "same": 5}
+    assert inner.widths == (2, 4)  # type: ignore[attr-defined]
