@@ -16,7 +16,7 @@ def first_shift(inputs: Tensor) -> Tensor:
     return torch.where(constant, inputs[:, 0], inputs.mean(1))
 
 
-def _add_products(square: Tensor, rows: Tensor) -> None:
+def add_products(square: Tensor, rows: Tensor) -> None:
     """Add X^T X of X, [groups, rows, columns]: what stands above the diagonal stands below it, and is computed once."""
     columns = rows.shape[2]
     if columns < _LEAST_SPLIT:
@@ -27,8 +27,8 @@ def _add_products(square: Tensor, rows: Tensor) -> None:
     across = first.transpose(1, 2) @ second
     square[:, :half, half:] += across
     square[:, half:, :half] += across.transpose(1, 2)
-    _add_products(square[:, :half, :half], first)
-    _add_products(square[:, half:, half:], second)
+    add_products(square[:, :half, :half], first)
+    add_products(square[:, half:, half:], second)
 
 
 @dataclass
@@ -95,8 +95,8 @@ class Moments:
         shifted = inputs - shift[:, None]
         transposed = shifted.transpose(1, 2)
         self.count += rows
-        self.total += shifted.sum(1, dtype=torch.float64)
-        _add_products(self.square, shifted)
+        self.total += shifted.sum(1)
+        add_products(self.square, shifted)
         for found, error, output in zip(self.errors, errors, outputs, strict=True):
             found.cross += transposed @ error
             found.total += error.sum(1, dtype=torch.float64)

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from fxprune.graph.interpretation import Interpreter
 from fxprune.prune.repair.batches import Batches, Piece
 from fxprune.prune.repair.layers import Reader
+from fxprune.prune.repair.moments import add_products
 from fxprune.prune.repair.pieces import Pieces
 from fxprune.prune.repair.rows import Rows
 from fxprune.prune.sensitivity.distances import OutputDistance
@@ -135,12 +136,16 @@ class _Sums:
 
     def _add_inputs(self, rows: Tensor, weight: Tensor) -> None:
         """Add rows, [groups, rows, columns], and what they count for, [groups, rows]."""
+        rows = rows if rows.dtype == torch.float64 else rows.float()
         if self._shift is None:
             self._shift = rows.mean(1, keepdim=True) if self._is_centred else rows.new_zeros(())
-        shifted = (rows - self._shift) * weight.sqrt()[..., None].to(rows)
+            groups, _, columns = rows.shape
+            self._square = weight.new_zeros(groups, columns, columns)
+        lengths = weight.sqrt()[..., None].to(rows)
+        shifted = (rows - self._shift) * lengths
         self._weight = self._weight.to(weight) + weight.sum(1)
-        self._total = self._total.to(weight) + (shifted.double() * weight.sqrt()[..., None]).sum(1)
-        self._square = self._square.to(weight) + shifted.transpose(1, 2) @ shifted
+        self._total = self._total.to(weight) + (lengths.transpose(1, 2) @ shifted)[:, 0]
+        add_products(self._square, shifted)
 
     def may_tell(self, share: float) -> bool:
         """Whether G may come to have as many rows as outputs, by those after a share of the samples."""

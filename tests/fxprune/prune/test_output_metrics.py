@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -270,3 +271,27 @@ def test_where_the_output_moves_with_fewer_rows_than_a_reader_has_outputs_gradie
     model, x = OnlyLarge(), 0.001 * torch.randn(100, 5).double()
     x[torch.arange(moved) * 100 // moved] *= 5000
     assert ("first.weight" in found_metrics(model, x, "error")) == tells
+
+
+def test_a_reader_that_gradients_will_have_no_say_in_is_given_up_early_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 3)), torch.randn(100, 5).double()
+    added: list[str] = []
+    add = metrics._Sums.add
+
+    def counted(self: Any, *rows: Any) -> None:
+        added.append(self.reader.name)
+        add(self, *rows)
+
+    monkeypatch.setattr(metrics._Sums, "add", counted)
+    model[2].weight.data[:, 1:] = 0  # outputs move with one unit, at a few samples
+    model[0].weight.data[0] *= 20
+    monkeypatch.setattr(metrics, "_MOST_BYTES", 2**14)
+    found = found_metrics(model, x, "error")
+    assert added.count("0.weight") < added.count("2.weight")
+    monkeypatch.setattr(metrics, "_AHEAD", math.inf)
+    again = found_metrics(model, x, "error")
+    assert found.keys() == again.keys() == {"2.weight"}
+    assert all(torch.equal(one, other) for one, other in zip(found["2.weight"], again["2.weight"], strict=True))
