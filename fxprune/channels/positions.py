@@ -34,6 +34,11 @@ class Window:
     after: int
 
     @property
+    def is_each(self) -> bool:
+        """Whether every position is read by itself, and gives one."""
+        return self.taps == self.stride == 1 and not self.before and not self.after
+
+    @property
     def low(self) -> int:
         """How many taps fall on the zeros before, at most."""
         return min(self.taps, -(-self.before // self.dilation))

@@ -226,7 +226,9 @@ def chosen_among(
         meant = [g for g in groups if wanted is not None and _matches(g, wanted, ("writer",))]
         staying = {g.reason for g in meant if g.reason} or {g.reason for g in groups if g.reason}
         reasons = "; ".join(sorted(staying)[:3]) or "there are no groups"
-        raise PruningError(f"no group is left to prune: {len(usable)} may be pruned at all. {reasons}.")
+        wide = sum(g.kind == Kind.WIDTH for g in usable) if kinds is None and wanted is None else 0
+        hint = f', {wide} of the kind "width", which kinds="width" asks for' if wide else ""
+        raise PruningError(f"no group is left to prune: {len(usable)} may be pruned at all{hint}. {reasons}.")
     return picked
 
 

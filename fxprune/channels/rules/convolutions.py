@@ -17,7 +17,7 @@ from fxprune.channels.ids import Vector
 from fxprune.channels.positions import MOST, PositionMaps, Window, inside, number
 from fxprune.channels.readers import Balance, Bias, Reader
 from fxprune.channels.registry import REGISTRY, Cost, OperatorCall, Traffic, register
-from fxprune.channels.rules.layers import Layer, column_facts, read_weight
+from fxprune.channels.rules.layers import NOTHING, Layer, beside_zeros, column_facts, read_weight
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Result, Walk
 from fxprune.torch_internals import ConvNd
@@ -84,7 +84,8 @@ class Convolution(OperatorCall):
     def relate(self, walk: Walk) -> Value:
         data, weight = walk.value(self.data), walk.value(self.weight)
         channel = data.rank - self.space - 1
-        data = walk.blur(self.node, data, range(channel + 1, data.rank), "space of a convolution")
+        mixed = [channel + 1 + at for at, window in enumerate(self.windows) if self.is_transposed or not window.is_each]
+        data = walk.blur(self.node, data, mixed, "space of a convolution")
         for axis in weight.axes[2:]:
             walk.pin_axis(self.node, axis, "kernel of a convolution")
         data, columns = walk.merged(self.node, self._in_groups(walk, data, channel), channel)
@@ -106,8 +107,13 @@ class Convolution(OperatorCall):
         vectors = [ids for ids in (rows, columns) if ids is not None]
         walk.aligned.append((vectors, self.groups > 1 and self.counts == (1, 1)))
         space = [Axis.plain(size) for size in walk.shape(self.node)[channel + 1 :]]
+        space = [axis if axis.carries else own for axis, own in zip(data.axes[channel + 1 :], space, strict=True)]
         axes = (*data.axes[:channel], self._out_axis(rows), *space)
         result = Value(axes) if known is None else known.spread(axes, [-1] + [1] * self.space)
+        if any(axis.carries for axis in space):
+            shift = NOTHING if bias is None else bias.facts
+            laid = None if shift is None else shift.map(lambda tensor: tensor.reshape([-1] + [1] * self.space))
+            return beside_zeros(result, data.zeros.all(channel, keepdim=True), laid)
         if table is None or data.rank != self.space + 2:
             return result
         if self.data in walk.maps:
@@ -143,7 +149,7 @@ class Convolution(OperatorCall):
     def _read_maps(self, walk: Walk, reader: Reader, weight: Value) -> None:
         """Constants of positions that a kernel of one tap reads make a map, which can be added."""
         maps = walk.maps[self.data]
-        is_each = all(w.taps == w.stride == 1 and not w.before for w in self.windows) and not self.is_transposed
+        is_each = all(window.is_each for window in self.windows) and not self.is_transposed
         if not is_each or reader.soft is None or not maps.fits([1, reader.columns.size, *[1] * self.space]):
             return
         reader.maps, reader.mapped = maps, maps.where.numpy().reshape(reader.columns.shape) & ~reader.soft

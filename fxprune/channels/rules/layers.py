@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fxprune.channels.axes import Axis
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.readers import Bias, Floats, Reader
-from fxprune.channels.values import Value, settled
+from fxprune.channels.values import Known, Value, settled
 from fxprune.channels.walk import Walk
 
 
@@ -88,6 +88,27 @@ def column_facts(value: Value, dim: int, groups: int, count: int) -> ColumnFacts
     border = torch.zeros_like(fixed) if value.facts.border is None else columns(value.facts.border).any(0)
     found = (fact.expand(groups * count).numpy().reshape(shape) for fact in (fixed, values[0], border))
     return ColumnFacts(*found)
+
+
+def beside_zeros(result: Value, zeros: Tensor, shift: Known | None) -> Value:
+    """The result of a layer with what is left where all that it sums is zero: the bias.
+
+    Args:
+        result: what is known of it by rows.
+        zeros: where all is zero, along axes that the layer passes on; broadcasts to the result's reduced shape.
+        shift: the bias as it is added, None where nothing is known of it.
+    """
+    if shift is None or not zeros.any():
+        return result
+    known, value = zeros & shift.where, shift.value.double()
+    if result.facts is not None:
+        value = torch.where(known, value, result.facts.value)
+        known = known | result.facts.where
+    return settled(result.axes, known, torch.where(known, value, 0))
+
+
+# what is added where no bias is
+NOTHING = Known.tensor(torch.zeros(1, device="cpu"))
 
 
 def read_weight(walk: Walk, layer: Layer) -> RowFacts | None:

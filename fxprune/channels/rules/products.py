@@ -13,7 +13,7 @@ from fxprune.channels.axes import Axis
 from fxprune.channels.ids import Vector
 from fxprune.channels.readers import MULTIPLIED, Bias, Reader
 from fxprune.channels.rules.labels import Labels
-from fxprune.channels.rules.layers import Layer, read_weight
+from fxprune.channels.rules.layers import NOTHING, Layer, beside_zeros, read_weight
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Walk
 
@@ -136,7 +136,27 @@ class _Layer:
         if known is not None and ids_beside is not None and added.counts_once:
             own = self.groups + self.rows
             result = known.spread(result.axes, [axes[c].reduced if c in own else 1 for c in self.labels.out])
+        if walk.facts and (bias is None or not per_row or added.counts_once):
+            result = beside_zeros(result, self._zeros(), NOTHING if bias is None or not per_row else bias.facts)
         return result if per_row else _sum(walk, self.node, result, added)
+
+    def _zeros(self) -> Tensor:
+        """Where all that is summed is zero, along the axes of the result that the data has."""
+        left, data = self.labels.left, self._joined_data()
+        summed = [left.index(label) for label in self.labels.contracted]
+        zeros = data.zeros.all(summed, keepdim=True)
+        sizes = dict(zip(left, zeros.shape, strict=True))
+        zeros = zeros.permute([*(left.index(label) for label in self.labels.out if label in sizes), *summed])
+        return zeros.reshape([sizes.get(label, 1) for label in self.labels.out])
+
+    def _joined_data(self) -> Value:
+        """The data whose axes of groups and columns are those of the weight as well."""
+        data = self.data
+        for label in self.groups + self.labels.contracted:
+            dim = self.labels.left.index(label)
+            if not data.axes[dim].is_one:
+                data = data.relayout(dim, self.axes[label])
+        return data
 
     def _merged(self, labels: str) -> Axis:
         """The row-major product of the axes of some labels."""
@@ -169,11 +189,7 @@ class _Layer:
         """The data with groups and columns as one last axis, and the ids of this axis."""
         summed = self.groups + self.labels.contracted
         others = [dim for dim, label in enumerate(self.labels.left) if label not in summed]
-        data, order = self.data, [*others, *(self.labels.left.index(label) for label in summed)]
-        for label in summed:
-            dim = self.labels.left.index(label)
-            if not data.axes[dim].is_one:
-                data = data.relayout(dim, self.axes[label])
+        data, order = self._joined_data(), [*others, *(self.labels.left.index(label) for label in summed)]
         data = data.moved([data.axes[dim] for dim in order], lambda tensor: tensor.permute(order))
         data = merged_axes(data, len(others), len(summed))
         data = walk.flat(self.node, data, len(others))
