@@ -208,6 +208,14 @@ def settled(axes: Sequence[Axis], where: Tensor, value: Tensor, border: Tensor |
     return Value(tuple(axes), facts)
 
 
+def beside(value: Value, where: Tensor, more: Tensor) -> Value:
+    """A value of which more is known, in reduced form; what was known stays as it was."""
+    facts = value.facts
+    if facts is None:
+        return settled(value.axes, where, torch.where(where, more, 0))
+    return settled(value.axes, facts.where | where, torch.where(facts.where, facts.value, more), facts.border)
+
+
 def widened(value: Tensor) -> Tensor:
     """Small floating-point tensors in float64, in which constants are computed."""
     return value.double() if value.is_floating_point() and value.numel() <= 1 << 20 else value

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fxprune.channels.axes import Axis
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.readers import Bias, Floats, Reader
-from fxprune.channels.values import Known, Value, settled
+from fxprune.channels.values import Known, Value, beside, settled
 from fxprune.channels.walk import Walk
 
 
@@ -100,11 +100,7 @@ def beside_zeros(result: Value, zeros: Tensor, shift: Known | None) -> Value:
     """
     if shift is None or not zeros.any():
         return result
-    known, value = zeros & shift.where, shift.value.double()
-    if result.facts is not None:
-        value = torch.where(known, value, result.facts.value)
-        known = known | result.facts.where
-    return settled(result.axes, known, torch.where(known, value, 0))
+    return beside(result, zeros & shift.where, shift.value.double())
 
 
 # what is added where no bias is

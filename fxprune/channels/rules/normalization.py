@@ -17,7 +17,7 @@ from fxprune.channels.edits import Edit
 from fxprune.channels.ids import Vector
 from fxprune.channels.registry import OperatorCall, register
 from fxprune.channels.statistics import FirstResultAlone, GroupStatistics, PadWithZeros, RootMeanSquare, counted
-from fxprune.channels.values import Value, settled
+from fxprune.channels.values import Value, beside, settled
 from fxprune.channels.walk import Result, Walk
 from fxprune.torch_internals import NormBase
 
@@ -290,7 +290,24 @@ class LayerNorm(_MixingNorm):
     def _known(self, walk: Walk, value: Value, parts: Mapping[str, Value]) -> Result:
         shape = [1] * (value.rank - len(self.normalized_shape))
         shape += reduced_shape(value.axes[len(shape) :])
-        return self.results(walk, self.constants(walk, value, parts, shape))
+        result = self.constants(walk, value, parts, shape)
+        return self.results(walk, self._with_constant_rows(walk, result, value, parts))
+
+    def _with_constant_rows(self, walk: Walk, result: Value, data: Value, parts: Mapping[str, Value]) -> Value:
+        """What is known of the result, and where every channel that is normalized together is known."""
+        facts, is_one_axis = data.facts, len(self.normalized_shape) == 1
+        if not walk.facts or facts is None or not is_one_axis or any(factor.ids is None for factor in data.axes[-1]):
+            return result
+        if not all(part.stored for part in parts.values()) or self.eps is None:
+            return result
+        known = facts.inner.all(-1, keepdim=True)
+        values = torch.where(known, facts.value.double(), 0)
+        centred = values if self.keeps_zeros else values - values.mean(-1, keepdim=True)
+        normed = centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        scale, shift = (parts[name].facts if name in parts else None for name in ("weight", "bias"))
+        normed = normed if scale is None else normed * scale.value.double()
+        normed = normed if shift is None else normed + shift.value.double()
+        return beside(result, known, normed)
 
     def _edit(self, ids: Vector, dim: int, first: int) -> Edit:
         operands = {"input": dim} | {name: dim - first for name in self.parts}
@@ -356,10 +373,7 @@ class GroupNorm(_MixingNorm):
         normed = normed if scale is None else normed * scale.value.double().reshape(-1)
         normed = normed if shift is None else normed + shift.value.double().reshape(-1)
         where = known.expand(values.shape).reshape(shape)
-        if result.facts is None:
-            return settled(result.axes, where, normed.reshape(shape))
-        merged = torch.where(where, normed.reshape(shape), result.facts.value)
-        return settled(result.axes, result.facts.where | where, merged)
+        return beside(result, where, normed.reshape(shape))
 
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:

@@ -402,3 +402,29 @@ def test_zeros_in_eval_mode_alone_are_named() -> None:
     kept = fxprune.finalize(traced, align=1, keep_for_training=True).train()
     with torch.no_grad():
         assert error(model(x), kept(x)) < EXACT
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.RMSNorm(8, eps=1e-3)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_norm_over_constants_alone_is_a_constant_and_goes(norm: nn.Module, biased: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dead, self.norm, self.last, self.beside = nn.Linear(6, 8), norm, nn.Linear(8, 3), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.norm(self.dead(x))) + self.beside(x)
+            return y
+
+    torch.manual_seed(0)
+    model = Net().double().eval()
+    with torch.no_grad():
+        model.dead.weight.zero_()
+        model.dead.bias.mul_(biased)
+        for p in norm.parameters():
+            p.uniform_(0.5, 1.5)
+    x = torch.randn(4, 5, 6).double()
+    final = fxprune.finalize(fxprune.trace(model, x, modes=("eval",)), align=1)
+    with torch.no_grad():
+        assert error(model(x), final(x)) < 1e-9
+    assert not [name for name, _ in final.named_parameters() if name.startswith(("dead", "norm"))]
