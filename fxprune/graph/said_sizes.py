@@ -17,7 +17,7 @@ from fxprune.graph.arguments import Arguments
 # an attribute (path of the module, name, entry), a size (number of the tensor, axis), or an operation on such
 Origin = tuple[Any, ...]
 _SHAPES = (Tensor.shape.__get__, Tensor.size)  # type: ignore[attr-defined]
-_VIEWS = ("view", "reshape", "unflatten", "expand")
+_VIEWS = ("view", "reshape", "expand")
 _PARTS = ("split", "split_with_sizes")
 
 
@@ -97,6 +97,9 @@ class _Watch(TorchFunctionMode):
             sizes = _flat(args[1:])
             if len(sizes) == result.dim():
                 self._note((result, axis, size) for axis, size in enumerate(sizes))
+        elif name == "unflatten" and len(args) == 3:
+            first = args[1] % args[0].dim()
+            self._note((result, first + at, size) for at, size in enumerate(args[2]))
         elif name in _PARTS and len(args) > 1 and isinstance(args[1], list | tuple):
             axis = (kwargs or {}).get("dim", args[2] if len(args) > 2 else 0)
             self._note((part, axis % part.dim(), size) for part, size in zip(result, args[1], strict=True))
