@@ -103,6 +103,12 @@ class Search:
         calls = [node for node in self._sized if module_path(node) in paths]
         return {size for node in calls for size in pytree.tree_leaves(node.args[1]) if type(size) is int}
 
+    def unread_choices(self, module: nn.Module) -> list[tuple[Slot, list[int]]]:
+        """The integers that forward does not read and that could follow from a size, with the values to try."""
+        changes, read, said = self.copy.changes(module), self._read(module), self._written(module)
+        found = [(slot, candidates(slot.before, changes, said)) for slot in self._free(module) if slot not in read]
+        return [(slot, values) for slot, values in found if len(values) > 1]
+
     def settings(self, module: nn.Module) -> Iterator[Setting]:
         """What the integers of a module could be with the sizes that its tensors have, the likeliest first."""
         choices = self.choices(module)

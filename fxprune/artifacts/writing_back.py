@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from fxprune.artifacts.attribute_reads import Reads, recorded_reads
 from fxprune.artifacts.following_configurations import sizes_as_configured, warn_of_sizes
+from fxprune.artifacts.other_forms import follow_other_forms, other_forms
 from fxprune.artifacts.plain_copy import plain_copy
 from fxprune.artifacts.rehearsal import Rehearsal
 from fxprune.artifacts.restoring_norms import restore_weight_norms
@@ -129,6 +130,7 @@ def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configurati
     check_statistics(copy)
     rehearsal = Rehearsal(copy)
     reads = rehearsal.in_best_precision(lambda: _reads_of_a_run(rehearsal))
+    forms = other_forms(copy.root, lambda: rehearsal.run_copy(rehearsal.inputs))
     left_over = put_values(copy, flags)
     put_eps(copy)
     rehearsal.convert_tensors()
@@ -141,6 +143,7 @@ def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configurati
     if not is_said:
         _find_integers(search, left_over)
         is_said = is_configured()
+    follow_other_forms(search, forms, lambda: rehearsal.run_copy(rehearsal.inputs))
     if rehearsal.return_to_own_precision() and (worst := rehearsal.difference_on_samples()):
         raise WriteBackError(f"an output differs by {worst:.1e} relative in the model's own precision.")
     if "train" in copy.final.graphs:
