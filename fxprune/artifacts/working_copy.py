@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
 from torch import nn
 
 from fxprune.artifacts.slots import Change
@@ -22,7 +26,7 @@ class WorkingCopy:
 
     def __init__(self, root: nn.Module, final: TracedModule) -> None:
         self.root, self.final = root, final
-        self.plan = final.plan or ChannelPlan()
+        self.plan = _by_every_name(final.plan or ChannelPlan(), final)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(root).items()}
         self._paths = ModulePaths(root)
 
@@ -46,6 +50,26 @@ class WorkingCopy:
             changes.add(self.plan.groups.get(qualified, (0, 0)))
             changes.update(zip(self.shapes.get(qualified, tensor.shape), tensor.shape, strict=True))
         return changes
+
+
+def _by_every_name(plan: ChannelPlan, final: TracedModule) -> ChannelPlan:
+    """A plan that says of tensors in shared modules what it says of the first of their names."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors_of(final).items():
+        names.setdefault(id(tensor), []).append(name)
+    alike = [same for same in names.values() if len(same) > 1]
+    kept, shapes, groups = (_spread(entries, alike) for entries in (plan.kept, plan.shapes, plan.groups))
+    return replace(plan, kept=kept, shapes=shapes, groups=groups)
+
+
+def _spread(entries: Mapping[str, Any], alike: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """With an entry under each of the names of which one has one."""
+    found = dict(entries)
+    for names in alike:
+        known = next((name for name in names if name in entries), None)
+        if known is not None:
+            found |= {name: entries[known] for name in names if name not in entries}
+    return found
 
 
 def follow_parameters(module: nn.Module) -> None:

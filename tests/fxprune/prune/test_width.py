@@ -203,3 +203,10 @@ def test_the_plan_says_what_counts_channels_that_went() -> None:
     assert plan is not None
     assert plan.counting == {}
     assert plan.rescaled["norms.0.weight"] == (1e-3, pytest.approx(1e-3 * 16 / 12))
+
+
+def test_where_only_widths_may_go_the_refusal_says_how_to_ask_for_them() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    traced = fxprune.trace(model, torch.randn(2, 6), modes=("eval",))
+    with pytest.raises(PruningError, match='1 of the kind "width", which kinds="width" asks for'):
+        fxprune.prune.channels(traced, 0.5)
