@@ -322,6 +322,79 @@ DIFFUSERS: dict[str, tuple[str, Mapping[str, Any], Callable[[], dict[str, Any]]]
             "pooled_projections": torch.randn(2, 20), "timestep": torch.tensor([1, 5]), "return_dict": False,
         },
     ),
+    "UNet3DConditionModel": (
+        "UNet3DConditionModel",
+        _BLOCKS | {
+            "cross_attention_dim": 32, "attention_head_dim": 8,
+            "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+            "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+        },
+        lambda: {
+            "sample": torch.randn(2, 4, 3, 8, 8), "timestep": torch.tensor([1, 5]),
+            "encoder_hidden_states": torch.randn(2, 7, 32), "return_dict": False,
+        },
+    ),
+    "ControlNetModel": (
+        "ControlNetModel",
+        {
+            "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": 32,
+            "attention_head_dim": 8, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "conditioning_embedding_out_channels": (16, 32),
+        },
+        lambda: {
+            "sample": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([1, 5]),
+            "encoder_hidden_states": torch.randn(2, 7, 32), "controlnet_cond": torch.randn(2, 3, 32, 32),
+            "return_dict": False,
+        },
+    ),
+    "T2IAdapter": (
+        "T2IAdapter",
+        {"in_channels": 3, "channels": [32, 64], "num_res_blocks": 2, "downscale_factor": 4,
+         "adapter_type": "full_adapter"},
+        lambda: {"x": torch.randn(2, 3, 32, 32)},
+    ),
+    "FluxTransformer2DModel": (
+        "FluxTransformer2DModel",
+        {"patch_size": 1, "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+         "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 32,
+         "axes_dims_rope": (4, 4, 8)},
+        lambda: {
+            "hidden_states": torch.randn(2, 16, 4), "encoder_hidden_states": torch.randn(2, 7, 32),
+            "pooled_projections": torch.randn(2, 32), "timestep": torch.tensor([0.1, 0.5]),
+            "img_ids": torch.arange(48).view(16, 3) % 4, "txt_ids": torch.zeros(7, 3), "return_dict": False,
+        },
+    ),
+    "UVit2DModel": (
+        "UVit2DModel",
+        {"hidden_size": 32, "cond_embed_dim": 32, "micro_cond_encode_dim": 16, "micro_cond_embed_dim": 96,
+         "encoder_hidden_size": 32, "vocab_size": 32, "codebook_size": 32, "in_channels": 32, "block_out_channels": 32,
+         "num_res_blocks": 1, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+         "block_num_heads": 2, "sample_size": 8, "downsample": True, "upsample": True},
+        lambda: {
+            "input_ids": torch.randint(0, 32, (2, 8, 8)), "encoder_hidden_states": torch.randn(2, 7, 32),
+            "pooled_text_emb": torch.randn(2, 32), "micro_conds": torch.randn(2, 6),
+        },
+    ),
+    "SanaTransformer2DModel": (
+        "SanaTransformer2DModel",
+        {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2,
+         "num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32,
+         "caption_channels": 24, "sample_size": 8, "patch_size": 1},
+        lambda: {
+            "hidden_states": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 7, 24),
+            "timestep": torch.tensor([1, 5]), "return_dict": False,
+        },
+    ),
+    "AutoencoderDC": (
+        "AutoencoderDC",
+        {"latent_channels": 4, "attention_head_dim": 8, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+         "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (16, 32),
+         "decoder_block_out_channels": (16, 32), "encoder_qkv_multiscales": ((), (5,)),
+         "decoder_qkv_multiscales": ((), (5,)), "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),
+         "downsample_block_type": "conv", "upsample_block_type": "interpolate",
+         "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"},
+        lambda: {"sample": torch.randn(2, 3, 16, 16), "return_dict": False},
+    ),
 }  # fmt: skip
 
 

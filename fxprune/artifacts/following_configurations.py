@@ -6,7 +6,6 @@ import copy
 import itertools
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.artifacts.zero_channels import ZeroChannels, lost_by_themselves
 from fxprune.errors import ConfigurationWarning, WriteBackError
 from fxprune.graph.arguments import Arguments
-from fxprune.graph.configuration_numbers import Number, put_back, put_numbers
+from fxprune.graph.configuration_numbers import Number, build, configuration_of, put_into, put_numbers
 from fxprune.graph.configurations import Axis, Configuration, Shapes, sizes_of
 from fxprune.graph.equality import close
 from fxprune.reports import first_of
@@ -51,21 +50,21 @@ def sizes_as_configured(
             if wanted == configuration.shapes:
                 return False
             for numbers in itertools.islice(configuration.expressing(wanted), _TRIED):
-                before = put_numbers(written.config, numbers)
+                undo = put_into(written, numbers)
                 if integers.agree_with(numbers) and _is_made(written, configuration.model, numbers, rehearsal):
                     filled.keep()
                     return True
-                put_back(before)
+                undo()
     return False
 
 
 def _is_made(written: nn.Module, model: nn.Module, numbers: Mapping[str, Number], rehearsal: Rehearsal) -> bool:
     """Whether the class makes the same model of numbers, given the weights."""
-    config: Any = copy.deepcopy(model.config)
+    config = configuration_of(model)
     put_numbers(config, numbers)
     parameter = next(written.parameters())
     try:
-        rebuilt: nn.Module = type(written)(config)
+        rebuilt = build(type(written), config)
         without_weight_norms(rebuilt)
         rebuilt.to(dtype=parameter.dtype, device=parameter.device)
         rebuilt.load_state_dict(written.state_dict())
@@ -96,7 +95,7 @@ def warn_of_sizes(written: nn.Module, found: Configuration, inputs: Arguments) -
     else:
         said = ", ".join(f"{name}={value}" for name, value in way.items())
         why = f"with {said} its class makes a model of these sizes that computes something else"
-    _warn(written, why, integers.follow_in_parts(wanted))
+    _warn(found, why, integers.follow_in_parts(wanted))
 
 
 def _outputs(model: nn.Module, inputs: Arguments) -> list[Tensor]:
@@ -133,18 +132,23 @@ def _two(ratios: dict[Axis, float], wanted: Shapes) -> str:
     return " and ".join(f"{name} ({wanted[name][axis]} in axis {axis})" for name, axis in (least, most))
 
 
-def _warn(written: nn.Module, why: str, unknown: list[str]) -> None:
+def _warn(found: Configuration, why: str, unknown: list[str]) -> None:
     attributes = ""
-    if unknown:
+    if not found.by_keywords:
         attributes = (
+            " Channels chosen with fxprune.prune.channels(traced, ..., runnable=model) keep to what a "
+            "configuration can say."
+        )
+    if unknown:
+        attributes += (
             f" {first_of(unknown, 3)} may have to change with the sizes there, and nothing says to what: calls of "
             "another form than the one that was traced could fail."
         )
     warnings.warn(
-        f"config cannot say the sizes of this {type(written).__name__}: {why}. It runs, and trains on, but "
+        f"config cannot say the sizes of this {type(found.model).__name__}: {why}. It runs, and trains on, but "
         "from_pretrained could not build it: store the module that finalize returned by fxprune.save(final, path), and "
-        "restore the model by fxprune.write_back(fxprune.load(path), model). Channels chosen with "
-        f"fxprune.prune.channels(traced, ..., runnable=model) keep to what a configuration can say.{attributes}",
+        "restore the model by fxprune.write_back(fxprune.load(path), model)."
+        f"{attributes}",
         ConfigurationWarning,
         stacklevel=4,
     )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
+
+import torch
+from torch import nn
 
 Number: TypeAlias = "int | float"
 Numbers: TypeAlias = "dict[str, Number]"
@@ -11,6 +16,48 @@ Numbers: TypeAlias = "dict[str, Number]"
 Before = tuple[Any, str, bool, Any]
 UNSAID = "head_dim"  # which many classes read, if it is there
 TOGETHER = " and "  # between the names of numbers that change together
+
+
+class Keywords:
+    """The keywords that a class was called with, which its instances keep in a mapping, as those of diffusers do."""
+
+    def __init__(self, config: Mapping[str, Any], names: Collection[str]) -> None:
+        """`config`: what instances keep. `names`: of the parameters of the class."""
+        vars(self).update({name: copy.deepcopy(value) for name, value in config.items() if name in names})
+
+
+def configuration_of(model: nn.Module) -> Any:
+    """A copy of what a model was built from: its configuration, or the keywords; None where neither is known."""
+    config = getattr(model, "config", None)
+    if getattr(type(model), "config_class", None) is not None and hasattr(config, "to_dict"):
+        return copy.deepcopy(config)
+    if isinstance(config, Mapping) and hasattr(model, "register_to_config"):
+        return Keywords(config, inspect.signature(type(model).__init__).parameters)
+    return None
+
+
+def build(kind: type[nn.Module], config: Any) -> nn.Module:
+    """A model of a class from what `configuration_of` gives."""
+    return kind(**vars(config)) if isinstance(config, Keywords) else kind(config)
+
+
+def put_into(model: Any, numbers: Mapping[str, Number]) -> Callable[[], None]:
+    """Set numbers of a model's configuration, by their names; returns what undoes it."""
+    config = configuration_of(model)
+    if not isinstance(config, Keywords):
+        before = put_numbers(model.config, numbers)
+        return lambda: put_back(before)
+    put_numbers(config, numbers)
+    earlier = dict(model.config)
+    with torch.device("meta"):
+        made: Any = build(type(model), config)
+    changed = {name: value for name, value in made.config.items() if value != earlier.get(name)}
+    model.register_to_config(**changed)
+
+    def undo() -> None:
+        model.register_to_config(**earlier)
+
+    return undo
 
 
 def entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

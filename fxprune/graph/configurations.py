@@ -1,4 +1,4 @@
-"""Models that are built from a configuration, as those of transformers: which of its numbers gives which size.
+"""Models that are built from a configuration, as those of transformers and diffusers: which number gives which size.
 
 What a class makes of its configuration is found by building it: on the meta device, with one number changed.
 """
@@ -15,7 +15,17 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from fxprune.graph.configuration_numbers import TOGETHER, UNSAID, Number, Numbers, entries, put_numbers
+from fxprune.graph.configuration_numbers import (
+    TOGETHER,
+    UNSAID,
+    Keywords,
+    Number,
+    Numbers,
+    build,
+    configuration_of,
+    entries,
+    put_numbers,
+)
 from fxprune.graph.names import tensors_of
 
 Shapes = dict[str, tuple[int, ...]]
@@ -52,23 +62,22 @@ class Configuration:
     """The configuration of a model, and the sizes that the model has with other numbers in it.
 
     Attributes:
-        model: an instance of a class that is built from `config` alone.
+        model: an instance of a class that is built from its configuration alone.
+        by_keywords: whether the class takes what is in it as keywords.
         shapes: of its parameters and buffers.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model, self._config = model, configuration_of(model)
+        self.by_keywords = isinstance(self._config, Keywords)
         self.shapes: Shapes = sizes_of(model)
         self._built: dict[tuple[tuple[str, Number], ...], Built | None] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> Configuration | None:
         """That of a model; None where it has none from which it can be built."""
-        config = getattr(model, "config", None)
-        if getattr(type(model), "config_class", None) is None or not hasattr(config, "to_dict"):
-            return None
         found = cls(model)
-        return found if found.built({}) == found.shapes else None
+        return found if found._config is not None and found.built({}) == found.shapes else None
 
     @cached_property
     def numbers(self) -> dict[str, Number]:
@@ -79,7 +88,7 @@ class Configuration:
         """
         found: dict[str, Number] = {}
         unsaid: list[str] = []
-        for name, value in entries(self.model.config):
+        for name, value in entries(self._config):
             if isinstance(value, list | tuple):
                 found |= self._listed(name, value)
             elif (type(value) is int and value > 1) or (type(value) is float and value > 0):
@@ -88,7 +97,7 @@ class Configuration:
                 unsaid.append(name)
         sizes = sorted({size for shape in self.shapes.values() for size in shape if size > 1})
         heads = _numbers_called(self.model, UNSAID)
-        for name in unsaid:
+        for name in [] if self.by_keywords else unsaid:
             candidates = heads if name.endswith(UNSAID) else sizes
             said = next((size for size in candidates if self._says(name, size)), None)
             if said is not None:
@@ -118,7 +127,7 @@ class Configuration:
     @cached_property
     def _unsaid(self) -> Numbers:
         """The numbers that are not said, as they are."""
-        unsaid = {name for name, value in entries(self.model.config) if value is None}
+        unsaid = {name for name, value in entries(self._config) if value is None}
         return {name: number for name, number in self.numbers.items() if name in unsaid}
 
     def _says(self, name: str, size: int) -> bool:
@@ -138,12 +147,12 @@ class Configuration:
         return self._built[key]
 
     def _build(self, numbers: Mapping[str, Number]) -> Built | None:
-        config = copy.deepcopy(self.model.config)
+        config = copy.deepcopy(self._config)
         try:
             put_numbers(config, numbers)
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return Built.of(type(self.model)(config))
+                return Built.of(build(type(self.model), config))
         except Exception:  # the library's code may raise anything for numbers that do not fit
             return None
 

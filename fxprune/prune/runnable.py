@@ -39,7 +39,7 @@ def runnable_groups(
     rows = [*_parts(grouping), *sizes.rows, *limits.alike]
     staying = [(heads, _HEADS) for heads in sizes.heads]
     configuration = Configuration.of(model)
-    if configuration is None:
+    if configuration is None or configuration.by_keywords:  # such name hardly any size of a layer
         found = Grouping(grouping.plain, rows, staying, for_class=True) if rows else grouping
         found.groups = limits.limited(found.groups)
         return found
