@@ -12,6 +12,7 @@ from fxprune.capture.front_end import trace
 from fxprune.channels import ChannelGroup, ChannelGroups, ChannelPlan, OperatorCall, register_operator
 from fxprune.checkpoints.checkpoint import load, save
 from fxprune.checkpoints.loading_states import load_state
+from fxprune.checkpoints.slicing_states import slice_state
 from fxprune.driver import (
     channel_groups,
     finalize,
@@ -81,6 +82,7 @@ __all__ = [  # noqa: RUF022
     "save",
     "load",
     "load_state",
+    "slice_state",
     "export",
     "compare",
     # errors

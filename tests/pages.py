@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import pkgutil
 import re
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-_BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"(?:^<!-- needs (\w+) -->\n)?^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL
+)
 _FILE = re.compile(
     r"^(?:New file|At the end of|In) `([\w/.-]+)`(?:, below `([^`\n]+)`)?:\n\n```\w+\n(.*?)^```$",
     re.MULTILINE | re.DOTALL,
@@ -28,12 +31,19 @@ class Block:
     Attributes:
         page: the file it stands in. line: how many lines of the page come before it.
         source: its text. printed: the block of text right below it, which is what it prints; None without one.
+        needs: the package without which it cannot run, from `<!-- needs package -->` right above it; None without one.
     """
 
     page: Path
     line: int
     source: str
     printed: str | None
+    needs: str | None = None
+
+    @property
+    def lacks(self) -> str | None:
+        """The package that it needs and that is not there."""
+        return self.needs if self.needs and importlib.util.find_spec(self.needs) is None else None
 
     def run(self, namespace: dict[str, Any]) -> None:
         """Run it as printed, and compare what it prints."""
@@ -76,8 +86,8 @@ def blocks(page: Path) -> list[Block]:
     """The blocks of python in a page, those of whole files aside."""
     text = page.read_text(encoding="utf-8")
     files = {match.start(3) for match in _FILE.finditer(text)}
-    found = [match for match in _BLOCK.finditer(text) if match.start(1) not in files]
-    return [Block(page, text.count("\n", 0, match.start(1)), match[1], match[2]) for match in found]
+    found = [match for match in _BLOCK.finditer(text) if match.start(2) not in files]
+    return [Block(page, text.count("\n", 0, match.start(2)), match[2], match[3], match[1]) for match in found]
 
 
 def file_blocks(text: str) -> list[FileBlock]:

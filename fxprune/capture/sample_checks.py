@@ -21,6 +21,8 @@ from fxprune.graph.calls import Call, as_call
 from fxprune.graph.names import tensors_of
 from fxprune.reports import first_of
 
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.nn.quantized", "bitsandbytes.")  # where layers of such weights come from
+
 
 def check_model(model: object, args: object) -> None:
     """Raise CaptureError unless the value is an eager module; the message has the way to one."""
@@ -46,9 +48,20 @@ def _check_contents(model: nn.Module) -> None:
             "model once before: model(inputs)."
         )
     if absent := [name for name, tensor in tensors.items() if tensor.device.type == "meta"]:
+        is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # by the accelerate library
+        cure = "model.to_empty(device='cpu'), then load_state_dict."
+        if is_offloaded:
+            cure = "they are offloaded, so load it with device_map=None, or with device_map='cpu'."
         raise CaptureError(
-            f"{first_of(absent)} of {kind} are on the meta device, without values. Give the model some: "
-            "model.to_empty(device='cpu'), then load_state_dict."
+            f"{first_of(absent)} of {kind} are on the meta device, without values. Give the model some: {cure}"
+        )
+    quantized = [path for path, module in model.named_modules() if type(module).__module__.startswith(_QUANTIZED)]
+    quantized += [name for name, tensor in tensors.items() if tensor.is_quantized]
+    if quantized or getattr(model, "is_quantized", False) is True:
+        where = f"{first_of(quantized)} of {kind}" if quantized else kind
+        raise CaptureError(
+            f"{where} has quantized weights, whose channels cannot be cut. Load or build the model without "
+            "quantization (quantization_config=None), prune that, and quantize what comes back."
         )
 
 
