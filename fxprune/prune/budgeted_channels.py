@@ -250,7 +250,7 @@ def _outcome(
 def _in_class(before: TracedModule, limits: ClassLimits | None, choose: Callable[[], _Outcome]) -> _Outcome:
     """A choice with which the class runs: one is made, tried, and made again with what is known then.
 
-    Where every choice needs channels back as zeros, the first of them.
+    Where every choice needs channels back as zeros, the last of them.
 
     Raises:
         PruningError: there is none.
@@ -264,7 +264,7 @@ def _in_class(before: TracedModule, limits: ClassLimits | None, choose: Callable
             failure = failure_in_class(before, outcome.found.masks, outcome.decided, limits.model)
             if failure is None:
                 return outcome
-            running = running or (outcome if isinstance(failure, Filled) else None)
+            running = outcome if isinstance(failure, Filled) else running
             limits.learn(outcome.grouping, outcome.picked, failure)
         except PruningError:
             if running is None:

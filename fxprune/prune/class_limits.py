@@ -71,10 +71,19 @@ def failure_in_class(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said again when it is done
         try:
-            _, filling_up = written_with_zeros(driver.finalize(candidate), model)
+            final = driver.finalize(candidate)
+            written, filling_up = written_with_zeros(final, model)
         except WriteBackError as failure:
             return failure
-    return Filled(f"{first_of(filling_up, 3)} took channels back as zeros.", filling_up) if filling_up else None
+    if not filling_up:
+        return None
+    if _entries(written) >= _entries(model) > _entries(final):
+        return WriteBackError("everything came back as zeros.", filling_up)
+    return Filled(f"{first_of(filling_up, 3)} took channels back as zeros.", filling_up)
+
+
+def _entries(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass

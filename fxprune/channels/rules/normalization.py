@@ -123,6 +123,12 @@ class BatchNorm(_ChannelNorm):
     def over_input(self) -> bool:
         return self.training
 
+    def separated(self, walk: Walk, value: Value) -> Value:
+        if not self.over_input:
+            return value
+        others = [dim for dim in range(value.rank) if dim != 1]
+        return walk.blur(self.node, value, others, "statistics over it")
+
     @classmethod
     def module_sizes(cls, module: nn.Module) -> dict[str, Any]:
         found = module.weight if module.weight is not None else module.running_mean
