@@ -111,11 +111,11 @@ class Target:
 
     def missing_rows(
         self, current: Environment, reference: Environment, number: int, places: tuple[Tensor, ...]
-    ) -> Tensor | float:
+    ) -> Tensor | None:
         """What the stream of a call is missing at some positions, in the units of the reader's output."""
         stream, scale = self.streams[number], self.scales[number]
         if stream is None:
-            return 0.0
+            return None
         output = reference[self.reader.calls[number].node]
         lack = reference[stream.other] - current[stream.other]
         rows = self.reader.outputs_at(torch.broadcast_to(lack, output.shape), places)
@@ -186,15 +186,19 @@ class Family:
     ) -> None:
         reader = self.targets[0].reader
         data = reader.received(reader.calls[number], current, reference)
-        inputs = reader.inputs_at(data, places)[..., self.columns]
+        inputs = reader.inputs_at(data, places)
+        inputs = inputs if len(self.columns) == inputs.shape[-1] else inputs[..., self.columns]
         inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
         outputs, errors = [], []
         for target in self.targets:
             rows = target.reference_rows(reference, number, places).to(inputs.dtype)
             table = target.table[..., self.columns].to(inputs.dtype)
-            own = inputs @ table.transpose(1, 2) + target.bias[:, None].to(inputs.dtype)
+            error = rows - target.bias[:, None].to(inputs.dtype)
+            error.baddbmm_(inputs, table.transpose(1, 2), alpha=-1)
             outputs.append(rows)
-            errors.append(rows - own + target.missing_rows(current, reference, number, places))
+            if (missing := target.missing_rows(current, reference, number, places)) is not None:
+                error += missing
+            errors.append(error)
         if self._shift is None:
             self._shift = first_shift(inputs)
         (self.held if is_held else self.fit).add(inputs, errors, outputs, self._shift)

@@ -9,7 +9,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from fxprune.graph.interpretation import Interpreter, run
+from fxprune.graph.interpretation import run
+from fxprune.prune.repair.alive import AliveInterpreter
 from fxprune.prune.repair.batches import Piece
 from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.shelf import Shelf
@@ -58,7 +59,7 @@ class Judge:
         return sum(shares) / len(shares) if shares else 0.0
 
 
-class _Shifted(Interpreter):
+class _Shifted(AliveInterpreter):
     """Adds to what calls give the biases that they do not have yet."""
 
     def __init__(self, graph: fx.Graph, tensors: Tensors, biases: Biases) -> None:

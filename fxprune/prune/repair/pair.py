@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxprune.graph.interpretation import Interpreter
+from fxprune.prune.repair.alive import AliveInterpreter
 from fxprune.prune.repair.finding import Stream
 from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.shelf import State
@@ -58,7 +59,7 @@ class Pair:
     ) -> None:
         self.layout, self.waves, self.unmasked = layout, waves, unmasked
         self.places = graph.find_nodes(op="placeholder")
-        self._current = Interpreter(graph, tensors, keep=True)
+        self._current = AliveInterpreter(graph, tensors, keep=True)
         self._reference = Interpreter(graph, references, keep=True)
         self._streams, self._fixed = streams, frozenset(layout.fixed)
         self.biases: dict[fx.Node, tuple[Reader, Tensor]] = {}
