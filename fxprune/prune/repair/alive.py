@@ -34,10 +34,10 @@ class AliveInterpreter(Interpreter):
             1 - _LEAST_DEAD
         ):
             return super().call_function(target, args, kwargs)
-        return _convolved(target, given, outputs, inputs)
+        return convolved(target, given, outputs, inputs)
 
 
-def _convolved(target: Any, given: dict[str, Any], outputs: Tensor, inputs: Tensor) -> Tensor:
+def convolved(target: Any, given: dict[str, Any], outputs: Tensor, inputs: Tensor) -> Tensor:
     """A convolution by the channels that are alive, masks [channels]; the other outputs are the bias alone."""
     weight, bias = given["weight"][outputs][:, inputs], given.get("bias")
     data = given["input"] if bool(inputs.all()) else given["input"][:, inputs]
@@ -45,8 +45,8 @@ def _convolved(target: Any, given: dict[str, Any], outputs: Tensor, inputs: Tens
     found: Tensor = target(**{**given, "input": data, "weight": weight, "bias": own})
     if bool(outputs.all()):
         return found
-    whole = found.new_zeros(len(found), len(outputs), *found.shape[2:])
+    whole = found.new_empty(len(found), len(outputs), *found.shape[2:])
     whole[:, outputs] = found
-    if bias is not None and bool(bias[~outputs].any()):
-        whole[:, ~outputs] = bias[~outputs].reshape(-1, *[1] * (found.dim() - 2)).expand_as(whole[:, ~outputs])
+    still = 0.0 if bias is None else bias[~outputs].reshape(-1, *[1] * (found.dim() - 2))
+    whole[:, ~outputs] = still
     return whole

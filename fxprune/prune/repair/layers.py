@@ -198,7 +198,7 @@ class ConvolutionReader(Reader):
         return tuple(data.shape[2:])
 
     def inputs_at(self, data: Tensor, places: tuple[Tensor, ...]) -> Tensor:
-        taken = self._windows(data)[places]  # [rows, channels, *kernel]
+        taken = self._windows(data)[places].movedim(-1, 1)  # [rows, channels, *kernel]
         return taken.reshape(len(taken), self.sizes[0], self.sizes[2]).transpose(0, 1)
 
     def outputs_at(self, output: Tensor, places: tuple[Tensor, ...]) -> Tensor:
@@ -208,12 +208,15 @@ class ConvolutionReader(Reader):
         return output + bias.to(output).reshape(-1, *[1] * len(self.kernel))
 
     def _windows(self, data: Tensor) -> Tensor:
-        """What every position reads, as a view of the padded input: [batch, *space, channels, *kernel]."""
-        data = functional.pad(data, [size for pair in reversed(self.padding) for size in pair])
-        space = len(self.kernel)
-        for dim, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 2):
+        """What every position reads, as a view of the padded input: [batch, *space, *kernel, channels]."""
+        data, space = data.movedim(1, -1), len(self.kernel)
+        if any(map(any, self.padding)):
+            data = functional.pad(data, [0, 0, *(size for pair in reversed(self.padding) for size in pair)])
+        if math.prod(self.kernel) > 1:  # channels of a tap lie side by side, and are read at once
+            data = data.contiguous()
+        for dim, (size, step, gap) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True), 1):
             data = data.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
-        return data.movedim(1, space + 1)
+        return data.movedim(space + 1, -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,9 +99,9 @@ class Moments:
         add_products(self.square, shifted)
         for found, error, output in zip(self.errors, errors, outputs, strict=True):
             found.cross += transposed @ error
-            found.total += error.sum(1, dtype=torch.float64)
-            found.energy += error.double().square().sum(1)
-            found.output += output.double().square().sum(1)
+            found.total += error.sum(1)
+            found.energy += error.square().sum(1)
+            found.output += output.square().sum(1)
 
     def with_those_of(self, other: Moments) -> Moments:
         """The sums over the rows of both, which are counted from the same shift."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,13 @@ class Problem:
     support: Tensor
     biased: Tensor
     alive: Tensor
+    _equations: dict[bool, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict)
+
+    def equations(self, centred: bool) -> tuple[Tensor, Tensor]:
+        """X^T X and X^T E of the rows to fit, about the mean or about zero."""
+        if centred not in self._equations:
+            self._equations[centred] = self.fit.normal_equations(self.reader, centred)
+        return self._equations[centred]
 
     def energy(self, change: Tensor, bias: Tensor, outputs: Tensor) -> float:
         """The held-back error of some outputs after a change."""
@@ -137,12 +144,8 @@ def _blocks(problem: Problem) -> Iterator[_Block]:
 def _solution(problem: Problem, blocks: Sequence[_Block], damping: float) -> tuple[Tensor, Tensor]:
     """The changes of weights and bias that the damped normal equations of these outputs give."""
     change = torch.zeros(problem.support.shape, dtype=torch.float64, device=problem.support.device)
-    equations = {
-        centred: problem.fit.normal_equations(problem.reader, centred)
-        for centred in {block.centred for block in blocks}
-    }
     for block in blocks:
-        square, cross = equations[block.centred]
+        square, cross = problem.equations(block.centred)
         if isinstance(block.groups, slice):
             change += _shared(square, cross, block.columns, damping).transpose(1, 2)
         else:
@@ -160,6 +163,8 @@ def _shared(square: Tensor, cross: Tensor, common: Tensor, damping: float) -> Te
     """All outputs of all groups, whose support is that of their group."""
     if len(common) == 1:
         columns = common[0].nonzero()[:, 0]
+        if len(columns) == common.shape[1]:
+            return _ridge(square, cross, damping)
         found = torch.zeros_like(cross)
         found[:, columns] = _ridge(square[:, columns[:, None], columns], cross[:, columns], damping)
         return found
