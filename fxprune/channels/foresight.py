@@ -39,9 +39,15 @@ def foresee(
     return analyze(candidate)
 
 
-def parameters_left(analysis: Analysis) -> int:
-    """How many parameters the module will have, biases that take up constants among them; `analysis` is used up."""
-    return remove(analysis.traced, analysis, verify=False).parameters[1]
+def parameters_left(analysis: Analysis) -> int | None:
+    """How many parameters the module will have, biases that take up constants among them; `analysis` is used up.
+
+    None where a change of the graph fails, so that `finalize` will leave channels for it.
+    """
+    try:
+        return remove(analysis.traced, analysis, verify=False).parameters[1]
+    except Exception:  # a registered operator's own changes may raise anything; finalize says what it was
+        return None
 
 
 def classes_left(grouping: Grouping, analysis: Analysis) -> Mask | None:

@@ -198,17 +198,20 @@ class Configuration:
         }
 
     def is_divisible(self, name: str, axis: Axis, units: int) -> bool:
-        """Whether a number can be what says an axis with one of so many units less.
+        """Whether a number can be what says an axis with one of so many units less, and its other multiples too.
 
         Of an axis that is no multiple of it, whether it can be made less by that.
         """
-        tensor, dim = axis
-        wanted = self.shapes[tensor][dim] * (units - 1) if axis in self.proportional[name] else None
+        multiples = {
+            (tensor, dim): self.shapes[tensor][dim] * (units - 1)
+            for tensor, dim in self.proportional[name]
+            if self.shapes[tensor][dim] % units == 0 or (tensor, dim) == axis
+        }
         for value in self._valued(name, (units - 1) / units * self.numbers[name]):
             shapes = self.built(self._unsaid | {name: value})
             if shapes is None or not self.followers[name].issuperset(differing(self.shapes, shapes)):
                 continue
-            if wanted is None or shapes[tensor][dim] * units == wanted:
+            if all(shapes[tensor][dim] * units == size for (tensor, dim), size in multiples.items()):
                 return True
         return False
 

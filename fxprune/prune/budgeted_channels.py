@@ -416,10 +416,11 @@ def _chosen(
             corrected, ranked = True, ranked.corrected(left & ~counted, counted & ~left)
             continue
         macs, parameters = grouping.macs(counted), grouping.parameters(counted)
-        if left is None or corrected:  # values have a say in what goes, and may take biases that hold them
+        counted_left = parameters if not masked(traced) or left is None or corrected else parameters_left(analysis)
+        if left is None or corrected or counted_left is None:  # values have a say in what goes, and in biases
             found = _finalized(traced, wanted, decided)
         else:
-            found = macs, parameters_left(analysis) if masked(traced) else parameters
+            found = macs, counted_left
         sizes = {"macs": found[0] - macs, "parameters": found[1] - parameters}
         more = {name: sizes.get(name, 0) for name in added}
         settles = corrections >= MOST_CORRECTIONS // 2  # what is added depends on the choice: the most of it counts

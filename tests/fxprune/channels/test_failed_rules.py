@@ -155,6 +155,20 @@ def test_a_budget_is_reached_by_the_rest(rule: Any) -> None:
     assert any("five is no width" in reason for reason in report.stayed.values())
 
 
+def test_a_change_that_fails_while_parameters_are_counted_leaves_its_channels(rule: Any) -> None:
+    rule(RaisesLater)
+    model = Network().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)  # nothing is dead by itself, so that choices are counted by their relations
+    traced = fxprune.trace(model, torch.randn(5, 4))
+    fxprune.prune.l1_unstructured(traced, "third.weight", amount=0.3)
+    report = fxprune.prune.channels(traced, parameters=0.75, round_to=1)
+    final = final_with(traced)
+    assert final.plan is not None
+    assert "no such place" in final.plan.refused["gate"]
+    assert report.parameters[1] == final.plan.parameters[1] <= 0.75 * report.parameters[0]
+
+
 def test_where_no_operator_can_be_named_every_channel_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any) -> None:
         raise ValueError("out of nowhere")
