@@ -1,0 +1,128 @@
+"""How much goes of what can go, in random networks, by an oracle that knows nothing of fxprune (oracle.py).
+
+Printed are the networks, those whose results differ in float64, the dead rows, how many of them are free and how many
+went; then why free ones stay, as the plan says.
+
+Run: PYTHONPATH=. python benchmarks/dead_channels.py [networks of each family [first seed]]
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from command import argument, prepare
+from oracle import search
+from oracle_structure import Inputs
+from torch import nn
+
+import fxprune
+from tests.fxprune.channels.exactness import EXACT, error
+from tests.random_networks import network
+from tests.random_recurrent import recurrent_network
+from tests.random_streams import ByHand, streams
+from tests.selection_networks import SelectionNetwork
+
+FAMILIES: dict[str, Callable[[int], tuple[nn.Module, Inputs]]] = {
+    "images": network,
+    "selections": lambda seed: network(seed, kind=SelectionNetwork),
+    "tokens": lambda seed: network(seed, words=True),
+    "streams": streams,
+    "recurrent": recurrent_network,
+}
+
+
+def units(model: nn.Module, final: nn.Module) -> tuple[int, int]:
+    """Hidden units whose candidate is zero: how many can go, and went; as many of every layer and direction.
+
+    They are the same ones where the mean of the last states of all is read.
+    """
+    sizes, free, gone = {name: len(p) for name, p in final.named_parameters()}, 0, 0
+    for name, module in model.named_modules():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        begins = getattr(owner, "start", "none") in ("none", "zeros")
+        if not isinstance(module, nn.RNNBase) or module.proj_size or not begins:
+            continue
+        count, gates = module.hidden_size, len(module.weight_hh_l0) // module.hidden_size
+        rows, found = slice(2 * count, 3 * count) if gates > 1 else slice(count), []
+        for suffix in [n.removeprefix("weight_ih") for n, _ in module.named_parameters() if n.startswith("weight_ih")]:
+            parts = [getattr(module, kind + suffix, None) for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+            found.append(torch.cat([p[rows].reshape(count, -1) for p in parts if p is not None], 1).any(1))
+        live = torch.stack(found)
+        live = live.any(0, keepdim=True) if getattr(owner, "reads", "all") == "mean" else live
+        least = min(count - 1, int((~live).sum(1).min()))
+        free, gone = free + least, gone + min(least, count - sizes.get(f"{name}.weight_ih_l0", 0) // gates)
+    return free, gone
+
+
+def measure(family: str, seed: int) -> tuple[Counter[str], Counter[str]]:
+    """One network: counts, and why free rows stay."""
+    model, inputs = FAMILIES[family](seed)
+    for module in model.eval().modules():
+        if isinstance(module, ByHand):
+            module.form = torch.overrides.wrap_torch_function(lambda x, w, b: (x,))(module.form)
+    traced = fxprune.trace(
+        copy.deepcopy(model), inputs(2), modes=("eval",), dynamic_shapes=None if seed % 3 else "batch"
+    )
+    final = fxprune.finalize(traced, align=1)
+    assert final.plan is not None
+    samples = [inputs(batch) for batch in ((2, 2) if seed % 3 else (1, 2, 5))]
+    with torch.no_grad():
+        wrong = any(error(model(x), final(x)) > EXACT for x in samples)
+    found, dead, can_go = search(model, inputs)
+    free, gone = units(model, final)
+    whys: Counter[str] = Counter()
+    for name, layer in found.layers.items():
+        rows = {row for other, row in dead if other == name}
+        can = sum(other == name for other, _ in can_go)
+        went = min(can, len(rows) - _left(final, name, layer.row_axes, layer.row_shape, rows))
+        free, gone = free + can, gone + went
+        entries = [why for other, axis, _, why in final.plan.stayed if other == name and axis in layer.row_axes]
+        if can > went:
+            whys[re.sub(r"`.*?` \((\S+).*?\)", r"\1", str(entries[0])) if entries else "no reason"] += can - went
+    return Counter(networks=1, wrong=wrong, dead=len(dead), free=free, gone=gone), whys
+
+
+def _left(final: fxprune.TracedModule, name: str, axes: Sequence[int], shape: Sequence[int], rows: set[int]) -> int:
+    """How many of some rows a finalized network still has."""
+    assert final.plan is not None
+    if name not in dict(final.named_parameters()):
+        return 0
+    if name not in final.plan.kept:
+        return len(rows)
+    if not axes:  # of a transposed convolution in groups
+        (read,) = [node for node in final.graphs["eval"].nodes if node.op == "get_attr" and node.target == name]
+        return max(0, len(rows) - (shape[0] - int(next(iter(read.users)).meta["val"].shape[1])))
+    stay = torch.zeros(list(shape), dtype=torch.bool)
+    stay[torch.meshgrid(*(final.plan.kept[name][axis].cpu() for axis in axes), indexing="ij")] = True
+    return sum(bool(stay.flatten()[row]) for row in rows)
+
+
+def main() -> None:
+    prepare()
+    count, first = int(argument(1, 20)), int(argument(2, 0))
+    total: Counter[str] = Counter()
+    for family in FAMILIES:
+        counts: Counter[str] = Counter()
+        reasons: Counter[str] = Counter()
+        for seed in range(first, first + count):
+            one, whys = measure(family, seed)
+            counts, reasons = counts + one, reasons + whys
+        total += counts
+        print(_row(family, counts), flush=True)
+        for why, times in reasons.most_common():
+            print(f"    {times} stayed: {why}")
+    print(_row("all", total))
+
+
+def _row(name: str, counts: Counter[str]) -> str:
+    share = counts["gone"] / max(counts["free"], 1)
+    numbers = ", ".join(f"{counts[key]} {key}" for key in ("networks", "wrong", "dead", "free", "gone"))
+    return f"{name}: {numbers} ({share:.4f})"
+
+
+if __name__ == "__main__":
+    main()
