@@ -1,7 +1,8 @@
 """How much goes of what can go, in random networks, by an oracle that knows nothing of fxprune (oracle.py).
 
 Printed are the networks, those whose results differ in float64, the dead rows, how many of them are free and how many
-went; then why free ones stay, as the plan says.
+went; then why free ones stay, as the plan says. Masks make some networks constants, whatever comes in: all is dead
+in these, and they have lines of their own.
 
 Run: PYTHONPATH=. python benchmarks/dead_channels.py [networks of each family [first seed]]
 """
@@ -106,16 +107,25 @@ def main() -> None:
     count, first = int(argument(1, 20)), int(argument(2, 0))
     total: Counter[str] = Counter()
     for family in FAMILIES:
-        counts: Counter[str] = Counter()
-        reasons: Counter[str] = Counter()
+        counts: dict[str, Counter[str]] = {family: Counter(), f"{family}, constants": Counter()}
+        reasons: dict[str, Counter[str]] = {name: Counter() for name in counts}
         for seed in range(first, first + count):
             one, whys = measure(family, seed)
-            counts, reasons = counts + one, reasons + whys
-        total += counts
-        print(_row(family, counts), flush=True)
-        for why, times in reasons.most_common():
-            print(f"    {times} stayed: {why}")
+            name = f"{family}, constants" if is_constant(family, seed) else family
+            counts[name], reasons[name], total = counts[name] + one, reasons[name] + whys, total + one
+        for name in counts:
+            print(_row(name, counts[name]), flush=True)
+            for why, times in reasons[name].most_common():
+                print(f"    {times} stayed: {why}")
     print(_row("all", total))
+
+
+def is_constant(family: str, seed: int) -> bool:
+    """Whether a network gives the same whatever comes in."""
+    model, inputs = FAMILIES[family](seed)
+    with torch.no_grad():
+        first, second = (model.eval()(inputs(8)) for _ in range(2))
+    return bool((first - second).abs().max() <= 1e-12)
 
 
 def _row(name: str, counts: Counter[str]) -> str:
