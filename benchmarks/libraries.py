@@ -158,6 +158,10 @@ class Steps:
 
     def finalize(self) -> str:
         self.final = fxprune.finalize(self.traced)
+        assert self.final.plan is not None
+        left = f"{self.final.plan.macs[1] / max(self.final.plan.macs[0], 1):.3f}"
+        if self.row["budget"][:2] == "0." and left != self.row["budget"]:
+            raise AssertionError(f"{left} of the MACs are left, not {self.row['budget']}")
         try:
             masked, final = copy.deepcopy(self.traced).double(), fxprune.finalize(copy.deepcopy(self.traced).double())
             calls = self.calls(torch.float64)
@@ -323,7 +327,8 @@ def verdict(step: str, text: str) -> str:
         return "refused"
     limit = EXACT if step == "finalize" and "float32" not in text else ROUNDED
     try:
-        return "yes" if float(text.split()[0]) < limit else f"WRONG ({text})"
+        good = "runnable" if "(runnable)" in text else "yes"
+        return good if float(text.split()[0]) < limit else f"WRONG ({text})"
     except ValueError:
         return "refused" if text.startswith(("WriteBackError", "PruningError")) else "failed"
 
@@ -342,7 +347,7 @@ def table(out: Path) -> str:
         mine = [row for row in found if row["model"].startswith(f"{library}/")]
         for row in mine:
             verdicts = {step: verdict(step, row[step]) if step in row else "" for step in columns}
-            passed.update(step for step in STEPS if verdicts[step] == "yes" or verdicts[step][:2] == "0.")
+            passed.update(step for step in STEPS if verdicts[step] in ("yes", "runnable") or verdicts[step][:2] == "0.")
             passed[PEER] += verdicts[PEER].endswith("equal")
             lines.append(f"| {row['model'].split('/')[1]} | " + " | ".join(verdicts.values()) + " |")
         lines += [f"| of {len(mine)} | " + " | ".join(str(passed[step]) for step in columns) + " |", ""]
