@@ -14,6 +14,7 @@ _BERT = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
     "max_position_embeddings": 40, "num_labels": 3,
 }  # fmt: skip
+_WIDE = _BERT | {"intermediate_size": 128}  # as much wider as published ones are
 _DISTIL = {"vocab_size": 60, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "num_labels": 3}
 _LLAMA = _BERT | {
     "num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -143,11 +144,11 @@ TRANSFORMERS: dict[str, tuple[str, Mapping[str, Any], Inputs]] = {
     "MPNetForMaskedLM": ("MPNetConfig", _BERT, words()),
     "MPNetForSequenceClassification": ("MPNetConfig", _BERT, words()),
     "DebertaV2ForSequenceClassification": (
-        "DebertaV2Config", _BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, words()),
+        "DebertaV2Config", _WIDE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, words()),
     "DebertaForTokenClassification": (
-        "DebertaConfig", _BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, words()),
+        "DebertaConfig", _WIDE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, words()),
     "ModernBertForSequenceClassification": ("ModernBertConfig", _BERT | {"pad_token_id": 0}, words()),
-    "SqueezeBertForSequenceClassification": ("SqueezeBertConfig", _BERT | {"embedding_size": 32}, words()),
+    "SqueezeBertForSequenceClassification": ("SqueezeBertConfig", _WIDE | {"embedding_size": 32}, words()),
     "MobileBertForSequenceClassification": (
         "MobileBertConfig", _BERT | {"embedding_size": 16, "intra_bottleneck_size": 16}, words()),
     "ConvBertForSequenceClassification": ("ConvBertConfig", _BERT | {"embedding_size": 32}, words()),

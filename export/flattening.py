@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxprune.errors import ArgumentTypeError, ExportError, FinalizeError
+from fxprune.graph.calls import Call
 from fxprune.graph.codegen import CodeGen
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.expressions import evaluate
@@ -96,6 +97,15 @@ def flatten(final: TracedModule, structured: bool = False) -> Flat:
     module = fx.GraphModule(root, graph)
     module.training = False
     return Flat(module, names, parameters)
+
+
+def take_as_given(module: fx.GraphModule, call: Call) -> None:
+    """Have a flat module take arguments in the containers of this call, whose leaves are the captured ones."""
+    info = pytree_info(module.graph)
+    structure = pytree.tree_structure(tuple(call))
+    if structure != info.in_spec:
+        module.graph.set_codegen(CodeGen(info._replace(in_spec=structure)))
+        module.recompile()
 
 
 def _separate_tensors(graph: fx.Graph, paths: list[str], outputs: list[Any]) -> dict[fx.Node, str]:

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
 from fxprune.calling import is_no_function, named_arguments
+from fxprune.capture.caches import without_foreign_caches
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call, as_calls
@@ -22,7 +23,7 @@ from fxprune.graph.masks import masked
 from fxprune.graph.traced import TracedModule
 from fxprune.reports import counted
 
-from .flattening import check_source, flatten
+from .flattening import check_source, flatten, take_as_given
 from .lowering import lower
 from .metadata import captured_sizes, metadata
 from .onnx_files import rewrite, save, side_files
@@ -268,10 +269,10 @@ def _translate(request: _Request) -> _Translation:
     """The eval graph as an ONNX program, every name in it as it will be in the file."""
     flat = flatten(request.final)
     lower(flat.module, request.opset)
+    sample = Call(*without_foreign_caches(tuple(request.sample)))
+    take_as_given(flat.module, sample)
     with translating("translate the model to ONNX"):
-        exported = torch.export.export(
-            flat.module, *request.sample, dynamic_shapes=request.dynamic_shapes, strict=False
-        )
+        exported = torch.export.export(flat.module, *sample, dynamic_shapes=request.dynamic_shapes, strict=False)
         program = torch.onnx.export(exported, dynamo=True, verbose=False, opset_version=request.opset)
     assert isinstance(program, ONNXProgram)
     translation = _Translation(exported, program)

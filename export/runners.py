@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from fxprune.capture.archives import read_program
+from fxprune.capture.caches import without_foreign_caches
 from fxprune.errors import CompareError, FxpruneError
 from fxprune.files import check_suffix
 from fxprune.graph.calls import Call, cloned
@@ -48,7 +49,8 @@ class TorchRunner(ABC):
             except FxpruneError:
                 raise
             except Exception as error:  # whatever the model's own code raises
-                given = pytree.tree_map_only(torch.Tensor, lambda t: f"{dtype_name(t)}{list(t.shape)}", (args, kwargs))
+                plain = without_foreign_caches((args, kwargs))  # which hold tensors alone
+                given = pytree.tree_map_only(torch.Tensor, lambda t: f"{dtype_name(t)}{list(t.shape)}", plain)
                 many = isinstance(error, TypeError) and "positional argument" in str(error)
                 cure = " Labels are no input: give what the model is called with." if many else ""
                 raise CompareError(

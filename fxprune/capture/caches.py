@@ -68,6 +68,24 @@ def register_cache(kind: type) -> None:
     )
 
 
+def without_foreign_caches(tree: Any) -> Any:
+    """A structure with lists in place of caches whose class others have made known to torch.
+
+    Theirs are built by code that makes tensors, which a graph would hold anew whenever torch traces it again.
+    """
+
+    def is_foreign(value: object) -> bool:
+        node = pytree.SUPPORTED_NODES.get(type(value))
+        return is_cache(value) and node is not None and node.flatten_fn not in (_flatten, _flatten_pair)
+
+    def plain(value: Any) -> Any:
+        if not is_foreign(value):
+            return value
+        return without_foreign_caches(list(pytree.SUPPORTED_NODES[type(value)].flatten_fn(value)[0]))
+
+    return pytree.tree_map(plain, tree, is_leaf=is_foreign)
+
+
 def register_library() -> None:
     """Make the library's caches and outputs known, which a file may name, where the process has imported it."""
     if "transformers" not in sys.modules:

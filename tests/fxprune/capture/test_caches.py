@@ -286,3 +286,43 @@ def test_a_loss_is_computed_from_labels(transformers: Any) -> None:
     traced.train(), model.train()
     traced(**call).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+_FOREIGN = """
+import sys
+
+import torch
+
+_operators = torch.library.Library("torchvision", "DEF")  # which a build of torchvision beside a CPU torch may lack
+for name in ("nms", "qnms"):
+    _operators.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+
+import transformers
+from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+import fxprune
+from tests.decoders import STEP_SHAPES, decoder, step, tokens
+
+register_dynamic_cache_export_support()
+model = decoder("Llama", transformers)
+sample = step(model, transformers.DynamicCache(), 2, 3, 4)
+traced = fxprune.trace(model, sample, dynamic_shapes=STEP_SHAPES, modes=("eval",))
+report = fxprune.export.to_onnx(fxprune.finalize(traced), sys.argv[1])
+assert "past_key_values.1.value" in report.inputs, report.inputs
+prompt = tokens(2, 4)
+written = fxprune.export.generate(
+    sys.argv[1], {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}, max_new_tokens=8
+)
+assert torch.equal(written, model.generate(prompt, do_sample=False, max_new_tokens=8))
+"""
+
+
+def test_a_cache_that_the_library_itself_registered_is_written_to_onnx(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _FOREIGN, str(tmp_path / "decoder.onnx")],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
