@@ -226,7 +226,8 @@ TRANSFORMERS: dict[str, tuple[str, Mapping[str, Any], Inputs]] = {
         "WhisperConfig", _WHISPER | {"classifier_proj_size": 16}, lambda: {"input_features": torch.randn(2, 8, 24)}),
     "Wav2Vec2ForCTC": ("Wav2Vec2Config", _WAV2VEC, _sound()),
     "Wav2Vec2ForSequenceClassification": (
-        "Wav2Vec2Config", _WAV2VEC | {"classifier_proj_size": 16, "feat_extract_norm": "layer"}, _sound()),
+        "Wav2Vec2Config",
+        _WAV2VEC | {"classifier_proj_size": 16, "feat_extract_norm": "layer", "intermediate_size": 128}, _sound()),
     "HubertForCTC": ("HubertConfig", _WAV2VEC, _sound()),
     "HubertForSequenceClassification": ("HubertConfig", _WAV2VEC, _sound()),
     "WavLMForSequenceClassification": ("WavLMConfig", _WAV2VEC, _sound()),

@@ -16,6 +16,7 @@ from fxprune.prune.class_limits import ClassLimits, parts_of_axes
 
 _PARTS = ("aten.chunk.default", "aten.split.Tensor")
 _LONGER = 8  # than the longest axis, what all lengths divide
+_STEPS = (2, 4, 8)  # units that go together where one cannot
 _GIVEN = "its size follows from the configuration of {}, together with sizes that stay"
 _HEADS = "its class says the size of all heads together by another width: what is in each goes"
 
@@ -106,24 +107,26 @@ class _Numbers:
                         yield np.stack([np.repeat(vector, longest // len(vector)) for vector in alike])
 
     def steps(self, free: frozenset[str], groups: Sequence[ChannelGroup]) -> Iterator[Vector]:
-        """The classes of groups of which a whole number says how many times a size there are, [size, times].
+        """The classes of groups that lose channels by steps of some size alone, [size, times].
 
-        Each row keeps equally many, so that what is left is a multiple of the size.
+        Each row keeps equally many, so that what is left is a multiple of the size: of a width that a whole ratio
+        multiplies, or of the groups of a convolution.
         """
         for group in groups:
             times = self._times(group, free) if group.reason is None else None
             if times is not None:
-                yield group.units.reshape(times, -1).T
+                yield group.units.reshape(-1, times)
 
     def _times(self, group: ChannelGroup, free: frozenset[str]) -> int | None:
-        """The number that says a group as a multiple, None where its units can go one by one, or not at all."""
+        """How many steps a group has, None where its units can go one by one, or not at all."""
         if group.kind not in (Kind.CHANNEL, Kind.MLP_UNIT) or self._goes(group, free, group.size):
             return None
         axis = group.members[0].parameter, group.members[0].axis
-        for name in sorted(self._saying(axis) & free):
-            times = self._configuration.numbers[name]
-            if type(times) is int and group.size % times == 0 and self._goes(group, free, times):
-                return times
+        numbers = [self._configuration.numbers[name] for name in sorted(self._saying(axis) & free)]
+        for times in (*numbers, *(group.size // size for size in _STEPS)):
+            is_whole = type(times) is int and times > 1 and group.size % times == 0
+            if is_whole and self._goes(group, free, int(times)):
+                return int(times)
         return None
 
     def leaves(self, group: ChannelGroup, free: frozenset[str]) -> bool:

@@ -86,6 +86,23 @@ def test_a_whole_ratio_keeps_multiples_of_the_width_that_it_multiplies() -> None
     assert [layer.out_features for layer in built.up] == [8 * built.config.ratio, 16 * built.config.ratio]
 
 
+class Grouped(Configured):
+    """Convolutions of four groups."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.up = nn.Conv1d(8, self.config.inner, 1, groups=4)
+        self.down = nn.Conv1d(self.config.inner, 8, 1, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+def test_a_width_that_groups_of_a_convolution_divide_keeps_multiples_of_them() -> None:
+    built = back_again(Grouped(Config(inner=32)), torch.randn(2, 8, 5), amount=0.4, round_to=1)
+    assert built.config.inner == 20 == built.up.out_channels
+
+
 class Residual(Configured):
     """Two stages; the first has a shortcut of its own where its width is not the stem's."""
 
