@@ -99,11 +99,13 @@ class WriteBackError(FxpruneError):
 
     Attributes:
         places: the paths of the modules that cannot, as far as one is known.
+        runs: whether the class runs all the same, once these modules have taken channels back as zeros.
     """
 
-    def __init__(self, message: str, places: Iterable[str] = ()) -> None:
+    def __init__(self, message: str, places: Iterable[str] = (), runs: bool = False) -> None:
         super().__init__(message)
         self.places = tuple(places)
+        self.runs = runs
 
 
 class SparseGradientError(FxpruneError, NotImplementedError):

@@ -58,7 +58,7 @@ from fxprune.prune.channel_scores import (
     scorable,
     unit_scores,
 )
-from fxprune.prune.class_limits import ClassLimits, Filled, failure_in_class
+from fxprune.prune.class_limits import ClassLimits, failure_in_class
 from fxprune.prune.decisions import record, undone
 from fxprune.prune.group_record import numbered_labels
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence
@@ -264,7 +264,7 @@ def _in_class(before: TracedModule, limits: ClassLimits | None, choose: Callable
             failure = failure_in_class(before, outcome.found.masks, outcome.decided, limits.model)
             if failure is None:
                 return outcome
-            running = outcome if isinstance(failure, Filled) else running
+            running = outcome if failure.runs else running
             limits.learn(outcome.grouping, outcome.picked, failure)
         except PruningError:
             if running is None:

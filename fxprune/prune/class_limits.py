@@ -54,10 +54,6 @@ def parts_of_axes(grouping: Grouping) -> Iterator[tuple[fx.Node, list[Vector]]]:
             yield node, classes
 
 
-class Filled(WriteBackError):
-    """The class runs, but modules took channels back as zeros."""
-
-
 def failure_in_class(
     traced: TracedModule,
     masks: Mapping[str, torch.Tensor],
@@ -79,7 +75,7 @@ def failure_in_class(
         return None
     if _entries(written) >= _entries(model) > _entries(final):
         return WriteBackError("everything came back as zeros.", filling_up)
-    return Filled(f"{first_of(filling_up, 3)} took channels back as zeros.", filling_up)
+    return WriteBackError(f"{first_of(filling_up, 3)} took channels back as zeros.", filling_up, runs=True)
 
 
 def _entries(module: nn.Module) -> int:
@@ -120,10 +116,9 @@ class ClassLimits:
         Raises:
             PruningError: nothing is left that could be asked for.
         """
-        runs = isinstance(failure, Filled)
-        for place in failure.places if runs else self._outwards(failure.places):
+        for place in failure.places if failure.runs else self._outwards(failure.places):
             kin = self._kin(place)
-            for step in (_TIE, _HOLD) if runs else (_TIE, _HOLD, _HOLD_SHARED):
+            for step in (_TIE, _HOLD) if failure.runs else (_TIE, _HOLD, _HOLD_SHARED):
                 if (kin, step) in self._taken:
                     continue
                 self._taken.add((kin, step))
