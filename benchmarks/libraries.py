@@ -46,7 +46,7 @@ from library_models import entries
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import CaptureError, PassError, WriteBackError
+from fxprune.errors import CaptureError, ConfigurationWarning, PassError, WriteBackError
 from fxprune.graph.equality import error
 from fxprune.graph.interpretation import run
 from fxprune.graph.names import tensor_at
@@ -235,7 +235,9 @@ class Steps:
         """With channels chosen for the class, through a folder as the library has it."""
         traced = fxprune.trace(self.model, self.args, self.kwargs, modes=("eval",))
         fxprune.prune.channels(traced, macs=0.7, runnable=self.model)
-        small: Any = fxprune.write_back(fxprune.finalize(traced), self.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ConfigurationWarning)  # that no configuration says the sizes
+            small: Any = fxprune.write_back(fxprune.finalize(traced), self.model)
         with tempfile.TemporaryDirectory() as folder:
             small.save_pretrained(folder)
             again = type(small).from_pretrained(folder).eval()
@@ -319,6 +321,8 @@ def verdict(step: str, text: str) -> str:
             if text.startswith("differs")
             else text
             if text.startswith("over")
+            else "refused"
+            if text.startswith("CaptureError")
             else "failed"
         )
     if step == "budget":
@@ -330,7 +334,8 @@ def verdict(step: str, text: str) -> str:
         good = "runnable" if "(runnable)" in text else "yes"
         return good if float(text.split()[0]) < limit else f"WRONG ({text})"
     except ValueError:
-        return "refused" if text.startswith(("WriteBackError", "PruningError")) else "failed"
+        named = ("WriteBackError", "PruningError", "ConfigurationWarning")
+        return "refused" if text.startswith(named) else "failed"
 
 
 def table(out: Path) -> str:

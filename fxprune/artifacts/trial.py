@@ -123,9 +123,12 @@ class Search:
         path = self.copy.paths(module)[0]
         yield from ways_to_fill_up(path, self.zeros.kept, self.copy.shapes, head_sizes, self.zeros.numbers)
 
-    def is_in_graph(self, module: nn.Module, outputs: Any, given: Sequence[Tensor]) -> bool:
-        """Whether each of a module's results is a value that it has in the graph, or one that it was given."""
-        return all_among(outputs, [*self._values[module], *given], self.rehearsal.tolerance)
+    def not_in_graph(self, module: nn.Module, outputs: Any, given: Sequence[Tensor]) -> int:
+        """How many of a module's results are no value that it has in the graph, nor one that it was given.
+
+        A result that nothing reads is not in the graph.
+        """
+        return not_among(outputs, [*self._values[module], *given], self.rehearsal.tolerance)
 
     def derive(self) -> None:
         """Set the integers that forward does not read, where the others leave one value."""
@@ -184,10 +187,10 @@ class Trial:
         return self._settle(call, situation)
 
     def _settle(self, call: _Call, situation: Shapes) -> Any:
-        """The outputs with the first setting that agrees with the graph, else with the first that runs."""
+        """The outputs with the first setting that agrees with the graph, else with that which comes nearest to it."""
         search, zeros, module = self._search, self._search.zeros, self._module
         first_failure: Exception | None = None
-        first_running: tuple[Channels, Setting] | None = None
+        nearest: tuple[int, Channels, Setting] | None = None
         for channels in search.ways_to_fill_up(module):
             with zeros.taken_back(channels) as filled:
                 for setting in search.settings(module):
@@ -204,18 +207,20 @@ class Trial:
                                 raise
                             first_failure = first_failure or failure
                             continue
-                        if search.is_in_graph(module, outputs, call.given):
+                        foreign = search.not_in_graph(module, outputs, call.given)
+                        if not foreign:
                             filled.keep()
                             filled_inside.keep()
                             self._note(channels)
                             self._settled = self._shapes()
                             return outputs
-                        first_running = first_running or (channels, setting)
-        if first_running is None:
+                        if nearest is None or foreign < nearest[0]:
+                            nearest = foreign, channels, setting
+        if nearest is None:
             assert first_failure is not None
             self._failures[situation] = first_failure
             raise first_failure
-        return self._settle_for(call, *first_running)
+        return self._settle_for(call, *nearest[1:])
 
     def _settle_for(self, call: _Call, channels: Channels, setting: Setting) -> Any:
         """The outputs with a setting that runs, though it does not agree with the graph."""
@@ -289,13 +294,13 @@ def _stand_ins(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[Non
                 vars(module)["forward"] = own
 
 
-def all_among(outputs: Any, values: Sequence[Tensor], tolerance: float | None) -> bool:
-    """Whether each floating-point tensor of the outputs is among the values, to rounding.
+def not_among(outputs: Any, values: Sequence[Tensor], tolerance: float | None) -> int:
+    """How many floating-point tensors of the outputs are not among the values, to rounding.
 
     Channels of zeros in the last axis, which a class may need, are not counted.
     """
     tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return all(any(_agree(value, tensor, tolerance) for value in values) for tensor in tensors)
+    return sum(not any(_agree(value, tensor, tolerance) for value in values) for tensor in tensors)
 
 
 def _agree(value: Tensor, output: Tensor, tolerance: float | None) -> bool:

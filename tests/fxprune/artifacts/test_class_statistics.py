@@ -81,3 +81,69 @@ def test_channels_of_a_norm_by_the_root_mean_square_go_where_its_gain_counts_the
     small = fxprune.write_back(fxprune.finalize(traced), model)
     assert small.first.out_features == 8
     torch.testing.assert_close(small(x), traced(x))
+
+
+class Attention(nn.Module):
+    """As attention of diffusers: the size of a head from the keys, and no scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.q, self.k, self.v = (nn.Linear(6, 16) for _ in range(3))
+        self.out, self.up, self.down = nn.Linear(16, 6), nn.Linear(6, 32), nn.Linear(32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        size = k.shape[-1] // self.heads
+        q, k, v = (each.view(x.shape[0], -1, self.heads, size).transpose(1, 2) for each in (q, k, v))
+        y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.out(y)
+        return x + self.down(self.up(x).relu())
+
+
+def test_queries_and_keys_of_attention_without_a_scale_stay_and_the_rest_goes() -> None:
+    model = Attention().eval()
+    x = torch.randn(2, 5, 6)
+    traced = fxprune.trace(model, x, modes=("eval",))
+    fxprune.prune.channels(traced, macs=0.7, round_to=1, runnable=model)
+    small = fxprune.write_back(fxprune.finalize(traced), model)
+    assert small.q.out_features % 8 == 0  # whole heads alone
+    assert small.up.out_features < 32
+    torch.testing.assert_close(small(x), traced(x))
+    with pytest.raises(PruningError, match="scales by how many"):
+        fxprune.prune.channels(traced, 0.5, targets="q", kinds="head channel", runnable=model)
+
+
+class WithMore(nn.Module):
+    """Attention that gives a second result, which nothing reads, with its heads in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.qkv, self.out = nn.Linear(6, 48), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (
+            each.reshape(x.shape[0], x.shape[1], self.heads, -1).transpose(1, 2) for each in self.qkv(x).chunk(3, -1)
+        )
+        y = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(y), y.relu()
+
+
+class ReadsOne(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.last = WithMore(), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x + self.attention(x)[0])
+
+
+def test_a_result_that_nothing_reads_does_not_hide_the_right_number_of_heads() -> None:
+    model = ReadsOne().eval()
+    x = torch.randn(2, 5, 6)
+    traced = fxprune.trace(model, x, modes=("eval",))
+    fxprune.prune.channels(traced, 0.5, kinds="attention head", round_to=1, runnable=model)
+    small = fxprune.write_back(fxprune.finalize(traced), model)
+    assert (small.attention.heads, small.attention.out.in_features) == (2, 8)
+    torch.testing.assert_close(small(x), traced(x))
