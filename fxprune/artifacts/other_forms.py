@@ -84,6 +84,8 @@ def _watch_calls(
     forms: list[OtherForm], run: Callable[[], Any], found: Callable[[OtherForm, Any, Any, list[Tensor]], None]
 ) -> None:
     """Run a model; `found` is called with a form, and the arguments and results of its module, at the first call."""
+    if not forms:
+        return
     waiting = list(forms)
 
     def after(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
