@@ -368,13 +368,19 @@ def own_weight_and_bias(
     found = weights.find_own(weight, "weight")
     if isinstance(found, Why):
         return found
-    shape = view(weights.root, found[0]).value().shape
-    bias = bias_of(weights, added, shape[0])
-    if isinstance(bias, Why):
-        return bias
+    with_shape = _bias_and_shape(weights, found[0], added)
+    if isinstance(with_shape, Why):
+        return with_shape
+    bias, shape = with_shape
     if bias is not None and (count := len(weights.readers(bias))) > 1:
         return Why(f"its bias is used by {count} calls")
     return found[0], bias, shape
+
+
+def _bias_and_shape(weights: Weights, weight: str, added: fx.Node | None) -> tuple[str | None, torch.Size] | Why:
+    shape = view(weights.root, weight).value().shape
+    bias = bias_of(weights, added, shape[0])
+    return bias if isinstance(bias, Why) else (bias, shape)
 
 
 def _recurrent(weights: Weights, call: Recurrent) -> Reader | Why:
@@ -397,10 +403,10 @@ def cell_reader(
     found = weights.find(weight, "weight")
     if isinstance(found, Why):
         return found
-    shape = view(weights.root, found[0]).value().shape
-    bias = bias_of(weights, added, shape[0])
-    if isinstance(bias, Why):
-        return bias
+    with_shape = _bias_and_shape(weights, found[0], added)
+    if isinstance(with_shape, Why):
+        return with_shape
+    bias, shape = with_shape
     if len(call.data.meta["val"].shape) != 2:
         return Why("its input has no batch")
     state = call.hx[0] if call.is_lstm else call.hx

@@ -16,9 +16,8 @@ from fxprune.prune.repair.finding import LeftAlone, Weights, Why, cell_reader, j
 from fxprune.prune.repair.layers import CellReader, Reader, ReaderCall, RecurrentReader
 
 
-@dataclass(frozen=True, eq=False)
-class StateReader(RecurrentReader):
-    """The weights that read the state: all gates of each direction, a group each; of several layers the last one's.
+class _OfStates(Reader):
+    """Weights that read a state.
 
     The states of the masked network come of the weights themselves, and of errors of all steps before. What is fitted
     reads those of the reference instead: its live units make up for those that are masked.
@@ -31,6 +30,11 @@ class StateReader(RecurrentReader):
     @property
     def reads_reference(self) -> bool:
         return True
+
+
+@dataclass(frozen=True, eq=False)
+class StateReader(_OfStates, RecurrentReader):
+    """All gates of each direction, a group each; of several layers the last one's."""
 
     def told_by(self, call: ReaderCall) -> fx.Node:
         return call.node
@@ -51,16 +55,8 @@ class StateReader(RecurrentReader):
 
 
 @dataclass(frozen=True, eq=False)
-class CellStateReader(CellReader):
-    """The weights of a recurrent cell that read the state, as `StateReader`: of all steps, those of the reference."""
-
-    @property
-    def key(self) -> Hashable:
-        return self.node, type(self)
-
-    @property
-    def reads_reference(self) -> bool:
-        return True
+class CellStateReader(_OfStates, CellReader):
+    """Those of a recurrent cell, over all steps."""
 
     def told_by(self, call: ReaderCall) -> fx.Node:
         assert call.state is not None
