@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxprune.artifacts.following_integers import Integers
 from fxprune.artifacts.rehearsal import Rehearsal
 from fxprune.artifacts.restoring_norms import without_weight_norms
+from fxprune.artifacts.unread_tensors import cut_unread
 from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.artifacts.zero_channels import ZeroChannels, lost_by_themselves
 from fxprune.errors import ConfigurationWarning, WriteBackError
@@ -33,6 +34,8 @@ def sizes_as_configured(
     What modules read from a configuration that they share is found in no other way. The class must make the same model
     of the numbers. Channels that nobody chose come back as zeros where numbers say the sizes then.
 
+    Tensors that no call reads are cut to what the class makes of them.
+
     Args:
         copied: the shrunk model, in eval mode. configuration: of the model as it was.
         zeros: the channels of the copy. rehearsal: runs it.
@@ -51,9 +54,11 @@ def sizes_as_configured(
                 return False
             for numbers in itertools.islice(configuration.expressing(wanted), _TRIED):
                 undo = put_into(written, numbers)
-                if integers.agree_with(numbers) and _is_made(written, configuration.model, numbers, rehearsal):
-                    filled.keep()
-                    return True
+                with cut_unread(written, configuration, numbers) as cut:
+                    if integers.agree_with(numbers) and _is_made(written, configuration.model, numbers, rehearsal):
+                        filled.keep()
+                        cut.keep()
+                        return True
                 undo()
     return False
 
@@ -84,7 +89,7 @@ def warn_of_sizes(written: nn.Module, found: Configuration, inputs: Arguments) -
     Warns:
         ConfigurationWarning: there are no numbers that say them, or the class makes another model of these.
     """
-    wanted = sizes_of(written)
+    wanted = found.read(sizes_of(written))
     if wanted == found.shapes:
         return
     outputs = _outputs(written, inputs)

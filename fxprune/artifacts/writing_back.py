@@ -19,7 +19,7 @@ from fxprune.artifacts.values import LeftOut, LeftOver, check_same_model, put_va
 from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentTypeError, WriteBackError
-from fxprune.graph.configurations import Configuration
+from fxprune.graph.configurations import Configuration, unread_tensors
 from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.requirements import require_eval
@@ -94,8 +94,10 @@ def written_with_zeros(final: TracedModule, model: nn.Module) -> tuple[nn.Module
         torch.manual_seed(0)
         written = plain_copy(model)
         flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-        configuration = Configuration.of(model)
-        is_said, filling_up = _write(WorkingCopy(written, final), flags, configuration)
+        copied = WorkingCopy(written, final)
+        unread = unread_tensors(written, final.graphs.values()) - copied.plan.kept.keys()
+        configuration = Configuration.of(model, unread)
+        is_said, filling_up = _write(copied, flags, configuration)
         forget_kept_tensors(written)
         if configuration is not None:
             restore_weight_norms(written, model)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxprune.graph.configuration_numbers import (
     TOGETHER,
@@ -40,13 +40,18 @@ _ABOVE = 1 + 1e-9  # of a fraction whose product is rounded down
 
 @dataclass(frozen=True)
 class Built:
-    """What a class makes of numbers: the sizes of tensors, and the integers that modules keep as attributes."""
+    """What a class makes of numbers: the sizes of tensors, and the integers that modules keep as attributes.
+
+    Attributes:
+        shapes: of the tensors that count. unread: of those that no call reads. integers: by attribute.
+    """
 
     shapes: Shapes
+    unread: Shapes
     integers: dict[Attribute, int]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Built:
+    def of(cls, model: nn.Module, unread: Collection[str] = ()) -> Built:
         """Those of a model."""
         modules = model.named_modules()
         integers = {
@@ -55,7 +60,8 @@ class Built:
             for name, value in vars(module).items()
             if type(value) is int
         }
-        return cls(sizes_of(model), integers)
+        sizes = sizes_of(model)
+        return cls(sizes, {name: sizes.pop(name) for name in sizes.keys() & set(unread)}, integers)
 
 
 class Configuration:
@@ -64,20 +70,26 @@ class Configuration:
     Attributes:
         model: an instance of a class that is built from its configuration alone.
         by_keywords: whether the class takes what is in it as keywords.
-        shapes: of its parameters and buffers.
+        unread: the names of its tensors that no call reads: they follow numbers, and say none.
+        shapes: of its other parameters and buffers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, unread: Collection[str] = ()) -> None:
         self.model, self._config = model, configuration_of(model)
         self.by_keywords = isinstance(self._config, Keywords)
-        self.shapes: Shapes = sizes_of(model)
+        self.unread = frozenset(unread)
+        self.shapes: Shapes = self.read(sizes_of(model))
         self._built: dict[tuple[tuple[str, Number], ...], Built | None] = {}
 
     @classmethod
-    def of(cls, model: nn.Module) -> Configuration | None:
+    def of(cls, model: nn.Module, unread: Collection[str] = ()) -> Configuration | None:
         """That of a model; None where it has none from which it can be built."""
-        found = cls(model)
+        found = cls(model, unread)
         return found if found._config is not None and found.built({}) == found.shapes else None
+
+    def read(self, shapes: Shapes) -> Shapes:
+        """Without the tensors that no call reads."""
+        return {name: shape for name, shape in shapes.items() if name not in self.unread}
 
     @cached_property
     def numbers(self) -> dict[str, Number]:
@@ -152,7 +164,7 @@ class Configuration:
             put_numbers(config, numbers)
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return Built.of(build(type(self.model), config))
+                return Built.of(build(type(self.model), config), self.unread)
         except Exception:  # the library's code may raise anything for numbers that do not fit
             return None
 
@@ -328,6 +340,14 @@ def is_within(tensor: str, path: str) -> bool:
 def _numbers_called(model: nn.Module, name: str) -> list[int]:
     values = {vars(module).get(name) for module in model.modules()}
     return sorted(value for value in values if type(value) is int)
+
+
+def unread_tensors(model: nn.Module, graphs: Iterable[fx.Graph]) -> set[str]:
+    """The names of a model's tensors that these graphs of it read under none of their names."""
+    tensors = tensors_of(model)
+    read = {str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")}
+    same = {id(tensors[name]) for name in read & tensors.keys()}
+    return {name for name in sizes_of(model) if name not in read and id(tensors.get(name)) not in same}
 
 
 def sizes_of(model: nn.Module) -> Shapes:

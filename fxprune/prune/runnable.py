@@ -10,7 +10,7 @@ import numpy as np
 
 from fxprune.channels.groups import ChannelGroup, Grouping, Kind
 from fxprune.channels.ids import Mask, Vector
-from fxprune.graph.configurations import Axis, Configuration
+from fxprune.graph.configurations import Axis, Configuration, unread_tensors
 from fxprune.prune.alike_sizes import alike_sizes
 from fxprune.prune.class_limits import ClassLimits, parts_of_axes
 
@@ -39,7 +39,7 @@ def runnable_groups(
     sizes = alike_sizes(grouping, model)
     rows = [*_parts(grouping), *sizes.rows, *limits.alike]
     staying = [(heads, _HEADS) for heads in sizes.heads]
-    configuration = Configuration.of(model)
+    configuration = Configuration.of(model, unread_tensors(model, grouping.plain.graphs.values()))
     if configuration is None or configuration.by_keywords:  # such name hardly any size of a layer
         found = Grouping(grouping.plain, rows, staying, for_class=True) if rows else grouping
         found.groups = limits.limited(found.groups)
