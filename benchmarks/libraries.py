@@ -42,6 +42,7 @@ import numpy as np
 import onnxruntime
 import torch
 import torch.utils._pytree as pytree
+from command import declare_torchvision
 from library_models import entries
 from torch import Tensor, nn
 
@@ -56,17 +57,6 @@ STEPS = ("trace", "budget", "finalize", "onnx", "back", "pretrained")
 PEER = "Torch-Pruning"
 # larger errors are wrong results: in float64, and in float32
 EXACT, ROUNDED = 1e-9, 2e-4
-
-
-def declare_torchvision() -> None:
-    """The operators that torchvision declares when it is imported: libraries take hold of them by name."""
-    try:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:  # it is there
-        return
-    globals()["_library"] = library
 
 
 def settle(model: nn.Module) -> nn.Module:

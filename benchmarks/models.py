@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import torch
+from command import declare_torchvision
 from torch import nn
 
 from fxprune.graph.macs import counted_macs, flop_counter
 
-# torchvision's import needs operators that its build lacks beside a CPU build of torch
-_operators = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-    _operators.define(f"{_name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-
 
 def cnn(name: str) -> nn.Module:
     """A pytorchcv network by its name."""
+    declare_torchvision()
     from pytorchcv.model_provider import get_model
 
     torch.manual_seed(0)
@@ -26,6 +23,7 @@ def vision(name: str) -> nn.Module:
     """A network for 224 x 224 images: "vit_b", or a pytorchcv network by its name."""
     if name != "vit_b":
         return cnn(name)
+    declare_torchvision()
     from transformers import ViTConfig, ViTForImageClassification
 
     class Logits(nn.Module):
