@@ -52,6 +52,7 @@ from fxprune.passes import (
 )
 from fxprune.passes.base import Callback, Pass
 from fxprune.passes.insert_parametrization import InsertParametrization, InsertParametrizations
+from fxprune.sharding import followed
 
 # of nodes that are left alone one by one, before all are
 _MOST_REFUSED = 8
@@ -60,7 +61,8 @@ _MOST_REFUSED = 8
 def run(traced: TracedModule, *pipeline: Pass) -> None:
     """Run passes on a traced module in place."""
     require_traced(traced)
-    run_passes(traced, pipeline)
+    with followed(traced):
+        run_passes(traced, pipeline)
 
 
 def insert_masks(traced: TracedModule, masks: Mapping[str, torch.Tensor]) -> None:

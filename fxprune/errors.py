@@ -27,6 +27,7 @@ __all__ = [
     "ProviderWarning",
     "PruningError",
     "SampleError",
+    "ShardingError",
     "SparseGradientError",
     "StateDictError",
     "SuffixError",
@@ -110,6 +111,13 @@ class WriteBackError(FxpruneError):
 
 class SparseGradientError(FxpruneError, NotImplementedError):
     """A gradient is sparse, which torch cannot clip. Fix: build the layer with `sparse=False`."""
+
+
+class ShardingError(FxpruneError, RuntimeError):
+    """Processes that hold parts of one module cannot go on together: one is gone, late, or was asked something else.
+
+    Fix: the message says what; after a lost process start all again, from the last checkpoint that is whole.
+    """
 
 
 class FxpruneWarning(UserWarning):

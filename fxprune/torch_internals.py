@@ -20,6 +20,9 @@ from torch import fx, nn
 from torch._export.verifier import TrainingIRVerifier
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.export import Dim
 from torch.export.dynamic_shapes import _DerivedDim as DerivedDim
 from torch.export.dynamic_shapes import _DimHint as DimHint
@@ -52,14 +55,17 @@ __all__ = [
     "TorchDispatchMode",
     "TrainingIRVerifier",
     "WeightNormParametrization",
+    "calls_kept",
     "convert_tensors",
     "derived_dimension",
     "dimension_hint",
     "fake_cpu_tensor",
     "fake_tensor",
     "flat_weight_names",
+    "follow_parameters",
     "functional_twin",
     "fuses_in_eval",
+    "gathered_like",
     "has_forward",
     "is_erased",
     "is_inside_step",
@@ -130,6 +136,20 @@ def state_of_generated_code(module: fx.GraphModule) -> dict[str, Any]:
     """What `recompile` has set on a module beside its class's `forward`: the graph, its code and structures."""
     names = ("_graph", "_code", "_in_spec", "_out_spec", "_lineno_map", "_prologue_start")
     return {name: module.__dict__[name] for name in names if name in module.__dict__}
+
+
+@contextlib.contextmanager
+def calls_kept(module: fx.GraphModule) -> Iterator[None]:
+    """Within, code is generated for a module, whose class FSDP may have replaced by a subclass of it.
+
+    `recompile` gives the class of its object a `__call__` that goes on with that of the class above: were there two in
+    a row, they would call each other for ever.
+    """
+    kind = type(module)
+    goes_on = any("_wrapped_call" in vars(above) for above in kind.__mro__[1:])
+    yield
+    if goes_on and "_wrapped_call" in vars(kind):
+        del kind._wrapped_call, kind.__call__  # type: ignore[attr-defined]
 
 
 def fake_tensor(like: FakeTensor, empty: torch.Tensor) -> FakeTensor:
@@ -286,3 +306,72 @@ def has_forward(module: nn.Module) -> bool:
 def fuses_in_eval(module: nn.MultiheadAttention) -> bool:
     """Whether the shapes of an attention let eager take its fused kernel in eval mode without gradients."""
     return bool(module.batch_first and module._qkv_same_embed_dim and module.num_heads % 2 == 0)
+
+
+# ---- parameters that FSDP shards
+
+
+def _groups(module: nn.Module) -> Iterator[Any]:
+    """The groups of parameters that FSDP gathers together."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            state: Any = part._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)
+            yield from (state._fsdp_param_group,) if groups is None else groups
+
+
+def follow_parameters(module: nn.Module, before: Iterable[nn.Parameter]) -> None:
+    """Tell FSDP which parameters a module has now, and where.
+
+    Args:
+        module: one that FSDP shards; its parameters are sharded.
+        before: those that it had before; new ones that are plain are sharded as those whose place they take.
+    """
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((owner, name))
+                parameters[id(parameter)] = parameter
+    fresh = [key for key in parameters if key not in set(map(id, before))]
+    for group in filter(None, _groups(module)):
+        gone = [each for each in group.fsdp_params if id(each.sharded_param) not in places]
+        for each in group.fsdp_params:
+            if each not in gone:
+                _put(each._module_info, places[id(each.sharded_param)])
+        if not gone:
+            continue
+        for each in gone:
+            each._post_load_hook_handle.remove()
+        made = [_sharded(parameters[key], places[key], gone[0], group) for key in fresh]
+        fresh = []
+        group.fsdp_params = [each for each in group.fsdp_params if each not in gone] + made
+        if hasattr(gone[0], "param_dtype"):  # it has been run
+            group._init_mp_dtypes()
+
+
+def _put(info: ParamModuleInfo, places: list[tuple[nn.Module, str]]) -> None:
+    (info.module, info.param_name), *others = places
+    info.shared_modules, info.shared_param_names = [owner for owner, _ in others], [name for _, name in others]
+
+
+def _sharded(parameter: nn.Parameter, places: list[tuple[nn.Module, str]], like: FSDPParam, group: Any) -> FSDPParam:
+    info = ParamModuleInfo(*places[0])
+    _put(info, places)
+    return FSDPParam(
+        parameter, info, like.mesh_info, group.post_forward_mesh_info, group.device, None, group.mp_policy,
+        group.offload_policy,
+    )  # fmt: skip
+
+
+def gathered_like(module: nn.Module, buffer: DTensor) -> torch.Tensor:
+    """A buffer, spread as a parameter that FSDP shards, as FSDP gathers that for a call: whole, but for other axes."""
+    full = buffer.full_tensor()
+    for group in filter(None, _groups(module)):
+        for each in group.fsdp_params:
+            own = each.sharded_param
+            if each.is_dtensor and (own.device_mesh, own.placements) == (buffer.device_mesh, buffer.placements):
+                spec = getattr(each, "_unsharded_dtensor_spec", None) or each._tp_spec
+                return distribute_tensor(full, spec.mesh, spec.placements, src_data_rank=None)
+    return full

@@ -23,6 +23,7 @@ from fxprune.graph.names import ModulePaths, exists, tensor_at
 from fxprune.graph.reparametrizations import computed_names, remove_state, reparametrized
 from fxprune.graph.traced import TracedModule
 from fxprune.graph.values import under_mask
+from fxprune.sharding import by_parts, is_managed, is_sharded, spread, whole
 
 from .base import Pass
 
@@ -137,7 +138,7 @@ def _fold(traced: TracedModule, name: str, nodes: list[fx.Node], holders: Counte
     original = None if found.mask is None else found.original
     remove_state(traced, name)
     if original is not None and holders[id(original)] == 1:  # (1)
-        original.data = value
+        _write(original, value)
         owner._parameters[attribute] = original
     else:  # (2)
         holders[id(original)] -= 1
@@ -161,16 +162,28 @@ def _fold_under_mask(traced: TracedModule, name: str, nodes: list[fx.Node]) -> N
 def _own_value(traced: TracedModule, found: ParameterView, nodes: list[fx.Node]) -> tuple[torch.Tensor, bool]:
     """What a parameter folds to, in memory of its own, and whether it is trained."""
     value, sources = _value(traced, found, nodes)
-    if any(value.data_ptr() == source.data_ptr() for source in sources):
+    if any(not is_sharded(source) and value.data_ptr() == source.data_ptr() for source in sources):
         value = value.clone()
+    if not is_managed(traced):  # which shards new parameters itself
+        alike = (source for source in sources if is_sharded(source) and source.shape == value.shape)
+        value = next((spread(value, source) for source in alike), value)
     return value, any(isinstance(s, nn.Parameter) and s.requires_grad for s in sources)
+
+
+def _write(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Give a parameter other values, and of one that is sharded every process its part."""
+    if is_sharded(parameter):
+        with torch.no_grad():
+            parameter.copy_(spread(value, parameter))
+    else:
+        parameter.data = value
 
 
 def _value(traced: TracedModule, found: ParameterView, nodes: list[fx.Node]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What a reparametrized parameter folds to, and the tensors that it is computed from."""
     if not nodes:
         assert found.original is not None and found.mask is not None, found.name  # noqa: PT018
-        return (found.mask * found.original).detach(), [found.original, found.mask]
+        return whole(by_parts(torch.mul, found.mask, found.original)), [found.original, found.mask]
     values = [evaluate(traced, node) for node in nodes if node.graph is nodes[0].graph]
     if not all(_same(values[0], value) for value in values[1:]):
         raise FinalizeError(

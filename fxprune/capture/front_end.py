@@ -28,6 +28,7 @@ from fxprune.graph.names import join
 from fxprune.graph.provenance import Provenance, provenance_of
 from fxprune.graph.reparametrizations import Carried, carried, hook_tensor, original_order, reparametrized
 from fxprune.graph.traced import MODES, TracedModule
+from fxprune.sharding import is_managed, is_sharded
 
 _RESERVED = {n for n in dir(TracedModule) if not hasattr(nn.Module, n)} | {*TracedModule.__annotations__, "training"}
 
@@ -79,6 +80,7 @@ def trace(
         torch.Size([8, 2])
     """
     check_model(model, args)
+    _refuse_sharded(model)
     _check(model, dynamic_shapes, modes)
     call = checked_sample(model, args, kwargs)
     if isinstance(dynamic_shapes, str):
@@ -101,6 +103,14 @@ def trace(
     if dynamic_shapes == "batch":
         traced.dynamic_shapes = sample.dynamic_shapes(traced)
     return traced
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    if is_managed(model) or any(map(is_sharded, model.parameters())):
+        raise CaptureError(
+            f"{type(model).__name__} is sharded already, and a capture would hold for the shards alone. Trace first, "
+            "then shard: traced = fxprune.trace(model, ...); torch.distributed.fsdp.fully_shard(traced)."
+        )
 
 
 def _check(model: nn.Module, dynamic_shapes: Any, modes: Sequence[str]) -> None:

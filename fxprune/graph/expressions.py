@@ -10,6 +10,7 @@ from fxprune.graph.interpretation import run_nodes
 from fxprune.graph.mutation import is_mutating
 from fxprune.graph.names import tensor_at
 from fxprune.graph.text import describe
+from fxprune.sharding import is_sharded, whole
 
 
 def closure(node: fx.Node) -> list[fx.Node]:
@@ -23,7 +24,7 @@ def closure(node: fx.Node) -> list[fx.Node]:
 
 
 def evaluate(root: nn.Module, node: fx.Node) -> torch.Tensor:
-    """The value of a node that depends on parameters and buffers alone.
+    """The value of a node that depends on parameters and buffers alone; of sharded ones the whole value.
 
     Raises:
         FinalizeError: the value depends on an input, on random numbers, or needs a buffer to be written.
@@ -35,7 +36,12 @@ def evaluate(root: nn.Module, node: fx.Node) -> torch.Tensor:
                 f"{describe(node)} was to be folded into a parameter, but it depends on {describe(step)}, which is "
                 "an input, random, or writes a buffer. Such an expression has no constant value."
             )
-    result = run_nodes(steps, lambda target: tensor_at(root, target))[node]
+
+    def read(target: str) -> torch.Tensor:
+        stored = tensor_at(root, target)
+        return whole(stored) if is_sharded(stored) else stored
+
+    result = run_nodes(steps, read)[node]
     assert isinstance(result, torch.Tensor)
     return result
 

@@ -17,6 +17,7 @@ from torch import nn
 from fxprune.graph.computed import NORM_SUFFIXES, legacy_norms, parametrized
 from fxprune.graph.names import join, locate
 from fxprune.graph.provenance import provenance_of, set_provenance
+from fxprune.sharding import by_parts, equal, is_sharded, spread, whole
 
 _ORIGINAL, _MASK = "_orig", "_mask"
 _VERSION = "version_at_mask"  # an attribute of the parameter: how often it had been written to when it was masked
@@ -91,12 +92,19 @@ class ParameterView:
         values = (id(self.owner), self.attribute) if self.original is None else id(self.original)
         return values, None if self.mask is None else id(self.mask)
 
+    @property
+    def computed_from(self) -> torch.Tensor | None:
+        """A parameter of the same shape that a norm or a parametrization computes the values from, None without one."""
+        known = _computing(self.owner, self.attribute)
+        shape = self.mask.shape if self.mask is not None else max((each.shape for each in known), key=len, default=None)
+        return next((each for each in known if each.shape == shape), None)
+
     def value(self) -> torch.Tensor:
         """The masked values, detached: the product that a masked graph computes; the parameter itself without mask."""
         assert self.original is not None, self.name
         if self.mask is None:
             return self.original.detach()
-        return self.mask.to(self.original.dtype) * self.original.detach()
+        return by_parts(lambda mask, values: mask.to(values.dtype) * values, self.mask, self.original)
 
     @property
     def changed_since_masked(self) -> bool:
@@ -119,7 +127,7 @@ class ParameterView:
         assert self.mask is None, self.name
         if self.original_is_computed:
             known = provenance_of(self.owner)
-            self.owner.register_buffer(mask_name(self.attribute), values.detach().clone())
+            self.owner.register_buffer(mask_name(self.attribute), self._as_computed(values).detach().clone())
             set_provenance(self.owner, replace(known, masked=(*known.masked, self.attribute)))
             for each in _computing(self.owner, self.attribute):
                 vars(each)[_COMPUTED_VERSION] = each._version
@@ -135,12 +143,17 @@ class ParameterView:
         assert self.mask is not None, self.name
         replacement = _like(self.mask, values)
         self.owner._buffers[mask_name(self.attribute)] = replacement
-        return not torch.equal(self.mask, replacement)
+        return not equal(self.mask, replacement)
+
+    def _as_computed(self, values: torch.Tensor) -> torch.Tensor:
+        """A mask of what a norm computes, spread as what it computes this from."""
+        alike = (each for each in _computing(self.owner, self.attribute) if each.shape == values.shape)
+        return next((spread(values, each) for each in alike), whole(values))
 
 
 def _like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     # in the memory format of the parameter, which decides that of the product
-    return torch.empty_like(tensor, requires_grad=False).copy_(values.detach())
+    return torch.empty_like(tensor, requires_grad=False).copy_(spread(values.detach(), tensor))
 
 
 def _is_written(parameter: nn.Parameter, since: str) -> bool:
@@ -164,7 +177,7 @@ def view(root: nn.Module, name: str) -> ParameterView:
 
 
 def _view(name: str, owner: nn.Module, attribute: str) -> ParameterView:
-    mask = owner._buffers.get(mask_name(attribute))
+    mask = _spread_mask(owner, attribute)
     if mask is not None and attribute in provenance_of(owner).masked:
         return ParameterView(name, owner, attribute, None, mask, True)
     if attribute in computed_attributes(owner):
@@ -174,6 +187,15 @@ def _view(name: str, owner: nn.Module, attribute: str) -> ParameterView:
     if mask is None or not (is_computed or stored in owner._parameters):  # a buffer that happens to be called so
         return ParameterView(name, owner, attribute, owner._parameters.get(attribute), None, False)
     return ParameterView(name, owner, attribute, owner._parameters.get(stored), mask, is_computed)
+
+
+def _spread_mask(owner: nn.Module, attribute: str) -> torch.Tensor | None:
+    """What is stored as the mask of a tensor; one that was there before its parameter was sharded is spread alike."""
+    mask, original = owner._buffers.get(mask_name(attribute)), owner._parameters.get(original_name(attribute))
+    if original is None or mask is None or mask.shape != original.shape or is_sharded(mask) or not is_sharded(original):
+        return mask
+    owner._buffers[mask_name(attribute)] = found = spread(mask, original)
+    return found
 
 
 def computed_attributes(owner: nn.Module) -> list[str]:

@@ -11,12 +11,17 @@ from fxprune.graph.containers import Container
 from fxprune.graph.masks import masked, named_by_mask
 from fxprune.graph.names import tensors_of
 from fxprune.graph.traced import TracedModule
+from fxprune.sharding import rest
 
 
 def require_traced(value: Any) -> None:
-    """Raise ArgumentTypeError unless the value is a traced module, ArgumentError where its tensors do not fit it."""
+    """Raise ArgumentTypeError unless the value is a traced module, ArgumentError where its tensors do not fit it.
+
+    Parameters that FSDP has gathered for a forward are shards again afterwards.
+    """
     if not isinstance(value, TracedModule):
         raise ArgumentTypeError(f"a traced module is needed, got {type(value).__name__}. {_way_to_a_traced(value)}")
+    rest(value)
     value.check_shapes()
 
 

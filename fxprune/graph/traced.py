@@ -28,7 +28,8 @@ from fxprune.graph.snapshot import preserved
 from fxprune.graph.spellings import respelled
 from fxprune.graph.states import check_state
 from fxprune.graph.switching import is_frozen, read_option, set_option, switch
-from fxprune.torch_internals import state_of_generated_code
+from fxprune.sharding import gathered, is_managed
+from fxprune.torch_internals import calls_kept, state_of_generated_code
 
 # The order in which graphs are kept and worked on: what is decided by the eval graph, the train graph follows.
 MODES = ("eval", "train")
@@ -295,7 +296,8 @@ class TracedModule(ReadByName, fx.GraphModule):
     def _select(self, mode: str) -> None:
         if mode not in self._generated:
             self._graph = self.graphs[mode]
-            code = super().recompile()
+            with calls_kept(self):
+                code = super().recompile()
             check = InputCheck.of(self._graph, *self._examples)
             shapes = ShapeCheck.of(self, self._graph)
             self._generated[mode] = _Generated(code, type(self).forward, check, shapes, state_of_generated_code(self))
@@ -335,7 +337,10 @@ class TracedModule(ReadByName, fx.GraphModule):
             self._selected.shape_check()
         # torch.compile learns of the mode by this read: train and eval are two functions under one name
         assert self.training in (True, False)
-        return super().__call__(*args, **kwargs)
+        if not is_managed(self):
+            return super().__call__(*args, **kwargs)
+        with gathered(self):
+            return super().__call__(*args, **kwargs)
 
     def run_example(self, mode: str = "eval") -> list[Any]:
         """The flat outputs of one mode's graph on the sample inputs, without gradients; leaves no trace.

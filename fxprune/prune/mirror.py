@@ -22,7 +22,7 @@ from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from fxprune import driver
 from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, NameLookupError, PruningError
-from fxprune.graph.masks import masked, masked_views, named_by_original, original_name, view
+from fxprune.graph.masks import ParameterView, masked, masked_views, named_by_original, original_name, view
 from fxprune.graph.names import ModulePaths, canonical, locate, match_names, one_name
 from fxprune.graph.provenance import provenance_of
 from fxprune.graph.reparametrizations import computed_from, computed_names, reparametrized
@@ -31,6 +31,7 @@ from fxprune.graph.traced import TracedModule
 from fxprune.graph.values import unmasked
 from fxprune.prune.methods import BlockStructured, NMStructured
 from fxprune.prune.selection import keep_largest
+from fxprune.sharding import agreed, by_parts, count, is_sharded, part, same_draws, spread, whole
 from fxprune.torch_internals import ConvTransposeNd, name_pruning_method, pruning_methods
 
 
@@ -67,25 +68,38 @@ def computed(
     """The masks that `apply` would insert, one method for each qualified name; changes nothing."""
     masks = {}
     for name, method in methods.items():
-        if not isinstance(method, BasePruningMethod):
-            found = f"class {method.__name__}" if isinstance(method, type) else type(method).__name__
-            raise ArgumentTypeError(
-                f"an instance of BasePruningMethod is needed, got {found}. Give one such as "
-                "torch.nn.utils.prune.L1Unstructured(amount=0.3)."
-            )
-        if type(method).apply_mask is not BasePruningMethod.apply_mask:
-            raise PruningError(
-                f"{type(method).__name__} overrides apply_mask, so its result is more than a mask-multiply. Write it "
-                "as a parametrization and trace the model with it."
-            )
+        _check_method(method)
         found = view(traced, name)
-        values, mask = unmasked(traced, found), found.mask
-        for step in pruning_methods(method):
-            _check_amount(step)
-            mask = _mask(name, step, values, mask, importance_scores)
+        reference = _sharded(found)
+        values, mask = whole(unmasked(traced, found)), None if found.mask is None else whole(found.mask)
+        with same_draws(reference):
+            for step in pruning_methods(method):
+                _check_amount(step)
+                mask = _mask(name, step, values, mask, importance_scores)
         assert mask is not None, "an empty container"
-        masks[name] = mask
+        masks[name] = mask if reference is None else spread(mask, reference)  # one whole mask at a time
     return masks
+
+
+def _sharded(found: ParameterView) -> torch.Tensor | None:
+    """What the mask of a parameter is spread as, or what this is computed from; None where that is plain."""
+    held = found.original if found.original is not None else found.computed_from
+    return held if is_sharded(held) else None
+
+
+def _check_method(method: object) -> None:
+    """Raise unless this is an object of a method whose result is a mask."""
+    if not isinstance(method, BasePruningMethod):
+        found = f"class {method.__name__}" if isinstance(method, type) else type(method).__name__
+        raise ArgumentTypeError(
+            f"an instance of BasePruningMethod is needed, got {found}. Give one such as "
+            "torch.nn.utils.prune.L1Unstructured(amount=0.3)."
+        )
+    if type(method).apply_mask is not BasePruningMethod.apply_mask:
+        raise PruningError(
+            f"{type(method).__name__} overrides apply_mask, so its result is more than a mask-multiply. Write it "
+            "as a parametrization and trace the model with it."
+        )
 
 
 def identity(traced: TracedModule, name: str) -> TracedModule:
@@ -152,7 +166,7 @@ def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> Tra
         raise ArgumentTypeError(
             f"mask is a {type(mask).__name__}; a tensor of the parameter's shape is needed: torch.as_tensor(mask)."
         )
-    if not mask.isfinite().all():
+    if not part(mask).isfinite().all():
         raise PruningError(
             f"the mask for {name!r} holds NaN or inf, which would take the place of weights. Give 0 and 1."
         )
@@ -162,7 +176,9 @@ def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> Tra
                 f"the mask has shape {tuple(mask.shape)}, and {found!r} has {tuple(shape)}. Give a mask of that shape, "
                 "as in mask.expand_as(parameter)."
             )
-    return apply(traced, name, constructed(torch_prune.CustomFromMask, mask))
+        if (reference := _sharded(view(traced, found))) is not None and not is_sharded(mask):
+            agreed(mask, reference, f"the mask for {found!r}")
+    return apply(traced, name, constructed(torch_prune.CustomFromMask, whole(mask)))
 
 
 @named_arguments
@@ -312,8 +328,8 @@ def global_unstructured(
     else:
         parts = _selected(", ".join(found), method, values, masks)
     new = {}
-    for names, part, mask in zip(tensors, parts, masks, strict=True):
-        new.update(dict.fromkeys(names, part if mask is None else _again(part, mask)))
+    for names, new_mask, mask in zip(tensors, parts, masks, strict=True):
+        new.update(dict.fromkeys(names, new_mask if mask is None else _again(new_mask, mask)))
     driver.insert_masks(traced, new)
     return traced
 
@@ -331,27 +347,32 @@ def _scores_of(values: torch.Tensor, names: Sequence[str], given: Mapping[str, t
     if not isinstance(score, torch.Tensor) or score.shape != values.shape:
         shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
         raise PruningError(f"scores of {names[0]!r} have shape {shape}; its shape is {tuple(values.shape)}.")
-    return score
+    return spread(score, values)
 
 
 def _selected(
     name: str, method: BasePruningMethod, values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor]:
     """The masks that a method computes on all values in one tensor, as torch's own function does."""
+    references = [value if is_sharded(value) else None for value in values]
+    values, masks = list(map(whole, values)), [None if mask is None else whole(mask) for mask in masks]
     present = [torch.ones_like(v) if mask is None else mask for v, mask in zip(values, masks, strict=True)]
     scores, default = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (values, present))
-    computed = _compute(name, method, scores, default, container=True)
+    with same_draws(next((reference for reference in references if reference is not None), None)):
+        computed = _compute(name, method, scores, default, container=True)
     parts = computed.split([value.numel() for value in values])
-    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+    shaped = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+    return [own if ref is None else spread(own, ref) for own, ref in zip(shaped, references, strict=True)]
 
 
-def _again(part: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
+def _again(new: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
     # torch's global selection starts from the mask so far and multiplies by it once more, which scales (neither 0 nor
     # 1) show; where there are none, the boolean result saves memory
-    if part.dtype is not torch.bool:
-        return part * default
-    alive = default != 0
-    return part.logical_and_(alive) if bool((alive == default).all()) else part * default * default
+    if new.dtype is not torch.bool:
+        return by_parts(torch.mul, new, default)
+    if not count(default, lambda mask: (mask != 0) & (mask != 1)):
+        return by_parts(lambda kept, mask: kept.logical_and_(mask != 0), new, default)
+    return by_parts(lambda kept, mask: kept * mask * mask, new, default)
 
 
 def _names(traced: TracedModule) -> list[str]:
@@ -473,7 +494,7 @@ def _mask(
     mask: torch.Tensor | None,
     importance_scores: torch.Tensor | None,
 ) -> torch.Tensor:
-    scores = importance_scores
+    scores = whole(importance_scores) if isinstance(importance_scores, torch.Tensor) else importance_scores
     if scores is None:
         scores = values if mask is None else mask.to(values.dtype) * values
     if not isinstance(scores, torch.Tensor):

@@ -22,6 +22,7 @@ from fxprune.graph.values import unmasked
 from fxprune.prune.channel_report import ChannelReport
 from fxprune.prune.mirror import computed, constructed, find_all, find_computed, global_unstructured, is_pruned
 from fxprune.reports import Readable, columns, counted
+from fxprune.sharding import by_parts, count
 
 __all__ = ["CURVES", "Schedule"]
 
@@ -365,7 +366,8 @@ def _called(function: object) -> str:
 def _refuse_revival(name: str, before: torch.Tensor | None, after: torch.Tensor | None) -> None:
     if before is None or after is None:
         return
-    if revived := int(((after != 0) & (before == 0)).sum()):
+    revival = by_parts(lambda new, old: (new != 0) & (old == 0), after, before)
+    if revived := count(revival, lambda here: here):
         raise PruningError(
             f"the request would unmask {revived} entries of {name!r}. A method multiplies by its default_mask."
         )
@@ -376,7 +378,7 @@ def _counts(traced: TracedModule, found: ParameterView) -> tuple[int, int]:
     if found.mask is None:
         return unmasked(traced, found).numel(), 0
     size = found.mask.numel()
-    return size, size - int(found.mask.count_nonzero())
+    return size, count(found.mask, lambda mask: mask == 0)
 
 
 def _mask_or_ones(traced: TracedModule, found: ParameterView) -> torch.Tensor:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
 
 from fxprune.errors import PruningError
+from fxprune.sharding import Sums, as_parts, is_sharded, part, spread, total, whole
 
 _CHUNK = 1 << 17
 _DIGIT = 16
@@ -26,7 +28,9 @@ def keep_largest(
     """Which entries stay when the smallest magnitudes over all tensors go; `L1Unstructured` over a concatenation.
 
     Mixed dtypes compare after promotion; NaN counts as the largest; of equal magnitudes the earlier entry goes first
-    (torch leaves open which). Beyond the result, memory for one chunk is needed.
+    (torch leaves open which). Beyond the result, memory for one chunk is needed. Of tensors that are spread over
+    processes each process reads its part: histograms are added up, 0.5 MB for each pass, and one tensor's map of
+    entries that are equal to the threshold is gathered where some of these stay.
 
     Args:
         values: floating-point tensors of any shapes.
@@ -43,29 +47,80 @@ def keep_largest(
         >>> keep_largest([torch.tensor([3.0, -1.0]), torch.tensor([[2.0]])], [None, None], amount=2)
         [tensor([ True, False]), tensor([[False]])]
     """
-    pairs = list(zip(values, masks, strict=True))
-    size = sum(value.numel() if mask is None else int((mask == 1).sum()) for value, mask in pairs)
+    parts = [_Part.of(value, mask) for value, mask in zip(values, masks, strict=True)]
+    candidates = Sums()
+    for each in parts:
+        candidates.add(torch.tensor(each.candidates, device=each.own.device), each.value)
+    size = int(candidates.total()) if parts else 0
     try:
         count = int(amount) if isinstance(amount, Integral) else round(amount * size)
     except ValueError as error:
         raise PruningError(f"amount={amount}: {error}.") from error
     if count > size:
         raise PruningError(f"amount={amount} should be smaller than the number of parameters to prune={size}.")
-    keep = [torch.ones(value.shape, dtype=torch.bool, device=value.device) for value in values]
+    keep = [torch.ones(each.own.shape, dtype=torch.bool, device=each.own.device) for each in parts]
     if count:
         dtype = functools.reduce(torch.promote_types, (value.dtype for value in values), torch.float32)
-        threshold, ties = _threshold(pairs, dtype, count)
-        for (value, mask), kept in zip(pairs, keep, strict=True):
-            for (key, candidates), part in zip(_keys(value, mask, dtype), kept.view(-1).split(_CHUNK), strict=True):
-                torch.ge(key, threshold, out=part)
-                if ties:
-                    equal = key == threshold
-                    first = (equal if candidates is None else equal & candidates).nonzero()[:ties]
-                    part[first] = False
-                    ties -= len(first)
-                if candidates is not None:
-                    part.logical_or_(~candidates)
-    return keep
+        threshold, ties = _threshold(parts, dtype, count)
+        for each, kept in zip(parts, keep, strict=True):
+            cut = _cut if not is_sharded(each.value) else _cut_of_parts
+            ties = cut(each, kept, dtype, threshold, ties)
+    return [as_parts(kept, value) for kept, value in zip(keep, values, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this process has of a tensor, and of its mask."""
+
+    value: torch.Tensor
+    own: torch.Tensor
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of(cls, value: torch.Tensor, mask: torch.Tensor | None) -> _Part:
+        return cls(value, part(value), None if mask is None else part(spread(mask, value)))
+
+    @property
+    def candidates(self) -> int:
+        """How many of its entries may go."""
+        return self.own.numel() if self.mask is None else int((self.mask == 1).sum())
+
+
+def _cut(each: _Part, kept: torch.Tensor, dtype: torch.dtype, threshold: int, ties: int) -> int:
+    """Write which entries stay; returns how many that are equal to the threshold are left to go from later tensors."""
+    for (key, candidates), chunk in zip(_keys(each.own, each.mask, dtype), kept.view(-1).split(_CHUNK), strict=True):
+        torch.ge(key, threshold, out=chunk)
+        if ties:
+            equal = key == threshold
+            first = (equal if candidates is None else equal & candidates).nonzero()[:ties]
+            chunk[first] = False
+            ties -= len(first)
+        if candidates is not None:
+            chunk.logical_or_(~candidates)
+    return ties
+
+
+def _cut_of_parts(each: _Part, kept: torch.Tensor, dtype: torch.dtype, threshold: int, ties: int) -> int:
+    """The same for this process's part of a tensor: which of the equal entries are first, all processes decide."""
+    equal = torch.zeros_like(kept)
+    chunks = kept.view(-1).split(_CHUNK), equal.view(-1).split(_CHUNK)
+    for (key, candidates), chunk, tied in zip(_keys(each.own, each.mask, dtype), *chunks, strict=True):
+        torch.ge(key, threshold, out=chunk)
+        torch.eq(key, threshold, out=tied)
+        if candidates is not None:
+            chunk.logical_or_(~candidates)
+            tied.logical_and_(candidates)
+    if not ties:
+        return 0
+    found = int(total(equal.sum(), each.value))
+    if found <= ties:
+        kept.logical_and_(~equal)
+        return ties - found
+    everywhere = whole(as_parts(equal, each.value))
+    going = torch.zeros_like(everywhere)
+    going.view(-1)[everywhere.reshape(-1).nonzero()[:ties]] = True
+    kept.logical_and_(~part(spread(going, each.value)))
+    return 0
 
 
 def _keys(
@@ -79,23 +134,24 @@ def _keys(
         yield chunk.to(dtype).view(integer) & torch.iinfo(integer).max, None if among is None else among == 1
 
 
-def _threshold(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]], dtype: torch.dtype, count: int
-) -> tuple[int, int]:
+def _threshold(parts: Sequence[_Part], dtype: torch.dtype, count: int) -> tuple[int, int]:
     """The bits of the `count`-th smallest magnitude, and how many of the `count` smallest are equal to it."""
     prefix = 0
     width = torch.finfo(dtype).bits
     for shift in range(width - _DIGIT, -1, -_DIGIT):
-        histogram = torch.zeros(1 << _DIGIT, dtype=torch.int64)
-        for value, mask in pairs:
-            for key, candidates in _keys(value, mask, dtype):
+        histograms = Sums()
+        for each in parts:
+            own = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=each.own.device)
+            for key, candidates in _keys(each.own, each.mask, dtype):
                 if candidates is not None:
                     key = key[candidates]
                 if shift + _DIGIT < width:
                     key = key[key >> (shift + _DIGIT) == prefix]
                 digit = key >> shift & (1 << _DIGIT) - 1
-                found = torch.bincount(digit).cpu()
-                histogram[: len(found)] += found
+                found = torch.bincount(digit)
+                own[: len(found)] += found
+            histograms.add(own, each.value)
+        histogram = histograms.total()
         below = histogram.cumsum(0)
         bin_ = int(torch.searchsorted(below, count))
         count -= int(below[bin_] - histogram[bin_])

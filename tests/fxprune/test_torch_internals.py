@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -482,3 +483,54 @@ def test_WeightNormParametrization() -> None:
     (step,) = layer.parametrizations["weight"]
     assert isinstance(step, internals.WeightNormParametrization)
     assert step.dim == 1
+
+
+# ---- parameters that FSDP shards
+
+
+def test_calls_kept_lets_a_graph_module_of_a_subclass_be_called_after_it_was_recompiled() -> None:
+    module = fx.symbolic_trace(nn.Linear(3, 2))
+    module.__class__ = type("Sub", (type(module),), {})
+    with internals.calls_kept(module):
+        module.recompile()
+    assert module(torch.ones(4, 3)).shape == (4, 2)
+
+
+@pytest.fixture
+def sharded() -> Iterator[nn.Sequential]:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield fully_shard(nn.Sequential(nn.Linear(3, 2)), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    torch.distributed.destroy_process_group()
+
+
+def test_follow_parameters_lets_fsdp_gather_one_under_its_new_name(sharded: nn.Sequential) -> None:
+    layer, x = sharded[0], torch.randn(5, 3)
+    want, before = sharded(x), list(sharded.parameters())
+    sharded.reshard()  # type: ignore[operator]
+    layer.weight_orig = layer._parameters.pop("weight")
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight_orig, layer.bias)
+    internals.follow_parameters(sharded, before)
+    assert torch.equal(sharded(x), want)
+
+
+def test_follow_parameters_shards_what_takes_the_place_of_one(sharded: nn.Sequential) -> None:
+    from torch.distributed.tensor import DTensor
+
+    layer, x = sharded[0], torch.randn(5, 3)
+    sharded(x)
+    sharded.reshard()  # type: ignore[operator]
+    before = list(sharded.parameters())
+    layer._parameters["weight"] = nn.Parameter(torch.ones(2, 3))
+    internals.follow_parameters(sharded, before)
+    assert isinstance(layer.weight, DTensor)
+    assert torch.allclose(sharded(x) - layer.bias, x.sum(1, keepdim=True).expand(5, 2))
+
+
+def test_gathered_like_gives_the_whole_of_a_buffer(sharded: nn.Sequential) -> None:
+    from torch.distributed.tensor import DTensor
+
+    buffer = torch.ones_like(sharded[0].weight)
+    assert isinstance(buffer, DTensor)
+    assert torch.equal(internals.gathered_like(sharded, buffer), torch.ones(2, 3))

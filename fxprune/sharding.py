@@ -1,0 +1,263 @@
+"""Tensors that are spread over processes (DTensor): the whole of one, sums over the parts, what is the same everywhere.
+
+All of it is `torch.distributed.tensor`'s own. Every function that says so is a collective: all processes of the
+tensor's mesh call it, in the same order. Of tensors that are no DTensor each process has its own whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+
+from fxprune.errors import ShardingError
+from fxprune.torch_internals import follow_parameters, gathered_like
+
+_LOST = (
+    "Look at the other processes' errors first: one of them has ended, raised, waits for something else, or is slower "
+    "than the time-out of the process group. Start all of them again, from the last checkpoint that is whole."
+)
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is spread over processes, if only as equal copies."""
+    return isinstance(tensor, DTensor)
+
+
+def is_managed(module: object) -> bool:
+    """Whether FSDP shards the module's parameters, and gathers them for its calls."""
+    return isinstance(module, FSDPModule)
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; detached."""
+    own: Tensor = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()  # type: ignore[attr-defined]
+    return own
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every process; detached. A collective for a tensor that is spread.
+
+    Raises:
+        ShardingError: another process is gone or late, or there is no process group any more.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    with communicating("gathering a parameter"):
+        gathered: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def spread(values: Tensor, reference: Tensor) -> Tensor:
+    """Values that are the same on every process, spread as `reference` is; nothing is sent.
+
+    Args:
+        values: of the shape of `reference`, plain, or spread over the same mesh.
+        reference: where it is plain, the values are given back as they are, those that are spread whole.
+    """
+    if not isinstance(reference, DTensor):
+        return whole(values) if isinstance(values, DTensor) else values
+    mesh = reference.device_mesh
+    if isinstance(values, DTensor):
+        if values.device_mesh == mesh and values.placements == reference.placements:
+            return values
+        values = whole(values)
+    with communicating("spreading values"):
+        return distribute_tensor(values.detach(), mesh, reference.placements, src_data_rank=None)
+
+
+def as_parts(result: Tensor, reference: Tensor) -> Tensor:
+    """What this process computed from its part of `reference`, as a part of a tensor that is spread alike."""
+    if not isinstance(reference, DTensor):
+        return result
+    return DTensor.from_local(
+        result, reference.device_mesh, reference.placements, run_check=False,
+        shape=reference.shape, stride=reference.stride(),
+    )  # fmt: skip
+
+
+def by_parts(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """A pointwise function of tensors of one shape, computed by each process on its parts of them.
+
+    Those that are plain are spread as the first of the others.
+    """
+    reference = next((tensor for tensor in tensors if isinstance(tensor, DTensor)), tensors[0])
+    return as_parts(function(*(part(spread(tensor, reference)) for tensor in tensors)), reference)
+
+
+class Sums:
+    """Sums of what processes compute from their parts; each part counts once, however many processes hold it.
+
+    Example:
+        >>> sums = Sums()
+        >>> sums.add((part(weight) == 0).sum(), weight)
+        >>> sums.total()
+        tensor(12)
+    """
+
+    def __init__(self) -> None:
+        self._own: Tensor | None = None
+        self._parts: dict[tuple[DeviceMesh, tuple[Placement, ...]], Tensor] = {}
+
+    def add(self, own: Tensor, reference: Tensor) -> None:
+        """Add what this process computed from its part of `reference`; all processes add tensors of one shape."""
+        if not isinstance(reference, DTensor):
+            self._own = own if self._own is None else self._own + own
+            return
+        key = reference.device_mesh, tuple(map(_summed, reference.placements))
+        self._parts[key] = own if key not in self._parts else self._parts[key] + own
+
+    def total(self) -> Tensor:
+        """The sum of all, the same everywhere, on the CPU; a collective where parts were added."""
+        found = [] if self._own is None else [self._own.cpu()]
+        for (mesh, placements), own in self._parts.items():
+            with communicating("adding up"):
+                found.append(DTensor.from_local(own, mesh, placements, run_check=False).full_tensor().cpu())
+        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+
+
+def _summed(placement: Placement) -> Placement:
+    if placement.is_partial():
+        raise ShardingError(
+            "a parameter is stored as partial sums (Partial), whose entries no process knows. Give it shards or "
+            "copies: parameter.redistribute(placements=[Shard(0)])."
+        )
+    return Replicate() if placement.is_replicate() else Partial()
+
+
+def total(own: Tensor, reference: Tensor) -> Tensor:
+    """The sum over processes of what each computed from its part of `reference`; a collective where that is spread."""
+    sums = Sums()
+    sums.add(own, reference)
+    return sums.total()
+
+
+def count(tensor: Tensor, holds: Callable[[Tensor], Tensor]) -> int:
+    """At how many entries of a tensor a pointwise condition holds; a collective where it is spread."""
+    return int(total(holds(part(tensor)).sum(), tensor))
+
+
+def equal(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of one shape have the same entries everywhere; a collective where one is spread."""
+    if not isinstance(left, DTensor) and not isinstance(right, DTensor):
+        return torch.equal(left, right)
+    return count(by_parts(torch.ne, left, right), lambda different: different) == 0
+
+
+def agreed(values: Tensor, reference: Tensor, what: str) -> None:
+    """Raise ShardingError on every process unless all gave the same values; a collective where `reference` is spread.
+
+    Args:
+        values: plain. reference: the tensor over whose processes they are compared.
+        what: what they are, as the message begins.
+    """
+    if not isinstance(reference, DTensor):
+        return
+    entries = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    digest = torch.tensor([zlib.crc32(entries), values.numel()], device=reference.device_mesh.device_type)
+    mesh = reference.device_mesh
+    different = (digest != first(digest, reference)).any().long()
+    with communicating("comparing values"):
+        found = int(DTensor.from_local(different, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor())
+    if found:
+        raise ShardingError(
+            f"{what} is not the same on every process: {found} have another one than the first. Load or compute it in "
+            "one way everywhere, or send that of one to all: torch.distributed.broadcast(tensor, 0)."
+        )
+
+
+def first(own: Tensor, reference: Tensor) -> Tensor:
+    """What the first process of a tensor's mesh gives, on all of them; a collective where `reference` is spread."""
+    if not isinstance(reference, DTensor):
+        return own
+    mesh = reference.device_mesh
+    with communicating("sending values"):
+        return distribute_tensor(own.detach().to(mesh.device_type).clone(), mesh, [Replicate()] * mesh.ndim).to_local()
+
+
+@contextlib.contextmanager
+def same_draws(reference: Tensor | None) -> Iterator[None]:
+    """Draw on every process what the first one draws; a collective where `reference` is spread.
+
+    The generators of the others go on as if nothing was drawn, unless they were in the same state.
+    """
+    if not isinstance(reference, DTensor):
+        yield
+        return
+    device = reference.device_mesh.device_type
+    kinds = [torch.random] if device == "cpu" else [torch.random, torch.get_device_module(device)]
+    before = [kind.get_rng_state() for kind in kinds]
+    shared = [first(state, reference).cpu() for state in before]
+    for kind, state in zip(kinds, shared, strict=True):
+        kind.set_rng_state(state)
+    try:
+        yield
+    finally:
+        for kind, own, state in zip(kinds, before, shared, strict=True):
+            if not torch.equal(own, state):
+                kind.set_rng_state(own)
+
+
+@contextlib.contextmanager
+def communicating(what: str) -> Iterator[None]:
+    """Name what fails between processes: raises ShardingError in its place."""
+    if not dist.is_initialized():
+        raise ShardingError(
+            f"{what} of a sharded module needs the process group, and there is none: it was not made in this process, "
+            "or destroyed. Call torch.distributed.init_process_group before, and destroy_process_group at the end."
+        )
+    try:
+        yield
+    except ShardingError:
+        raise
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+        text = str(error).partition("\n")[0]
+        raise ShardingError(f"{what}: the processes could not go on together: {text} {_LOST}") from error
+
+
+def rest(module: object) -> None:
+    """Let FSDP hold its parameters as shards again, which it keeps gathered between a forward and a backward."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+@contextlib.contextmanager
+def followed(module: object) -> Iterator[None]:
+    """Within, parameters may get other names or others take their place: FSDP is told, and shards new ones."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    before = list(module.parameters())  # type: ignore[attr-defined]
+    yield
+    with communicating("sharding new parameters"):
+        follow_parameters(module, before)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def gathered(module: torch.nn.Module) -> Iterator[None]:
+    """Within a call of a module whose parameters FSDP gathers, its buffers that are spread are gathered, too."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    spread_ones = [
+        (part._buffers, name, buffer)
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if isinstance(buffer, DTensor)
+    ]
+    for buffers, name, buffer in spread_ones:
+        with communicating("gathering a mask"):
+            buffers[name] = gathered_like(module, buffer)
+    try:
+        yield
+    finally:
+        for buffers, name, buffer in spread_ones:
+            buffers[name] = buffer

@@ -1,0 +1,190 @@
+"""A network, the ways to spread it over processes, and what is asked of it in one process and in several."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.utils import prune as torch_prune
+
+import fxprune
+
+
+class Network(nn.Module):
+    """Convolutions with channels that no number of processes divides, a batch norm, a residual, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 10, 3, padding=1)
+        self.norm = nn.BatchNorm2d(10)
+        self.inner = nn.Conv2d(10, 7, 3, padding=1)
+        self.outer = nn.Conv2d(7, 10, 1)
+        self.head = nn.Linear(10, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.stem(x)).relu()
+        hidden = hidden + self.outer(self.inner(hidden).relu())
+        return self.head(hidden.relu().mean((2, 3)))
+
+
+def inputs(seed: int = 1) -> torch.Tensor:
+    """A batch of images."""
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def traced() -> fxprune.TracedModule:
+    """The network with the same values everywhere; some entries are zero, some equal."""
+    torch.manual_seed(0)
+    model = Network()
+    with torch.no_grad():
+        model.inner.weight[:, :3] = 0.125
+        model.outer.weight[2] = 0.0
+    return fxprune.trace(model.train(), (inputs(),))
+
+
+def plain(module: fxprune.TracedModule) -> fxprune.TracedModule:
+    """One process: nothing is spread."""
+    return module
+
+
+def by_fsdp(module: fxprune.TracedModule) -> fxprune.TracedModule:
+    """FSDP2 over all processes."""
+    fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return module
+
+
+def by_replicas(module: fxprune.TracedModule) -> fxprune.TracedModule:
+    """FSDP2 on a mesh of two dimensions: copies of shards."""
+    fully_shard(module, mesh=init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("copy", "shard")))
+    return module
+
+
+def by_tensor_parallel(module: fxprune.TracedModule) -> fxprune.TracedModule:
+    """Shards of weights along their input axes, sharded again by FSDP2 along their first."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+    for owner in module.modules():
+        for name, parameter in list(owner._parameters.items()):
+            assert parameter is not None
+            placement = Shard(1 if parameter.dim() > 1 and parameter.shape[1] % 2 == 0 else 0)
+            owner._parameters[name] = nn.Parameter(distribute_tensor(parameter.detach(), mesh["tensor"], [placement]))
+    fully_shard(module, mesh=mesh["data"])
+    return module
+
+
+class Odd(torch_prune.BasePruningMethod):
+    """A method of one's own: every other entry of those that are left."""
+
+    PRUNING_TYPE = "unstructured"
+
+    def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
+        mask = default_mask.clone()
+        mask.view(-1)[::2] = 0
+        return mask
+
+
+def _twice(module: fxprune.TracedModule) -> None:
+    fxprune.prune.l1_unstructured(module, "inner.weight", 0.3)
+    fxprune.prune.ln_structured(module, "inner.weight", 2, 2, 1)
+    fxprune.prune.global_unstructured(module, "*.weight", torch_prune.L1Unstructured, amount=0.4)
+
+
+def _scored(module: fxprune.TracedModule) -> None:
+    scores = fxprune.importance.scores(module, "*.weight", "l2")
+    fxprune.prune.global_unstructured(module, "*.weight", torch_prune.L1Unstructured, scores, amount=0.6)
+
+
+def _in_steps(module: fxprune.TracedModule) -> None:
+    schedule = fxprune.Schedule(module, "*.weight", torch_prune.L1Unstructured, 0.8, stop=3, scope="global")
+    for _ in range(4):
+        schedule.step()
+
+
+def _removed(module: fxprune.TracedModule) -> None:
+    fxprune.prune.l1_unstructured(module, "*.weight", 0.3)
+    fxprune.prune.remove(module, "*.weight")
+
+
+P = fxprune.prune
+MASKS: dict[str, Callable[[fxprune.TracedModule], Any]] = {
+    "identity": lambda m: P.identity(m, "inner.weight"),
+    "l1_unstructured": lambda m: P.l1_unstructured(m, "*.weight", 0.3),
+    "random_unstructured": lambda m: P.random_unstructured(m, "*", 0.3),
+    "random_structured": lambda m: P.random_structured(m, "inner.weight", 3, 1),
+    "ln_structured rows": lambda m: P.ln_structured(m, "*er.weight", 0.3, 2, 0),
+    "ln_structured columns": lambda m: P.ln_structured(m, "inner.weight", 0.3, 1, 1),
+    "custom_from_mask": lambda m: P.custom_from_mask(m, "head.weight", torch.arange(60).view(6, 10) % 3),
+    "nm_structured": lambda m: P.nm_structured(m, "inner.weight", 2, 4),
+    "block_structured": lambda m: P.block_structured(m, "inner.weight", 0.5, (2, 1)),
+    "of one's own": lambda m: P.apply(m, "*.weight", Odd()),
+    "global l1": lambda m: P.global_unstructured(m, "*.weight", torch_prune.L1Unstructured, amount=0.5),
+    "global l1, ties": lambda m: P.global_unstructured(m, "*", torch_prune.L1Unstructured, amount=150),
+    "global random": lambda m: P.global_unstructured(m, "*.weight", torch_prune.RandomUnstructured, amount=0.5),
+    "global, of one's own": lambda m: P.global_unstructured(m, "*.weight", Odd),
+    "global by scores": _scored,
+    "one after another": _twice,
+    "a schedule": _in_steps,
+    "removed": _removed,
+}
+
+
+def values(module: fxprune.TracedModule) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer, whole."""
+    found = module.state_dict()
+    return {name: getattr(value, "full_tensor", lambda value=value: value)().clone() for name, value in found.items()}
+
+
+def masks(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> dict[str, dict[str, torch.Tensor]]:
+    """The state after each of MASKS, on a network of its own."""
+    found, unspread = {}, traced()
+    for what, mask in MASKS.items():
+        module = spread(copy.deepcopy(unspread))
+        torch.manual_seed(5 if not dist.is_initialized() else 5 + dist.get_rank())
+        try:
+            mask(module)
+        except BaseException as error:
+            error.add_note(what)
+            raise
+        found[what] = values(module)
+    return found
+
+
+def trained(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> dict[str, dict[str, torch.Tensor]]:
+    """The state after three steps with clipping, masked before the first and once more after the second."""
+    module = spread(traced())
+    fxprune.prune.l1_unstructured(module, "*er.weight", 0.3)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    clip = fxprune.clip_gradients(optimizer, max_norm=0.5)
+    norms = []
+    for step in range(3):
+        optimizer.zero_grad()
+        module(inputs(step)).square().mean().backward()
+        optimizer.step()
+        norms.append(clip.total_norm)
+        if step == 1:
+            fxprune.prune.global_unstructured(module, "*.weight", torch_prune.L1Unstructured, amount=0.5)
+    return {"state": values(module), "norms": {str(i): norm for i, norm in enumerate(norms)}}
+
+
+def refusals() -> dict[str, str]:
+    """What is said of a model that is sharded before it is traced, and of masks that differ between processes."""
+    found = {}
+    model = fully_shard(Network(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    module = by_fsdp(traced())
+    own = torch.full((6, 10), 1.0 + dist.get_rank())
+    for what, call in {
+        "trace": lambda: fxprune.trace(model, (inputs(),)),
+        "masks": lambda: fxprune.prune.custom_from_mask(module, "head.weight", own),
+    }.items():
+        try:
+            call()
+        except fxprune.FxpruneError as error:
+            found[what] = f"{type(error).__name__}: {error}"
+    found["masked"] = str(fxprune.prune.is_pruned(module))
+    return found
