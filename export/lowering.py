@@ -33,6 +33,10 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
         if is_projected(node):
             with graph.inserting_before(node):
                 replace_projected(graph, node)
+    for node in graph.find_nodes(op="call_function", target=aten.rsub.Scalar):
+        if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
+            with graph.inserting_before(node):
+                _replace(node, _as_sum(graph, node))
     for node in [node for node in graph.nodes if node.target in _SQUEEZES]:
         with graph.inserting_before(node):
             node.replace_all_uses_with(_without_others(graph, node))
@@ -43,6 +47,19 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
 def _replace(node: fx.Node, result: fx.Node) -> None:
     result.meta = node.meta
     node.replace_all_uses_with(result)
+
+
+# ---- differences
+
+
+def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A fraction less a tensor of whole numbers: torch's translation takes the fraction for a tensor."""
+    data, number, *rest = node.args
+    times = rest[0] if rest else node.kwargs.get("alpha", 1)
+    data = graph.call_function(aten.to.dtype, (data, node.meta["val"].dtype))
+    if times != 1:
+        data = graph.call_function(aten.mul.Scalar, (data, times))
+    return graph.call_function(aten.add.Scalar, (graph.call_function(aten.neg.default, (data,)), number))
 
 
 # ---- axes of size one

@@ -24,6 +24,7 @@ from fxprune.graph.traced import TracedModule
 from fxprune.reports import counted
 
 from .flattening import check_source, flatten, take_as_given
+from .grouped_products import translations
 from .lowering import lower
 from .metadata import captured_sizes, metadata
 from .onnx_files import rewrite, save, side_files
@@ -273,7 +274,10 @@ def _translate(request: _Request) -> _Translation:
     take_as_given(flat.module, sample)
     with translating("translate the model to ONNX"):
         exported = torch.export.export(flat.module, *sample, dynamic_shapes=request.dynamic_shapes, strict=False)
-        program = torch.onnx.export(exported, dynamo=True, verbose=False, opset_version=request.opset)
+        table = translations(exported.graph) or None
+        program = torch.onnx.export(
+            exported, dynamo=True, verbose=False, opset_version=request.opset, custom_translation_table=table
+        )
     assert isinstance(program, ONNXProgram)
     translation = _Translation(exported, program)
     if request.opset not in (None, translation.opset):

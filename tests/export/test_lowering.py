@@ -202,3 +202,32 @@ def test_squeezes_of_axes_that_are_of_another_size_do_nothing(batch: int, tmp_pa
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     for want, got in zip(Squeezed()(x), found, strict=True):
         np.testing.assert_array_equal(got, want.numpy())
+
+
+class Differences(nn.Module):
+    """Numbers less tensors of other kinds, as masks are turned around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        y = self.layer(x)
+        return {
+            "hidden": y * (1.0 - mask),
+            "whole": 1 - mask,
+            "added": (1.0 - mask.to(y.dtype)) * -1e4 + y,
+            "twice": torch.rsub(mask, 2.5, alpha=2) * y,
+        }
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
+def test_a_number_less_a_tensor_equals_eager_whatever_kinds_they_are_of(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x, mask = Differences().eval(), torch.randn(4, 3), torch.tensor([[1], [0], [1], [1]], dtype=dtype)
+    traced = fxprune.trace(model, (x, mask), modes=("eval",))
+    fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    found = session.run(None, {"x": x[:3].numpy(), "mask": mask[:3].numpy()})
+    for value, wanted in zip(found, model(x[:3], mask[:3]).values(), strict=True):
+        np.testing.assert_allclose(value, wanted.detach().numpy(), rtol=1e-5, atol=1e-6)
+        assert value.dtype == wanted.detach().numpy().dtype

@@ -1,0 +1,33 @@
+"""Products of rows with the matrix of their group, as mixtures of experts have them: torch has no translation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnxscript import opset18
+from torch import fx
+
+_NAME = "transformers.grouped_mm_fallback.default"  # what its mixtures of experts call where they are captured
+_INT64 = 7
+op: Any = opset18
+
+
+def translations(graph: fx.Graph) -> dict[Any, Any]:
+    """By operator that the graph calls, what writes it in ONNX: for `custom_translation_table` of torch.onnx.export."""
+    return {node.target: _grouped_product for node in graph.nodes if str(node.target) == _NAME}
+
+
+def _grouped_product(rows: Any, matrices: Any, offs: Any) -> Any:
+    """Rows [m, k], sorted by group, times matrices [groups, k, n]; `offs` [groups] are where groups end.
+
+    A product for each group, on its rows alone: one with a matrix for each row would copy matrices.
+    """
+    first, start = op.Constant(value_ints=[0]), op.Constant(value_ints=[0])
+    ends, products = op.Cast(offs, to=_INT64), []
+    for group in range(int(matrices.shape[0])):
+        at = op.Constant(value_ints=[group])
+        end = op.Gather(ends, at, axis=0)
+        own = op.Slice(rows, start, end, first)
+        products.append(op.MatMul(own, op.Squeeze(op.Gather(matrices, at, axis=0), first)))
+        start = end
+    return op.Concat(*products, axis=0)
