@@ -1,8 +1,8 @@
 """How much goes of what can go, in random networks, by an oracle that knows nothing of fxprune (oracle.py).
 
-Printed are the networks, those whose results differ in float64, the dead rows, how many of them are free and how many
-went; then why free ones stay, as the plan says. Masks make some networks constants, whatever comes in: all is dead
-in these, and they have lines of their own.
+Printed are the networks, those whose results differ in float64, the dead rows, how many of them are free, how many
+went, and how many stay without a reason in the plan; then why free ones stay, as the plan says. Masks make some
+networks constants, whatever comes in: all is dead in these, and they have lines of their own.
 
 Run: PYTHONPATH=. python benchmarks/dead_channels.py [networks of each family [first seed]]
 """
@@ -27,6 +27,7 @@ from tests.random_recurrent import recurrent_network
 from tests.random_streams import ByHand, streams
 from tests.selection_networks import SelectionNetwork
 
+UNTOLD = "no reason"
 FAMILIES: dict[str, Callable[[int], tuple[nn.Module, Inputs]]] = {
     "images": network,
     "selections": lambda seed: network(seed, kind=SelectionNetwork),
@@ -76,30 +77,46 @@ def measure(family: str, seed: int) -> tuple[Counter[str], Counter[str]]:
     found, dead, can_go = search(model, inputs)
     free, gone = units(model, final)
     whys: Counter[str] = Counter()
+    untold = 0
     for name, layer in found.layers.items():
         rows = {row for other, row in dead if other == name}
         can = sum(other == name for other, _ in can_go)
-        went = min(can, len(rows) - _left(final, name, layer.row_axes, layer.row_shape, rows))
+        left = _left(final, name, layer.row_axes, layer.row_shape, rows)
+        went = min(can, len(rows) - len(left))
         free, gone = free + can, gone + went
-        entries = [why for other, axis, _, why in final.plan.stayed if other == name and axis in layer.row_axes]
-        if can > went:
-            whys[re.sub(r"`.*?` \((\S+).*?\)", r"\1", str(entries[0])) if entries else "no reason"] += can - went
-    return Counter(networks=1, wrong=wrong, dead=len(dead), free=free, gone=gone), whys
+        told = [_reason(final.plan, name, layer.row_axes, layer.row_shape, row) for row in left]
+        untold += told.count(UNTOLD)
+        told.sort(key=lambda why: (why != UNTOLD, why))
+        whys.update(told[: can - went])  # which of the rows that stay are the free ones is a matter of choice
+    return Counter(networks=1, wrong=wrong, dead=len(dead), free=free, gone=gone, untold=untold), whys
 
 
-def _left(final: fxprune.TracedModule, name: str, axes: Sequence[int], shape: Sequence[int], rows: set[int]) -> int:
-    """How many of some rows a finalized network still has."""
+def _left(
+    final: fxprune.TracedModule, name: str, axes: Sequence[int], shape: Sequence[int], rows: set[int]
+) -> list[int]:
+    """Which of some rows a finalized network still has."""
     assert final.plan is not None
     if name not in dict(final.named_parameters()):
-        return 0
+        return []
     if name not in final.plan.kept:
-        return len(rows)
+        return sorted(rows)
     if not axes:  # of a transposed convolution in groups
         (read,) = [node for node in final.graphs["eval"].nodes if node.op == "get_attr" and node.target == name]
-        return max(0, len(rows) - (shape[0] - int(next(iter(read.users)).meta["val"].shape[1])))
+        gone = shape[0] - int(next(iter(read.users)).meta["val"].shape[1])
+        return sorted(rows)[gone:]  # which ones is not known
     stay = torch.zeros(list(shape), dtype=torch.bool)
     stay[torch.meshgrid(*(final.plan.kept[name][axis].cpu() for axis in axes), indexing="ij")] = True
-    return sum(bool(stay.flatten()[row]) for row in rows)
+    return [row for row in sorted(rows) if stay.flatten()[row]]
+
+
+def _reason(plan: fxprune.ChannelPlan, name: str, axes: Sequence[int], shape: Sequence[int], row: int) -> str:
+    """Why a row stays, by the plan: a row of several axes stays where its index of any of them does."""
+    if not axes:
+        whys = {why for other, _, _, why in plan.stayed if other == name}
+    else:
+        index = dict(zip(axes, torch.unravel_index(torch.tensor(row), tuple(shape)), strict=True))
+        whys = {why for other, axis, at, why in plan.stayed if other == name and index.get(axis, -1) in at}
+    return re.sub(r"`.*?` \((\S+).*?\)", r"\1", min(whys)) if whys else UNTOLD
 
 
 def main() -> None:
@@ -130,7 +147,7 @@ def is_constant(family: str, seed: int) -> bool:
 
 def _row(name: str, counts: Counter[str]) -> str:
     share = counts["gone"] / max(counts["free"], 1)
-    numbers = ", ".join(f"{counts[key]} {key}" for key in ("networks", "wrong", "dead", "free", "gone"))
+    numbers = ", ".join(f"{counts[key]} {key}" for key in ("networks", "wrong", "dead", "free", "gone", "untold"))
     return f"{name}: {numbers} ({share:.4f})"
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from oracle_products import Product
-from oracle_structure import Inputs, Places, Row, Structure, Watch, structure
+from oracle_structure import Inputs, Places, Row, Structure, Watch, spread, structure
 from torch import Tensor, nn
 
 DRAWS = 12  # networks with the same zeros
@@ -42,8 +42,10 @@ def constants(model: nn.Module, inputs: Inputs) -> tuple[list[Tensor], list[Tens
                 x = inputs(3)
                 if number % 2:  # images and sentences of another size
                     x = {4: torch.randn(3, 3, 12, 12, dtype=torch.double), 2: torch.randint(11, (3, 9))}.get(x.dim(), x)
+                if x.is_floating_point():
+                    x = spread(x) if number == 5 else x * scale
                 with Watch(other) as run:
-                    other(x * scale if x.is_floating_point() else x)
+                    other(x)
                 runs.append(run)
         found = []
         for calls in zip(*(run.products for run in runs), strict=True):

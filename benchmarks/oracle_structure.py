@@ -138,7 +138,7 @@ def structure(model: nn.Module, inputs: Inputs) -> Structure:
         x = inputs(samples)
         with Watch(twin) as seen:
             twin(x)
-        fixed = [torch.randn_like(result) for result in seen.results]
+        fixed = [spread(result) for result in seen.results]
         changed = [
             _with_changes(found, result, changes, samples) for found, result in zip(seen.products, fixed, strict=True)
         ]
@@ -168,6 +168,11 @@ def structure(model: nn.Module, inputs: Inputs) -> Structure:
     return Structure(layers, of, norms, boxes)
 
 
+def spread(like: Tensor) -> Tensor:
+    """Noise with entries of every size: what a norm and a clamp hide of even noise shows in some of it."""
+    return torch.randn_like(like) * 10 ** torch.empty_like(like).uniform_(-1, 2)
+
+
 def _with_changes(found: Product, result: Tensor, changes: Sequence[tuple[Row, float]], samples: int) -> Tensor:
     """The result of a product in which each sample has other noise in one row."""
     places = by_sample(torch.arange(result.numel()).view(result.shape), samples, found.rows)
@@ -175,5 +180,5 @@ def _with_changes(found: Product, result: Tensor, changes: Sequence[tuple[Row, f
     for sample, ((name, row), scale) in enumerate(changes):
         if name == found.name:
             at = places[row, sample]
-            flat[at] += scale * torch.randn(len(at), dtype=result.dtype)
+            flat[at] += scale * spread(flat[at])
     return torch.empty_like(result).copy_(flat.view(result.shape))

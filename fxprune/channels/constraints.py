@@ -18,10 +18,16 @@ LEAST = 1e-3  # and must have: its column becomes the sum of the others', scaled
 
 
 class Grids(Constraint):
-    """A position of a grid is alive exactly where both its factors are."""
+    """A position of a grid is alive exactly where both its factors are.
 
-    def __init__(self, classes: Classes) -> None:
+    Args:
+        classes: with the grids.
+        complete: whether a position is kept where both its factors are, or only factors of positions.
+    """
+
+    def __init__(self, classes: Classes, *, complete: bool = True) -> None:
         self._whole, self._left, self._right = classes.whole, classes.left, classes.right
+        self._completes = complete
         triples = np.stack([self._whole, self._left, self._right], axis=1)
         super().__init__(
             Relation(np.repeat(np.arange(len(triples)), 3), triples.reshape(-1), len(triples), classes.count)
@@ -31,7 +37,8 @@ class Grids(Constraint):
         agenda, changed = state.agenda(self), False
         while len(at := agenda.take()):
             whole, left, right = self._whole[at], self._left[at], self._right[at]
-            needed, complete = state.alive[whole], state.alive[left] & state.alive[right]
+            needed = state.alive[whole]
+            complete = state.alive[left] & state.alive[right] & self._completes
             fresh = np.concatenate([left[needed], right[needed], whole[complete]])
             changed |= state.keep(fresh, Structural.GRID)
         return changed

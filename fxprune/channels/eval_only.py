@@ -70,6 +70,7 @@ def find(coupling: Coupling, alive: Mask, reached: Collection[fx.Node], constant
     classes = coupling.classes
     suspects = np.zeros(classes.count, bool)
     suspects[np.concatenate([norm.classes[norm.differs] for norm in norms])] = True
+    suspects[classes.left[suspects[classes.whole]]] = True  # channels of which it is some pixels
     suspects[classes.whole[suspects[classes.left] | suspects[classes.right]]] = True
     flagged = np.zeros(classes.count, bool)
     for reader, twin in replace(coupling, walks={"eval": coupling.walks["eval"], "train": train}).readers():
@@ -82,6 +83,7 @@ def find(coupling: Coupling, alive: Mask, reached: Collection[fx.Node], constant
     parts = flagged.copy()
     parts[classes.left[flagged[classes.whole]]] = True
     parts[classes.right[flagged[classes.whole]]] = True
+    parts[classes.whole[flagged[classes.left]]] = True
     channels: dict[str, set[int]] = {}
     for norm in norms:
         found = norm.differs & (parts[norm.classes] | (norm.node in above))
@@ -112,6 +114,8 @@ def _norms(coupling: Coupling) -> Iterator[_Norm]:
             differs = _differs(walk, norm, value, len(ids))
             if norm.node in walk.maps and len(walk.maps[norm.node].where) == len(ids):
                 differs = differs | walk.maps[norm.node].where.numpy()
+            if norm.node in walk.means and walk.means[norm.node].where.numel() == len(ids):
+                differs = differs | walk.means[norm.node].where.reshape(-1).numpy()
             yield _Norm(name.rpartition(".")[0], norm.node, coupling.of(ids), differs)
 
 

@@ -124,6 +124,8 @@ class Liveness:
     Attributes:
         readers: the contractions of the eval graph that stay.
         alive: by class.
+        needed: by class, whether what the graph returns depends on it; the others that are alive are dead, and stay for
+            what the operators ask of sizes, or because such ones read them.
     """
 
     def __init__(
@@ -147,6 +149,8 @@ class Liveness:
             units[rows_of_units] = True
         costs[units] = 1 - costs[units]  # of those kept for their number the ones with weights: masks hide the others
         self._state = State(self._classes.pinned, costs, units)
+        self._state.settle([Grids(self._classes, complete=False), demand])
+        self.needed: Mask = self._state.alive.copy()
         self._state.settle([whole.grids, demand, representatives, *whole.last])
         self.alive: Mask = self._state.alive
 

@@ -12,6 +12,9 @@ from torch import fx
 from fxprune.channels.readers import READ
 from fxprune.graph.text import describe
 
+# where outputs ask for a channel that nothing needs themselves, and stay for another reason
+FOR_DEAD = "; what it computes from it is dead too, and stays for a reason of its own"
+
 
 @dataclass(frozen=True)
 class Pinned:

@@ -1,4 +1,4 @@
-"""What is dead and stays: slices of weights that are zero, or that nothing reads, and why."""
+"""What is dead and stays, and why: slices of weights that are zero, or that nothing reads but what is dead itself."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from fxprune.channels.coupling import Coupling
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.liveness import Liveness
 from fxprune.channels.readers import Reader
-from fxprune.channels.reasons import Reason, Structural
+from fxprune.channels.reasons import FOR_DEAD, ReadBy, Reason
 from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.selection import Embedding
 
 
 def dead_that_stay(relations: Coupling, live: Liveness) -> list[tuple[str, int, list[int], str]]:
-    """Slices of weights that are zero, or that nothing reads, and stay: (parameter, axis, indices, why)."""
-    texts: dict[Reason, str] = {}
+    """Slices of weights that are zero or that nothing needs, and stay: (parameter, axis, indices, why)."""
+    texts: dict[tuple[Reason, bool], str] = {}
     stayed = []
     for name, axis, classes, zero in _written(relations, live):
         indices_of: dict[str, list[int]] = {}
         for index in np.flatnonzero(live.alive[classes]).tolist():
-            why = live.why(int(classes[index]))
-            if not zero[index] and (not isinstance(why, Structural) or why is Structural.GRID):
+            needed = bool(live.needed[classes[index]])
+            if needed and not zero[index]:
                 continue
-            if why not in texts:
-                texts[why] = why.text()
-            indices_of.setdefault(texts[why], []).append(index)
+            why = live.why(int(classes[index]))
+            if (why, needed) not in texts:
+                texts[why, needed] = why.text() + ("" if needed or not isinstance(why, ReadBy) else FOR_DEAD)
+            indices_of.setdefault(texts[why, needed], []).append(index)
         stayed += [(name, axis, indices, text) for text, indices in indices_of.items()]
     return stayed
 

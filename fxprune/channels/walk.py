@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxprune.channels.axes import ONE, Axis, Factor, Size, same_size
+from fxprune.channels.axes import ONE, Axis, Factor, Size, reduced_shape, same_size
 from fxprune.channels.edits import Edit, Reindex
 from fxprune.channels.ids import Ids, Vector
+from fxprune.channels.means import SpaceMeans
 from fxprune.channels.positions import PositionMaps
 from fxprune.channels.readers import Balance, EqualCounts, MoreCells, Reader
-from fxprune.channels.values import Known, Stack, Value, settled
+from fxprune.channels.values import Known, Stack, Value, beside, settled
 from fxprune.graph.mutation import is_mutating, written
 from fxprune.graph.text import describe
 
@@ -55,6 +56,7 @@ class Walk:
             channel that is the same everywhere is its own mean, and dropouts keep it on average.
         env: the value of every node.
         maps: of nodes some of whose channels are constants of positions.
+        means: of nodes some of whose channels have a mean over space that is known.
         readers, balances: the contractions met.
         equal: the recurrent layers met. more: those with a projection.
         edits: what removal changes in the graph.
@@ -73,6 +75,7 @@ class Walk:
         self.training = training
         self.env: dict[fx.Node, Result] = {}
         self.maps: dict[fx.Node, PositionMaps] = {}
+        self.means: dict[fx.Node, SpaceMeans] = {}
         self.readers: list[Reader] = []
         self.balances: list[Balance] = []
         self.equal: list[EqualCounts] = []
@@ -154,12 +157,33 @@ class Walk:
         """Whether a parameter has one reader in the graph, and its memory no other name."""
         return name is not None and self.is_read_once(name) and name not in self.parameters.overlapping
 
-    # ---- constants of positions
+    # ---- constants of positions, and means
 
     def pass_maps(self, operand: fx.Node, node: fx.Node) -> None:
         """The same values under another node."""
         if operand in self.maps:
             self.maps[node] = self.maps[operand]
+        if operand in self.means:
+            self.means[node] = self.means[operand]
+
+    def note_means(self, node: fx.Node, value: Value, edge: int | None, where: Tensor, means: Tensor) -> None:
+        """Note the means over space of a node's channels, where they are finite; both in the value's reduced shape."""
+        where = where & means.isfinite()
+        if where.any():
+            shape = reduced_shape(value.axes)
+            self.means[node] = SpaceMeans(edge, where.expand(shape), means.double().expand(shape))
+
+    def with_means(self, operand: fx.Node, value: Value, windows: Sequence[int] | None = None) -> Value:
+        """A value, of which more is known where it is to be read by its means over space.
+
+        Args:
+            operand, value: the node, and what is known of it.
+            windows: the means are over windows of these sizes, which tile space; None where they are over all of it.
+        """
+        means = self.means.get(operand)
+        if means is None or not means.fits(value.axes) or not (windows is None or means.is_known(windows)):
+            return value
+        return beside(value, means.where, means.value)
 
     def note_maps(self, node: fx.Node, value: Value, like: PositionMaps, where: Tensor, computed: Tensor) -> Value:
         """Note what a node's channels are by position, and add to its value those that are the same everywhere.
@@ -225,6 +249,7 @@ class Walk:
     def refuse(self, node: fx.Node, why: str) -> Result:
         """Pin everything that `node` touches; nothing is known of its results."""
         self.maps.pop(node, None)
+        self.means.pop(node, None)
         for operand in node.all_input_nodes:
             self.pin_operand(node, operand, why)
         return self.unknown(node)
@@ -349,6 +374,7 @@ class Walk:
             for other in self._storage.family(target):
                 if other is not node:
                     self.maps.pop(other, None)
+                    self.means.pop(other, None)
                 if other is not node and isinstance(self.env.get(other), Value):
                     self.env[other] = Value(self.value(other).axes)
             if isinstance(result, Value) and result.rank == len(self.shape(target)):

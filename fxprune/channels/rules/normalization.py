@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from fxprune.channels.arguments import bound
 from fxprune.channels.axes import reduced_shape
 from fxprune.channels.edits import Edit
 from fxprune.channels.ids import Vector
+from fxprune.channels.means import has_space
 from fxprune.channels.registry import OperatorCall, register
 from fxprune.channels.statistics import FirstResultAlone, GroupStatistics, PadWithZeros, RootMeanSquare, counted
 from fxprune.channels.values import Value, beside, settled
@@ -97,12 +98,22 @@ class _ChannelNorm(OperatorCall):
         if gain is not None:
             known = known | (gain == 0)
         result = settled(value.axes, known, torch.where(known, normalized, 0))
+        self._note_means(walk, value, result_of)
         maps, shape = walk.maps.get(self.data), reduced_shape(value.axes)
         if maps is None or self.over_input or not maps.fits(shape):
             return result
         own, by_position = maps.laid(value.rank)
         computed = result_of(by_position)
         return result if computed is None else walk.note_maps(self.node, result, maps, own & ~known, computed)
+
+    def _note_means(self, walk: Walk, value: Value, result_of: Callable[[Tensor], Tensor | None]) -> None:
+        """The means over space follow from those of the operand: gain and shift are the same at all positions."""
+        means = walk.means.get(self.data)
+        if means is None or self.over_input or not means.fits(value.axes):
+            return
+        computed = result_of(means.value)
+        if computed is not None:
+            walk.note_means(self.node, value, means.edge, means.where, computed)
 
 
 def _others(shape: Sequence[int]) -> Sequence[int]:
@@ -166,6 +177,14 @@ class InstanceNorm(_ChannelNorm):
     def normalized(self, value: Tensor, mean: Tensor | None, variance: Tensor | None) -> Tensor | None:
         # a channel that is constant over space is its own mean
         return torch.zeros_like(value) if self.over_input else super().normalized(value, mean, variance)
+
+    def _note_means(self, walk: Walk, value: Value, result_of: Callable[[Tensor], Tensor | None]) -> None:
+        if not self.over_input:
+            super()._note_means(walk, value, result_of)
+        elif has_space(value.axes):  # whatever comes in, its mean goes
+            computed = result_of(torch.zeros(reduced_shape(value.axes)))
+            if computed is not None:
+                walk.note_means(self.node, value, None, torch.ones((), dtype=torch.bool), computed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.channels.axes import Axis, reduced_shape
 from fxprune.channels.evaluation import run
+from fxprune.channels.means import has_space
 from fxprune.channels.registry import REGISTRY, OperatorCall, register
 from fxprune.channels.values import Known, Value, settled, widened
 from fxprune.channels.walk import Walk
@@ -38,6 +39,8 @@ class Pointwise(OperatorCall):
             return Value(axes)
         named = dict(zip(operands, laid, strict=True))
         result = self._constants(axes, named)
+        if walk.means.keys() & named.keys():
+            self._note_means(walk, result, named)
         return self._with_maps(walk, result, named) if walk.maps.keys() & named.keys() else result
 
     def _with_maps(self, walk: Walk, result: Value, operands: Mapping[fx.Node, Value]) -> Value:
@@ -62,6 +65,29 @@ class Pointwise(OperatorCall):
         if computed is None or not computed.is_floating_point():
             return result
         return walk.note_maps(self.node, result, found, (where & some).expand(shape), computed)
+
+    def _note_means(self, walk: Walk, result: Value, operands: Mapping[fx.Node, Value]) -> None:
+        """The means over space of sums, and of products with what is the same at all positions."""
+        target, inner, values = self.node.target, dict[fx.Node, Tensor](), dict[fx.Node, Tensor]()
+        means = {node: walk.means[node] for node in operands if node in walk.means}
+        edges = {each.edge for each in means.values()}
+        first = next(iter(means))
+        once = len(means) == 1 and self.node.args.count(first) == 1
+        alike = target in _SUMS or (target in _PRODUCTS and once and self._is_factor(first))
+        if not alike or len(edges) > 1 or not has_space(result.axes):
+            return
+        for node, value in operands.items():
+            known = ~_TRUE if value.facts is None else value.facts.inner
+            inner[node], values[node] = known, _reduced(value.facts)
+            if node in means:
+                if not means[node].fits(result.axes):
+                    return
+                inner[node] = known | means[node].where
+                values[node] = torch.where(known, values[node], means[node].value)
+        computed = run(self.node, values)
+        if computed is not None and computed.is_floating_point():
+            where = functools.reduce(operator.and_, inner.values())
+            walk.note_means(self.node, result, edges.pop(), where, computed)
 
     def _constants(self, axes: tuple[Axis, ...], operands: Mapping[fx.Node, Value]) -> Value:
         """Known where all operands are; a product also where one is known to be zero, a quotient where the first is."""
@@ -91,6 +117,7 @@ class Pointwise(OperatorCall):
 
 
 _QUOTIENTS = (aten.div.Tensor, aten.div_.Tensor)
+_SUMS = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor)
 _PRODUCTS = (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar, *_QUOTIENTS)
 
 _TRUE = torch.ones((), dtype=torch.bool, device="cpu")
@@ -200,6 +227,11 @@ class Glu(OperatorCall):
         passed, gate = (
             value.moved(axes, functools.partial(torch.narrow, dim=dim, start=at, length=half)) for at in (0, half)
         )
+        means = walk.means.get(self.data)
+        if means is not None and dim == 1 and means.fits(value.axes) and has_space(axes) and gate.facts is not None:
+            where, mean = (tensor.narrow(1, 0, half) for tensor in (means.where, means.value))
+            where, mean = where & gate.facts.inner, mean * torch.sigmoid(gate.facts.value.double())
+            walk.note_means(self.node, Value(axes), means.edge, where, mean)
         return self._gated(axes, passed, gate)
 
     @staticmethod

@@ -45,6 +45,8 @@ class Reduction(OperatorCall):
     def relate(self, walk: Walk) -> Result:
         value = walk.value(self.data)
         dims = _listed(self.dim, value.rank)
+        if self.node.target is aten.mean.dim and dims == list(range(2, value.rank)):
+            value = walk.with_means(self.data, value)
         value = self._counted(walk, value, dims)
         value = walk.blur(self.node, value, dims, "a reduction over it")
         kept_dims = len(walk.shape(self.node)) == value.rank
@@ -251,6 +253,8 @@ class Resampling(OperatorCall):
         value, shape = walk.value(self.data), walk.shape(self.node)
         first = value.rank - self._space()
         value = walk.blur(self.node, value, range(first, value.rank), "space of a pooling")
+        if first == 2:
+            value = self._averaged(walk, value)
         axes = (*value.axes[:first], *(Axis.plain(size) for size in shape[first:]))
         facts = value.facts
         known = Value(axes)
@@ -270,15 +274,36 @@ class Resampling(OperatorCall):
         """Whether a constant comes out smaller at the border."""
         return False
 
+    def _averaged(self, walk: Walk, value: Value) -> Value:
+        """The operand with what is known of the means that are taken."""
+        whole = self.node.target in _ADAPTIVE_MEANS and all(size == 1 for size in walk.shape(self.node)[2:])
+        return walk.with_means(self.data, value) if whole else value
+
+
+_ADAPTIVE_MEANS = (
+    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+)  # fmt: skip
+
 
 @register(aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d)
 @dataclass(frozen=True, eq=False)
 class AveragePooling(Resampling):
     """Means of windows, which may count the zeros around."""
 
+    kernel_size: Any
+    stride: Any = ()
     padding: Any = 0
+    ceil_mode: bool = False
     count_include_pad: bool = True
     divisor_override: int | None = None
+
+    def _averaged(self, walk: Walk, value: Value) -> Value:
+        windows, steps = ([size] if type(size) is int else list(size) for size in (self.kernel_size, self.stride))
+        padded = any(self.padding) if isinstance(self.padding, list | tuple) else bool(self.padding)
+        if padded or self.ceil_mode or self.divisor_override is not None or steps not in ([], windows):
+            return value
+        return walk.with_means(self.data, value, windows)
 
     def _averages_zeros(self) -> bool:
         padded = any(self.padding) if isinstance(self.padding, list | tuple) else bool(self.padding)

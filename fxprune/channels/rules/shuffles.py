@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxprune.channels.axes import Axis, Factor, Size, reduced_shape
+from fxprune.channels.means import has_space
 from fxprune.channels.registry import OperatorCall, register
 from fxprune.channels.rules.views import regrouped
 from fxprune.channels.values import Value
@@ -47,9 +48,14 @@ class PixelShuffle(OperatorCall):
         split = _split_channels(walk, value, dim, value.axes[dim].size // positions, positions)
         if split is None:
             return walk.refuse(self.node, "regroups the channels")
+        within = split.facts
         split = walk.blur(self.node, split, [dim + 1], "positions within a pixel")
         axes = [*split.axes[: dim + 1], *_space(walk, self.node, dim)]
-        return split.moved(axes, lambda tensor: tensor.squeeze(dim + 1))
+        result = split.moved(axes, lambda tensor: tensor.squeeze(dim + 1))
+        if within is not None and dim == 1 and has_space(axes):
+            means = within.value.double().mean(2)
+            walk.note_means(self.node, result, self.upscale_factor, within.inner.all(2), means)
+        return result
 
 
 @register(aten.pixel_unshuffle)

@@ -1,0 +1,153 @@
+"""Means over space that no input changes: what reads such a mean reads a constant, whatever single positions are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.errors import EvalConstantWarning
+from tests.fxprune.channels.exactness import EXACT, error
+from tests.fxprune.channels.layers import Net, norm, zero_rows
+
+
+def left(model: nn.Module, *sizes: tuple[int, int]) -> int:
+    """How many rows of `first` stay; the network computes the same at other sizes of batch and space, free with any."""
+    model = model.double().eval()
+    x = torch.randn(2, 3, 8, 8).double()
+    free: Any = ((dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),),) if sizes else "batch"
+    final = fxprune.finalize(fxprune.trace(model, (x,), modes=("eval",), dynamic_shapes=free), align=1)
+    with torch.no_grad():
+        for batch, (height, width) in ((1, (8, 8)), (3, (8, 8)), *((2, size) for size in sizes)):
+            other = 7 * torch.randn(batch, 3, height, width).double() + 3
+            assert error(model(other), final(other)) < EXACT
+    return len(dict(final.named_parameters()).get("first.weight", ()))
+
+
+def shifted(layer: Any) -> Any:
+    """A norm with a random gain and shift."""
+    nn.init.uniform_(layer.weight, 0.5, 1.5)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def beside_it(call: Callable[..., Tensor], **modules: Any) -> nn.Module:
+    """`call` on the normalized channels of one convolution, whose result a layer reads; another one reads the image."""
+    torch.manual_seed(0)
+    own = {"first": nn.Conv2d(3, 8, 3, padding=1), "norm": shifted(nn.InstanceNorm2d(8, affine=True))}
+    return Net(
+        lambda s, x: s.head(call(s, s.norm(s.first(x)))) + s.other(x.mean((2, 3))),
+        **{**own, "head": nn.Linear(8, 5), "other": nn.Linear(3, 5), **modules},
+    )
+
+
+MEANS: dict[str, Callable[..., nn.Module]] = {
+    "mean": lambda: beside_it(lambda s, x: x.mean((2, 3))),
+    "mean of the last axes": lambda: beside_it(lambda s, x: x.mean((-1, -2), keepdim=True).flatten(1)),
+    "pooling": lambda: beside_it(lambda s, x: F.adaptive_avg_pool2d(x, 1).flatten(1)),
+    "without gain and shift": lambda: beside_it(lambda s, x: x.mean((2, 3)), norm=nn.InstanceNorm2d(8)),
+    "times and plus": lambda: beside_it(
+        lambda s, x: ((x - s.shift) * s.gain / 2 + 1).mean((2, 3)),
+        gain=nn.Parameter(torch.randn(8, 1, 1)), shift=nn.Parameter(torch.randn(1, 8, 1, 1)),
+    ),
+    "sum with itself": lambda: beside_it(lambda s, x: (x + x.add(x, alpha=3)).mean((2, 3))),
+    "batch norm": lambda: beside_it(lambda s, x: s.second(x).mean((2, 3)), second=norm(8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MEANS)
+def test_the_mean_of_an_instance_norm_is_its_shift_and_its_layers_go(kind: str) -> None:
+    assert left(MEANS[kind](), (5, 9)) == 0
+
+
+def test_a_gate_that_is_a_constant_passes_means_on() -> None:
+    first = nn.Conv2d(3, 8, 3, padding=1)
+    zero_rows(first, 4, 5, 6)
+    model = beside_it(lambda s, x: F.glu(x, 1).mean((2, 3)), first=first, head=nn.Linear(4, 5))
+    assert left(model, (5, 9)) == 2
+
+
+NO_MEANS: dict[str, Callable[..., nn.Module]] = {
+    "an activation": lambda: beside_it(lambda s, x: F.leaky_relu(x).mean((2, 3))),
+    "a square": lambda: beside_it(lambda s, x: (x * x).mean((2, 3))),
+    "a quotient by it": lambda: beside_it(lambda s, x: (1 / (x + 30)).mean((2, 3))),
+    "a quotient by itself": lambda: beside_it(lambda s, x: ((x + 30) / (x + 30) * x).mean((2, 3))),
+    "one axis": lambda: beside_it(lambda s, x: x.mean(2).amax(2)),
+    "a maximum": lambda: beside_it(lambda s, x: x.amax((2, 3))),
+    "several windows": lambda: beside_it(lambda s, x: F.adaptive_avg_pool2d(x, 2).flatten(1), head=nn.Linear(32, 5)),
+    "part of space": lambda: beside_it(lambda s, x: x[:, :, 1:].mean((2, 3))),
+    "written to": lambda: beside_it(lambda s, x: x.relu_().mean((2, 3))),
+    "written to through a view": lambda: beside_it(lambda s, x: (x.detach()[:, 2:5].relu_().sum() + x).mean((2, 3))),
+}
+
+
+@pytest.mark.parametrize("kind", NO_MEANS)
+def test_what_is_not_the_mean_of_an_instance_norm_keeps_its_channels(kind: str) -> None:
+    assert left(NO_MEANS[kind]()) == 8
+
+
+def of_pixels(after: Callable[..., Tensor], edge: int = 2, outputs: int = 6, **modules: Any) -> nn.Module:
+    """A convolution with the rows of two pixels dead, the shuffle, and what a layer reads of it."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, outputs * edge**2, 1)
+    zero_rows(first, *range(edge**2, 3 * edge**2))
+    return Net(
+        lambda s, x: s.head(after(s, F.pixel_shuffle(s.first(x), edge))),
+        **{"first": first, "head": nn.Conv2d(outputs, 5, 1), **modules},
+    )
+
+
+PIXELS: dict[str, Callable[..., nn.Module]] = {
+    "pooling": lambda: of_pixels(lambda s, x: F.avg_pool2d(x, 2)),
+    "pooling of more": lambda: of_pixels(lambda s, x: F.avg_pool2d(x, 4, 4)),
+    "pooling of an edge of its own": lambda: of_pixels(lambda s, x: F.avg_pool2d(x, (3, 6)), edge=3),
+    "mean": lambda: of_pixels(lambda s, x: x.mean((2, 3), keepdim=True)),
+    "norm between": lambda: of_pixels(lambda s, x: F.avg_pool2d(s.second(x), 2), second=norm(6)),
+}
+
+
+@pytest.mark.parametrize("kind", PIXELS)
+def test_pixels_that_are_constants_go_where_their_mean_is_read(kind: str) -> None:
+    model = PIXELS[kind]()
+    rows = len(model.get_parameter("first.weight"))
+    assert left(model, (4, 16)) == rows * 2 // 3
+
+
+NO_PIXELS: dict[str, Callable[..., nn.Module]] = {
+    "other windows": lambda: of_pixels(lambda s, x: F.avg_pool2d(x, 3)),
+    "windows that overlap": lambda: of_pixels(lambda s, x: F.avg_pool2d(x, 2, 1)),
+    "zeros around": lambda: of_pixels(lambda s, x: F.avg_pool2d(x, 2, padding=1)),
+    "another divisor": lambda: of_pixels(lambda s, x: F.avg_pool2d(x, 2, divisor_override=3)),
+    "an activation": lambda: of_pixels(lambda s, x: F.avg_pool2d(F.gelu(x), 2)),
+    "nothing": lambda: of_pixels(lambda s, x: x),
+}
+
+
+@pytest.mark.parametrize("kind", NO_PIXELS)
+def test_pixels_that_are_constants_stay_where_something_else_is_read(kind: str) -> None:
+    assert left(NO_PIXELS[kind]()) == 24
+
+
+def test_what_is_such_a_mean_in_eval_mode_alone_is_named_and_stays_on_request() -> None:
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 24, 1)
+    zero_rows(first, *range(4, 12))
+    model = nn.Sequential(first, norm(24), nn.PixelShuffle(2), nn.AvgPool2d(2), nn.Conv2d(6, 5, 1)).double()
+    x = torch.randn(4, 3, 6, 6).double()
+    traced = fxprune.trace(model, (x,))
+    with pytest.warns(EvalConstantWarning):
+        final = fxprune.finalize(traced, align=1)
+    assert final.plan is not None
+    assert final.plan.removed["0.weight"] == {0: 8}
+    assert final.plan.eval_only == {"1": [*range(4, 12)]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = fxprune.finalize(traced, align=1, keep_for_training=True)
+    for mode in (True, False):
+        assert error(traced.train(mode)(x).detach(), kept.train(mode)(x).detach()) < EXACT
