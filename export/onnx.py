@@ -20,6 +20,7 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call, as_calls
 from fxprune.graph.masks import masked
+from fxprune.graph.spread_modules import by_first
 from fxprune.graph.traced import TracedModule
 from fxprune.reports import counted
 
@@ -61,6 +62,7 @@ class ExportReport(FileReport):
 
 
 @named_arguments
+@by_first
 def to_onnx(
     final: TracedModule,
     path: str | os.PathLike[str],

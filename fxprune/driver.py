@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +35,11 @@ from fxprune.graph.copies import copied_parameters, read_directly
 from fxprune.graph.equality import FOLDED_TOLERANCES, error
 from fxprune.graph.error_sites import node_of, step_of
 from fxprune.graph.masks import masked_views, named_by_mask
-from fxprune.graph.names import canonical, has_parametrization, locate, one_name
+from fxprune.graph.names import canonical, has_parametrization, locate, one_name, tensors_of
 from fxprune.graph.provenance import provenance_of, set_provenance
 from fxprune.graph.reparametrizations import computed_names, hook_state, reparametrized
 from fxprune.graph.requirements import require_eval, require_parameter, require_traced
+from fxprune.graph.spread_modules import all_alike, check_can_be_spread, hollow_copy, is_spread, on_first, spread_alike
 from fxprune.graph.text import describe
 from fxprune.graph.traced import Origin, TracedModule
 from fxprune.passes import (
@@ -369,7 +371,8 @@ def channel_groups(traced: TracedModule) -> ChannelGroups:
         >>> [(g.name, g.kind, g.size) for g in fxprune.channel_groups(traced)]
         [('0.weight', 'channel', 16), ('2.weight', 'channel', 10)]
     """
-    return ChannelGroups(Grouping(plain_view(traced)).groups)
+    readable = hollow_copy(traced) if is_spread(traced) else traced  # relations ask for no values
+    return ChannelGroups(Grouping(plain_view(readable)).groups)
 
 
 @named_arguments
@@ -384,6 +387,7 @@ def finalize(
     keep_for_training: bool = False,
     keep_for_write_back: bool = False,
     after: Callback | None = None,
+    whole: bool = False,
 ) -> TracedModule:
     """A copy of `traced` without masks, norms, parametrizations and dead channels, that computes the same.
 
@@ -411,6 +415,8 @@ def finalize(
             do with `align="auto"`. Without them a map is added to the result of the layer that read them, for which a
             class has no place: `write_back` refuses it.
         after: called after each pass with (pass, module, modified, seconds).
+        whole: for a module that is spread over processes: whether the first one gets the whole result, the others one
+            without values, on the device "meta". Else the result is spread as the module is.
 
     Returns:
         A new `TracedModule`; `.plan` says what was removed.
@@ -431,9 +437,9 @@ def finalize(
         >>> print(final.plan.explain())
     """
     require_eval(traced, "finalize")
-    flags = {"shrink": shrink, "fold_batch_norm": fold_batch_norm, "verify": verify}
+    flags: dict[str, Any] = {"shrink": shrink, "fold_batch_norm": fold_batch_norm, "verify": verify}
     keep = {"keep_for_training": keep_for_training, "keep_for_write_back": keep_for_write_back}
-    for name, value in (flags | keep).items():
+    for name, value in (flags | keep | {"whole": whole}).items():
         if not isinstance(value, bool):
             raise ArgumentTypeError(f"{name}={value!r}: True or False is needed.")
     if plan is not None and not isinstance(plan, ChannelPlan):
@@ -442,6 +448,9 @@ def finalize(
         )
     if after is not None and not callable(after):
         raise ArgumentTypeError(f"after={after!r}: a function of (pass, module, modified, seconds) is needed.")
+    if is_spread(traced):
+        options = flags | keep | {"align": align, "plan": plan, "after": after}
+        return _finalized_by_first(traced, options, whole=whole)
     for text in traced.told_unused():
         warnings.warn(text, FxpruneWarning, stacklevel=3)
     steps: list[Pass] = [*FINALIZE]
@@ -455,7 +464,8 @@ def finalize(
     if carried_out is not None and carried_out is not traced.plan and plan is None:
         carried_out.chosen = tuple(sorted(traced.decided))
     final.record(carried_out, Origin(None if carried_out is traced.plan else carried_out, _sources(traced)))
-    if broken := [name for name, p in final.named_parameters() if p.is_floating_point() and not p.isfinite().all()]:
+    read = ((name, p) for name, p in final.named_parameters() if p.is_floating_point() and not p.is_meta)
+    if broken := [name for name, p in read if not p.isfinite().all()]:
         warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=3)
     if plan is None and final.plan is not None and final.plan.eval_only and "train" in final.graphs:
         warnings.warn(_text_of(final.plan.eval_only), EvalConstantWarning, stacklevel=3)
@@ -464,6 +474,34 @@ def finalize(
     if verify and plan is None and (fold_batch_norm or not removed):
         verify_equal(traced, final, exact=not fold_batch_norm)
     return final
+
+
+def _finalized_by_first(traced: TracedModule, options: dict[str, Any], *, whole: bool) -> TracedModule:
+    """The result of a module that is spread: made by the first process, its architecture by the others."""
+    if not whole:
+        check_can_be_spread(traced)
+
+    def told(final: TracedModule) -> tuple[ChannelPlan | None, dict[str, tuple[int, ...]]]:
+        return final.plan, _shapes(final)
+
+    (plan, shapes), made = on_first(traced, lambda copied: finalize(copied, **options), told)
+    if not made:
+        imposed = {"plan": plan} if options["shrink"] or options["plan"] is not None else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first process has said it
+            final = finalize(hollow_copy(traced), **(options | imposed | {"verify": False, "after": None}))
+        final.record(plan)
+    else:
+        final = made[0] if whole else hollow_copy(made[0])
+    all_alike(traced, _shapes(final) == shapes, "the architecture that finalize gives")
+    if not whole:
+        final = spread_alike(final, traced, tensors_of(made[0]) if made else None)
+    final.record(plan, Origin(None if plan is traced.plan else plan, _sources(traced)))
+    return final
+
+
+def _shapes(final: TracedModule) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors_of(final).items()}
 
 
 def _run_or_refuse(traced: TracedModule, steps: Sequence[Pass], after: Callback | None) -> TracedModule:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from fxprune.errors import ShardingError
@@ -183,6 +184,50 @@ def first(own: Tensor, reference: Tensor) -> Tensor:
         return distribute_tensor(own.detach().to(mesh.device_type).clone(), mesh, [Replicate()] * mesh.ndim).to_local()
 
 
+def sent(values: Tensor | None, reference: Tensor) -> Tensor:
+    """Values that the first process has, spread as `reference` is; a collective of all processes.
+
+    Args:
+        values: on the first process a plain tensor; looked at there alone.
+        reference: of the shape and dtype of the values; where it is plain, all processes of the default group get all.
+    """
+    is_first = dist.get_rank() == (first_rank(reference) if isinstance(reference, DTensor) else 0)
+    own = values if is_first and values is not None else torch.empty(reference.shape, dtype=reference.dtype)
+    if isinstance(reference, DTensor) and not all(type(each) in (Shard, Replicate) for each in reference.placements):
+        return spread(first(own.to(reference.dtype), reference), reference)  # of strided shards torch sends none
+    with communicating("sending a tensor"):
+        if isinstance(reference, DTensor):
+            return distribute_tensor(
+                own.detach().to(reference.device_mesh.device_type, reference.dtype), reference.device_mesh,
+                reference.placements, src_data_rank=0,
+            )  # fmt: skip
+        whole_one = own.detach().to(reference.device, reference.dtype).contiguous().clone()
+        dist.broadcast(whole_one, 0)
+        return whole_one
+
+
+def first_rank(reference: Tensor) -> int:
+    """The rank of the first process of a tensor's mesh; 0 for one that is plain."""
+    return int(reference.device_mesh.mesh.flatten()[0]) if isinstance(reference, DTensor) else 0
+
+
+def gathered_objects(own: Any, rank: int) -> list[Any] | None:
+    """What every process gives, on the one of this rank; None elsewhere. Pickled; a collective of the default group."""
+    is_there = dist.get_rank() == rank
+    found: list[Any] | None = [None] * dist.get_world_size() if is_there else None
+    with communicating("gathering what each process has"):
+        dist.gather_object(own, found, dst=rank)
+    return found
+
+
+def sent_object(own: Any, rank: int) -> Any:
+    """What the process of this rank gives, everywhere. Pickled; a collective of the default group."""
+    held = [own]
+    with communicating("waiting for the first process"):
+        dist.broadcast_object_list(held, src=rank)
+    return held[0]
+
+
 @contextlib.contextmanager
 def same_draws(reference: Tensor | None) -> Iterator[None]:
     """Draw on every process what the first one draws; a collective where `reference` is spread.
@@ -219,8 +264,10 @@ def communicating(what: str) -> Iterator[None]:
     except ShardingError:
         raise
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-        text = str(error).partition("\n")[0]
-        raise ShardingError(f"{what}: the processes could not go on together: {text} {_LOST}") from error
+        text = str(error).partition("\n")[0].rstrip(".")
+        raise ShardingError(
+            f"{what}: the processes could not go on together: {type(error).__name__}: {text}. {_LOST}"
+        ) from error
 
 
 def rest(module: object) -> None:

@@ -77,6 +77,7 @@ __all__ = [
     "pytree_info",
     "register_named_tuple",
     "schema_of",
+    "sharding_options",
     "size_expression",
     "size_function",
     "sizes_watched",
@@ -84,6 +85,7 @@ __all__ = [
     "step_pre_hooks",
     "symbol_ranges",
     "symbolic_square_root",
+    "take_parameters",
     "validate_pruning_amount",
     "weights_gathered_if",
 ]
@@ -363,6 +365,21 @@ def _sharded(parameter: nn.Parameter, places: list[tuple[nn.Module, str]], like:
         parameter, info, like.mesh_info, group.post_forward_mesh_info, group.device, None, group.mp_policy,
         group.offload_policy,
     )  # fmt: skip
+
+
+def sharding_options(module: nn.Module) -> dict[str, Any] | None:
+    """The arguments of `fully_shard` with which a module was sharded; None where its weights were spread before."""
+    group = next(filter(None, _groups(module)))
+    if any(each.is_dtensor for each in group.fsdp_params):
+        return None
+    return {"mesh": group.mesh_info.mesh, "mp_policy": group.mp_policy, "offload_policy": group.offload_policy}
+
+
+def take_parameters(module: nn.Module) -> None:
+    """Let FSDP shard what stands under the names of its parameters now, DTensors that are spread alike."""
+    for group in filter(None, _groups(module)):
+        for each in group.fsdp_params:
+            each.reset_sharded_param()
 
 
 def gathered_like(module: nn.Module, buffer: DTensor) -> torch.Tensor:

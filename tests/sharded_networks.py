@@ -188,3 +188,79 @@ def refusals() -> dict[str, str]:
             found[what] = f"{type(error).__name__}: {error}"
     found["masked"] = str(fxprune.prune.is_pruned(module))
     return found
+
+
+def batches() -> list[torch.Tensor]:
+    """Four of them."""
+    return [inputs(seed) for seed in range(10, 14)]
+
+
+def _pairs() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(x, torch.arange(4) % 6) for x in batches()]
+
+
+C: dict[str, Callable[..., Any]] = {
+    "l2": lambda m, mine: P.channels(m, macs=0.5),
+    "l1, units": lambda m, mine: P.channels(m, 0.3, importance="l1", scope="local", round_to=1),
+    "parameters": lambda m, mine: P.channels(m, parameters=0.6, importance="fpgm", round_to=1),
+    "bn": lambda m, mine: P.channels(m, 0.5, importance="bn", round_to=1),
+    "random": lambda m, mine: P.channels(m, macs=0.6, importance="random", seed=3),
+    "taylor": lambda m, mine: P.channels(
+        m, macs=0.5, importance="taylor", loader=mine(_pairs()), loss=nn.functional.cross_entropy
+    ),
+    "obs": lambda m, mine: P.channels(m, macs=0.5, importance="obs", loader=mine(batches())),
+}
+
+
+def channels(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> dict[str, Any]:
+    """By importance the state, and the report; batches are divided among the processes, every other one for two."""
+
+    def mine(every: list[Any]) -> list[Any]:
+        return every if not dist.is_initialized() else every[dist.get_rank() :: dist.get_world_size()]
+
+    found: dict[str, Any] = {}
+    unspread = traced()
+    for what, choose in C.items():
+        module = spread(copy.deepcopy(unspread))
+        report = choose(module, mine)
+        found[what] = values(module) | {"MACs": torch.tensor(report.macs), "decided": torch.tensor(len(module.decided))}
+    module = spread(copy.deepcopy(unspread))
+    P.channels(module, macs=0.7)
+    P.channels(module, macs=0.5)
+    found["twice"] = values(module)
+    module = spread(copy.deepcopy(unspread))
+    try:
+        P.channels(module, macs=0.001)
+    except fxprune.errors.PruningError as error:
+        found["refused"] = {str(error): torch.zeros(()), **values(module)}
+    found["groups"] = {str(fxprune.channel_groups(module)): torch.zeros(())}
+    return found
+
+
+def finalized(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], how: str, folder: str) -> dict[str, Any]:
+    """What is left of a network whose channels were chosen after a step of Adam, trained on, and written."""
+    module = spread(traced())
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    module(inputs(0)).square().mean().backward()
+    optimizer.step()
+    P.channels(module, macs=0.5)
+    options: dict[str, Any] = {"keep_for_training": True} if how == "spread" else {"whole": how == "whole"}
+    final = fxprune.finalize(module, **options)
+    found: dict[str, Any] = {"plan": {str(final.plan.parameters if final.plan else None): torch.zeros(())}}
+    if how == "whole":
+        found["device"] = {str({p.device.type for p in final.parameters()}): torch.zeros(())}
+        if dist.is_initialized() and dist.get_rank():
+            return found
+        return found | {"final": values(final), "output": {"": final.eval()(inputs(2))}}
+    found["final"] = values(final)
+    optimizer = fxprune.optimizer_after(final.train(), optimizer)
+    for step in range(2):
+        optimizer.zero_grad()
+        final(inputs(step)).square().mean().backward()
+        optimizer.step()
+    found["trained"] = values(final)
+    report = fxprune.export.to_onnx(final.eval(), f"{folder}/network.onnx")
+    found["report"] = {str(report.comparison and report.comparison.ok): torch.zeros(())}
+    fxprune.save(final, f"{folder}/network.fxp")
+    found["loaded"] = values(fxprune.load(f"{folder}/network.fxp"))
+    return found

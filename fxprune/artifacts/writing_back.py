@@ -23,10 +23,12 @@ from fxprune.graph.configurations import Configuration, unread_tensors
 from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.requirements import require_eval
+from fxprune.graph.spread_modules import in_one_process
 from fxprune.graph.traced import TracedModule
 
 
 @named_arguments
+@in_one_process
 def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     """The user's own module, shrunk: a copy of `model` with the parameters, buffers and sizes of `final`.
 

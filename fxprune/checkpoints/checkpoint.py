@@ -27,6 +27,7 @@ from fxprune.checkpoints.restoring import restored
 from fxprune.checkpoints.stored_graphs import written_graph
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, SuffixError
 from fxprune.files import atomic
+from fxprune.graph.spread_modules import by_first
 from fxprune.graph.traced import TracedModule
 
 # what save does not write, and what does
@@ -38,6 +39,7 @@ _OTHER_FORMATS = {
 
 
 @named_arguments
+@by_first
 def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool = True) -> None:
     """Write a traced or finalized module to one file, whole or not at all; `load` restores it.
 

@@ -58,6 +58,7 @@ from fxprune.prune.channel_scores import (
     scorable,
     unit_scores,
 )
+from fxprune.prune.channels_of_all import chosen_for_all
 from fxprune.prune.class_limits import ClassLimits, failure_in_class
 from fxprune.prune.decisions import record, undone
 from fxprune.prune.group_record import numbered_labels
@@ -73,6 +74,7 @@ MOST_CORRECTIONS = 12
 
 @renamed("batches", "max_batches")
 @renamed("provider", "providers", lambda provider: (provider,))
+@chosen_for_all
 def channels(
     traced: TracedModule,
     amount: float | None = DEFAULT_AMOUNT,

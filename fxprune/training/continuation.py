@@ -20,6 +20,7 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneWarning
 from fxprune.graph.names import join
 from fxprune.graph.reparametrizations import computed_from
 from fxprune.graph.traced import TracedModule
+from fxprune.sharding import is_sharded, spread, whole
 
 
 @named_arguments
@@ -179,8 +180,11 @@ def _cut(
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return copy.deepcopy(value)
+        if is_sharded(value) and not parameter.is_meta:  # else the first process alone has values
+            kept = whole(value)
+            return spread(plan.slice(name, kept) if plan and kept.shape == source.shape else kept, parameter)
         if value.dim() and value.shape == source.shape and plan:
-            value = plan.slice(name, value)
+            value = plan.slice(name, whole(value))
         return value.clone()
 
     new: dict[str, Any] = pytree.tree_map(move, dict(old))
@@ -226,8 +230,9 @@ def _is_loose(heir: _Heir, plan: ChannelPlan | None) -> bool:
     """Whether a mask held entries of a parameter at zero that stayed."""
     if heir.source is None:
         return False
-    kept = heir.source.detach() if plan is None else plan.slice(heir.name, heir.source.detach())
-    return kept.shape == heir.parameter.shape and bool(((heir.parameter == 0) & (kept != 0)).any())
+    before, after = whole(heir.source), whole(heir.parameter)
+    kept = before if plan is None else plan.slice(heir.name, before)
+    return kept.shape == after.shape and not after.is_meta and bool(((after == 0) & (kept.to(after.device) != 0)).any())
 
 
 def _folded_norms(

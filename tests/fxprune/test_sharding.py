@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ Spread = Callable[[fxprune.TracedModule], fxprune.TracedModule]
 State = dict[str, torch.Tensor]
 
 
-def assert_equal(want: dict[str, State], got: dict[str, State]) -> None:
+def assert_equal(want: Mapping[str, State], got: Mapping[str, State]) -> None:
     for what, state in want.items():
         assert got[what].keys() == state.keys(), what
         for name, value in state.items():
@@ -73,3 +74,49 @@ def test_what_cannot_be_the_same_everywhere_is_refused_by_every_process_and_chan
         assert found["trace"].startswith("CaptureError: FSDPNetwork is sharded already")
         assert found["masks"].startswith("ShardingError: the mask for 'head.weight' is not the same on every process")
         assert found["masked"] == "False"
+
+
+def test_channels_of_two_processes_are_those_of_one_by_every_importance_with_batches_divided() -> None:
+    want = networks.channels(networks.plain)
+    for got in in_processes(2, networks.channels, networks.by_fsdp):
+        assert_equal(want, got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [networks.by_fsdp, networks.by_replicas, networks.by_tensor_parallel])
+def test_channels_are_those_of_one_process_on_any_mesh(spread: Spread) -> None:
+    want = networks.channels(networks.plain)
+    for got in in_processes(4, networks.channels, spread):
+        assert_equal(want, got)
+
+
+def assert_finalized_alike(processes: int, spread: Spread, how: str, folder: Path) -> None:
+    for name in ("one", "several"):
+        (folder / name).mkdir()
+    want = networks.finalized(networks.plain, how, str(folder / "one"))
+    for rank, got in enumerate(in_processes(processes, networks.finalized, spread, how, str(folder / "several"))):
+        if how == "whole":
+            assert got["device"].keys() == ({"{'meta'}"} if rank else {"{'cpu'}"})
+        for what in got.keys() - {"device"}:
+            assert got[what].keys() == want[what].keys(), what
+            for name, value in want[what].items():
+                assert torch.allclose(got[what][name], value, rtol=0, atol=1e-6), f"{what}: {name}"
+
+
+def test_what_finalize_leaves_is_spread_trains_on_and_is_written_as_in_one_process(tmp_path: Path) -> None:
+    assert_finalized_alike(2, networks.by_fsdp, "spread", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "spread", "how"),
+    [
+        (2, networks.by_fsdp, "whole"),
+        (4, networks.by_fsdp, "spread"),
+        (4, networks.by_replicas, "spread"),
+    ],
+)
+def test_what_finalize_leaves_is_that_of_one_process_on_any_mesh(
+    processes: int, spread: Spread, how: str, tmp_path: Path
+) -> None:
+    assert_finalized_alike(processes, spread, how, tmp_path)

@@ -534,3 +534,24 @@ def test_gathered_like_gives_the_whole_of_a_buffer(sharded: nn.Sequential) -> No
     buffer = torch.ones_like(sharded[0].weight)
     assert isinstance(buffer, DTensor)
     assert torch.equal(internals.gathered_like(sharded, buffer), torch.ones(2, 3))
+
+
+def test_sharding_options_shard_another_module_alike(sharded: nn.Sequential) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    options = internals.sharding_options(sharded)
+    assert options is not None
+    other = fully_shard(nn.Linear(3, 2), **options)
+    assert (other.weight.device_mesh, other.weight.placements) == (
+        sharded[0].weight.device_mesh,
+        sharded[0].weight.placements,
+    )
+
+
+def test_take_parameters_lets_fsdp_gather_what_stands_under_the_name_of_one(sharded: nn.Sequential) -> None:
+    layer, x = sharded[0], torch.randn(5, 3)
+    sharded(x)
+    sharded.reshard()  # type: ignore[operator]
+    layer._parameters["weight"] = nn.Parameter(torch.ones_like(layer.weight))
+    internals.take_parameters(sharded)
+    assert torch.allclose(sharded(x) - layer.bias, x.sum(1, keepdim=True).expand(5, 2))

@@ -16,6 +16,7 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 from fxprune.graph.masks import masked_views, view
 from fxprune.graph.names import tensor_at
 from fxprune.graph.requirements import require_eval
+from fxprune.graph.spread_modules import in_one_process
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair import input_moments
@@ -46,6 +47,7 @@ _TAKEN_BACK = "taken back: outputs were further off with it"
 _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
+@in_one_process
 def reconstruct(
     traced: TracedModule,
     batches: Any,

@@ -1,0 +1,291 @@
+"""Traced modules whose tensors are spread over processes: what the first process does for all with the whole of one."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+from torch.utils.data import Dataset
+
+from fxprune.errors import FxpruneError, ShardingError
+from fxprune.graph.masks import masked, view
+from fxprune.graph.names import join, tensors_of
+from fxprune.graph.traced import TracedModule
+from fxprune.sharding import (
+    communicating,
+    first_rank,
+    gathered_objects,
+    is_managed,
+    is_sharded,
+    rest,
+    sent,
+    sent_object,
+    whole,
+)
+from fxprune.torch_internals import sharding_options, take_parameters
+
+Result = TypeVar("Result")
+Told = TypeVar("Told")
+Given = ParamSpec("Given")
+
+
+_NONE = object()  # in the place of a batch
+
+
+def reference_of(traced: nn.Module) -> Tensor | None:
+    """The first parameter or buffer of a module that is spread over processes, None where none is."""
+    return next((tensor for tensor in tensors_of(traced).values() if is_sharded(tensor)), None)
+
+
+def is_spread(traced: object) -> bool:
+    """Whether a value is a traced module that is spread over processes."""
+    if not isinstance(traced, TracedModule):
+        return False
+    rest(traced)
+    return reference_of(traced) is not None
+
+
+def hollow_copy(traced: TracedModule) -> TracedModule:
+    """A copy with the graphs and shapes of the module, and no values: on the device "meta"."""
+    masked(traced)  # masks that are not spread yet are spread
+    return _copied(traced, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+
+
+def whole_copy(traced: TracedModule, *, here: bool = True) -> TracedModule | None:
+    """A copy with whole tensors on the CPU where `here`, None elsewhere; a collective, one tensor after the other."""
+    masked(traced)
+    found: dict[int, Tensor] = {}
+    for tensor in tensors_of(traced).values():
+        if id(tensor) not in found:
+            gathered = whole(tensor)
+            if here:
+                found[id(tensor)] = gathered.cpu() if gathered is not tensor else gathered.cpu().clone()
+            del gathered
+    return _copied(traced, lambda tensor: found[id(tensor)]) if here else None
+
+
+def _copied(traced: TracedModule, value_of: Callable[[Tensor], Tensor]) -> TracedModule:
+    """A copy of the module without what FSDP adds to it, with other tensors."""
+    memo: dict[int, Any] = {}
+    for tensor in tensors_of(traced).values():
+        if id(tensor) not in memo:
+            value = value_of(tensor)
+            memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    return TracedModule.__deepcopy__(traced, memo)
+
+
+def on_first(
+    traced: TracedModule, work: Callable[[TracedModule], Result], tell: Callable[[Result], Told]
+) -> tuple[Told, list[Result]]:
+    """Let the first process do what one process does, with a whole copy of the module; the others wait.
+
+    Args:
+        traced: a module that is spread over all processes of the default group.
+        work: called on the first process with a whole copy.
+        tell: called there with what `work` gave; what it gives is pickled, and sent to all.
+
+    Returns:
+        What `tell` gave; and on the first process alone, what `work` gave.
+
+    Raises:
+        FxpruneError: on every process what was raised on the first one. ShardingError: a process is gone.
+    """
+    rank = first_of_all(traced)
+    copied = whole_copy(traced, here=dist.get_rank() == rank)
+    if copied is None:
+        told, error = sent_object(None, rank)
+        if error is not None:
+            raise error
+        return told, []
+    try:
+        result = work(copied)
+        told = tell(result)
+    except Exception as error:
+        sent_object((None, _plain(error)), rank)
+        raise
+    sent_object((told, None), rank)
+    return told, [result]
+
+
+def by_first(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Let a function of a module, and what else it takes, take modules that are spread: the first process runs it.
+
+    What it returns is pickled, and sent to all.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        if not args or not is_spread(args[0]):
+            return function(*args, **kwargs)
+        work: Any = lambda copied: function(copied, *args[1:], **kwargs)  # type: ignore[arg-type]  # noqa: E731
+        result: Result = on_first(args[0], work, lambda found: found)[0]  # type: ignore[arg-type]
+        return result
+
+    return call
+
+
+def in_one_process(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Let a function refuse modules that are spread over processes, by its name."""
+
+    @functools.wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        if args and is_spread(args[0]):
+            raise ShardingError(
+                f"{function.__name__} was given a module that is spread over processes; it is for one that one "
+                "process has whole. Call it on the module of one process before it is sharded, or on what "
+                "fxprune.finalize(traced, whole=True) gives on the first process."
+            )
+        return function(*args, **kwargs)
+
+    return call
+
+
+def first_of_all(traced: TracedModule) -> int:
+    """The first process; raises ShardingError unless the module is spread over all processes."""
+    reference = reference_of(traced)
+    assert reference is not None
+    with communicating("a plan for all processes"):
+        size = dist.get_world_size()
+    if (found := reference.device_mesh.size()) != size:  # type: ignore[attr-defined]
+        raise ShardingError(
+            f"the module is spread over {found} of {size} processes. Make a process group of these alone, or shard it "
+            "over all, as on a mesh of two dimensions (copies of shards)."
+        )
+    return first_rank(reference)
+
+
+def _plain(error: Exception) -> Exception:
+    """An error that can be sent to another process."""
+    text = str(error)
+    try:
+        found = type(error)(text) if isinstance(error, FxpruneError) else None
+    except Exception:  # its constructor takes more
+        found = None
+    return ShardingError(f"on the first process: {type(error).__name__}: {text}") if found is None else found
+
+
+def all_batches(batches: Any, most: int | None, rank: int) -> Any:
+    """The batches of all processes in turns, on the process of this rank; those that are the same everywhere once.
+
+    Args:
+        batches: of this process, None where it has none.
+        most: how many of them at most.
+        rank: of the process that gets them; the others get None.
+
+    Raises:
+        ShardingError: on that process, where the batches of one raise an error.
+    """
+    own: list[Any] | str = []
+    try:
+        if isinstance(batches, Iterable) and not isinstance(batches, Dataset):
+            own = [pytree.tree_map_only(Tensor, Tensor.cpu, each) for each in itertools.islice(batches, most)]
+    except Exception as error:  # the caller's own
+        own = f"{type(error).__name__}: {error}"
+    found = gathered_objects(own, rank)
+    if found is None:
+        return None
+    if failed := {i: each for i, each in enumerate(found) if isinstance(each, str)}:
+        raise ShardingError(f"the loader of process {min(failed)} failed: {failed[min(failed)]}")
+    if not any(found):
+        return batches
+    together = []
+    for row in itertools.zip_longest(*found, fillvalue=_NONE):
+        there = [batch for batch in row if batch is not _NONE]
+        same = len(there) == len(found) and all(_same(there[0], other) for other in there[1:])
+        together += there[:1] if same else there
+    return together
+
+
+def _same(left: Any, right: Any) -> bool:
+    (own, shape), (others, other_shape) = pytree.tree_flatten(left), pytree.tree_flatten(right)
+    return shape == other_shape and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or bool(a == b)
+        for a, b in zip(own, others, strict=True)
+    )
+
+
+def all_alike(traced: TracedModule, alike: bool, what: str) -> None:
+    """Raise ShardingError on every process unless all say that something is the same; a collective."""
+    rank = first_of_all(traced)
+    found = gathered_objects(alike, rank)
+    if not sent_object(found is not None and all(found), rank):
+        raise ShardingError(
+            f"{what} is not the same on every process. Trace the same model everywhere, with the same sample inputs "
+            "and options, and the same versions of torch and fxprune."
+        )
+
+
+def sent_masks(traced: TracedModule, masks: Mapping[str, Tensor] | None, names: Iterable[str]) -> dict[str, Tensor]:
+    """Masks that the first process has, spread as the parameters of these names, or what they are computed from."""
+    found = {}
+    for name in names:
+        own = view(traced, name)
+        reference = own.original if own.original is not None else own.computed_from
+        assert reference is not None, name
+        found[name] = sent(None if masks is None else masks[name], reference)
+    return found
+
+
+def check_can_be_spread(traced: TracedModule) -> None:
+    """Raise ShardingError where another module cannot be spread as this one is."""
+    if is_managed(traced) and sharding_options(traced) is None:
+        raise ShardingError(
+            "the module is sharded by FSDP over weights that are spread already (tensor parallel), and its result "
+            "cannot be spread like that again. Ask for the whole module on the first process: whole=True."
+        )
+
+
+def spread_alike(hollow: TracedModule, traced: TracedModule, values: Mapping[str, Tensor] | None) -> TracedModule:
+    """A module without values, spread as another one is, with the values that the first process has; a collective.
+
+    Args:
+        hollow: on the device "meta", alike on every process; used up.
+        traced: the other one.
+        values: by name; looked at on the first process alone.
+    """
+    first = reference_of(traced)
+    assert first is not None
+    if is_managed(traced):
+        options = sharding_options(traced)
+        assert options is not None
+        fully_shard(hollow, **options)
+    else:
+        _distribute(hollow, traced, first)
+    device, fresh = first.device, dict[int, Tensor]()
+    for name, tensor in tensors_of(hollow).items():
+        if id(tensor) not in fresh:
+            reference = tensor if is_sharded(tensor) else torch.empty_like(tensor, device=device)
+            value = sent(None if values is None else values[name], reference)
+            fresh[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    for module in hollow.modules():
+        held: Any
+        for held in (module._parameters, module._buffers):
+            held.update({name: fresh[id(tensor)] for name, tensor in held.items() if tensor is not None})
+    take_parameters(hollow)
+    return hollow
+
+
+def _distribute(hollow: TracedModule, traced: TracedModule, first: Tensor) -> None:
+    """Spread every parameter as that of its name, new ones as copies."""
+    theirs, made = tensors_of(traced), dict[int, nn.Parameter]()
+    for path, module in hollow.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in made:
+                continue
+            like = theirs.get(join(path, name), first)
+            placements = like.placements if join(path, name) in theirs and is_sharded(like) else None  # type: ignore
+            mesh = like.device_mesh if is_sharded(like) else first.device_mesh  # type: ignore[attr-defined]
+            value = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
+            made[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+    for module in hollow.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = made[id(parameter)]
