@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import operator
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import safetensors.torch
-import torch
 import typer
 from rich.console import Console
 from torch import nn
 
 import fxprune
 from fxprune import demo as demo_
+from fxprune.commands import pruning
 from fxprune.errors import ArgumentError
 from fxprune.files import check_suffix
+from fxprune.recipes import sources
+from fxprune.recipes.inputs import call_of_texts
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(pruning.app)
 
 
 def _version(asked: bool) -> None:
@@ -35,6 +34,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")] = False,
 ) -> None:
     """A compiler for pruned PyTorch models."""
 
@@ -86,7 +86,7 @@ def compare(
 ) -> None:
     """Run models and files on the same inputs and compare all outputs. Exits with 1 when they differ."""
     items = [_model_or_file(name) for name in (reference, *candidates)]
-    report = fxprune.compare(*items, inputs=_call(inputs), rtol=rtol, atol=atol)
+    report = fxprune.compare(*items, inputs=call_of_texts(inputs), rtol=rtol, atol=atol)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -118,7 +118,7 @@ def export(
     options = _onnx_options(precision, calibration, sparse, opset)
     if options and output.suffix != ".onnx":
         raise ArgumentError(f"'{output}': precision, calibration, sparse and opset are for files that end in .onnx.")
-    final = fxprune.finalize(fxprune.trace(source.eval(), _call(inputs), modes=("eval",)))
+    final = fxprune.finalize(fxprune.trace(source.eval(), call_of_texts(inputs), modes=("eval",)))
     report = writers[output.suffix](final, output, **options)
     assert report.comparison is not None
     if as_json:
@@ -135,7 +135,7 @@ def _onnx_options(
     if precision not in (None, "", "float32"):
         options["precision"] = precision
     if calibration:
-        options["calibration"] = [_call([batch]) for batch in calibration]
+        options["calibration"] = [call_of_texts([batch]) for batch in calibration]
     if sparse:
         options["sparse"] = True
     if opset:
@@ -166,7 +166,7 @@ def bench(
     """Measure the latency of ONNX files in onnxruntime, in turns."""
     latencies = fxprune.export.bench(
         files,
-        inputs=_call(inputs) if inputs else None,
+        inputs=call_of_texts(inputs) if inputs else None,
         batch=batch,
         threads=threads,
         providers=[provider],
@@ -182,67 +182,7 @@ def bench(
 
 def _model_or_file(name: str) -> nn.Module | Path:
     """The model that package.module:factory returns, or the path of a file."""
-    module, colon, factory = name.partition(":")
-    if not colon or Path(name).exists():
-        return Path(name)
-    sys.path.insert(0, "")
-    try:
-        found = operator.attrgetter(factory)(importlib.import_module(module))
-        if isinstance(found, nn.Module) or not callable(found):
-            raise ArgumentError(
-                f"'{name}' is a {type(found).__name__}; a function is needed that takes nothing and returns the model."
-            )
-        model = found()
-    except (ImportError, AttributeError) as error:
-        raise ArgumentError(
-            f"'{name}' was to be called for a model: {error}. Name it package.module:factory."
-        ) from error
-    finally:
-        sys.path.remove("")
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"'{name}' returns a {type(model).__name__}; a torch.nn.Module is needed.")
-    return model
-
-
-def _call(inputs: list[str]) -> fxprune.export.Call:
-    """The call that the values of `--inputs` describe: tensors with names by name, all others by order."""
-    args: list[torch.Tensor] = []
-    kwargs: dict[str, torch.Tensor] = {}
-    for given in inputs:
-        try:
-            tensors = _tensors(given)
-        except Exception as error:  # of the readers, of torch, or of int
-            raise ArgumentError(
-                f"input '{given}' cannot be used: {type(error).__name__}: {error}. Give a shape (2x3x32x32, x=2x3, "
-                "ids=2x16:int64) or an .npz or .safetensors file."
-            ) from error
-        for name, tensor in tensors.items():
-            if name.startswith(_NAMELESS):
-                args.append(tensor)
-            else:
-                kwargs[name] = tensor
-    return fxprune.export.Call(tuple(args), kwargs)
-
-
-_NAMELESS = "arr_"  # as numpy begins the name of an array without one
-
-
-def _tensors(given: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file or of a shape by name."""
-    if given.endswith(".safetensors"):
-        return safetensors.torch.load_file(given)
-    if given.endswith(".npz"):
-        with np.load(given, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    name, _, description = given.rpartition("=")
-    sizes, _, dtype_name = description.partition(":")
-    return {name or f"{_NAMELESS}0": _sample([int(size) for size in sizes.split("x")], dtype_name or "float32")}
-
-
-def _sample(shape: list[int], dtype_name: str) -> torch.Tensor:
-    """Normal numbers, or ones for integers."""
-    dtype = getattr(torch, dtype_name)
-    return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
+    return sources.model(name) if ":" in name and not Path(name).exists() else Path(name)
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -258,6 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except fxprune.FxpruneError as error:
+        if "--traceback" in (sys.argv if arguments is None else arguments):
+            raise
         _complain(str(error))
         sys.exit(1)
 

@@ -10,6 +10,7 @@ __all__ = [
     "ArgumentTypeError",
     "ArtifactError",
     "BatchSpecializedWarning",
+    "BudgetError",
     "CaptureError",
     "CompareError",
     "ConfigurationWarning",
@@ -65,6 +66,10 @@ class ArgumentTypeError(FxpruneError, TypeError):
 
 class PruningError(FxpruneError, ValueError):
     """A mask could not be computed or does not fit its parameter. Any earlier mask is still in place."""
+
+
+class BudgetError(PruningError):
+    """A budget that no choice of channels keeps; says what the best is."""
 
 
 class PassError(FxpruneError):

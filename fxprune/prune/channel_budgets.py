@@ -13,7 +13,7 @@ import numpy as np
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.stairs import Limit, Staircase
-from fxprune.errors import ArgumentError, PruningError
+from fxprune.errors import ArgumentError, BudgetError
 
 SPENT = 0.98  # share of a budget that counts as all of it
 MARGIN = 1.02  # another process measures a little more or less
@@ -64,7 +64,7 @@ class Budget(abc.ABC):
         """The choice that keeps the budget and uses it up, None where none keeps it."""
 
     @abc.abstractmethod
-    def refusal(self) -> PruningError:
+    def refusal(self) -> BudgetError:
         """What to raise when no choice that was tried kept the budget."""
 
 
@@ -111,13 +111,13 @@ class Amount(Budget):
         height = stairs.search(lambda units: self.left(units) < limit)
         return len(stairs) if height is None else height
 
-    def refusal(self) -> PruningError:
+    def refusal(self) -> BudgetError:
         if self.together:
-            return PruningError(
+            return BudgetError(
                 f"amount={self.value} of {len(self.units)} units cannot be reached: the fewest that go together are "
                 f"{self.together}. Raise it, or leave out groups with `ignore`."
             )
-        return PruningError(f"amount={self.value} cannot be reached: max_per_group and at_least leave nothing to mask.")
+        return BudgetError(f"amount={self.value} cannot be reached: max_per_group and at_least leave nothing to mask.")
 
 
 class Size(Budget):
@@ -155,13 +155,13 @@ class Size(Budget):
             return None
         return Choice(units)
 
-    def refusal(self) -> PruningError:
+    def refusal(self) -> BudgetError:
         stays = [group for group in self.grouping.groups if group.reason]
         stays.sort(key=lambda group: -getattr(group, self.name) * group.size)
         why = "; ".join(dict.fromkeys(f"{group.name!r}: {group.reason}" for group in stays[:3]))
         is_percentage = isinstance(self.value, int) and 1 <= self.value <= 100
         count = f" An integer is a count; for {self.value} % give {self.value / 100}." if is_percentage else ""
-        return PruningError(
+        return BudgetError(
             f"{self.name}={self.value} cannot be reached: at most {self.limit:,.0f} of {self.dense:,} were asked for, "
             f"the best is {self.least:,} ({self.least / max(self.dense, 1):.3f}). Raise it, or "
             f"max_per_group.{count} What must stay (`fxprune.channel_groups` has all): "
@@ -201,7 +201,7 @@ class Sizes(Budget):
         """The share of its limit that is left without the units, of the size that binds."""
         return max(size.used(units) for size in self.sizes)
 
-    def refusal(self) -> PruningError:
+    def refusal(self) -> BudgetError:
         return self.unreached.refusal()
 
 
@@ -282,10 +282,10 @@ class Speed(Budget):
             units = stairs.land(Limit(lambda units: max(used(units), share_of(macs(units), limit)), 1.0, SPENT))
         return (stairs.units(len(stairs)), False) if units is None else (units, True)
 
-    def refusal(self) -> PruningError:
+    def refusal(self) -> BudgetError:
         if self.sizes is not None and not self.best:
             return self.sizes.refusal()
-        return PruningError(
+        return BudgetError(
             f"speedup={self.wanted} cannot be reached: the best that was measured is {self.best:.2f}. No mask was "
             "inserted."
         )

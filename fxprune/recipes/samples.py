@@ -1,0 +1,169 @@
+"""Batches of samples from the sources that a command line or a recipe names."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fxprune.errors import ArgumentError
+from fxprune.graph.calls import Call, as_calls
+from fxprune.recipes import sources
+from fxprune.recipes.recipe import Data, Model
+from fxprune.reports import counted, first_of
+
+NAMELESS = "arr_"  # as numpy begins the name of an array without one
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Batches, and which of their rows count.
+
+    Attributes:
+        batches: the inputs of calls. weight: as `fxprune.sensitivity` takes it; None: all rows count.
+    """
+
+    batches: list[Call]
+    weight: Callable[..., Tensor] | None = None
+
+    @property
+    def count(self) -> int:
+        """How many samples there are."""
+        return sum(_length(call) for call in self.batches)
+
+
+def samples(data: Data, model: Model) -> Samples:
+    """The samples of a source.
+
+    Args:
+        data: says which, how many, and how they are prepared.
+        model: whose library may say how.
+
+    Raises:
+        ArgumentError: there are none, or not as many along all inputs; a file or package is missing.
+
+    Example:
+        >>> samples(Data(source="digits.npz"), Model(source="nets:trained")).batches[0]
+    """
+    path = Path(data.source)
+    if ":" in data.source and not path.exists():
+        found = Samples(as_calls(sources.function(data.source, "batches")(), error=ArgumentError))
+    elif path.is_dir():
+        found = Samples(_cut({f"{NAMELESS}0": _images(path, data, model)}, data))
+    elif path.suffix in (".npz", ".safetensors"):
+        found = Samples(_cut(tensors_of_file(data.source), data))
+    elif path.suffix == ".txt" and path.is_file():
+        found = Samples(_cut(_tokens(path, data, model), data), _attention_mask)
+    else:
+        raise ArgumentError(
+            f"'{data.source}' was to give samples; there is {'a file' if path.is_file() else 'nothing'} of that name. "
+            "A folder of images, an .npz, .safetensors or .txt file, or package.module:function is needed."
+        )
+    if not found.batches or found.count < 2:
+        raise ArgumentError(f"'{data.source}' gives {counted(found.count, 'sample')}; at least two are needed.")
+    return found
+
+
+def tensors_of_file(path: str) -> dict[str, Tensor]:
+    """The tensors of an .npz or .safetensors file by name."""
+    if path.endswith(".safetensors"):
+        return safetensors.torch.load_file(path)
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def call_of(tensors: dict[str, Tensor]) -> Call:
+    """A call with tensors of numpy's own names by position, all others by name."""
+    args = tuple(tensor for name, tensor in tensors.items() if name.startswith(NAMELESS))
+    return Call(args, {name: tensor for name, tensor in tensors.items() if not name.startswith(NAMELESS)})
+
+
+def _attention_mask(*args: Tensor, **kwargs: Tensor) -> Tensor:
+    return kwargs["attention_mask"]
+
+
+def _length(call: Call) -> int:
+    first = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor) and value.dim()]
+    return len(first[0]) if first else 0
+
+
+def _cut(tensors: dict[str, Tensor], data: Data) -> list[Call]:
+    """Evenly spaced samples, in batches."""
+    counts = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
+    if len(set(counts.values())) != 1:
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ArgumentError(f"'{data.source}' holds {told or 'no tensors'}; as many samples of each are needed.")
+    chosen = torch.tensor(_spaced(next(iter(counts.values())), data.samples))
+    return [call_of({name: each[part] for name, each in tensors.items()}) for part in chosen.split(data.batch)]
+
+
+def _spaced(count: int, most: int) -> list[int]:
+    taken = min(count, most)
+    return [i * count // taken for i in range(taken)]
+
+
+def _images(folder: Path, data: Data, model: Model) -> Tensor:
+    if importlib.util.find_spec("PIL") is None:
+        raise ArgumentError(f"'{folder}' is a folder of images, which pillow reads: pip install pillow.")
+    from PIL import Image
+
+    shape, mean, std = _preparation(data, model)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    if not paths:
+        raise ArgumentError(f"'{folder}' has no images ({', '.join(IMAGES)}), in it or in its folders.")
+    channels, height, width = shape
+    found = []
+    for i in _spaced(len(paths), data.samples):
+        try:
+            with Image.open(paths[i]) as image:
+                plain = image.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BICUBIC)
+        except OSError as error:
+            raise ArgumentError(f"'{paths[i]}' was to be read as an image: {error}.") from error
+        found.append(torch.from_numpy(np.array(plain)).view(height, width, channels).permute(2, 0, 1))
+    pixels = torch.stack(found).float() / 255
+    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def _preparation(data: Data, model: Model) -> tuple[Sequence[int], Sequence[float], Sequence[float]]:
+    """The shape of images, and what is taken from them and what they are divided by, for each channel."""
+    shape, mean, std = data.shape, data.mean, data.std
+    if sources.is_timm(model.source):
+        says = sources.library("timm", model.source).get_pretrained_cfg(model.source.partition(":")[2])
+        if says is not None:
+            shape, mean, std = shape or list(says.input_size), mean or list(says.mean), std or list(says.std)
+    if shape is None or len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1:
+        raise ArgumentError(
+            f"shape={shape}: images need the size that the model takes: channels (1 or 3), height and width, as in "
+            "3x224x224."
+        )
+    mean, std = mean or [0.5], std or [0.5]
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, shape[0]):
+            raise ArgumentError(f"{name}={values}: one value is needed, or one for each of {shape[0]} channels.")
+    return shape, mean, std
+
+
+def _tokens(path: Path, data: Data, model: Model) -> dict[str, Tensor]:
+    if importlib.util.find_spec("transformers") is None:
+        raise ArgumentError(f"'{path}' is text, which a tokenizer of transformers reads: pip install transformers.")
+    from transformers import AutoTokenizer
+
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ArgumentError(f"'{path}' has no lines of text.")
+    name = data.tokenizer or sources.folder_of(model.source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(
+            f"'{path}' is text; no tokenizer was found at '{name}': {first_of([error])}. Name its folder: tokenizer."
+        ) from error
+    given = tokenizer(lines, padding="max_length", max_length=data.length, truncation=True, return_tensors="pt")
+    return dict(given)

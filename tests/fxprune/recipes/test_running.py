@@ -1,0 +1,159 @@
+"""Carrying recipes out: the files, the folder, what was killed, what cannot be reached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune import recipes
+from fxprune.errors import ArgumentError
+from tests.recipe_networks import images, network, score
+
+TABLES: dict[str, Any] = {
+    "seed": 7,
+    "model": {"source": "tests.recipe_networks:network"},
+    "data": {"source": "tests.recipe_networks:batches"},
+    "reparametrize": [{"kind": "weight_norm", "names": "3.weight"}],
+    "choose": {"macs": 0.5},
+    "train": {"function": "tests.recipe_networks:train"},
+    "compare": {"score": "tests.recipe_networks:score", "latency": False},
+}
+STAGES = ["trace", "reparametrize", "choose", "repair", "train", "finalize", "export", "compare"]
+PLAIN: dict[str, Any] = {
+    "model": {"source": "tests.recipe_networks:network", "inputs": ["2x1x8x8"]},
+    "choose": {"macs": 0.5, "importance": "l2"},
+    "repair": {"enabled": False},
+    "export": {"onnx": False},
+    "compare": {"latency": False},
+}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, recipes.Outcome]:
+    """A recipe of all stages, carried out in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, recipes.run(recipes.parsed(TABLES), folder)
+
+
+def told(outcome: recipes.Outcome) -> Any:
+    """What an outcome says, but for times."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without(each) for key, each in value.items() if key != "seconds"}
+        return [without(each) for each in value] if isinstance(value, list) else value
+
+    return without(outcome.to_dict())
+
+
+def test_every_stage_runs_and_the_files_hold_what_is_left(whole: tuple[Path, recipes.Outcome]) -> None:
+    folder, outcome = whole
+    assert list(outcome.stages) == STAGES
+    assert outcome.macs is not None
+    assert outcome.macs[1] <= 0.5 * outcome.macs[0]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.fxp", "model.onnx", "model.safetensors", "report.json",
+    ]  # fmt: skip
+    final, x = fxprune.load(folder / "model.fxp"), images(4)
+    assert fxprune.compare(final, folder / "model.onnx", inputs=x).ok
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(outcome.to_dict()))
+    scores = outcome.stages["compare"]["score"]
+    assert scores == [pytest.approx(score(network())), pytest.approx(score(final), rel=1e-5)]
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_a_run_that_was_killed_goes_on_to_the_same_result_bit_for_bit(
+    whole: tuple[Path, recipes.Outcome], tmp_path: Path, stage: str
+) -> None:
+    def killing(name: str, place: int, count: int) -> None:
+        assert count == len(STAGES)
+        if name == stage:
+            raise Killed
+
+    recipe, began = recipes.parsed(TABLES), []
+    with pytest.raises(Killed):
+        recipes.run(recipe, tmp_path, step=killing)
+    outcome = recipes.run(recipe, tmp_path, step=lambda name, *_: began.append(name))
+    assert began == STAGES[STAGES.index(stage) :]
+    assert told(outcome) == told(whole[1])
+    wanted, found = (fxprune.load(folder / "model.fxp").state_dict() for folder in (whole[0], tmp_path))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert (tmp_path / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
+
+
+def test_a_budget_out_of_reach_is_reported_and_leaves_nothing_else(tmp_path: Path) -> None:
+    outcome = recipes.run(recipes.parsed(PLAIN | {"choose": {"macs": 0.0001, "importance": "l2"}}), tmp_path)
+    assert outcome.failure is not None
+    assert "cannot be reached" in outcome.failure
+    assert json.loads((tmp_path / "report.json").read_text())["failure"] == outcome.failure
+    assert not list(tmp_path.glob("model.*"))
+
+
+def test_a_folder_with_other_files_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(ArgumentError, match=r"is not empty: thesis.tex"):
+            recipes.run(recipes.parsed(PLAIN), tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_finished_folder_is_replaced_where_that_is_asked_for(tmp_path: Path) -> None:
+    recipes.run(recipes.parsed(PLAIN), tmp_path)
+    with pytest.raises(ArgumentError, match="ask to overwrite it"):
+        recipes.run(recipes.parsed(PLAIN), tmp_path)
+    outcome = recipes.run(
+        recipes.parsed(PLAIN | {"choose": {"macs": 0.7, "importance": "l2"}}), tmp_path, overwrite=True
+    )
+    assert json.loads((tmp_path / "report.json").read_text())["recipe"]["choose"]["macs"] == 0.7
+    assert outcome.failure is None
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_text("")
+    with pytest.raises(ArgumentError, match="it is a file"):
+        recipes.run(recipes.parsed(PLAIN), path)
+
+
+def test_a_step_of_another_recipe_is_not_gone_on_from(tmp_path: Path) -> None:
+    def killing(name: str, *_: int) -> None:
+        if name == "finalize":
+            raise Killed
+
+    with pytest.raises(Killed):
+        recipes.run(recipes.parsed(PLAIN), tmp_path, step=killing)
+    other = recipes.parsed(PLAIN | {"choose": {"macs": 0.7, "importance": "l2"}})
+    with pytest.raises(ArgumentError, match="is not empty"):
+        recipes.run(other, tmp_path)
+    began: list[str] = []
+    recipes.run(other, tmp_path, step=lambda name, *_: began.append(name), overwrite=True)
+    assert began[0] == "trace"
+
+
+def test_random_numbers_of_the_caller_are_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    recipes.run(recipes.parsed(PLAIN), tmp_path)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_what_fits_no_class_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(final: nn.Module, model: nn.Module) -> nn.Module:
+        raise fxprune.errors.WriteBackError("the class fixes a size")
+
+    monkeypatch.setattr("fxprune.recipes.stages.write_back", refused)
+    outcome = recipes.run(recipes.parsed(PLAIN), tmp_path)
+    assert outcome.stages["export"]["own_class"] == {"written": False, "why": "the class fixes a size"}
+    assert "the class fixes a size" in str(outcome)
