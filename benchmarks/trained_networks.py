@@ -221,8 +221,9 @@ def minilm(samples: int, seed: int = 0) -> Trained | None:
         given = tokenizer(some, padding="max_length", max_length=64, truncation=True, return_tensors="pt")
         return {name: given[name] for name in ("input_ids", "attention_mask")}
 
-    judged, start = tokens(sentences[:256]), 256 + seed * samples
-    inputs = tokens(sentences[start : start + samples])
+    judged, others = tokens(sentences[:256]), sentences[256:]
+    first = seed * samples  # past the last one, it goes on with the first
+    inputs = tokens([others[i % len(others)] for i in range(first, first + samples)])
     dense = outputs(model, judged)
 
     def cosine(network: Network) -> float:
