@@ -102,7 +102,7 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "mobilevitv2_050": (64, {}),
     "mvitv2_tiny": (64, {"img_size": 64}),
     "naflexvit_base_patch16_gap": (64, {"depth": 3}),
-    "nasnetalarge": (64, {"num_conv_filters": 1, "num_features": 96, "stem_size": 8, "channel_multiplier": 2}),
+    "nasnetalarge": (64, {"num_features": 96, "stem_size": 8, "channel_multiplier": 2}),
     "nest_tiny": (64, {"img_size": 64}),
     "nextvit_small": (64, {}),
     "nf_regnet_b0": (64, {}),

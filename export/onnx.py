@@ -29,7 +29,14 @@ from .grouped_products import translations
 from .lowering import lower
 from .metadata import captured_sizes, metadata
 from .onnx_files import rewrite, save, side_files
-from .onnx_names import drop_stack_traces, name_ends, name_free_sizes, name_origins, name_weights
+from .onnx_names import (
+    drop_stack_traces,
+    keep_lost_initializers,
+    name_ends,
+    name_free_sizes,
+    name_origins,
+    name_weights,
+)
 from .precision import float16, int8, sparse_initializers
 from .report import Report
 from .session import PRECISION_TOLERANCES, Session
@@ -286,6 +293,7 @@ def _translate(request: _Request) -> _Translation:
         raise ArgumentError(
             f"opset {request.opset} was asked for; torch and onnx can write this model in opset {translation.opset}."
         )
+    keep_lost_initializers(program)
     name_weights(program, flat.parameters)
     name_origins(program)
     names = request.input_names or _input_names(program, captured_names(request.final.graphs["eval"], request.sample))

@@ -15,6 +15,23 @@ from fxprune.errors import ArgumentError
 from .node_values import ORIGIN
 
 
+def keep_lost_initializers(program: ONNXProgram) -> None:
+    """Put initializers back that others of the same name took the place of.
+
+    The optimizer names the bounds that it joins by what is clamped: where several clamps share that, one name stands for
+    the bounds of all, and the graph holds those of the last alone.
+    """
+    graph = program.model.graph
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if value is None or value.producer() is not None or value.is_graph_input() or value.const_value is None:
+                continue
+            if (holder := value.graph or graph).initializers.get(str(value.name)) is not value:
+                while value.name in holder.initializers:
+                    value.name = f"{value.name}_again"
+                holder.register_initializer(value)
+
+
 def name_weights(program: ONNXProgram, parameters: dict[str, str]) -> None:
     """Give the initializers the names of the state dict, also what the optimizer made of a single parameter.
 

@@ -231,3 +231,26 @@ def test_a_number_less_a_tensor_equals_eager_whatever_kinds_they_are_of(dtype: t
     for value, wanted in zip(found, model(x[:3], mask[:3]).values(), strict=True):
         np.testing.assert_allclose(value, wanted.detach().numpy(), rtol=1e-5, atol=1e-6)
         assert value.dtype == wanted.detach().numpy().dtype
+
+
+class _ManyClamps(nn.Module):
+    """One value between several pairs of bounds, which are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.bounds = nn.Buffer(torch.tensor([0.1, 0.2, 0.3]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.linear(x)
+        return tuple(torch.clamp(y, -bound, bound) for bound in self.bounds)
+
+
+def test_a_value_that_is_clamped_several_times_has_the_bounds_of_each(tmp_path: Path) -> None:
+    model = _ManyClamps().eval()
+    traced = fxprune.trace(model, torch.randn(2, 4), modes=("eval",))
+    fxprune.export.to_onnx(traced, tmp_path / "clamps.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "clamps.onnx", providers=["CPUExecutionProvider"])
+    x = torch.randn(5, 4)
+    for found, wanted in zip(session.run(None, {"x": x.numpy()}), model(x), strict=True):
+        np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-5, atol=1e-6)
