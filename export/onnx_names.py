@@ -18,8 +18,8 @@ from .node_values import ORIGIN
 def keep_lost_initializers(program: ONNXProgram) -> None:
     """Put initializers back that others of the same name took the place of.
 
-    The optimizer names the bounds that it joins by what is clamped: where several clamps share that, one name stands for
-    the bounds of all, and the graph holds those of the last alone.
+    The optimizer names the bounds that it joins by what is clamped: where several clamps share that, one name stands
+    for the bounds of all, and the graph holds those of the last alone.
     """
     graph = program.model.graph
     for node in graph.all_nodes():

@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxprune.artifacts.attribute_reads import Reads
+from fxprune.artifacts.effort import Effort
 from fxprune.artifacts.rehearsal import Rehearsal
 from fxprune.artifacts.slots import Slot, candidates, combinations, derived, slots_by_module
 from fxprune.artifacts.working_copy import WorkingCopy
@@ -27,6 +28,7 @@ from fxprune.graph.names import tensors_of
 _SPLITS = ("aten.split_with_sizes.default", "aten.chunk.default", "aten.split.Tensor")
 _SIZED = ("aten.split_with_sizes.default", "aten.split.Tensor", "aten.view.default", "aten.reshape.default")
 _TRIES = 100  # of values for the integers of one module
+_LIKELY = 16  # of them, for each way to take channels back, before the rest is tried
 _CALLS = 10_000  # of modules altogether: those that contain each other try for each other
 Shapes = tuple[torch.Size, ...]
 Setting = list[tuple[Slot, int]]
@@ -35,13 +37,14 @@ Setting = list[tuple[Slot, int]]
 class Search:
     """The integers of a copy's modules, and the search for the values with which it computes what the graph does."""
 
-    def __init__(self, copy: WorkingCopy, rehearsal: Rehearsal, reads: Reads) -> None:
+    def __init__(self, copy: WorkingCopy, rehearsal: Rehearsal, reads: Reads, usual_work: float) -> None:
+        """`reads`: the attributes that forward reads. `usual_work`: of the model as it is, as `Effort.largest`."""
         self.copy, self.rehearsal, self.zeros = copy, rehearsal, ZeroChannels(copy)
         self.slots = slots_by_module(copy.root)
         self.calls_left = _CALLS
         self.disagreeing: nn.Module | None = None
         self.filling_up: set[nn.Module] = set()
-        self._reads = reads
+        self._reads, self._usual_work = reads, usual_work
         self._sized = [node for node in rehearsal.graph.nodes if str(node.target) in _SIZED]
         self._values: Mapping[nn.Module, list[Tensor]] = {}
 
@@ -82,7 +85,8 @@ class Search:
         """Run the copy, these modules on trial."""
         self.disagreeing = None
         self._values = self._graph_values(modules)
-        with _stand_ins({module: Trial(self, module) for module in modules}), by_its_parts():
+        trials = {module: Trial(self, module) for module in modules}
+        with _stand_ins(trials), by_its_parts(), Effort(self._usual_work):
             self.rehearsal.run_copy(self.rehearsal.inputs)
 
     def _takes_parts(self, module: nn.Module) -> bool:
@@ -117,8 +121,7 @@ class Search:
             yield [(slot, chosen.get(slot, slot.before)) for slot in self._free(module)]
 
     def ways_to_fill_up(self, module: nn.Module) -> Iterator[Channels]:
-        """Nothing, then the channels that a module could take back as zeros."""
-        yield {}
+        """The channels that a module could take back as zeros."""
         head_sizes = [slot.before for slot in self.slots[module] if slot.before > 1]
         path = self.copy.paths(module)[0]
         yield from ways_to_fill_up(path, self.zeros.kept, self.copy.shapes, head_sizes, self.zeros.numbers)
@@ -191,9 +194,9 @@ class Trial:
         search, zeros, module = self._search, self._search.zeros, self._module
         first_failure: Exception | None = None
         nearest: tuple[int, Channels, Setting] | None = None
-        for channels in search.ways_to_fill_up(module):
+        for channels, first, last in self._turns():
             with zeros.taken_back(channels) as filled:
-                for setting in search.settings(module):
+                for setting in itertools.islice(search.settings(module), first, last):
                     if search.calls_left < 0 and first_failure is not None:
                         break
                     search.calls_left -= 1
@@ -221,6 +224,16 @@ class Trial:
             self._failures[situation] = first_failure
             raise first_failure
         return self._settle_for(call, *nearest[1:])
+
+    def _turns(self) -> Iterator[tuple[Channels, int, int]]:
+        """Channels to take back, with the first and last of the settings to try then.
+
+        None at first with all settings; then every way with the likely ones, before any with the others.
+        """
+        yield {}, 0, _TRIES
+        ways = list(self._search.ways_to_fill_up(self._module))
+        for first, last in ((0, _LIKELY), (_LIKELY, _TRIES)):
+            yield from ((channels, first, last) for channels in ways)
 
     def _settle_for(self, call: _Call, channels: Channels, setting: Setting) -> Any:
         """The outputs with a setting that runs, though it does not agree with the graph."""

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.artifacts.attribute_reads import Reads, recorded_reads
+from fxprune.artifacts.effort import Effort
 from fxprune.artifacts.following_configurations import sizes_as_configured, warn_of_sizes
 from fxprune.artifacts.other_forms import follow_other_forms, other_forms
 from fxprune.artifacts.plain_copy import plain_copy
@@ -133,12 +134,12 @@ def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configurati
     check_same_model(copy)
     check_statistics(copy)
     rehearsal = Rehearsal(copy)
-    reads = rehearsal.in_best_precision(lambda: _reads_of_a_run(rehearsal))
+    reads, work = rehearsal.in_best_precision(lambda: _watched_run(rehearsal))
     forms = other_forms(copy.root, lambda: rehearsal.run_copy(rehearsal.inputs))
     left_over = put_values(copy, flags)
     put_eps(copy)
     rehearsal.convert_tensors()
-    search = Search(copy, rehearsal, reads)
+    search = Search(copy, rehearsal, reads, work)
 
     def is_configured() -> bool:
         return configuration is not None and sizes_as_configured(copy, configuration, search.zeros, rehearsal)
@@ -176,11 +177,11 @@ def _find_integers(search: Search, left_over: Sequence[LeftOver]) -> None:
     raise _other_results(search.copy, search.disagreeing, worst)
 
 
-def _reads_of_a_run(rehearsal: Rehearsal) -> Reads:
-    """The attributes that one run of the model as it is reads."""
-    with recorded_reads(rehearsal.copy.root) as reads, by_its_parts():
+def _watched_run(rehearsal: Rehearsal) -> tuple[Reads, float]:
+    """The attributes that one run of the model as it is reads, and the work of its largest call."""
+    with recorded_reads(rehearsal.copy.root) as reads, by_its_parts(), Effort() as effort:
         rehearsal.run_copy(rehearsal.inputs)
-    return reads
+    return reads, effort.largest
 
 
 def _other_results(copy: WorkingCopy, disagreeing: nn.Module | None, worst: float) -> WriteBackError:

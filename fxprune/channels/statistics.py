@@ -3,14 +3,15 @@
 Of `count` channels some stay; the others are exactly zero, whatever the input. Sums and norms keep their value. A mean
 is scaled by the share that stays, a maximum is at least zero, and what has no such form gets its zeros back: operands
 are padded with them, and the result is cut. So normalizations stay fused, in every precision. Those by the root mean
-square need no padding where their gain has one reader: with r the share that stays,
+square, or by the mean itself as a global response norm, need no padding where their gain has one reader: with r the
+share that stays,
 
-    x / sqrt(sum(x²) / count + eps) * gain = x / sqrt(mean(x²) + eps / r) * (gain / sqrt(r)).
+    x / sqrt(sum(x²) / count + eps) * gain = x / sqrt(mean(x²) + eps / r) * (gain / sqrt(r)),
+    x / (sum(x) / count + eps) * gain = x / (mean(x) + eps / r) * (gain / r).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -236,12 +237,13 @@ class BoundedByZero(Statistics):
 
 @dataclass(frozen=True, eq=False)
 class RootMeanSquare(Statistics):
-    """A normalization by the root mean square; `rescale` is the form in which its gain takes the factor up.
+    """A normalization by the root mean square or a mean; `rescale` is the form in which its gain takes the factor up.
 
     Attributes:
-        node: the fused operator, or the mean of the squares.
+        node: the fused operator, or the mean (of the squares).
         gain: the name of its gain. eps_node, eps_name: where eps is an argument. eps: its value.
         otherwise: what is done where the gain cannot be changed.
+        power: of the mean by which it divides.
     """
 
     gain: str
@@ -249,6 +251,7 @@ class RootMeanSquare(Statistics):
     eps_name: str
     eps: float
     otherwise: Edit
+    power: float = 0.5
 
     def apply(self, kept: Kept) -> None:
         self.otherwise.apply(kept)
@@ -261,7 +264,7 @@ class RootMeanSquare(Statistics):
         set_argument(self.eps_node, self.eps_name, self.eps / share)
         if "normalized_shape" in bound(self.node):
             set_argument(self.node, "normalized_shape", [kept.count(self.ids)])
-        return Rescaled(1 / math.sqrt(share), (self.eps, self.eps / share))
+        return Rescaled(share**-self.power, (self.eps, self.eps / share))
 
     def __str__(self) -> str:
         return f"{self.node.name}: over all of {len(self.ids)}, by its gain and eps"

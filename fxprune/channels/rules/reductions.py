@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +117,8 @@ class Reduction(OperatorCall):
         name = "self" if "self" in bound(self.node) else "input"
         if target in _MEANS and self.node.meta["val"].dtype != torch.float16:  # where a mean over fewer may overflow
             mean = ScaledMean(self.node, ids, centre)
-            return root_mean_square(walk, self.node, ids, mean) or mean
+            gained = root_mean_square(walk, self.node, ids, mean) or divided_by_mean(walk, self.node, ids, mean)
+            return gained or mean
         return PadWithZeros(self.node, ids, {name: dim})
 
     def _centre(self, walk: Walk, dims: list[int]) -> fx.Node | None:
@@ -202,6 +204,51 @@ def root_mean_square(walk: Walk, mean: fx.Node, ids: Vector, otherwise: Edit) ->
     return RootMeanSquare(mean, ids, str(gains[0].target), added, "other", eps, otherwise)
 
 
+def divided_by_mean(walk: Walk, mean: fx.Node, ids: Vector, otherwise: Edit) -> RootMeanSquare | None:
+    """`x / (mean(x) + eps)`, times anything, times a gain, by its mean; None where this is of another form.
+
+    Such are global response norms. Every step on the way has one reader, so that what changes is seen in the end only.
+    """
+    added = _only_user(mean)
+    if mean.target is not aten.mean.dim or mean.kwargs.get("dtype") is not None or added is None:
+        return None
+    if added.target is not aten.add.Tensor or added.args[0] is not mean or added.kwargs:
+        return None
+    eps, step = added.args[1], _only_user(added)
+    if not isinstance(eps, float) or step is None or step.target is not aten.div.Tensor or step.args[1] is not added:
+        return None
+    steps = [mean, added]
+    while step is not None and not step.kwargs:
+        steps.append(step)
+        following = _only_user(step)
+        factors = [] if following is None else _factors(following)
+        if factors.count(step) != 1:
+            return None
+        others = [factor for factor in factors if isinstance(factor, fx.Node) and factor is not step]
+        gain = _gain(others[0]) if others else None
+        if gain is not None:
+            if any(map(walk.is_rewritten, (*steps, gain))):
+                return None
+            return RootMeanSquare(mean, ids, str(gain.target), added, "other", eps, otherwise, 1.0)
+        step = following if following is not None and following.target is aten.mul.Tensor else None
+    return None
+
+
+def _factors(node: fx.Node) -> Sequence[Any]:
+    """What a node multiplies, nothing where it is no product."""
+    if node.target is aten.mul.Tensor:
+        return node.args
+    return node.args[1:3] if node.target is aten.addcmul.default and not node.kwargs else ()
+
+
+def _gain(node: fx.Node) -> fx.Node | None:
+    """The read of the tensor that a node is, or is another shape of; None of anything else, or where others use it."""
+    while len(node.users) == 1 and node.target in _SHAPES:
+        node = node.all_input_nodes[0]
+    return node if node.op == "get_attr" and len(node.users) == 1 else None
+
+
+_SHAPES = (aten.view.default, aten.reshape.default, aten.unsqueeze.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 
 

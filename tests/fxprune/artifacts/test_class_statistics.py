@@ -147,3 +147,54 @@ def test_a_result_that_nothing_reads_does_not_hide_the_right_number_of_heads() -
     small = fxprune.write_back(fxprune.finalize(traced), model)
     assert (small.attention.heads, small.attention.out.in_features) == (2, 8)
     torch.testing.assert_close(small(x), traced(x))
+
+
+class ResponseNorm(nn.Module):
+    """Woo et al., "ConvNeXt V2", 2023: what a channel has over space, by the mean of that over channels."""
+
+    def __init__(self, width: int, *, keeps_eps: bool = True) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
+        self.keeps_eps = keeps_eps
+        if keeps_eps:
+            self.eps = 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = self.eps if self.keeps_eps else 1e-3
+        over_space = x.norm(p=2, dim=(2, 3), keepdim=True)
+        normed = over_space / (over_space.mean(dim=1, keepdim=True) + eps)
+        return x + torch.addcmul(self.bias.view(1, -1, 1, 1), self.weight.view(1, -1, 1, 1), x * normed)
+
+
+def responding(**options: bool) -> nn.Module:
+    torch.manual_seed(0)
+    norm = ResponseNorm(24, **options)
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 1), nn.GELU(), norm, nn.Conv2d(24, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1)
+    ).eval()
+
+
+@pytest.mark.parametrize("modes", [("eval",), ("train", "eval")])
+def test_a_response_norm_counts_channels_that_went_by_its_gain_and_eps(modes: tuple[str, ...]) -> None:
+    model = responding()
+    traced = fxprune.trace(model, torch.randn(2, 3, 5, 5), modes=modes)
+    fxprune.prune.channels(traced, 0.5, targets="0", round_to=1)
+    final = fxprune.finalize(traced)
+    assert final.plan is not None
+    assert final.plan.rescaled == {"2.weight": (1e-3, 2e-3)}
+    assert not final.plan.counting
+    small = fxprune.write_back(final, model).double()
+    assert (small[0].out_channels, small[2].eps) == (12, 2e-3)
+    traced, x = traced.double(), torch.randn(3, 3, 5, 5).double()
+    torch.testing.assert_close(fxprune.finalize(traced)(x), traced(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(small(x), traced(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_response_norm_whose_class_has_its_eps_in_its_code_keeps_what_it_counts() -> None:
+    model = responding(keeps_eps=False)
+    traced = fxprune.trace(model, torch.randn(2, 3, 5, 5), modes=("eval",))
+    fxprune.prune.channels(traced, 0.4, round_to=1, runnable=model)
+    small = fxprune.write_back(fxprune.finalize(traced), model)
+    assert small[0].out_channels == 24
+    x = torch.randn(3, 3, 5, 5)
+    torch.testing.assert_close(small(x), traced(x), rtol=1e-5, atol=1e-6)
