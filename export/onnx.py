@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
@@ -24,6 +26,7 @@ from fxprune.graph.spread_modules import by_first
 from fxprune.graph.traced import TracedModule
 from fxprune.reports import counted
 
+from .at_hand import nothing_learned, program_at_hand
 from .flattening import check_source, flatten, take_as_given
 from .grouped_products import translations
 from .lowering import lower
@@ -53,6 +56,7 @@ class ExportReport(FileReport):
         path, size, comparison, notes: as in `FileReport`. opset: of ONNX's own operators.
         inputs, outputs: names in the file, in order.
         precision: of its weights. dense_size: bytes without sparse initializers, `size` where there are none.
+        seconds: what all of it took. verification_seconds: what of that was its run and the comparison.
     """
 
     opset: int
@@ -60,8 +64,15 @@ class ExportReport(FileReport):
     outputs: tuple[str, ...]
     precision: str
     dense_size: int
+    seconds: float
+    verification_seconds: float
 
     _runtime: ClassVar[str] = "onnxruntime"
+
+    def _verdict(self) -> str:
+        if self.comparison is None:
+            return super()._verdict()
+        return f"{super()._verdict()}; that took {self.verification_seconds:.1f} s of {self.seconds:.1f}"
 
     def _kind(self) -> tuple[str, ...]:
         sparse = () if self.dense_size == self.size else (f"{self.dense_size:,} without sparse initializers",)
@@ -95,7 +106,8 @@ def to_onnx(
     have the names of the state dict. Weights beyond 1.5 GiB go to `<stem>-<random>.onnx.data` beside it; that of a
     file that is replaced is removed. `final` stays as it is, its mode included. Attention is written as products and
     a softmax, of any rank and without a mask that hides nothing; that of four axes is ONNX's own operator where `opset`
-    is 23 or more.
+    is 23 or more. The graph is captured again only where `dynamic_shapes` are others, or where it writes into tensors,
+    has branches, or holds what torch translates of a capture alone.
 
     The file says in its metadata which version wrote it, in which precision, from what (a SHA-256 over graph and
     state), and what `final.plan` removed; each node names the traced node it computes as `fxprune.node`.
@@ -159,6 +171,7 @@ def to_onnx(
         output_names=output_names,
         proof=Proof.of(verify, inputs, rtol, atol),
     )
+    start = time.perf_counter()
     with atomic(path) as file:
         draft = Draft(file, path)
         stale = side_files(path)
@@ -168,7 +181,9 @@ def to_onnx(
             written = _convert(request, draft)
             onnx.checker.check_model(os.fspath(file))
             verification = (
-                _verify(request, draft, translation.exported) if request.proof.is_wanted else _Verification(None, ())
+                _verify(request, draft, translation.exported)
+                if request.proof.is_wanted
+                else _Verification(None, (), seconds=0.0)
             )
         size = draft.size
     for part in stale:
@@ -183,6 +198,8 @@ def to_onnx(
         outputs=translation.outputs,
         precision=precision,
         dense_size=written.dense_size,
+        seconds=time.perf_counter() - start,
+        verification_seconds=verification.seconds,
     )
 
 
@@ -257,6 +274,7 @@ class _Verification:
 
     comparison: Report | None
     notes: tuple[str, ...]
+    seconds: float
 
 
 def _calibration_batches(final: TracedModule, precision: str, calibration: Any) -> list[Call]:
@@ -281,14 +299,8 @@ def _translate(request: _Request) -> _Translation:
     lower(flat.module, request.opset)
     sample = Call(*without_foreign_caches(tuple(request.sample)))
     take_as_given(flat.module, sample)
-    with translating("translate the model to ONNX"):
-        exported = torch.export.export(flat.module, *sample, dynamic_shapes=request.dynamic_shapes, strict=False)
-        table = translations(exported.graph) or None
-        program = torch.onnx.export(
-            exported, dynamo=True, verbose=False, opset_version=request.opset, custom_translation_table=table
-        )
-    assert isinstance(program, ONNXProgram)
-    translation = _Translation(exported, program)
+    translation = _translation_at_hand(request, flat.module) or _translation_of_a_capture(request, flat.module, sample)
+    program = translation.program
     if request.opset not in (None, translation.opset):
         raise ArgumentError(
             f"opset {request.opset} was asked for; torch and onnx can write this model in opset {translation.opset}."
@@ -303,6 +315,35 @@ def _translate(request: _Request) -> _Translation:
     program.model.metadata_props.update(metadata(request.final, request.precision))
     program.model.metadata_props.update(captured_sizes(program, request.sample))
     return translation
+
+
+def _translation_at_hand(request: _Request, module: fx.GraphModule) -> _Translation | None:
+    """What torch makes of the graph as it was captured for `final`, None where it has to be captured again."""
+    if request.dynamic_shapes is not request.final.dynamic_shapes:
+        return None
+    try:
+        exported = program_at_hand(module)
+        with nothing_learned(exported), translating("translate the model to ONNX"):
+            return _translation_of(request, exported)
+    except OSError:
+        raise
+    except Exception:  # whatever it is, a capture meets it again, and says so, or gets around it
+        return None
+
+
+def _translation_of_a_capture(request: _Request, module: fx.GraphModule, sample: Call) -> _Translation:
+    with translating("translate the model to ONNX"):
+        exported = torch.export.export(module, *sample, dynamic_shapes=request.dynamic_shapes, strict=False)
+        return _translation_of(request, exported)
+
+
+def _translation_of(request: _Request, exported: ExportedProgram) -> _Translation:
+    table = translations(exported.graph) or None
+    program = torch.onnx.export(
+        exported, dynamo=True, verbose=False, opset_version=request.opset, custom_translation_table=table
+    )
+    assert isinstance(program, ONNXProgram)
+    return _Translation(exported, program)
 
 
 def _input_names(program: ONNXProgram, of_caches: Sequence[str | None]) -> list[str] | None:
@@ -341,6 +382,7 @@ def _feeds(request: _Request, draft: Draft) -> list[dict[str, np.ndarray]] | Non
 
 def _verify(request: _Request, draft: Draft, exported: ExportedProgram) -> _Verification:
     """Run the file on the calibration batches or the sample, on other sizes, and on the caller's inputs."""
+    start = time.perf_counter()
     given = request.calibration or (request.sample,)
     others = other_sizes(exported, given[0], request.final)
     session = Session(draft.file, request.providers)
@@ -349,7 +391,7 @@ def _verify(request: _Request, draft: Draft, exported: ExportedProgram) -> _Veri
     notes = list(others.notes)
     if set(session.placement) - {request.providers[0]}:
         notes.append(f"operators by provider: {session.placement}")
-    return _Verification(comparison, tuple(notes))
+    return _Verification(comparison, tuple(notes), time.perf_counter() - start)
 
 
 is_no_function(__name__, "A file is written by fxprune.export.to_onnx(final, 'model.onnx').")

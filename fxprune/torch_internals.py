@@ -27,6 +27,7 @@ from torch.export import Dim
 from torch.export.dynamic_shapes import _DerivedDim as DerivedDim
 from torch.export.dynamic_shapes import _DimHint as DimHint
 from torch.export.pt2_archive._package import load_pt2
+from torch.fx.experimental.symbolic_shapes import TLS as guards_of_thread
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.graph import _PyTreeInfo as PyTreeInfo
@@ -57,20 +58,24 @@ __all__ = [
     "WeightNormParametrization",
     "calls_kept",
     "convert_tensors",
+    "decomposes_itself",
     "derived_dimension",
     "dimension_hint",
     "fake_cpu_tensor",
+    "fake_like",
     "fake_tensor",
     "flat_weight_names",
     "follow_parameters",
     "functional_twin",
     "fuses_in_eval",
     "gathered_like",
+    "guards_ignored",
     "has_forward",
     "is_erased",
     "is_inside_step",
     "load_pt2",
     "name_pruning_method",
+    "no_new_guards",
     "overload_of_custom_operator",
     "pruned_tensor",
     "pruning_methods",
@@ -166,6 +171,35 @@ def fake_cpu_tensor(mode: FakeTensorMode, like: torch.Tensor) -> FakeTensor:
     """A fake tensor of this mode on the CPU, with the sizes, strides, dtype and `requires_grad` of `like`."""
     empty = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
     return FakeTensor(mode, empty.requires_grad_(like.requires_grad), torch.device("cpu"))
+
+
+def fake_like(mode: FakeTensorMode, like: torch.Tensor) -> torch.Tensor:
+    """A fake tensor of this mode with the device, sizes, strides and dtype of `like`, all sizes fixed."""
+    return mode.from_tensor(like, static_shapes=True)
+
+
+@contextlib.contextmanager
+def no_new_guards(mode: FakeTensorMode) -> Iterator[None]:
+    """Raise where a question about the free sizes of a capture has no known answer, within `guards_ignored` too."""
+    ignored = ShapeEnv._suppress_guards_tls()
+    guards_of_thread.suppress_guards = False  # answers that were given while guards are ignored are remembered apart
+    try:
+        with contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.error_on_new_guards():
+            yield
+    finally:
+        guards_of_thread.suppress_guards = ignored
+
+
+@contextlib.contextmanager
+def guards_ignored(mode: FakeTensorMode) -> Iterator[None]:
+    """Answer questions about the free sizes of a capture for the sample's, and learn nothing of it."""
+    with contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards():
+        yield
+
+
+def decomposes_itself(target: OpOverload) -> bool:
+    """Whether an operator is written in others, whatever it runs on."""
+    return target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def symbol_ranges(mode: FakeTensorMode, sizes: Iterable[int | torch.SymInt]) -> dict[Any, Any]:

@@ -6,15 +6,14 @@ import copy
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram, exported_program, graph_signature
-from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec
+from torch.export import ExportedProgram
 
 from fxprune.capture.archives import read_program
+from fxprune.capture.lifting import lift_tensors, lifted_program
 from fxprune.capture.unlifting import unlift
 from fxprune.checkpoints.header import StoredGraph
 from fxprune.graph.containers import Container
@@ -25,10 +24,8 @@ from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import (
     FakeTensor,
     FakeTensorMode,
-    TrainingIRVerifier,
     fake_cpu_tensor,
     pytree_info,
-    symbol_ranges,
 )
 
 _CPU = torch.device("cpu")
@@ -87,18 +84,12 @@ def _program(traced: TracedModule, mode: str) -> ExportedProgram:
     fakes = _Fakes.of(graph)
     fakes.move_to_cpu(graph)
     branches = _with_branches(traced, mode, graph, fakes)
-    weights = _lift_weights(traced, branches, graph, fakes)
-    info = pytree_info(graph)
-    call = exported_program.ModuleCallSignature([], [], info.in_spec, info.out_spec)  # type: ignore[arg-type]
-    return ExportedProgram(
-        root=branches,
-        graph=graph,
-        graph_signature=graph_signature.ExportGraphSignature(_input_specs(graph, weights), _output_specs(graph)),
-        state_dict={target: _zeros(tensor_at(traced, target)) for target in weights.values()},
-        range_constraints=fakes.ranges(graph),
-        module_call_graph=[exported_program.ModuleCallEntry("", call)],
-        verifiers=[TrainingIRVerifier],
-    )
+    reads = {str(node.target) for node in graph.find_nodes(op="get_attr")} - branches._modules.keys()
+    weights = {path: tensor_at(traced, path).detach() for path in reads}
+    examples = {path: fakes.on_cpu(weight) for path, weight in weights.items()}
+    paths = lift_tensors(graph, examples, branches._modules.keys())
+    stand_ins = {path: _zeros(weights[path]) for path in paths.values()}
+    return lifted_program(graph, branches, paths, stand_ins, fakes.mode)
 
 
 @dataclass(frozen=True)
@@ -123,11 +114,6 @@ class _Fakes:
             node.meta = pytree.tree_map_only(FakeTensor, self.on_cpu, meta)
             node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda _: _CPU, (node.args, node.kwargs))
 
-    def ranges(self, graph: fx.Graph) -> dict[Any, Any]:
-        """The symbols in the sizes of the inputs, and the range of each."""
-        values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
-        return symbol_ranges(self.mode, [size for value in values if isinstance(value, Tensor) for size in value.shape])
-
 
 def _with_branches(traced: TracedModule, mode: str, graph: fx.Graph, fakes: _Fakes) -> nn.Module:
     """A root with the branches of control flow, under the names that they had before `unlift`."""
@@ -143,22 +129,6 @@ def _with_branches(traced: TracedModule, mode: str, graph: fx.Graph, fakes: _Fak
     return root
 
 
-def _lift_weights(traced: TracedModule, branches: nn.Module, graph: fx.Graph, fakes: _Fakes) -> dict[fx.Node, str]:
-    """Let inputs in front of the others stand for parameters and buffers; returns which is for which."""
-    inputs: dict[str, fx.Node] = {}
-    for node in _last_first(graph.find_nodes(op="get_attr")):
-        target = str(node.target)
-        if target in branches._modules:
-            continue
-        if target not in inputs:
-            with graph.inserting_before():
-                inputs[target] = graph.placeholder(f"p{len(inputs)}")
-            inputs[target].meta["val"] = fakes.on_cpu(tensor_at(traced, target).detach())
-        node.replace_all_uses_with(inputs[target])
-        graph.erase_node(node)
-    return {node: target for target, node in inputs.items()}
-
-
 def _last_first(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return list(reversed(list(nodes)))
 
@@ -168,27 +138,3 @@ def _zeros(value: Tensor) -> Tensor:
     if not value.numel():
         return value.detach().cpu()
     return torch.zeros((1,) * value.dim(), dtype=value.dtype).expand(value.shape)
-
-
-def _input_specs(graph: fx.Graph, weights: dict[fx.Node, str]) -> list[InputSpec]:
-    specs = []
-    for node in graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        argument = _argument(node) if isinstance(value, Tensor) else graph_signature.ConstantArgument(node.name, value)
-        if node in weights:
-            specs.append(InputSpec(InputKind.BUFFER, argument, weights[node], persistent=True))
-        else:
-            specs.append(InputSpec(InputKind.USER_INPUT, argument, None))
-    return specs
-
-
-def _output_specs(graph: fx.Graph) -> list[OutputSpec]:
-    leaves: Any = graph.output_node().args[0]
-    arguments = [
-        _argument(leaf) if isinstance(leaf, fx.Node) else graph_signature.ConstantArgument("", leaf) for leaf in leaves
-    ]
-    return [OutputSpec(OutputKind.USER_OUTPUT, argument, None) for argument in arguments]
-
-
-def _argument(node: fx.Node) -> graph_signature.TensorArgument:
-    return graph_signature.TensorArgument(node.name)

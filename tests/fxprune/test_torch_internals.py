@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 from collections.abc import Iterator
@@ -296,6 +297,44 @@ def test_fake_cpu_tensor_has_no_values_and_everything_else() -> None:
     assert (fake.shape, fake.stride(), fake.dtype) == (like.shape, like.stride(), like.dtype)
     assert fake.device.type == "cpu"
     assert fake.requires_grad
+
+
+def test_fake_like_has_fixed_sizes_whatever_the_mode(free_batch: torch.export.ExportedProgram) -> None:
+    (*_, value) = (node.meta["val"] for node in free_batch.graph.find_nodes(op="placeholder"))
+    fake = internals.fake_like(value.fake_mode, torch.randn(3, 5).t())
+    assert isinstance(fake, internals.FakeTensor)
+    assert (tuple(fake.shape), fake.stride(), fake.fake_mode) == ((5, 3), (1, 5), value.fake_mode)
+
+
+def test_guards_ignored_learns_nothing(free_batch: torch.export.ExportedProgram) -> None:
+    (*_, value) = (node.meta["val"] for node in free_batch.graph.find_nodes(op="placeholder"))
+    sizes = value.fake_mode.shape_env
+    before = len(sizes.guards), dict(sizes.replacements)
+    with internals.guards_ignored(value.fake_mode):
+        assert bool(value.shape[0] < 7)  # 4 in the sample
+        assert bool(value.shape[0] == 4)
+    assert (len(sizes.guards), dict(sizes.replacements)) == before
+    with internals.guards_ignored(internals.FakeTensorMode()):  # it has no free sizes
+        pass
+
+
+def test_no_new_guards_raises_what_is_not_known(free_batch: torch.export.ExportedProgram) -> None:
+    (*_, value) = (node.meta["val"] for node in free_batch.graph.find_nodes(op="placeholder"))
+    for context in (internals.guards_ignored, contextlib.nullcontext):
+        with context(value.fake_mode):
+            if context is internals.guards_ignored:
+                assert bool(value.shape[0] < 8)  # what was answered there is not known for that
+            with internals.no_new_guards(value.fake_mode):
+                assert bool(value.shape[0] < 10)  # 9 at most
+                with pytest.raises(Exception, match="8"):
+                    bool(value.shape[0] < 8)
+    with internals.no_new_guards(internals.FakeTensorMode()):
+        pass
+
+
+def test_decomposes_itself_says_which_operators_are_written_in_others() -> None:
+    assert internals.decomposes_itself(aten.to.dtype)
+    assert not internals.decomposes_itself(aten.add.Tensor)
 
 
 def test_symbol_ranges_are_those_of_the_free_sizes(free_batch: torch.export.ExportedProgram) -> None:
