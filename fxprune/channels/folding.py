@@ -112,9 +112,10 @@ class Folding:
             delta[group] = reader.table[group][:, columns].double().sum(-1) @ values[:, group, columns].T
         if not delta.count_nonzero():
             return
+        assert maps.border is not None  # of other maps no reader has any
         name = _free_name(self.traced, reader, "positions")
         result = reader.node.meta["val"]
-        value = delta.reshape(reader.rows.size, *(window.count for window in maps.windows))
+        value = delta.reshape(reader.rows.size, *(window.count for window in maps.border))
         self.positions[name] = reader.node.name, maps.source.name, int(mapped.sum())
         add_map(
             self.traced,
@@ -123,7 +124,7 @@ class Folding:
             twin,
             name,
             value.to(result.device, result.dtype),
-            maps.windows,
+            maps.border,
             maps.source,
             source,
         )

@@ -1,7 +1,7 @@
-"""Means over space: what is known of them where single positions depend on the input, or differ.
+"""Means over space: what is known of them where single positions depend on the input.
 
-A channel that is normalized over space has the norm's shift as its mean, whatever comes in; four constant channels that
-become the pixels of one have a mean in every square of two by two. Who takes such a mean reads a constant.
+A channel that is normalized over space has the norm's shift as its mean, whatever comes in: who takes it
+reads a constant.
 """
 
 from __future__ import annotations
@@ -19,22 +19,16 @@ class SpaceMeans:
     """Channels whose mean over space no input changes; channels on axis 1, the axes behind it are those of space.
 
     Attributes:
-        edge: of the squares that space consists of, each of which has this mean; None where all of it has.
         where: in the reduced shape of the value, which channels.
         value: their means, likewise.
     """
 
-    edge: int | None
     where: Tensor
     value: Tensor
 
     def fits(self, axes: Sequence[Axis]) -> bool:
         """Whether a value with these axes holds these channels, and nothing is known of its positions."""
         return reduced_shape(axes) == list(self.where.shape)
-
-    def is_known(self, windows: Sequence[int]) -> bool:
-        """Whether windows that tile space have the mean."""
-        return self.edge is not None and all(size % self.edge == 0 for size in windows)
 
 
 def has_space(axes: Sequence[Axis]) -> bool:

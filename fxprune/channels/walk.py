@@ -166,12 +166,12 @@ class Walk:
         if operand in self.means:
             self.means[node] = self.means[operand]
 
-    def note_means(self, node: fx.Node, value: Value, edge: int | None, where: Tensor, means: Tensor) -> None:
+    def note_means(self, node: fx.Node, value: Value, where: Tensor, means: Tensor) -> None:
         """Note the means over space of a node's channels, where they are finite; both in the value's reduced shape."""
         where = where & means.isfinite()
         if where.any():
             shape = reduced_shape(value.axes)
-            self.means[node] = SpaceMeans(edge, where.expand(shape), means.double().expand(shape))
+            self.means[node] = SpaceMeans(where.expand(shape), means.double().expand(shape))
 
     def with_means(self, operand: fx.Node, value: Value, windows: Sequence[int] | None = None) -> Value:
         """A value, of which more is known where it is to be read by its means over space.
@@ -180,10 +180,12 @@ class Walk:
             operand, value: the node, and what is known of it.
             windows: the means are over windows of these sizes, which tile space; None where they are over all of it.
         """
-        means = self.means.get(operand)
-        if means is None or not means.fits(value.axes) or not (windows is None or means.is_known(windows)):
+        means, maps, shape = self.means.get(operand), self.maps.get(operand), reduced_shape(value.axes)
+        if means is not None and windows is None and means.fits(value.axes):
+            value = beside(value, means.where, means.value)
+        if maps is None or not maps.fits(shape) or (mean := maps.means(windows)) is None:
             return value
-        return beside(value, means.where, means.value)
+        return beside(value, maps.where.view(shape), mean.view(shape))
 
     def note_maps(self, node: fx.Node, value: Value, like: PositionMaps, where: Tensor, computed: Tensor) -> Value:
         """Note what a node's channels are by position, and add to its value those that are the same everywhere.

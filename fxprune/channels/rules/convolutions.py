@@ -14,11 +14,11 @@ from torch import Tensor, fx, nn
 from fxprune.channels.axes import ONE, Axis, reduced_shape, sizes_of
 from fxprune.channels.edits import Count, SetArguments
 from fxprune.channels.ids import Vector
-from fxprune.channels.positions import MOST, PositionMaps, Window, inside, number
+from fxprune.channels.positions import MOST, PositionMaps, Spread, Window, inside, number
 from fxprune.channels.readers import Balance, Bias, Reader
 from fxprune.channels.registry import REGISTRY, Cost, OperatorCall, Traffic, register
 from fxprune.channels.rules.layers import NOTHING, Layer, beside_zeros, column_facts, read_weight
-from fxprune.channels.values import Value
+from fxprune.channels.values import Value, beside
 from fxprune.channels.walk import Result, Walk
 from fxprune.torch_internals import ConvNd
 
@@ -38,6 +38,7 @@ class Convolution(OperatorCall):
     groups: int
     stride: Any = 1
     dilation: Any = 1
+    output_padding: Any = 0
     transposed: bool = False
     modules: ClassVar = (ConvNd,)
 
@@ -88,6 +89,7 @@ class Convolution(OperatorCall):
         data = walk.blur(self.node, data, mixed, "space of a convolution")
         for axis in weight.axes[2:]:
             walk.pin_axis(self.node, axis, "kernel of a convolution")
+        data = self._as_met(walk, data)
         data, columns = walk.merged(self.node, self._in_groups(walk, data, channel), channel)
         if self.groups == 1 or self.is_transposed:
             joined = walk.join(self.node, [data.axes[channel], weight.axes[1 - self.row_axis]])
@@ -146,19 +148,39 @@ class Convolution(OperatorCall):
             found.append(Window(size, stride, dilation, before, after))
         return tuple(found)
 
+    @property
+    def spreads(self) -> tuple[Spread, ...]:
+        """Of a transposed convolution, the kernel along each axis of space."""
+        return tuple(
+            Spread(size, *(_at(each, at) for each in (self.stride, self.dilation, self.padding, self.output_padding)))
+            for at, size in enumerate(self.weight.meta["val"].shape[2:])
+        )
+
+    def _as_met(self, walk: Walk, data: Value) -> Value:
+        """The input with what is known of the positions that a kernel of one tap meets in its steps."""
+        maps, shape = walk.maps.get(self.data), reduced_shape(data.axes)
+        if maps is None or self.is_transposed or self.pads or not maps.fits(shape):
+            return data
+        if len(shape) != self.space + 2 or any(window.taps > 1 for window in self.windows):
+            return data
+        where, value = maps.met([window.stride for window in self.windows])
+        return beside(data, where.view(shape), value.view(shape)) if where.any() else data
+
     def _read_maps(self, walk: Walk, reader: Reader, weight: Value) -> None:
         """Constants of positions that a kernel of one tap reads make a map, which can be added."""
         maps = walk.maps[self.data]
         is_each = all(window.is_each for window in self.windows) and not self.is_transposed
-        if not is_each or reader.soft is None or not maps.fits([1, reader.columns.size, *[1] * self.space]):
+        if not is_each or reader.soft is None or maps.border is None:
+            return
+        if not maps.fits([1, reader.columns.size, *[1] * self.space]):
             return
         reader.maps, reader.mapped = maps, maps.where.numpy().reshape(reader.columns.shape) & ~reader.soft
         reader.soft = reader.soft | reader.mapped
 
     def _with_maps(self, walk: Walk, result: Value, layer: Layer, reader: Reader) -> Value:
         """The result with rows known by position: all that they read are constants, with zeros around."""
-        windows = self.windows
-        if not self.pads or self.is_transposed or number(windows) > MOST:
+        windows = self.spreads if self.is_transposed else self.windows
+        if not (self.pads or self.is_transposed) or number(windows) > MOST:
             return result
         facts = column_facts(layer.data, layer.dim, layer.groups, layer.column_count)
         usable = facts.known & (~facts.bordered | (facts.value == 0))

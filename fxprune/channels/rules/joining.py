@@ -145,6 +145,8 @@ class Padding(OperatorCall):
         amounts = list(self.amounts)
         wanted = list(self.amounts)
         over_space = False
+        if not any(amounts):
+            walk.pass_maps(self.data, self.node)
         for at in range(0, len(amounts), 2):
             dim = value.rank - 1 - at // 2
             before, after = amounts[at : at + 2]

@@ -113,7 +113,7 @@ class _ChannelNorm(OperatorCall):
             return
         computed = result_of(means.value)
         if computed is not None:
-            walk.note_means(self.node, value, means.edge, means.where, computed)
+            walk.note_means(self.node, value, means.where, computed)
 
 
 def _others(shape: Sequence[int]) -> Sequence[int]:
@@ -184,7 +184,7 @@ class InstanceNorm(_ChannelNorm):
         elif has_space(value.axes):  # whatever comes in, its mean goes
             computed = result_of(torch.zeros(reduced_shape(value.axes)))
             if computed is not None:
-                walk.note_means(self.node, value, None, torch.ones((), dtype=torch.bool), computed)
+                walk.note_means(self.node, value, torch.ones((), dtype=torch.bool), computed)
 
 
 @dataclass(frozen=True, eq=False)

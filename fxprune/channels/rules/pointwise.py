@@ -70,11 +70,10 @@ class Pointwise(OperatorCall):
         """The means over space of sums, and of products with what is the same at all positions."""
         target, inner, values = self.node.target, dict[fx.Node, Tensor](), dict[fx.Node, Tensor]()
         means = {node: walk.means[node] for node in operands if node in walk.means}
-        edges = {each.edge for each in means.values()}
         first = next(iter(means))
         once = len(means) == 1 and self.node.args.count(first) == 1
         alike = target in _SUMS or (target in _PRODUCTS and once and self._is_factor(first))
-        if not alike or len(edges) > 1 or not has_space(result.axes):
+        if not alike or not has_space(result.axes):
             return
         for node, value in operands.items():
             known = ~_TRUE if value.facts is None else value.facts.inner
@@ -87,7 +86,7 @@ class Pointwise(OperatorCall):
         computed = run(self.node, values)
         if computed is not None and computed.is_floating_point():
             where = functools.reduce(operator.and_, inner.values())
-            walk.note_means(self.node, result, edges.pop(), where, computed)
+            walk.note_means(self.node, result, where, computed)
 
     def _constants(self, axes: tuple[Axis, ...], operands: Mapping[fx.Node, Value]) -> Value:
         """Known where all operands are; a product also where one is known to be zero, a quotient where the first is."""
@@ -231,7 +230,7 @@ class Glu(OperatorCall):
         if means is not None and dim == 1 and means.fits(value.axes) and has_space(axes) and gate.facts is not None:
             where, mean = (tensor.narrow(1, 0, half) for tensor in (means.where, means.value))
             where, mean = where & gate.facts.inner, mean * torch.sigmoid(gate.facts.value.double())
-            walk.note_means(self.node, Value(axes), means.edge, where, mean)
+            walk.note_means(self.node, Value(axes), where, mean)
         return self._gated(axes, passed, gate)
 
     @staticmethod

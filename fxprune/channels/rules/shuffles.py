@@ -11,6 +11,7 @@ from torch import fx
 
 from fxprune.channels.axes import Axis, Factor, Size, reduced_shape
 from fxprune.channels.means import has_space
+from fxprune.channels.positions import Pixels, PositionMaps
 from fxprune.channels.registry import OperatorCall, register
 from fxprune.channels.rules.views import regrouped
 from fxprune.channels.values import Value
@@ -53,8 +54,11 @@ class PixelShuffle(OperatorCall):
         axes = [*split.axes[: dim + 1], *_space(walk, self.node, dim)]
         result = split.moved(axes, lambda tensor: tensor.squeeze(dim + 1))
         if within is not None and dim == 1 and has_space(axes):
-            means = within.value.double().mean(2)
-            walk.note_means(self.node, result, self.upscale_factor, within.inner.all(2), means)
+            pixels = within.value.expand([1, within.value.shape[1], positions, 1, 1]).double()
+            windows = (Pixels(self.upscale_factor), Pixels(self.upscale_factor))
+            where, values = within.inner.all(2), pixels[0, :, :, 0, 0].T
+            maps = PositionMaps(self.node, windows, where.reshape(-1), values)
+            return walk.note_maps(self.node, result, maps, *maps.laid(4))
         return result
 
 

@@ -1,7 +1,8 @@
-"""Means over space that no input changes: what reads such a mean reads a constant, whatever single positions are."""
+"""Means over space that no input changes, and constants of phases: who reads these alone reads a constant."""
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
+from fxprune.channels.positions import Spread
 from fxprune.errors import EvalConstantWarning
 from tests.fxprune.channels.exactness import EXACT, error
 from tests.fxprune.channels.layers import Net, norm, zero_rows
@@ -109,6 +111,9 @@ PIXELS: dict[str, Callable[..., nn.Module]] = {
     "pooling of an edge of its own": lambda: of_pixels(lambda s, x: F.avg_pool2d(x, (3, 6)), edge=3),
     "mean": lambda: of_pixels(lambda s, x: x.mean((2, 3), keepdim=True)),
     "norm between": lambda: of_pixels(lambda s, x: F.avg_pool2d(s.second(x), 2), second=norm(6)),
+    "activation between": lambda: of_pixels(lambda s, x: F.avg_pool2d(F.gelu(x) * 2, 2)),
+    "one of each": lambda: of_pixels(lambda s, x: F.gelu(x), head=nn.Conv2d(6, 5, 1, stride=2)),
+    "one of some": lambda: of_pixels(lambda s, x: F.pad(x, (0, 0, 0, 0)), head=nn.Conv2d(6, 5, 1, stride=(4, 2))),
 }
 
 
@@ -124,14 +129,58 @@ NO_PIXELS: dict[str, Callable[..., nn.Module]] = {
     "windows that overlap": lambda: of_pixels(lambda s, x: F.avg_pool2d(x, 2, 1)),
     "zeros around": lambda: of_pixels(lambda s, x: F.avg_pool2d(x, 2, padding=1)),
     "another divisor": lambda: of_pixels(lambda s, x: F.avg_pool2d(x, 2, divisor_override=3)),
-    "an activation": lambda: of_pixels(lambda s, x: F.avg_pool2d(F.gelu(x), 2)),
     "nothing": lambda: of_pixels(lambda s, x: x),
+    "steps": lambda: of_pixels(lambda s, x: x, head=nn.Conv2d(6, 5, 1, stride=3)),
+    "steps of more taps": lambda: of_pixels(lambda s, x: x, head=nn.Conv2d(6, 5, 2, stride=2)),
+    "steps behind zeros": lambda: of_pixels(lambda s, x: x, head=nn.Conv2d(6, 5, 1, stride=2, padding=1)),
 }
 
 
 @pytest.mark.parametrize("kind", NO_PIXELS)
 def test_pixels_that_are_constants_stay_where_something_else_is_read(kind: str) -> None:
     assert left(NO_PIXELS[kind]()) == 24
+
+
+def transposed(step: int, **options: Any) -> nn.Module:
+    """A transposed convolution in two groups, of which one reads constants; `step` is that of who reads it."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 8, 1)
+    zero_rows(first, 0, 1, 2, 3)
+    spread = nn.ConvTranspose2d(8, 8, **{"kernel_size": 3, "stride": 2, "padding": 1, "groups": 2, **options})
+    last = nn.Conv2d(8, 5, 1, stride=step)
+    return Net(lambda s, x: s.last(F.silu(s.norm(s.spread(F.gelu(s.first(x)))))), first=first, spread=spread,
+               norm=norm(8), last=last)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"output_padding": 1}, {}, {"kernel_size": 4}, {"kernel_size": 2, "padding": 0}, {"bias": False}, {"dilation": 3}],
+    ids=str,
+)
+def test_what_a_transposed_convolution_makes_of_constants_goes_where_steps_meet_one_phase(options: Any) -> None:
+    # of four taps, or of three that are further apart, some fall on the border in every phase
+    steps = set[int]() if "dilation" in options or options.get("kernel_size") == 4 else {2}
+    for step in (1, 2, 3):
+        assert left(transposed(step, **options), (1, 1), (2, 5), (9, 4)) == (4 if step in steps else 8)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_transposed_convolution_meets_the_taps_that_are_listed_in_each_phase(seed: int) -> None:
+    draw = random.Random(seed)
+    taps, stride, dilation = draw.randint(1, 5), draw.randint(1, 4), draw.randint(1, 3)
+    padding, extra = draw.randint(0, dilation * (taps - 1)), draw.randint(0, max(stride, dilation) - 1)
+    spread = Spread(taps, stride, dilation, padding, extra)
+    numbers = 2.0 ** torch.arange(taps).double()
+    listed = set(zip(spread.phases, (spread.inside() @ numbers).tolist(), strict=True))
+    found = set()
+    for size in range(1, 40):
+        if (size - 1) * stride + dilation * (taps - 1) + 1 + extra <= 2 * padding:
+            continue
+        x = torch.ones(1, 1, size).double()
+        y = F.conv_transpose1d(x, numbers.view(1, 1, -1), None, stride, padding, extra, 1, dilation)
+        found |= {(position % stride, value) for position, value in enumerate(y.flatten().tolist())}
+    assert found == listed
+    assert spread.count == len(listed)
 
 
 def test_what_is_such_a_mean_in_eval_mode_alone_is_named_and_stays_on_request() -> None:
