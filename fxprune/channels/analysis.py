@@ -113,6 +113,8 @@ def fill_in(relations: Coupling, alive: Mask, plan: ChannelPlan) -> None:
             inputs, outputs = alive[relations.of(balance.inputs)], alive[relations.of(balance.outputs)]
             left = inputs.any(1) | outputs.any(1)
             own = outputs if balance.transposed else inputs
-            index = np.flatnonzero(own[left].reshape(-1)).reshape(int(left.sum()), -1) % own.shape[1]
+            index = np.flatnonzero(own[left].reshape(-1)) % own.shape[1]
+            if left.any():  # else the whole layer leaves
+                index = index.reshape(int(left.sum()), -1)
             plan.kept[balance.weight][1] = torch.from_numpy(index)
             plan.groups[balance.weight] = (left.size, int(left.sum()))

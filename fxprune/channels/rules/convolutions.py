@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from fxprune.channels.axes import ONE, Axis, reduced_shape, sizes_of
 from fxprune.channels.edits import Count, SetArguments
 from fxprune.channels.ids import Vector
+from fxprune.channels.means import has_space
 from fxprune.channels.positions import MOST, PositionMaps, Spread, Window, inside, number
 from fxprune.channels.readers import Balance, Bias, Reader
 from fxprune.channels.registry import REGISTRY, Cost, OperatorCall, Traffic, register
@@ -118,6 +119,7 @@ class Convolution(OperatorCall):
             return beside_zeros(result, data.zeros.all(channel, keepdim=True), laid)
         if table is None or data.rank != self.space + 2:
             return result
+        self._note_means(walk, result, layer)
         if self.data in walk.maps:
             self._read_maps(walk, walk.readers[-1], weight)
         return self._with_maps(walk, result, layer, walk.readers[-1])
@@ -176,6 +178,27 @@ class Convolution(OperatorCall):
             return
         reader.maps, reader.mapped = maps, maps.where.numpy().reshape(reader.columns.shape) & ~reader.soft
         reader.soft = reader.soft | reader.mapped
+
+    def _note_means(self, walk: Walk, result: Value, layer: Layer) -> None:
+        """A kernel of one tap gives channels whose means over space are sums of those that it reads."""
+        means, shape = walk.means.get(self.data), reduced_shape(result.axes)
+        if means is None or not means.fits(layer.data.axes) or not has_space(result.axes) or layer.table is None:
+            return
+        if self.is_transposed or not all(window.is_each for window in self.windows):
+            return
+        bias = NOTHING if layer.bias_value is None else layer.bias_value.facts
+        if bias is None or not bias.stored:
+            return
+        sums = (layer.table != 0).any(-1), layer.table.double().sum(-1)  # [groups, rows, columns]
+        where, value = (each.reshape(self.groups, 1, -1) for each in (means.where, means.value))
+        known = ~(sums[0] & ~where).any(-1)
+        total = (sums[1] * torch.where(where, value, 0)).sum(-1)
+        walk.note_means(
+            self.node,
+            result,
+            known.reshape(shape),
+            (total.reshape(-1) + bias.value.double().reshape(-1)).reshape(shape),
+        )
 
     def _with_maps(self, walk: Walk, result: Value, layer: Layer, reader: Reader) -> Value:
         """The result with rows known by position: all that they read are constants, with zeros around."""

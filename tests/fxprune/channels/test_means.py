@@ -59,6 +59,10 @@ MEANS: dict[str, Callable[..., nn.Module]] = {
         gain=nn.Parameter(torch.randn(8, 1, 1)), shift=nn.Parameter(torch.randn(1, 8, 1, 1)),
     ),
     "sum with itself": lambda: beside_it(lambda s, x: (x + x.add(x, alpha=3)).mean((2, 3))),
+    "a layer of one tap": lambda: beside_it(
+        lambda s, x: s.second(s.between(x)).mean((2, 3)), between=nn.Conv2d(8, 6, 1, groups=2), second=norm(6),
+        head=nn.Linear(6, 5),
+    ),
     "batch norm": lambda: beside_it(lambda s, x: s.second(x).mean((2, 3)), second=norm(8)),
 }  # fmt: skip
 
@@ -82,6 +86,13 @@ NO_MEANS: dict[str, Callable[..., nn.Module]] = {
     "a quotient by itself": lambda: beside_it(lambda s, x: ((x + 30) / (x + 30) * x).mean((2, 3))),
     "one axis": lambda: beside_it(lambda s, x: x.mean(2).amax(2)),
     "a maximum": lambda: beside_it(lambda s, x: x.amax((2, 3))),
+    "a layer of more taps": lambda: beside_it(
+        lambda s, x: s.between(x).mean((2, 3)), between=nn.Conv2d(8, 8, 3, padding=1)
+    ),
+    "a layer in steps": lambda: beside_it(lambda s, x: s.between(x).mean((2, 3)), between=nn.Conv2d(8, 8, 1, stride=2)),
+    "a layer behind zeros": lambda: beside_it(
+        lambda s, x: s.between(x).mean((2, 3)), between=nn.Conv2d(8, 8, 1, padding=1)
+    ),
     "several windows": lambda: beside_it(lambda s, x: F.adaptive_avg_pool2d(x, 2).flatten(1), head=nn.Linear(32, 5)),
     "part of space": lambda: beside_it(lambda s, x: x[:, :, 1:].mean((2, 3))),
     "written to": lambda: beside_it(lambda s, x: x.relu_().mean((2, 3))),
