@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -173,6 +173,22 @@ def agreed(values: Tensor, reference: Tensor, what: str) -> None:
             f"{what} is not the same on every process: {found} have another one than the first. Load or compute it in "
             "one way everywhere, or send that of one to all: torch.distributed.broadcast(tensor, 0)."
         )
+
+
+def spread_state(given: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict whose plain tensors are spread where a module's own are; a collective where there are any.
+
+    Raises:
+        ShardingError: they are not the same on every process.
+    """
+    plain = [
+        name
+        for name, value in given.items()
+        if isinstance(own.get(name), DTensor) and isinstance(value, Tensor) and not isinstance(value, DTensor)
+    ]
+    for name in plain:
+        agreed(given[name], own[name], f"{name!r} of the state dict")
+    return {**given, **{name: spread(given[name], own[name]) for name in plain}} if plain else given
 
 
 def first(own: Tensor, reference: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import tempfile
 import warnings
@@ -29,6 +30,26 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, seconds: 
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(count)]
 
 
+def survivors(count: int, lost: int, function: Callable[..., Any], *args: Any, seconds: float = SECONDS) -> list[Any]:
+    """What the processes returned of which one, `lost`, ends before it is done, by `os._exit` or a signal.
+
+    Raises:
+        AssertionError: another one did not return, or that one did.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (count, folder, function, args, seconds)
+        started = [context.Process(target=_process, args=(rank, *arguments)) for rank in range(count)]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(2 * SECONDS)
+            process.kill()
+        files = [Path(folder, f"{rank}.pt") for rank in range(count)]
+        assert [file.exists() for file in files] == [rank != lost for rank in range(count)]
+        return [torch.load(file, weights_only=False) for file in files if file.exists()]
+
+
 def _process(
     rank: int, count: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], seconds: float
 ) -> None:
@@ -40,4 +61,5 @@ def _process(
         torch.save(function(*args), Path(folder, f"{rank}.pt"))
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            with contextlib.suppress(RuntimeError):  # where another process is gone
+                dist.destroy_process_group()

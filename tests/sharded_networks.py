@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.utils import prune as torch_prune
 
 import fxprune
+from fxprune.checkpoints import in_parts
 
 
 class Network(nn.Module):
@@ -264,3 +267,138 @@ def finalized(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], ho
     fxprune.save(final, f"{folder}/network.fxp")
     found["loaded"] = values(fxprune.load(f"{folder}/network.fxp"))
     return found
+
+
+def pruned(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> fxprune.TracedModule:
+    """A network with masks of channels and of entries, and what an optimizer's step makes of it."""
+    module = spread(traced())
+    P.l1_unstructured(module, "inner.weight", 0.3)
+    P.channels(module, macs=0.6)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module(inputs(0)).square().mean().backward()
+    optimizer.step()
+    return module
+
+
+def saved_in_parts(
+    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], folder: str
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The state of a network and of what was finalized of it, each written in parts."""
+    module = pruned(spread)
+    fxprune.save(module, f"{folder}/masked", parts=True)
+    final = fxprune.finalize(module, keep_for_training=True)
+    fxprune.save(final, f"{folder}/final", parts=True)
+    fxprune.save(final, f"{folder}/final", parts=True)  # in the place of the first
+    return {"masked": values(module), "final": values(final)}
+
+
+def loaded_in_parts(
+    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], folder: str
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What is loaded in parts, and what it gives after one more mask, for a batch."""
+    found = {}
+    for name in ("masked", "final"):
+        module = fxprune.load(f"{folder}/{name}", spread=spread)
+        found[name] = values(module)
+        module.eval()(inputs(3))
+        P.l1_unstructured(module, "inner.weight", 2)
+        found[f"{name}, output"] = {"": module.eval()(inputs(3)).detach()}
+    return found
+
+
+def _failures(calls: dict[str, Callable[[], Any]]) -> dict[str, str]:
+    """What each call raises."""
+    found = {}
+    for what, call in calls.items():
+        try:
+            call()
+            found[what] = "nothing"
+        except fxprune.FxpruneError as error:
+            found[what] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def left_by_one(when: str, folder: str) -> dict[str, str]:
+    """What is raised where the last process ends in the middle: of gathering parameters, or of writing parts."""
+    module = by_fsdp(traced())
+    if dist.get_rank() == dist.get_world_size() - 1:
+        _leave_after(3, when)
+    calls: dict[str, Callable[[], Any]] = {
+        "masks": lambda: P.l1_unstructured(module, "*.weight", 0.3),
+        "channels": lambda: P.channels(module, macs=0.5),
+        "save": lambda: fxprune.save(module, f"{folder}/network.fxp"),
+        "parts": lambda: fxprune.save(module, f"{folder}/parts", parts=True),
+    }
+    return _failures({when: calls[when]}) | {"masked": str(fxprune.prune.is_pruned(module))}
+
+
+def _leave_after(count: int, when: str) -> None:
+    """Let this process end at a collective: the first of a save in parts after its tensors, else at the `count`-th."""
+    left = [count]
+
+    def leaving(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if left[0] <= 0:
+                os._exit(9)
+            return real(*args, **kwargs)
+
+        return call
+
+    if when == "parts":
+        left[0] = 1
+        in_parts.save_state = leaving(in_parts.save_state)
+    else:
+        DTensor.full_tensor = leaving(DTensor.full_tensor)  # type: ignore[method-assign]
+
+
+def late() -> dict[str, str]:
+    """What a process raises that waits for one which does something else, longer than the time-out."""
+    module = by_fsdp(traced())
+    if dist.get_rank():
+        time.sleep(20)
+        return {}
+    return _failures(
+        {"late": lambda: P.global_unstructured(module, "*.weight", torch_prune.L1Unstructured, amount=0.3)}
+    )
+
+
+def wrong_input(folder: str) -> dict[str, str]:
+    """What is raised for what cannot be worked on, by every process; the module is used for all."""
+    module = by_fsdp(traced())
+    partial = by_fsdp(traced())
+    weight = partial.get_submodule("head")._parameters["weight"]
+    assert isinstance(weight, DTensor)
+    summed = DTensor.from_local(weight.full_tensor(), weight.device_mesh, [Partial()])
+    partial.get_submodule("head")._parameters["weight"] = nn.Parameter(summed)
+    is_first = not dist.get_rank()
+    unwritable = f"{folder}/missing/parts" if is_first else f"{folder}/parts"
+    state = {name: value + dist.get_rank() for name, value in values(module).items()}
+    method = torch_prune.L1Unstructured
+    found = _failures(
+        {
+            "partial sums": lambda: P.global_unstructured(partial, "*.weight", method, amount=0.3),
+            "one loader fails": lambda: P.channels(module, importance="obs", loader=_failing(is_first)),
+            "no folder": lambda: fxprune.save(module, unwritable, parts=True),
+            "other states": lambda: module.load_state_dict(state),
+            "write_back": lambda: fxprune.write_back(module, Network()),
+            "reconstruct": lambda: fxprune.reconstruct(module, batches()),
+            "no parts": lambda: fxprune.load(folder),
+            "nothing": lambda: P.channels(module, targets="strange"),
+        }
+    )
+    dist.destroy_process_group()
+    return found | _failures(
+        {
+            "no group, masks": lambda: P.l1_unstructured(module, "head.weight", 0.3),
+            "no group, channels": lambda: P.channels(module, macs=0.5),
+            "no group, finalize": lambda: fxprune.finalize(module),
+            "no group, save": lambda: fxprune.save(module, f"{folder}/network.fxp"),
+        }
+    )
+
+
+def _failing(fails: bool) -> Iterator[torch.Tensor]:
+    yield inputs()
+    if fails:
+        raise OSError("no such picture")

@@ -8,8 +8,9 @@ import hashlib
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import nn
@@ -21,13 +22,14 @@ from fxprune.capture.programs import from_program
 from fxprune.checkpoints.describing import described
 from fxprune.checkpoints.foreign_files import refuse_strangers
 from fxprune.checkpoints.header import HEADER, TENSORS, program_member
+from fxprune.checkpoints.in_parts import MODULE, load_in_parts, save_in_parts
 from fxprune.checkpoints.reading import CPU, read_checkpoint
 from fxprune.checkpoints.refitting import refitted
 from fxprune.checkpoints.restoring import restored
 from fxprune.checkpoints.stored_graphs import written_graph
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, SuffixError
 from fxprune.files import atomic
-from fxprune.graph.spread_modules import by_first
+from fxprune.graph.spread_modules import by_first, is_spread
 from fxprune.graph.traced import TracedModule
 
 # what save does not write, and what does
@@ -39,8 +41,7 @@ _OTHER_FORMATS = {
 
 
 @named_arguments
-@by_first
-def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool = True) -> None:
+def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool = True, parts: bool = False) -> None:
     """Write a traced or finalized module to one file, whole or not at all; `load` restores it.
 
     The file is an uncompressed zip archive: `fxprune.json` (names, order, masks and norms, plan, training mode,
@@ -51,6 +52,8 @@ def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool =
         traced: what `trace`, `finalize` or `load` returned; unchanged.
         path: the file to write; any name but that of another format (.onnx, .pt2, .safetensors).
         programs: whether to store the graphs. Without, the file is written faster, and `load` needs the model.
+        parts: for a module that is spread over processes: whether each writes what it holds, to a folder of this name
+            (`torch.distributed.checkpoint`, safetensors). Else the first process gathers the module, and writes a file.
 
     Raises:
         ArgumentTypeError: `traced` is no traced module.
@@ -74,6 +77,20 @@ def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool =
             f"'{path}' was to be written by save, whose files are none of the format that {suffix} says. Use another "
             f"ending, such as .fxp, or write that format: {_OTHER_FORMATS[suffix]}."
         )
+    if not isinstance(parts, bool):
+        raise ArgumentTypeError(f"parts={parts!r}: True or False is needed.")
+    if not parts:
+        _save_whole(traced, path, programs)
+    elif is_spread(traced) and programs:
+        save_in_parts(traced, path, lambda hollow, file: _save_whole(hollow, file, True))
+    else:
+        raise ArgumentError(
+            "parts=True is for modules that are spread over processes, and stores their graphs. Leave it out."
+        )
+
+
+@by_first
+def _save_whole(traced: TracedModule, path: str | os.PathLike[str], programs: bool) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates what it calls itself
@@ -101,7 +118,12 @@ def _members(traced: TracedModule, programs: bool) -> dict[str, bytes]:
 
 
 @named_arguments
-def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> TracedModule:
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    spread: Callable[[TracedModule], Any] | None = None,
+) -> TracedModule:
     """Restore what `save` wrote: graphs, masks, norms, plan, training mode, every tensor; or an exported `.pt2`.
 
     No objects are unpickled and no code of the file runs: archives that would make torch do so are refused. The result
@@ -112,6 +134,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Traced
         model: None restores the graphs from the file, without the model's code. Else the dense model, which is traced
             with the stored sample inputs, or a `TracedModule` of it: the plan is carried out, masks and norms are
             inserted, then the tensors are loaded. It is left as it is.
+        spread: of a folder of `save(..., parts=True)`: shards the module, in place, before it has values: each process
+            then reads its part, however many wrote it. `torch.distributed.fsdp.fully_shard`, or a function that calls
+            it. None reads the whole, in this process.
 
     Returns:
         A new `TracedModule`.
@@ -135,6 +160,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Traced
         cure = " Give an instance of the class." if isinstance(model, type) else ""
         raise ArgumentTypeError(f"load takes an nn.Module to load into, got {type(model).__name__}.{cure}")
     try:
+        if Path(path).is_dir() or spread is not None:
+            return _loaded_in_parts(Path(path), model, spread)
         return _loaded_alone(path) if model is None else _loaded_into(path, model)
     except FxpruneError as error:
         error.add_note(f"while loading '{path}'")
@@ -152,6 +179,17 @@ def _loaded_alone(path: str | os.PathLike[str]) -> TracedModule:
         if not checkpoint.programs:
             raise ArgumentError(f"'{path}' was saved with programs=False: give load the model, too.")
         return restored(checkpoint)
+
+
+def _loaded_in_parts(path: Path, model: nn.Module | None, spread: Callable[[TracedModule], Any] | None) -> TracedModule:
+    if not (path / MODULE).is_file():
+        raise ArtifactError(
+            f"'{path}' was to be loaded in parts, and is no folder that save(..., parts=True) finished: "
+            f"{MODULE} is not in it. A file of save is loaded whole: load(path), then fully_shard."
+        )
+    if model is not None or not callable(spread or load):
+        raise ArgumentError("a checkpoint in parts is restored without the model, and spread is a function.")
+    return load_in_parts(path, _loaded_alone(path / MODULE), spread)
 
 
 def _loaded_into(path: str | os.PathLike[str], model: nn.Module) -> TracedModule:

@@ -39,6 +39,11 @@ def described(traced: TracedModule) -> tuple[Header, Tensors]:
         sha256={},
         decided=tuple(sorted(traced.decided)),
         made_biases=dict(traced.made_biases),
+        hollow={
+            name: (list(value.shape), str(value.dtype).removeprefix("torch."))
+            for name, value in tensors_of(traced).items()
+            if value.is_meta
+        },
     )
     return header, blobs | samples
 
@@ -49,7 +54,7 @@ def _stored_tensors(traced: TracedModule) -> tuple[dict[str, StoredTensor], Tens
     stored, blobs = {}, {}
     for name, value in tensors_of(traced).items():
         place = (value.data_ptr() or id(value), value.dtype, value.shape, value.stride())
-        if place not in places:
+        if place not in places and not value.is_meta:
             blobs[f"state:{name}"] = _plain(value)
         fills_its_memory = value.untyped_storage().nbytes() == value.nbytes
         stored[name] = StoredTensor(

@@ -110,7 +110,8 @@ class Header:
 
     `masked` and `reparametrized` are names of parameters, `plan` is the JSON text of a channel plan, and `sha256` has
     the digest of every other member of the file. `decided` are axes of parameters and `made_biases` parameters, as in
-    `TracedModule`; they are left out where there are none.
+    `TracedModule`; they are left out where there are none. `hollow` has the shapes and types of tensors whose values
+    stand elsewhere.
     """
 
     version: str
@@ -127,12 +128,13 @@ class Header:
     sha256: dict[str, str]
     decided: tuple[tuple[str, int], ...] = ()
     made_biases: dict[str, str] = field(default_factory=dict)
+    hollow: dict[str, tuple[list[int], str]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The header as JSON text."""
         modules = [module.to_json() for module in self.modules]
         fields = {"format": FORMAT} | asdict(self) | {"modules": modules}
-        for name in ("decided", "made_biases"):
+        for name in ("decided", "made_biases", "hollow"):
             if not fields[name]:
                 del fields[name]
         return json.dumps(fields)

@@ -87,13 +87,20 @@ def _shared_state(header: Header, tensors: dict[str, Tensor], device: torch.devi
     """Parameters and buffers by name: one object, or one memory, where there was one."""
     places: dict[str, Tensor] = {}
     objects: dict[str, Tensor] = {}
-    for stored in header.tensors.values():
+    for name, stored in header.tensors.items():
         if stored.data not in places:
-            places[stored.data] = _strided(tensors[f"state:{stored.data}"].to(device), stored.stride)
+            value = (
+                _hollow(*header.hollow[name]) if name in header.hollow else tensors[f"state:{stored.data}"].to(device)
+            )
+            places[stored.data] = _strided(value, stored.stride)
         if stored.object not in objects:
             value = places[stored.data].detach()
             objects[stored.object] = nn.Parameter(value, stored.trained) if stored.parameter else value
     return {name: objects[stored.object] for name, stored in header.tensors.items()}
+
+
+def _hollow(shape: list[int], dtype: str) -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
 def _strided(value: Tensor, stride: tuple[int, ...] | None) -> Tensor:

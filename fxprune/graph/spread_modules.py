@@ -259,16 +259,36 @@ def spread_alike(hollow: TracedModule, traced: TracedModule, values: Mapping[str
         fully_shard(hollow, **options)
     else:
         _distribute(hollow, traced, first)
-    device, fresh = first.device, dict[int, Tensor]()
-    for name, tensor in tensors_of(hollow).items():
+    names = {id(tensor): name for name, tensor in reversed(tensors_of(hollow).items())}
+
+    def value_of(tensor: Tensor) -> Tensor:
+        reference = tensor if is_sharded(tensor) else torch.empty_like(tensor, device=first.device)
+        return sent(None if values is None else values[names[id(tensor)]], reference)
+
+    return filled(hollow, value_of)
+
+
+def filled(
+    hollow: TracedModule, value_of: Callable[[Tensor], Tensor], after: Callable[[TracedModule], None] | None = None
+) -> TracedModule:
+    """A module without values with those that a function gives for each tensor, in order; spread as it is.
+
+    Args:
+        hollow: used up.
+        value_of: from a tensor on "meta" to one spread alike.
+        after: called with the module before FSDP looks at its parameters: may write to these.
+    """
+    fresh = dict[int, Tensor]()
+    for tensor in tensors_of(hollow).values():
         if id(tensor) not in fresh:
-            reference = tensor if is_sharded(tensor) else torch.empty_like(tensor, device=device)
-            value = sent(None if values is None else values[name], reference)
+            value = value_of(tensor)
             fresh[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     for module in hollow.modules():
         held: Any
         for held in (module._parameters, module._buffers):
             held.update({name: fresh[id(tensor)] for name, tensor in held.items() if tensor is not None})
+    if after is not None:
+        after(hollow)
     take_parameters(hollow)
     return hollow
 

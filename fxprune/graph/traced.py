@@ -28,7 +28,7 @@ from fxprune.graph.snapshot import preserved
 from fxprune.graph.spellings import respelled
 from fxprune.graph.states import check_state
 from fxprune.graph.switching import is_frozen, read_option, set_option, switch
-from fxprune.sharding import gathered, is_managed
+from fxprune.sharding import gathered, is_managed, spread_state
 from fxprune.torch_internals import calls_kept, state_of_generated_code
 
 # The order in which graphs are kept and worked on: what is decided by the eval graph, the train graph follows.
@@ -359,11 +359,12 @@ class TracedModule(ReadByName, fx.GraphModule):
 
         Raises:
             StateDictError: names or shapes differ; nothing was loaded then. ArgumentTypeError: it is no state dict.
+            ShardingError: plain tensors for sharded ones are not the same on every process; nothing was loaded then.
         """
         own = self.state_dict()
         given = respelled(state_dict, own.keys()) if isinstance(state_dict, Mapping) else state_dict
         check_state(given, own, strict=strict, is_finalized=self.plan is not None)
-        return super().load_state_dict(given, strict, assign)
+        return super().load_state_dict(spread_state(given, own), strict, assign)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         root = Container(provenance_of(self))

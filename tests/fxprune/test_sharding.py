@@ -10,7 +10,7 @@ import torch
 
 import fxprune
 from tests import sharded_networks as networks
-from tests.processes import in_processes
+from tests.processes import in_processes, survivors
 
 Spread = Callable[[fxprune.TracedModule], fxprune.TracedModule]
 State = dict[str, torch.Tensor]
@@ -55,6 +55,7 @@ def assert_trained_alike(want: dict[str, State], got: dict[str, State]) -> None:
         assert torch.allclose(found, value, rtol=0, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_three_steps_with_clipping_and_masks_in_between_end_as_in_one_process() -> None:
     want = networks.trained(networks.plain)
     for got in in_processes(2, networks.trained, networks.by_fsdp):
@@ -69,6 +70,7 @@ def test_training_ends_as_in_one_process_on_any_mesh(spread: Spread) -> None:
         assert_trained_alike(want, got)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_the_same_everywhere_is_refused_by_every_process_and_changes_nothing() -> None:
     for found in in_processes(2, networks.refusals):
         assert found["trace"].startswith("CaptureError: FSDPNetwork is sharded already")
@@ -120,3 +122,56 @@ def test_what_finalize_leaves_is_that_of_one_process_on_any_mesh(
     processes: int, spread: Spread, how: str, tmp_path: Path
 ) -> None:
     assert_finalized_alike(processes, spread, how, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_two_processes_save_in_parts_three_and_one_load(tmp_path: Path) -> None:
+    want = in_processes(2, networks.saved_in_parts, networks.by_fsdp, str(tmp_path))[0]
+    found = in_processes(3, networks.loaded_in_parts, networks.by_fsdp, str(tmp_path))
+    assert_equal(want, found[0])
+    for name in want:
+        loaded = fxprune.load(tmp_path / name)
+        assert_equal({name: want[name]}, {name: networks.values(loaded)})
+        fxprune.prune.l1_unstructured(loaded, "inner.weight", 2)
+        output = loaded.eval()(networks.inputs(3))
+        assert torch.allclose(found[0][f"{name}, output"][""], output, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["final", "masked"]
+    next((tmp_path / "final").glob("shard-00002*")).unlink()
+    with pytest.raises(fxprune.errors.ArtifactError):
+        fxprune.load(tmp_path / "final")
+
+
+@pytest.mark.parametrize(
+    "when", ["masks", *(pytest.param(when, marks=pytest.mark.slow) for when in ("channels", "save", "parts"))]
+)
+def test_a_process_that_ends_in_the_middle_leaves_a_named_error_and_no_file(when: str, tmp_path: Path) -> None:
+    for found in survivors(2, 1, networks.left_by_one, when, str(tmp_path), seconds=20):
+        assert found[when].startswith("ShardingError: "), found
+        assert found["masked"] == "False"
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_a_process_that_is_late_is_waited_for_as_long_as_the_time_out() -> None:
+    found = in_processes(2, networks.late, seconds=5)[0]
+    assert found["late"].startswith("ShardingError: adding up: the processes could not go on together")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_worked_on_is_refused_by_every_process(tmp_path: Path) -> None:
+    for found in in_processes(2, networks.wrong_input, str(tmp_path)):
+        for what, beginning in {
+            "partial sums": "ShardingError: a parameter is stored as partial sums",
+            "one loader fails": "ShardingError: the loader of process 0 failed: OSError: no such picture",
+            "no folder": "ExportError: ",
+            "other states": "ShardingError: 'stem.weight' of the state dict is not the same on every process",
+            "write_back": "ShardingError: write_back was given a module that is spread over processes",
+            "reconstruct": "ShardingError: reconstruct was given a module that is spread over processes",
+            "no parts": "ArtifactError: ",
+            "nothing": "NameLookupError: ",
+            "no group, masks": "ShardingError: gathering a parameter of a sharded module needs the process group",
+            "no group, channels": "ShardingError: ",
+            "no group, finalize": "ShardingError: ",
+            "no group, save": "ShardingError: ",
+        }.items():
+            assert found[what].startswith(beginning), f"{what}: {found[what]}"
