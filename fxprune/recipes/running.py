@@ -16,6 +16,7 @@ from fxprune.checkpoints.checkpoint import load, save
 from fxprune.errors import ArgumentError, BudgetError, FxpruneError
 from fxprune.files import atomic
 from fxprune.recipes.outcome import Outcome
+from fxprune.recipes.page import page
 from fxprune.recipes.recipe import Recipe, parsed
 from fxprune.recipes.stages import FILES, Record, seeded, stages
 from fxprune.recipes.work import Work
@@ -32,9 +33,9 @@ def run(
     """Carry a recipe out, and write its files into a folder.
 
     These are `model.fxp` (`fxprune.load` restores it), `model.onnx`, the shrunk model of the own class as
-    `model.safetensors` or `pretrained/`, and `report.json` with the recipe, the versions and what each stage did. After
-    each stage its result is kept in `.stages/` until all are done: the same recipe goes on from there, with the same
-    result to the bit on the CPU.
+    `model.safetensors` or `pretrained/`, `report.json` with the recipe, the versions and what each stage did, and
+    `report.html`, which shows it. After each stage its result is kept in `.stages/` until all are done: the same recipe
+    goes on from there, with the same result to the bit on the CPU.
 
     Args:
         recipe: what is done.
@@ -70,7 +71,7 @@ def run(
             record = seeded(stage, work, place)
         except BudgetError as problem:
             outcome.failure = str(problem)
-            _write(folder / "report.json", outcome.to_dict())
+            _report(folder, outcome)
             return outcome
         outcome.stages[name] = plain(record | {"seconds": time.perf_counter() - begin})
         kept = folder / _STATE / f"{name}.fxp"
@@ -79,7 +80,7 @@ def run(
         _write(folder / _STATE / "state.json", outcome.to_dict())
         if place:
             (folder / _STATE / f"{planned[place - 1][0]}.fxp").unlink(missing_ok=True)
-    _write(folder / "report.json", outcome.to_dict())
+    _report(folder, outcome)
     shutil.rmtree(folder / _STATE)
     return outcome
 
@@ -128,6 +129,12 @@ def _so_far(folder: Path, recipe: Recipe) -> Outcome:
     if _recipe_of(path) == recipe:
         kept = json.loads(path.read_text(encoding="utf-8"))["stages"]
     return Outcome(recipe.model_dump(), versions(), kept)
+
+
+def _report(folder: Path, outcome: Outcome) -> None:
+    _write(folder / "report.json", outcome.to_dict())
+    with atomic(folder / "report.html") as temporary:
+        temporary.write_text(page(outcome), encoding="utf-8")
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

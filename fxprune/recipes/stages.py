@@ -26,7 +26,7 @@ from fxprune.recipes.work import Work
 
 Record = dict[str, Any]
 Stage = Callable[[Work], Record]
-FILES = ("model.fxp", "model.onnx", "model.safetensors", "pretrained", "report.json")
+FILES = ("model.fxp", "model.onnx", "model.safetensors", "pretrained", "report.json", "report.html")
 
 
 def traced(work: Work) -> Record:

@@ -1,0 +1,114 @@
+"""Charts of a report as SVG, by Vega-Lite (Satyanarayan et al., 2017, https://doi.org/10.1109/TVCG.2016.2599030)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+_WIDTH = 560
+_ROUNDING = 1e-9  # smaller errors are none, and would take up the scale
+_MOST_READERS = 24
+_MOST = 7  # lines that are told apart by colour and dash
+# Okabe and Ito's colours, that people with any colour vision tell apart
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
+_DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 2, 1, 2], [3, 5])
+_POWERS = {"format": ".0e", "tickCount": 5}
+_TEXT = "#767676"  # readable on white and on black
+
+
+def can_draw() -> bool:
+    """Whether Vega-Lite's renderer is installed, as the extra `report` does."""
+    return importlib.util.find_spec("vl_convert") is not None
+
+
+def sensitivity_chart(curves: Sequence[dict[str, Any]]) -> str:
+    """What the output loses with a share of a group's units, for the groups that lose most, as SVG.
+
+    Args:
+        curves: as `fxprune.Sensitivity.to_dict` has them: `name`, `size`, `counts` and `measured`.
+
+    Example:
+        >>> sensitivity_chart(sensitivity.to_dict()["curves"])
+        '<svg ...'
+    """
+    by_loss = sorted(curves, key=lambda curve: -max(curve["measured"], default=0.0))[:_MOST]
+    names = [_short(curve["name"]) for curve in by_loss]
+    rows = [
+        {"group": name, "gone": count / curve["size"], "loss": max(float(loss), _ROUNDING)}
+        for name, curve in zip(names, by_loss, strict=True)
+        for count, loss in zip(curve["counts"], curve["measured"], strict=True)
+        if count
+    ]
+    scale = {"domain": names, "range": list(_COLOURS[: len(names)])}
+    dashes = {"domain": names, "range": list(_DASHES[: len(names)])}
+    legend = {"title": "group", "labelLimit": 240}
+    return _svg(
+        {
+            "mark": {"type": "line", "point": True, "strokeWidth": 2},
+            "data": {"values": rows},
+            "encoding": {
+                "x": {
+                    "field": "gone", "type": "quantitative", "title": "share of the units gone",
+                    "axis": {"format": "%"},
+                },
+                "y": {
+                    "field": "loss", "type": "quantitative", "title": "lost of the output", "scale": {"type": "log"},
+                    "axis": _POWERS,
+                },
+                "color": {"field": "group", "type": "nominal", "scale": scale, "legend": legend},
+                "strokeDash": {"field": "group", "type": "nominal", "scale": dashes, "legend": legend},
+            },
+        }
+    )  # fmt: skip
+
+
+def repair_chart(readers: dict[str, dict[str, Any]]) -> str:
+    """The error of each reader before and after it was refitted, largest first, as SVG.
+
+    Args:
+        readers: as `fxprune.ReconstructionReport.to_dict` has them: `before` and `after`.
+
+    Example:
+        >>> repair_chart(report.to_dict()["readers"])
+        '<svg ...'
+    """
+    wrong = [(name, reader) for name, reader in readers.items() if reader["before"] > _ROUNDING]
+    largest = sorted(wrong, key=lambda item: -item[1]["before"])[:_MOST_READERS]
+    rows = [
+        {"reader": _short(name), "when": when, "error": max(float(reader[when]), _ROUNDING)}
+        for name, reader in largest
+        for when in ("before", "after")
+    ]
+    return _svg(
+        {
+            "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
+            "data": {"values": rows},
+            "encoding": {
+                "y": {"field": "reader", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 240}},
+                "x": {"field": "error", "type": "quantitative", "title": "error, relative", "scale": {"type": "log"},
+                      "axis": _POWERS},
+                "color": {"field": "when", "type": "nominal", "title": "repair",
+                          "scale": {"domain": ["before", "after"], "range": list(_COLOURS[1::-1])}},
+                "shape": {"field": "when", "type": "nominal", "title": "repair",
+                          "scale": {"domain": ["before", "after"], "range": ["square", "circle"]}},
+            },
+        }
+    )  # fmt: skip
+
+
+def _svg(spec: dict[str, Any]) -> str:
+    import vl_convert
+
+    text = {"labelColor": _TEXT, "titleColor": _TEXT, "domainColor": _TEXT, "tickColor": _TEXT, "gridColor": "#8884"}
+    config = {
+        "axis": text, "legend": {"labelColor": _TEXT, "titleColor": _TEXT}, "view": {"stroke": None},
+        "font": "sans-serif",
+    }  # fmt: skip
+    whole = {"background": None, "width": _WIDTH, "config": config} | spec
+    drawn: str = vl_convert.vegalite_to_svg(whole)
+    return drawn
+
+
+def _short(name: str, most: int = 40) -> str:
+    return name if len(name) <= most else f"...{name[3 - most :]}"
