@@ -266,7 +266,7 @@ class _Call:
     def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forward, self._args, self._kwargs = forward, args, kwargs
         self.given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._saved = [tensor.clone() for tensor in self.given]
+        self._saved = [(tensor, tensor.clone()) for tensor in self.given if not _is_expanded(tensor)]
 
     @property
     def shapes(self) -> Shapes:
@@ -275,9 +275,14 @@ class _Call:
 
     def __call__(self) -> Any:
         """The outputs of forward on what it was given at first."""
-        for tensor, saved in zip(self.given, self._saved, strict=True):
+        for tensor, saved in self._saved:
             tensor.copy_(saved)
         return self._forward(*self._args, **self._kwargs)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether several places of a tensor are one in memory, so that nothing can write into it."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 @contextlib.contextmanager

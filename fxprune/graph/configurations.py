@@ -147,9 +147,9 @@ class Configuration:
         return self.built({name: size}) == self.shapes and self.built({name: 2 * size}) not in (None, self.shapes)
 
     def built(self, numbers: Mapping[str, Number]) -> Shapes | None:
-        """The sizes of a model with some numbers in its configuration; None where there is no such model."""
+        """The sizes of a model with some numbers in its configuration; None where none has the same tensors."""
         made = self.made(numbers)
-        return None if made is None else made.shapes
+        return None if made is None or made.shapes.keys() != self.shapes.keys() else made.shapes
 
     def made(self, numbers: Mapping[str, Number]) -> Built | None:
         """What the class makes of some numbers in its configuration; None where it makes nothing."""

@@ -132,6 +132,17 @@ def test_numbers_of_a_list_and_numbers_that_change_together_follow() -> None:
     assert built.config.widths[1] < 24
 
 
+def test_numbers_with_which_the_class_has_other_tensors_say_no_sizes() -> None:
+    model = Residual(Config(stem=12, widths=[16, 24]))
+    found = Configuration.of(model)
+    assert found is not None
+    assert found.built({"widths.0": 12}) is None  # without the shortcut
+    narrow = Configuration(Residual(Config(stem=10, widths=[14, 20]))).shapes
+    assert next(found.expressing(narrow)) == {"stem": 10, "widths.0": 14, "widths.1": 20}
+    without = narrow | {"shortcut.weight": (12, 12, 1, 1), "shortcut.bias": (12,)}
+    assert not list(found.expressing(without))
+
+
 class Heads(Configured):
     """Attention whose widths two numbers say as well with others."""
 

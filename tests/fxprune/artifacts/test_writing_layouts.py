@@ -222,3 +222,36 @@ def test_heads_that_lose_unequally_many_channels_come_back_with_an_output_layer_
         with torch.no_grad():
             inputs = torch.randn(batch, 5, 12, dtype=torch.float64), torch.ones(batch, 5, dtype=torch.int64)
             torch.testing.assert_close(small(*inputs), model(*inputs), rtol=0, atol=1e-9)
+
+
+class Shifted(nn.Module):
+    """Splits by an attribute, after a shift for each sample that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.half = 8
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        one, two = (self.first(x) + shift[:, None]).split(self.half, 1)
+        return self.last(one.relu() * two.relu())
+
+
+class OneShiftForAll(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shifted = Shifted()
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return self.shifted(x, shift.expand(x.shape[0]))
+
+
+def test_a_module_that_is_given_one_value_for_all_samples_is_tried_like_others() -> None:
+    model, inputs = OneShiftForAll().eval(), (torch.randn(2, 6), torch.tensor(0.5))
+    with torch.no_grad():
+        for tensor in (model.shifted.first.weight, model.shifted.first.bias):
+            tensor[[0, 3, 8, 11]] = 0
+        model.shifted.last.weight[:, [0, 3]] = 0
+    small = fxprune.write_back(fxprune.finalize(fxprune.trace(model, inputs, modes=("eval",)), align=1), model)
+    assert (small.shifted.half, small.shifted.first.out_features) == (6, 12)
+    torch.testing.assert_close(small(*inputs), model(*inputs))
