@@ -34,17 +34,19 @@ def find(coupling: Coupling, left_alone: Collection[Constant] = ()) -> tuple[lis
     """The reads that a buffer can replace so that a branch dies, and the nodes of all graphs that stay.
 
     A read is replaced where (1) the value depends on the input's shape at most and is finite; (2) the reader is
-    pointwise and does not write into it; (3) another operand has the result's full shape; (4) every graph has the same
-    two nodes; (5) nothing else needs the value; and those are not that are left alone.
+    pointwise and does not write into it; (3) another operand, which stays, has the result's full shape; (4) every
+    graph has the same two nodes; (5) nothing else needs the value; and those are not that are left alone.
     """
     walk = coupling.walks["eval"]
-    candidates = [
-        Constant(node.name, user.name, False)
-        for node in _moving(walk.graph)
-        if node.op == "call_function" and _is_fixed(walk.env.get(node))  # (1)
-        for user in node.users
-        if _is_replaceable(walk, node, user)  # (2), (3)
-    ]
+    candidates: list[Constant] = []
+    replaced: dict[fx.Node, set[fx.Node]] = {}
+    for node in _moving(walk.graph):
+        if node.op != "call_function" or not _is_fixed(walk.env.get(node)):  # (1)
+            continue
+        for user in node.users:
+            if _is_replaceable(walk, node, user, replaced.setdefault(user, set())):  # (2), (3)
+                replaced[user].add(node)
+                candidates.append(Constant(node.name, user.name, False))
     nodes = {mode: {node.name: node for node in each.env} for mode, each in coupling.walks.items()}
     candidates = [edge for edge in candidates if edge not in left_alone]
     edges = [edge for edge in candidates if all(_has(names, edge) for names in nodes.values())]  # (4)
@@ -75,14 +77,14 @@ def _is_fixed(value: Result) -> bool:
     return all(len(axis) == 1 or not axis.carries for axis in value.axes)
 
 
-def _is_replaceable(walk: Walk, node: fx.Node, user: fx.Node) -> bool:
+def _is_replaceable(walk: Walk, node: fx.Node, user: fx.Node, replaced: Collection[fx.Node]) -> bool:
     if not is_pointwise(user.target) or node in written(user) or _is_fixed(walk.env.get(user)):
         return False
     shape = user.meta["val"].shape
     others = [
         other.meta["val"].shape
         for other in user.all_input_nodes
-        if other is not node and isinstance(walk.env.get(other), Value)
+        if other is not node and other not in replaced and isinstance(walk.env.get(other), Value)
     ]
     return any(_same_shape(other, shape) for other in others)
 

@@ -1,0 +1,40 @@
+"""Queries that know nothing of the input: constants of every batch size, of which one stays where several meet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import fxprune
+
+
+class Decoder(nn.Module):
+    """A layer of a decoder whose queries start at zero, beside places that are learned, as DETR has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.norm = nn.Embedding(6, 8), nn.LayerNorm(8)
+        self.q, self.k, self.v, self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(7))
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], -1, 4).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.places.weight.unsqueeze(0).repeat(x.shape[0], 1, 1)
+        start = torch.zeros_like(places)
+        q, k, v = (self.heads(f(y)) for f, y in ((self.q, start + places), (self.k, start + places), (self.v, start)))
+        first = self.norm(start + scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = self.heads(self.query(first + places)), self.heads(self.key(x)), self.heads(self.value(x))
+        return self.out(first + scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_where_two_constants_are_added_the_batch_stays() -> None:
+    model = Decoder().double().eval()
+    nn.init.normal_(model.norm.bias)
+    with torch.no_grad():
+        model.value.weight[4:], model.value.bias[4:] = 0, 0  # a head that adds nothing
+    final = fxprune.finalize(fxprune.trace(model, torch.randn(2, 5, 8).double(), modes=("eval",)), align=1)
+    for batch in (1, 2, 3):
+        x = torch.randn(batch, 5, 8).double()
+        torch.testing.assert_close(final(x), model(x), rtol=0, atol=1e-9)
