@@ -14,7 +14,7 @@ from fxprune.graph.calls import Call
 from fxprune.graph.equality import TOLERANCES, difference
 
 from .divergence import Search, find
-from .float64 import Float64Runner, float64_runner
+from .float64 import MOST_BYTES_COPIED, Float64Runner, copied_bytes, float64_runner
 from .report import Report, Row
 from .runners import ModuleRunner, Runner
 from .values import dtype_name
@@ -96,13 +96,27 @@ def _outcome(runner: Runner, call: Call, mode: str) -> Outcome:
 
 
 class _Truth:
-    """The reference in float64, as far as there is such a copy and it runs; `lacking` says why not."""
+    """The reference in float64, as far as there is such a copy and it runs; `lacking` says why not.
+
+    A copy of many parameters takes twice their memory: it is made once an output does not agree without it.
+    """
 
     def __init__(self, reference: Runner, mode: str) -> None:
+        self._reference = reference
         self._runner: Float64Runner | None = None
         self.lacking = ""
-        if mode == "eval":
-            self._runner, self.lacking = float64_runner(reference)
+        self._is_open = mode == "eval"  # whether a copy may still be made
+        size = copied_bytes(reference)
+        if self._is_open and size > MOST_BYTES_COPIED:
+            self.lacking = f"{size / 2**30:.1f} GiB of parameters are copied only where an output does not agree"
+        else:
+            self.make()
+
+    def make(self) -> None:
+        """Copy the reference, where that has not been tried."""
+        if self._is_open:
+            self._is_open = False
+            self._runner, self.lacking = float64_runner(self._reference)
 
     def outputs(self, call: Call, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The float64 outputs of a call by path, of those that are not float64 anyway."""
@@ -139,6 +153,10 @@ def judge(
                 rows.append(_other_outputs(name, index, expected, outcome))
                 continue
             found = _rows(name, index, expected, outcome, exact, own)
+            if not exact and not all(row.ok for row in found):
+                truth.make()
+                exact = truth.outputs(call, expected.outputs)
+                found = _rows(name, index, expected, outcome, exact, own)
             rows += found
             if mode == "eval" and search.found is None and not all(row.ok for row in found):
                 search = find(reference, candidate, call, index, own.agrees)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import nn
 
 from fxprune.calling import named_arguments
@@ -27,6 +26,7 @@ from fxprune.checkpoints.reading import CPU, read_checkpoint
 from fxprune.checkpoints.refitting import refitted
 from fxprune.checkpoints.restoring import restored
 from fxprune.checkpoints.stored_graphs import written_graph
+from fxprune.checkpoints.streamed_tensors import StreamedTensors
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, SuffixError
 from fxprune.files import atomic
 from fxprune.graph.spread_modules import by_first, is_spread
@@ -94,7 +94,7 @@ def _save_whole(traced: TracedModule, path: str | os.PathLike[str], programs: bo
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates what it calls itself
-            members = _members(traced, programs)
+            header, tensors, graphs = _members(traced, programs)
     except MemoryError:
         raise
     except Exception as error:  # torch's writers have errors that derive from nothing narrower
@@ -103,18 +103,29 @@ def _save_whole(traced: TracedModule, path: str | os.PathLike[str], programs: bo
             "the reason, programs=False stores everything else."
         ) from error
     with atomic(path) as name, zipfile.ZipFile(name, "w") as archive:
-        for member, content in members.items():
-            archive.writestr(zipfile.ZipInfo(member), content)  # without a date: equal modules give equal files
+        archive.writestr(_entry(HEADER), header)
+        info = _entry(TENSORS)
+        info.file_size = tensors.size
+        with archive.open(info, "w") as member:
+            for part in tensors.parts():
+                member.write(part)
+        for name_inside, content in graphs.items():
+            archive.writestr(_entry(name_inside), content)
 
 
-def _members(traced: TracedModule, programs: bool) -> dict[str, bytes]:
-    """The members of a file, the header first."""
-    header, tensors = described(traced)
-    members = {TENSORS: safetensors.torch.save(tensors)}
-    for mode in traced.modes if programs else ():
-        members[program_member(mode)] = written_graph(traced, mode)
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in members.items()}
-    return {HEADER: dataclasses.replace(header, sha256=digests).to_json().encode()} | members
+def _entry(name: str) -> zipfile.ZipInfo:
+    """A member of the archive without a date: equal modules give equal files."""
+    return zipfile.ZipInfo(name)
+
+
+def _members(traced: TracedModule, programs: bool) -> tuple[bytes, StreamedTensors, dict[str, bytes]]:
+    """What a file holds, in order: the header, the tensors, and the graphs by the names of their members."""
+    header, stored = described(traced)
+    tensors = StreamedTensors.of(stored)
+    graphs = {program_member(mode): written_graph(traced, mode) for mode in (traced.modes if programs else ())}
+    digests = {TENSORS: tensors.sha256()}
+    digests |= {name: hashlib.sha256(content).hexdigest() for name, content in graphs.items()}
+    return dataclasses.replace(header, sha256=digests).to_json().encode(), tensors, graphs
 
 
 @named_arguments

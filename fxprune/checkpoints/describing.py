@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxprune.checkpoints.dimensions import dimension_to_data
@@ -68,7 +67,8 @@ def _stored_tensors(traced: TracedModule) -> tuple[dict[str, StoredTensor], Tens
 
 
 def _plain(value: Tensor) -> Tensor:
-    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    """On the CPU and contiguous; a copy only where it is not."""
+    return value.detach().cpu().contiguous()
 
 
 def _stored_modules(traced: TracedModule) -> list[StoredModule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from torch.nn.utils import parametrizations, prune
 
 import fxprune
 from fxprune.errors import ArgumentError, CaptureError, CompareError, InputError
-from fxprune.export import Call, Report, compare
+from fxprune.export import Call, Report, compare, judging
+from fxprune.export.float64 import float64_runner
 
 
 class Returns(nn.Module):
@@ -382,3 +384,25 @@ def test_bad_arguments(network: Network) -> None:
         compare(network, network.state_dict(), inputs=X)  # type: ignore[arg-type]
     with pytest.raises(CompareError, match="Returns returns a str at 'output'"):
         compare(network, Returns("text"), inputs=X)
+
+
+def test_many_parameters_are_copied_to_float64_only_where_an_output_does_not_agree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copies = []
+    monkeypatch.setattr(judging, "MOST_BYTES_COPIED", 15)
+    monkeypatch.setattr(judging, "float64_runner", lambda runner: copies.append(runner) or float64_runner(runner))
+    model, x = nn.Linear(2, 2), torch.randn(3, 2)
+    agrees = fxprune.compare(model, copy.deepcopy(model), inputs=x)
+    assert agrees.ok
+    assert not copies
+    assert agrees.rows[0].error is None
+    assert "copied only where an output does not agree" in agrees.no_float64
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.weight += 1
+    differs = fxprune.compare(model, other, inputs=[(x,), (x,)])
+    assert not differs.ok
+    assert len(copies) == 1
+    assert differs.rows[0].error is not None
+    assert differs.no_float64 == ""
