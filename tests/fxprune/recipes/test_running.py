@@ -62,7 +62,7 @@ def test_every_stage_runs_and_the_files_hold_what_is_left(whole: tuple[Path, rec
     assert outcome.macs is not None
     assert outcome.macs[1] <= 0.5 * outcome.macs[0]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "model.fxp", "model.onnx", "model.safetensors", "report.json",
+        "model.fxp", "model.onnx", "model.safetensors", "report.html", "report.json",
     ]  # fmt: skip
     final, x = fxprune.load(folder / "model.fxp"), images(4)
     assert fxprune.compare(final, folder / "model.onnx", inputs=x).ok
