@@ -419,6 +419,7 @@ def _chosen(
             continue
         macs, parameters = grouping.macs(counted), grouping.parameters(counted)
         counted_left = parameters if not masked(traced) or left is None or corrected else parameters_left(analysis)
+        del analysis  # it holds masked weights
         if left is None or corrected or counted_left is None:  # values have a say in what goes, and in biases
             found = _finalized(traced, wanted, decided)
         else:
@@ -444,7 +445,8 @@ def _finalized(
     traced: TracedModule, wanted: Mapping[str, torch.Tensor], decided: frozenset[tuple[str, int]]
 ) -> tuple[int, int]:
     """The MACs and parameters that `finalize` leaves."""
-    candidate = copy.deepcopy(traced)
+    # finalize makes a copy of its own, and masks are beside the weights
+    candidate = copy.deepcopy(traced, {id(parameter): parameter for parameter in traced.parameters()})
     driver.insert_masks(candidate, wanted)
     candidate.decide(decided)
     with warnings.catch_warnings():

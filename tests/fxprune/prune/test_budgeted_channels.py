@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, NameLookupError, PruningError
+from fxprune.prune import budgeted_channels
 from tests.random_networks import network
 
 
@@ -399,3 +401,26 @@ def test_bad_requests_are_refused_and_insert_no_mask(
     with pytest.raises(error, match=message):
         fxprune.prune.channels(traced, **options)
     assert not fxprune.prune.is_pruned(traced)
+
+
+def test_what_a_choice_leaves_is_counted_without_another_copy_of_the_weights(
+    captured: fxprune.TracedModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = copy.deepcopy(captured)
+    own = {id(parameter) for parameter in traced.parameters()}
+    before = {name: value.clone() for name, value in traced.named_parameters()}
+    counted = []
+    finalize = driver.finalize
+
+    def watched(module: fxprune.TracedModule) -> fxprune.TracedModule:
+        counted.append({id(parameter) for parameter in module.parameters()} == own)
+        return finalize(module)
+
+    monkeypatch.setattr(driver, "finalize", watched)
+    monkeypatch.setattr(budgeted_channels, "classes_left", lambda *_: None)  # it cannot be said by the graphs alone
+    fxprune.prune.channels(traced, macs=0.5)
+    assert counted
+    assert all(counted)
+    for name, value in before.items():
+        held = traced.get_parameter(name if name in dict(traced.named_parameters()) else f"{name}_orig")
+        assert torch.equal(held, value)
