@@ -120,16 +120,23 @@ def _places(lengths: list[int], total: int) -> Iterator[tuple[int, ...]]:
             yield (place, *rest)
 
 
-def derived(slot: Slot, changes: Set[Change], others: Sequence[Slot]) -> int:
+def derived(slot: Slot, changes: Sequence[Set[Change]], others: Sequence[Slot]) -> int:
     """The value of an integer that forward does not read, where the sizes leave one; else the value it had.
 
-    `others` are those that forward reads, with the values that were found: the number of heads follows from their size.
+    Of sizes that were the same and became several, those that lie nearest count: a model's number of features is what
+    its head reads, and not what layers somewhere within it have.
+
+    Args:
+        slot: the integer.
+        changes: of sizes around it, the nearest first.
+        others: those that forward reads, with the values that were found: the number of heads follows from their size.
     """
-    values = {new for old, new in changes if old == slot.before}
+    found = [values for near in changes if (values := {new for old, new in near if old == slot.before})]
+    values = found[0] if found else set()
     if not values:
         values = {
             new // other.read()
-            for (old, new), other in itertools.product(changes, others)
+            for (old, new), other in itertools.product(set[Change]().union(*changes), others)
             if old != new and other.before * slot.before == old and new % other.read() == 0
         }
     return values.pop() if len(values) == 1 else slot.before

@@ -136,7 +136,7 @@ class Search:
     def derive(self) -> None:
         """Set the integers that forward does not read, where the others leave one value."""
         for module in self.copy.root.modules():
-            changes, read = self.copy.changes(module), self._read(module)
+            changes, read = self.copy.nearest_changes(module), self._read(module)
             for slot in self._free(module):
                 if slot not in read and slot.names_a_size():
                     slot.write(derived(slot, changes, read))

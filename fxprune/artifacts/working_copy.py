@@ -40,16 +40,20 @@ class WorkingCopy:
 
     def changes(self, module: nn.Module) -> set[Change]:
         """The sizes before and now of the tensors below a module, or below the next one around it that has any."""
+        return set[Change]().union(*self.nearest_changes(module))
+
+    def nearest_changes(self, module: nn.Module) -> list[set[Change]]:
+        """The same, those first of tensors that lie the fewest modules below."""
         path, tensors = self.paths(module)[0], tensors_of(module)
         while path and not tensors:
             path = path.rpartition(".")[0]
             tensors = tensors_of(self.root.get_submodule(path))
-        changes: set[Change] = set()
+        by_depth: dict[int, set[Change]] = {}
         for name, tensor in tensors.items():
-            qualified = join(path, name)
+            qualified, changes = join(path, name), by_depth.setdefault(name.count("."), set())
             changes.add(self.plan.groups.get(qualified, (0, 0)))
             changes.update(zip(self.shapes.get(qualified, tensor.shape), tensor.shape, strict=True))
-        return changes
+        return [by_depth[depth] for depth in sorted(by_depth)]
 
 
 def _by_every_name(plan: ChannelPlan, final: TracedModule) -> ChannelPlan:

@@ -59,3 +59,30 @@ def test_a_method_that_computes_something_else_says_nothing() -> None:
     traced = fxprune.trace(model, torch.randn(2, 3, 6, 6), modes=("eval",))
     fxprune.prune.channels(traced, 0.4, targets=["first", "inner.0"], round_to=1, runnable=model)
     assert fxprune.write_back(fxprune.finalize(traced), model).c == 16
+
+
+class Resettable(nn.Module):
+    """As the models of timm: how many features the head reads is a number that no call reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_features = 16
+        first, last = nn.Sequential(nn.Linear(6, 16), nn.ReLU()), nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+        self.body, self.fc = nn.Sequential(first, last), nn.Linear(16, 4)
+
+    def reset_classifier(self, classes: int) -> None:
+        self.fc = nn.Linear(self.num_features, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(x))
+
+
+def test_a_head_is_replaced_in_what_was_written_back_though_layers_of_its_width_have_several_now() -> None:
+    model = Resettable().eval()
+    traced = fxprune.trace(model, torch.randn(2, 6), modes=("eval",))
+    fxprune.prune.channels(traced, 4, targets="body.0.0", round_to=1)
+    fxprune.prune.channels(traced, 6, targets="body.1.0", round_to=1)
+    small = fxprune.write_back(fxprune.finalize(traced), model)
+    assert (small.num_features, small.body[0][0].out_features) == (10, 12)
+    small.reset_classifier(3)
+    assert small(torch.randn(2, 6)).shape == (2, 3)

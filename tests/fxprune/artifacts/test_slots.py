@@ -86,19 +86,27 @@ def test_what_forward_does_not_read_follows_where_one_value_is_left() -> None:
     holder = Config()
     holder.width = 16
     width = Slot(holder, "width", None, 16)
-    assert derived(width, {(16, 12), (8, 8)}, []) == 12
-    assert derived(width, {(16, 12), (16, 10)}, []) == 16  # two are possible
-    assert derived(width, {(8, 4)}, []) == 16  # none
+    assert derived(width, [{(16, 12), (8, 8)}], []) == 12
+    assert derived(width, [{(16, 12), (16, 10)}], []) == 16  # two are possible
+    assert derived(width, [{(8, 4)}], []) == 16  # none
+
+
+def test_of_sizes_that_became_several_the_nearest_counts() -> None:
+    holder = Config()
+    holder.width = 16
+    width = Slot(holder, "width", None, 16)
+    assert derived(width, [{(8, 8)}, {(16, 12), (8, 8)}, {(16, 10)}], []) == 12
+    assert derived(width, [{(16, 12), (16, 11)}, {(16, 10)}], []) == 16
 
 
 def test_the_number_of_heads_follows_from_their_size() -> None:
     holder = Config()
     holder.head_dim = 4
     heads, size = Slot(holder, "width", None, 8), Slot(holder, "head_dim", None, 4)
-    assert derived(heads, {(32, 24)}, [size]) == 6
+    assert derived(heads, [{(32, 24)}], [size]) == 6
     holder.head_dim = 3
-    assert derived(heads, {(32, 24)}, [size]) == 8
-    assert derived(heads, {(32, 20)}, [size]) == 8  # 20 is no multiple of 3: it stays
+    assert derived(heads, [{(32, 24)}], [size]) == 8
+    assert derived(heads, [{(32, 20)}], [size]) == 8  # 20 is no multiple of 3: it stays
 
 
 @pytest.mark.parametrize(
