@@ -45,8 +45,8 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     has one size for several (the heads of queries, keys and values), the channels that it cannot go without come back
     as zeros, so a layer can be larger than in `final`; whole heads (`kinds` of `fxprune.prune.channels`) always fit.
     A layer that left the graph is still called by the class: it keeps what its neighbours' sizes leave of it. A
-    folded batch norm becomes the identity. An RMS norm of a narrowed stream gets the gain and the eps that count the
-    channels which went; layer and group norms cannot count them, and are refused by name.
+    folded batch norm becomes the identity. An RMS norm of a narrowed stream, or a global response norm, gets the gain
+    and the eps that count the channels which went; layer and group norms cannot count them, and are refused by name.
 
     A class that is built from its `config`, as those of transformers are, gets one that says the new sizes, where it
     can, and the weight norms that it builds itself: then `save_pretrained` and `from_pretrained` go on as before.
