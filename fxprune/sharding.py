@@ -72,7 +72,11 @@ def spread(values: Tensor, reference: Tensor) -> Tensor:
             return values
         values = whole(values)
     with communicating("spreading values"):
-        return distribute_tensor(values.detach(), mesh, reference.placements, src_data_rank=None)
+        found = distribute_tensor(values.detach(), mesh, reference.placements, src_data_rank=None)
+    own = part(found)
+    if own.untyped_storage().nbytes() > own.nbytes:  # a view, which would hold the memory of all
+        return as_parts(own.clone(), found)
+    return found
 
 
 def as_parts(result: Tensor, reference: Tensor) -> Tensor:

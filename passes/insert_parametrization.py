@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.capture.front_end import trace
-from fxprune.errors import ArgumentError, PruningError
+from fxprune.errors import ArgumentError, PruningError, ShardingError
 from fxprune.graph.containers import Container, share_contents
 from fxprune.graph.editing import erase_dead, splice
 from fxprune.graph.mutation import is_mutating
@@ -20,6 +20,7 @@ from fxprune.graph.names import locate, tensors_of
 from fxprune.graph.parameter_reads import ParameterReads, replace_reads
 from fxprune.graph.provenance import provenance_of
 from fxprune.graph.traced import TracedModule
+from fxprune.sharding import is_managed, is_sharded, same_draws, whole
 
 from .base import Pass
 
@@ -48,6 +49,11 @@ class InsertParametrization(Pass, abc.ABC):
 
     def requires(self, traced: TracedModule) -> None:
         owner, name = locate(traced, self.parameter)
+        if is_sharded(owner._parameters.get(name)) and not is_managed(traced):
+            raise ShardingError(
+                f"{self.name} of {self.parameter!r}, which is spread by other means than fully_shard. Insert norms "
+                "before the module is spread."
+            )
         if owner._parameters.get(name) is None:
             raise PruningError(
                 f"{self.name} of {self.parameter!r}: it is no parameter. What is already masked or parametrized is "
@@ -108,11 +114,16 @@ def _registered(
     step: InsertParametrization, owner: Container | TracedModule, name: str, training: bool
 ) -> ParametrizationList:
     """The parametrization, registered on a module of its own."""
-    host = nn.Module()
-    host.register_parameter(name, owner._parameters[name])
+    host, parameter = nn.Module(), owner._parameters[name]
+    assert parameter is not None
+    if is_sharded(parameter):  # what torch computes from the whole takes its place, and is sharded again
+        host.register_parameter(name, nn.Parameter(whole(parameter), parameter.requires_grad))
+    else:
+        host.register_parameter(name, parameter)
     host.train(training)
     try:
-        step.register(host, name, owner)
+        with same_draws(parameter):
+            step.register(host, name, owner)
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise ArgumentError(f"{step.name} of {step.parameter!r}: {error}") from error
     listed = host.parametrizations[name]  # type: ignore[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -402,3 +403,56 @@ def _failing(fails: bool) -> Iterator[torch.Tensor]:
     yield inputs()
     if fails:
         raise OSError("no such picture")
+
+
+def normed(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> dict[str, dict[str, torch.Tensor]]:
+    """Norms inserted, masked, trained a step, removed and finalized."""
+    found = {}
+    module = spread(traced())
+    torch.manual_seed(5 if not dist.is_initialized() else 5 + dist.get_rank())
+    fxprune.weight_norm(module, "inner.weight")
+    fxprune.spectral_norm(module, "head.weight")
+    found["inserted"] = values(module)
+    P.l1_unstructured(module, "head.weight", 0.3)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        module(inputs(step)).square().mean().backward()
+        optimizer.step()
+    found["trained"] = values(module)
+    final = fxprune.finalize(module)
+    found["final"] = values(final)
+    fxprune.remove_weight_norm(module, "inner.weight")
+    fxprune.remove_spectral_norm(module, "head.weight")
+    found["removed"] = values(module)
+    found["output"] = {"": module.eval()(inputs(3)).detach()}
+    return found
+
+
+def largest_held() -> dict[str, int]:
+    """How many whole parameters live at once, at the most, while twelve layers are masked; and bytes of the last."""
+    size = 64
+    model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(12)))
+    module = by_fsdp(fxprune.trace(model, (torch.randn(2, size),), modes=("eval",)))
+    del model
+    most = 0
+
+    class Watch(torch_prune.L1Unstructured):
+        def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
+            nonlocal most
+            gc.collect()
+            own = (each for each in gc.get_objects() if type(each) is torch.Tensor and each.dim())
+            storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in own}
+            most = max(most, sum(size >= t.nbytes for size in storages.values()))
+            return super().compute_mask(t, default_mask)
+
+    P.apply(module, "*.weight", Watch(0.5))
+    mask, weight = module.get_buffer("11.weight_mask"), module.get_parameter("11.weight_orig")
+    assert isinstance(mask, DTensor)
+    assert isinstance(weight, DTensor)
+    part = mask.to_local()
+    return {
+        "whole tensors at once": most,
+        "of its mask": part.untyped_storage().nbytes(),
+        "of its part": weight.to_local().nbytes,
+    }

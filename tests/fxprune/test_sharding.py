@@ -175,3 +175,21 @@ def test_what_cannot_be_worked_on_is_refused_by_every_process(tmp_path: Path) ->
             "no group, save": "ShardingError: ",
         }.items():
             assert found[what].startswith(beginning), f"{what}: {found[what]}"
+
+
+@pytest.mark.slow
+def test_norms_are_inserted_masked_trained_folded_and_removed_as_in_one_process() -> None:
+    want = networks.normed(networks.plain)
+    for got in in_processes(2, networks.normed, networks.by_fsdp):
+        for what, state in want.items():
+            assert got[what].keys() == state.keys(), what
+            for name, value in state.items():
+                assert torch.allclose(got[what][name], value, rtol=0, atol=1e-6), f"{what}: {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_masks_hold_one_whole_parameter_at_a_time(processes: int) -> None:
+    for found in in_processes(processes, networks.largest_held):
+        assert found["of its mask"] == found["of its part"]
+        assert found["whole tensors at once"] <= 4  # the values, scores, the mask of before and the new one
