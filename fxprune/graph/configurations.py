@@ -61,7 +61,8 @@ class Built:
             if type(value) is int
         }
         sizes = sizes_of(model)
-        return cls(sizes, {name: sizes.pop(name) for name in sizes.keys() & set(unread)}, integers)
+        apart = [name for name in sizes if name in unread]
+        return cls(sizes, {name: sizes.pop(name) for name in apart}, integers)
 
 
 class Configuration:
@@ -343,11 +344,19 @@ def _numbers_called(model: nn.Module, name: str) -> list[int]:
 
 
 def unread_tensors(model: nn.Module, graphs: Iterable[fx.Graph]) -> set[str]:
-    """The names of a model's tensors that these graphs of it read under none of their names."""
+    """The names of a model's tensors that these graphs of it read under none of their names.
+
+    Of buffers those of layers that have parameters too: tables of numbers are read in ways that no graph shows.
+    """
     tensors = tensors_of(model)
+    layers = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
     read = {str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")}
     same = {id(tensors[name]) for name in read & tensors.keys()}
-    return {name for name in sizes_of(model) if name not in read and id(tensors.get(name)) not in same}
+    return {
+        name
+        for name in sizes_of(model)
+        if name not in read and id(tensors.get(name)) not in same and name.rpartition(".")[0] in layers
+    }
 
 
 def sizes_of(model: nn.Module) -> Shapes:

@@ -100,3 +100,34 @@ def test_what_was_cut_is_as_before_unless_it_is_kept() -> None:
         held.keep()
     assert (model.pooled[2].in_features, model.spare.groups) == (24, 24)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Tables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.register_buffer("table", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_of_buffers_those_of_layers_with_parameters_are_unread_and_tables_are_not() -> None:
+    model = Tables().eval()
+    unread = unread_tensors(model, fxprune.trace(model, torch.randn(2, 3), modes=("eval",)).graphs.values())
+    assert unread == {f"norm.{name}" for name in model.norm.state_dict()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_heads_go_beside_a_table_of_their_size_that_only_another_length_reads(transformers: Any) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(
+        **sizes, vocab_size=60, num_key_value_heads=2, head_dim=8, num_local_experts=2, use_cache=False
+    )
+    model = transformers.MixtralForCausalLM(config).eval()
+    ids = {"input_ids": torch.randint(3, 60, (2, 7))}
+    traced = fxprune.trace(model, ids, modes=("eval",))
+    report = fxprune.prune.channels(traced, 0.5, round_to=1, runnable=model)
+    assert set(report.removed.values()) == {(1, 2)}
+    small = fxprune.write_back(fxprune.finalize(traced), model)
+    assert (small.config.num_key_value_heads, small.config.head_dim) == (1, 8)
