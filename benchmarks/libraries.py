@@ -55,6 +55,7 @@ from fxprune.graph.names import tensor_at
 LIMIT = 300
 STEPS = ("trace", "budget", "finalize", "onnx", "back", "pretrained")
 PEER = "Torch-Pruning"
+REFUSED = ("PruningError", "BudgetError")
 # larger errors are wrong results: in float64, and in float32
 EXACT, ROUNDED = 1e-9, 2e-4
 
@@ -316,16 +317,15 @@ def verdict(step: str, text: str) -> str:
             else "failed"
         )
     if step == "budget":
-        return text if text[:2] == "0." else "refused" if text.startswith("PruningError") else "failed"
-    if text.startswith("PruningError"):
+        return text if text[:2] == "0." else "refused" if text.startswith(REFUSED) else "failed"
+    if text.startswith(REFUSED):
         return "refused"
     limit = EXACT if step == "finalize" and "float32" not in text else ROUNDED
     try:
         good = "runnable" if "(runnable)" in text else "yes"
         return good if float(text.split()[0]) < limit else f"WRONG ({text})"
     except ValueError:
-        named = ("WriteBackError", "PruningError", "ConfigurationWarning")
-        return "refused" if text.startswith(named) else "failed"
+        return "refused" if text.startswith(("WriteBackError", "ConfigurationWarning")) else "failed"
 
 
 def table(out: Path) -> str:
