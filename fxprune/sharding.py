@@ -39,7 +39,8 @@ def is_managed(module: object) -> bool:
 
 
 def part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor; detached."""
+    """What this process holds of a tensor; detached. Raises ShardingError where one that is spread has no values."""
+    _check_values(tensor)
     own: Tensor = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()  # type: ignore[attr-defined]
     return own
 
@@ -48,13 +49,22 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every process; detached. A collective for a tensor that is spread.
 
     Raises:
-        ShardingError: another process is gone or late, or there is no process group any more.
+        ShardingError: another process is gone or late, there is no process group any more, or the tensor has no values.
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach()
+    _check_values(tensor)
     with communicating("gathering a parameter"):
         gathered: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
     return gathered
+
+
+def _check_values(tensor: Tensor) -> None:
+    if isinstance(tensor, DTensor) and tensor.is_meta:
+        raise ShardingError(
+            f"a sharded parameter of shape {tuple(tensor.shape)} has no values: it is on the device meta. Load them "
+            "first: module.to_empty(device=...), then a state dict, or fxprune.load(path, spread=...)."
+        )
 
 
 def spread(values: Tensor, reference: Tensor) -> Tensor:
@@ -73,7 +83,7 @@ def spread(values: Tensor, reference: Tensor) -> Tensor:
         values = whole(values)
     with communicating("spreading values"):
         found = distribute_tensor(values.detach(), mesh, reference.placements, src_data_rank=None)
-    own = part(found)
+    own = found.detach().to_local()  # type: ignore[attr-defined]
     if own.untyped_storage().nbytes() > own.nbytes:  # a view, which would hold the memory of all
         return as_parts(own.clone(), found)
     return found

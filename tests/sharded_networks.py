@@ -19,6 +19,7 @@ from torch.nn.utils import prune as torch_prune
 
 import fxprune
 from fxprune.checkpoints import in_parts
+from fxprune.graph.spread_modules import hollow_copy
 
 
 class Network(nn.Module):
@@ -372,6 +373,7 @@ def wrong_input(folder: str) -> dict[str, str]:
     assert isinstance(weight, DTensor)
     summed = DTensor.from_local(weight.full_tensor(), weight.device_mesh, [Partial()])
     partial.get_submodule("head")._parameters["weight"] = nn.Parameter(summed)
+    hollow = by_fsdp(hollow_copy(traced()))
     is_first = not dist.get_rank()
     unwritable = f"{folder}/missing/parts" if is_first else f"{folder}/parts"
     state = {name: value + dist.get_rank() for name, value in values(module).items()}
@@ -386,6 +388,10 @@ def wrong_input(folder: str) -> dict[str, str]:
             "reconstruct": lambda: fxprune.reconstruct(module, batches()),
             "no parts": lambda: fxprune.load(folder),
             "nothing": lambda: P.channels(module, targets="strange"),
+            "no values, masks": lambda: P.l1_unstructured(hollow, "*.weight", 0.3),
+            "no values, global": lambda: P.global_unstructured(hollow, "*.weight", method, amount=0.3),
+            "no values, channels": lambda: P.channels(hollow, macs=0.5),
+            "no values, finalize": lambda: fxprune.finalize(hollow),
         }
     )
     dist.destroy_process_group()
