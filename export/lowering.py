@@ -14,6 +14,7 @@ from fxprune.graph.editing import erase_dead
 from fxprune.graph.expressions import evaluate
 
 aten = torch.ops.aten
+_LITTLE = 1e-6
 
 
 def lower(module: fx.GraphModule, opset: int | None) -> None:
@@ -37,6 +38,11 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
         if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
             with graph.inserting_before(node):
                 _replace(node, _as_sum(graph, node))
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if _adds_little(node):
+            with graph.inserting_before(node):
+                value = node.meta["val"]
+                node.update_arg(1, graph.call_function(aten.full.default, ([1], node.args[1]), {"dtype": value.dtype}))
     for node in [node for node in graph.nodes if node.target in _SQUEEZES]:
         with graph.inserting_before(node):
             node.replace_all_uses_with(_without_others(graph, node))
@@ -60,6 +66,12 @@ def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if times != 1:
         data = graph.call_function(aten.mul.Scalar, (data, times))
     return graph.call_function(aten.add.Scalar, (graph.call_function(aten.neg.default, (data,)), number))
+
+
+def _adds_little(node: fx.Node) -> bool:
+    """Whether a number next to zero is added, which torch's translation takes for zero unless it has an axis."""
+    number = node.args[1]
+    return isinstance(number, float) and 0 < abs(number) < _LITTLE and node.meta["val"].dim() > 0
 
 
 # ---- axes of size one

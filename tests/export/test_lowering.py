@@ -254,3 +254,23 @@ def test_a_value_that_is_clamped_several_times_has_the_bounds_of_each(tmp_path: 
     x = torch.randn(5, 4)
     for found, wanted in zip(session.run(None, {"x": x.numpy()}), model(x), strict=True):
         np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+class Ratio(nn.Module):
+    """A quotient that something next to zero keeps from being none, as linear attention has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).relu()
+        return y / (y.sum(1, keepdim=True) + 1e-15)
+
+
+def test_numbers_next_to_zero_are_added(tmp_path: Path) -> None:
+    model = Ratio().eval()
+    nn.init.constant_(model.layer.bias, -100.0)  # every sum is zero
+    x = torch.randn(2, 3)
+    session = exported(model, x, tmp_path / "model.onnx")
+    np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], np.zeros((2, 3), np.float32))
