@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import CaptureError, InputError
+from fxprune.errors import CaptureError, InputError, WriteBackError
 from tests.decoders import decoder, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -196,3 +196,46 @@ def test_weights_that_accelerate_keeps_elsewhere_are_refused_and_its_hooks_on_on
     accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
     with pytest.raises(CaptureError, match="they are offloaded, so load it with device_map=None"):
         fxprune.trace(model, WORDS)
+
+
+def _other_activation(model: Any) -> Any:
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = nn.Tanh()
+    return model
+
+
+def _renamed_layer(model: Any) -> Any:
+    class Renamed(nn.Module):
+        def __init__(self, before: Any) -> None:
+            super().__init__()
+            self.projection, self.act = before.dense, before.intermediate_act_fn
+
+        def forward(self, states: Tensor) -> Tensor:
+            return self.act(self.projection(states))
+
+    model.bert.encoder.layer[0].intermediate = Renamed(model.bert.encoder.layer[0].intermediate)
+    return model
+
+
+def _more_layers(model: Any) -> Any:
+    model.bert.encoder.layer.append(copy.deepcopy(model.bert.encoder.layer[0]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (_other_activation, "another model than the one that was traced"),
+        (_renamed_layer, r"bert\.encoder\.layer\.0\.intermediate\.(dense|projection)"),
+        (_more_layers, "another model than the one that was traced"),
+    ],
+)
+def test_a_class_that_has_changed_since_is_refused(changed: Any, told: str, transformers: Any) -> None:
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=40, **SIZES)).eval()
+    traced = fxprune.trace(model, WORDS, modes=("eval",))
+    fxprune.prune.channels(traced, macs=0.7, runnable=model)
+    other = changed(copy.deepcopy(model))
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(WriteBackError, match=told):
+        fxprune.write_back(fxprune.finalize(traced), other)
+    assert all(torch.equal(state[name], tensor) for name, tensor in other.state_dict().items())
