@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxprune.capture.lifting import lift_tensors, lifted_program
+from fxprune.errors import ExportError
 from fxprune.graph.codegen import CodeGen
 from fxprune.graph.mutation import is_mutating, may_write
 from fxprune.graph.names import tensor_at
@@ -38,10 +39,6 @@ from fxprune.torch_internals import (
 _Table = Mapping[Any, Callable[..., Any]]
 
 
-class NotAtHandError(Exception):
-    """A graph has to be captured again: it writes into tensors, has branches, or records values of several captures."""
-
-
 class AtHandProgram(ExportedProgram):
     """A program that takes smaller operators one node at a time."""
 
@@ -56,10 +53,15 @@ def program_at_hand(module: fx.GraphModule) -> AtHandProgram:
     """A flat module as a program; nothing of it is run.
 
     Raises:
-        NotAtHandError: it has to be captured.
+        ExportError: it has to be captured again: it writes into tensors, has branches, or records values of several
+            captures.
     """
     graph = fx.Graph()
     output = graph.graph_copy(module.graph, {})
+    taken = {node.name for node in graph.nodes}
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target not in taken:  # fx renames those that have the name of a builtin, as `input`
+            node.name = str(node.target)
     graph.output(output)
     graph.set_codegen(CodeGen(pytree_info(module.graph)))
     _check(module, graph)
@@ -85,7 +87,7 @@ def _mode(graph: fx.Graph) -> FakeTensorMode:
     leaves = [leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
     modes = {leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)}
     if len(modes) != 1:
-        raise NotAtHandError(f"it records values of {len(modes)} captures")
+        raise ExportError(f"it records values of {len(modes)} captures")
     (mode,) = modes
     return mode
 
@@ -93,11 +95,11 @@ def _mode(graph: fx.Graph) -> FakeTensorMode:
 def _check(module: fx.GraphModule, graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "get_attr" and not isinstance(tensor_at(module, str(node.target)), Tensor):
-            raise NotAtHandError(f"{node.target} is no tensor")
+            raise ExportError(f"{node.target} is no tensor")
         if node.op == "placeholder" and node.users and not isinstance(node.meta.get("val"), FakeTensor):
-            raise NotAtHandError(f"{node.name} is no tensor")
+            raise ExportError(f"{node.name} is no tensor")
         if is_mutating(node) or _updates_statistics(node):
-            raise NotAtHandError(f"{node.target} writes")
+            raise ExportError(f"{node.target} writes")
 
 
 def _updates_statistics(node: fx.Node) -> bool:
@@ -124,7 +126,34 @@ def _record(graph: fx.Graph, mode: FakeTensorMode) -> None:
     with mode, torch.no_grad(), guards_ignored(mode):
         for node in [node for node in graph.nodes if node.op == "call_function"]:
             args, kwargs = _values((node.args, dict(node.kwargs)))
-            node.meta["val"] = node.target(*args, **kwargs)
+            value, before = node.target(*args, **kwargs), node.meta.get("val")
+            expected = _symbols((args, kwargs) if before is None else before)
+            is_free = not isinstance(value, Tensor | tuple | list) or expected <= _symbols(value)
+            node.meta["val"] = value if is_free else _with_sizes_of(node, value, before)
+
+
+def _symbols(values: Any) -> set[Any]:
+    """The symbols of the free sizes of tensors."""
+    tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    shapes: list[Any] = [size for tensor in tensors for size in tensor.shape]
+    sizes = [size for size in shapes if isinstance(size, torch.SymInt)]
+    return {symbol for size in sizes for symbol in size_expression(size).free_symbols}
+
+
+def _with_sizes_of(node: fx.Node, value: Any, before: Any) -> Tensor:
+    """A result with the sizes that were recorded: some operators (constant_pad_nd) give those of the sample.
+
+    Raises:
+        ExportError: nothing of the same sizes was recorded.
+    """
+    is_alike = isinstance(value, Tensor) and isinstance(before, Tensor) and value.is_contiguous()
+    if is_alike and [_of_the_sample(size) for size in before.shape] == list(value.shape):
+        return torch.empty(before.shape, dtype=value.dtype, device=value.device)
+    raise ExportError(f"{node.target} fixes free sizes")
+
+
+def _of_the_sample(size: Any) -> Any:
+    return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 # ---- smaller operators
@@ -193,7 +222,7 @@ class _Smaller:
             )
         for part in made.graph.nodes:
             if part.op == "get_attr" or may_write(part):
-                raise NotAtHandError(f"{node.target} holds a constant, or writes")
+                raise ExportError(f"{node.target} holds a constant, or writes")
         return made
 
 

@@ -11,13 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fxprune.errors import WriteBackError
+
 _MORE = 4  # times the work that a model does
 _ATTENTION = functional.scaled_dot_product_attention
 _PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
-
-
-class TooMuchWork(Exception):
-    """A call would do far more than the model does in any."""
 
 
 class Effort(TorchFunctionMode):
@@ -42,7 +40,9 @@ class Effort(TorchFunctionMode):
         work = _work(func, args)
         self.largest = max(self.largest, work)
         if work > _MORE * self._usual:
-            raise TooMuchWork(f"{work:.1e} multiplications in one call, where the model has {self._usual:.1e} at most")
+            raise WriteBackError(
+                f"{work:.1e} multiplications in one call, where the model has {self._usual:.1e} at most"
+            )
         return func(*args, **(kwargs or {}))
 
 

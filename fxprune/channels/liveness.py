@@ -150,9 +150,32 @@ class Liveness:
         costs[units] = 1 - costs[units]  # of those kept for their number the ones with weights: masks hide the others
         self._state = State(self._classes.pinned, costs, units)
         self._state.settle([Grids(self._classes, complete=False), demand])
+        self._singly: Mask = self._state.alive.copy()
+        self._state.settle([whole.grids, demand])
         self.needed: Mask = self._state.alive.copy()
         self._state.settle([whole.grids, demand, representatives, *whole.last])
         self.alive: Mask = self._state.alive
+
+    def is_needed(self, index: int) -> bool:
+        """Whether what the graph returns depends on a class, as far as single positions of grids are told apart.
+
+        Heads by channels are needed for these factors: keys are met by channel, values read by head. Where one of the
+        factors is there for positions alone, as groups of a shuffle are, a position counts for itself.
+        """
+        if self._singly[index] or not self.needed[index] or self.why(index) is not Structural.GRID:
+            return bool(self.needed[index])
+        classes = self._classes
+        for at in np.flatnonzero(classes.whole == index):
+            left, right = int(classes.left[at]), int(classes.right[at])
+            repeated = classes.whole[
+                (classes.left == left) | (classes.right == left)
+            ]  # heads that share keys and values
+            beside = (classes.left == left) | np.isin(classes.left, repeated)
+            alike = classes.whole[beside & (classes.right == right)]
+            asked = [self.why(factor) is not Structural.GRID for factor in (left, right)]
+            if self._singly[alike].any() or (any(asked) and self._singly[left] and self._singly[right]):
+                return True
+        return False
 
     def why(self, index: int) -> Reason:
         """Why a class that is alive stays."""

@@ -22,10 +22,10 @@ def dead_that_stay(relations: Coupling, live: Liveness) -> list[tuple[str, int, 
     for name, axis, classes, zero in _written(relations, live):
         indices_of: dict[str, list[int]] = {}
         for index in np.flatnonzero(live.alive[classes]).tolist():
-            needed = bool(live.needed[classes[index]])
+            why = live.why(int(classes[index]))
+            needed = live.is_needed(int(classes[index]))
             if needed and not zero[index]:
                 continue
-            why = live.why(int(classes[index]))
             if (why, needed) not in texts:
                 texts[why, needed] = why.text() + ("" if needed or not isinstance(why, ReadBy) else FOR_DEAD)
             indices_of.setdefault(texts[why, needed], []).append(index)

@@ -195,7 +195,7 @@ def _loaded_alone(path: str | os.PathLike[str]) -> TracedModule:
 def _loaded_in_parts(path: Path, model: nn.Module | None, spread: Callable[[TracedModule], Any] | None) -> TracedModule:
     if not (path / MODULE).is_file():
         raise ArtifactError(
-            f"'{path}' was to be loaded in parts, and is no folder that save(..., parts=True) finished: "
+            f"'{path}' was to be loaded (Is a directory), and is no folder that save(..., parts=True) finished: "
             f"{MODULE} is not in it. A file of save is loaded whole: load(path), then fully_shard."
         )
     if model is not None or not callable(spread or load):

@@ -37,7 +37,7 @@ FILES: dict[str, Case] = {
         r"Did you mean opset\?"),
     "an option of torch.load": (
         lambda f: fxprune.load("m.fxp", map_location="cpu"), ArgumentTypeError, "'map_location'",
-        r"It is called load\(path, model=None\)"),
+        r"It is called load\(path, model=None, \*, spread=None\)"),
     "no model to write to": (
         lambda f: fxprune.write_back(f), ArgumentTypeError, "missing a required .* 'model'", r"\(final, model\)"),
     "a session's provider that is no list": (

@@ -50,7 +50,7 @@ def told(outcome: recipes.Outcome) -> Any:
 
     def without(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: without(each) for key, each in value.items() if key != "seconds"}
+            return {key: without(each) for key, each in value.items() if not key.endswith("seconds")}
         return [without(each) for each in value] if isinstance(value, list) else value
 
     return without(outcome.to_dict())
