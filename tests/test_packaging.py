@@ -184,7 +184,7 @@ def check_wheel(wheel):
     code = Counter({name: count for name, count in members.items() if name.endswith(".py")})
     assert code == expected_members()
     rest = {name for name in members if not name.endswith(".py") and ".dist-info/" not in name}
-    assert rest == {"fxprune/py.typed"}
+    assert rest == {"fxprune/py.typed", "fxprune/recipes/report.html.jinja"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in members)
     assert f"Version: {fxprune.__version__}\n" in metadata
 
