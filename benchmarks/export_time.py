@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from command import declare_torchvision
 from torch import nn
 
 import fxprune
@@ -26,6 +27,7 @@ import fxprune
 
 def llama(layers: int) -> nn.Module:
     """A decoder of width 256 with grouped heads, without its cache."""
+    declare_torchvision()
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
