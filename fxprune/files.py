@@ -77,10 +77,10 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         if target.exists():
             shutil.copymode(target, folder / target.name)
         for part in sorted(folder.iterdir(), key=lambda part: part.name == target.name):
-            _sync(part)
+            synchronize(part)
             os.replace(part, target.parent / part.name)
             moved.append(target.parent / part.name)
-        _sync(target.parent)
+        synchronize(target.parent)
     except OSError as error:
         if target not in moved:
             for part in moved:
@@ -92,7 +92,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def synchronize(path: Path) -> None:
+    """Have a file or folder on the disk before anything else is done."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

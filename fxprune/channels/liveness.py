@@ -150,32 +150,37 @@ class Liveness:
         costs[units] = 1 - costs[units]  # of those kept for their number the ones with weights: masks hide the others
         self._state = State(self._classes.pinned, costs, units)
         self._state.settle([Grids(self._classes, complete=False), demand])
-        self._singly: Mask = self._state.alive.copy()
+        singly = self._state.alive.copy()
         self._state.settle([whole.grids, demand])
-        self.needed: Mask = self._state.alive.copy()
+        self.needed = self._told_apart(singly, self._state.alive)
         self._state.settle([whole.grids, demand, representatives, *whole.last])
         self.alive: Mask = self._state.alive
 
-    def is_needed(self, index: int) -> bool:
-        """Whether what the graph returns depends on a class, as far as single positions of grids are told apart.
+    def _told_apart(self, singly: Mask, needed: Mask) -> Mask:
+        """What is needed, less positions of grids that count for themselves and are not.
 
-        Heads by channels are needed for these factors: keys are met by channel, values read by head. Where one of the
-        factors is there for positions alone, as groups of a shuffle are, a position counts for itself.
+        Heads by channels are needed for these factors: keys are met by channel, values read by head. Where both factors
+        are there for positions alone, as groups of a shuffle are, a position counts for itself.
+
+        Args:
+            singly: what is needed where factors do not make a position needed. needed: where they do.
         """
-        if self._singly[index] or not self.needed[index] or self.why(index) is not Structural.GRID:
-            return bool(self.needed[index])
-        classes = self._classes
-        for at in np.flatnonzero(classes.whole == index):
-            left, right = int(classes.left[at]), int(classes.right[at])
-            repeated = classes.whole[
-                (classes.left == left) | (classes.right == left)
-            ]  # heads that share keys and values
-            beside = (classes.left == left) | np.isin(classes.left, repeated)
-            alike = classes.whole[beside & (classes.right == right)]
-            asked = [self.why(factor) is not Structural.GRID for factor in (left, right)]
-            if self._singly[alike].any() or (any(asked) and self._singly[left] and self._singly[right]):
-                return True
-        return False
+        whole, left, right = self._classes.whole, self._classes.left, self._classes.right
+        count = self._classes.count
+        by_grid = self._state.kept_for(Structural.GRID) & (self._classes.reason >= len(self._classes.reasons))
+        read = singly[whole]  # positions whose factors, as a pair, somebody reads
+        pairs = [left[read] * count + right[read]]
+        order = np.argsort(whole, kind="stable")
+        for side in ("left", "right"):  # heads that share keys and values are such positions themselves
+            place = np.searchsorted(whole[order], left[read], side=side) - (side == "right")
+            at = order[np.clip(place, 0, len(order) - 1)] if len(order) else order
+            inner = whole[at] == left[read]
+            pairs += [factor[at[inner]] * count + right[read][inner] for factor in (left, right)]
+        asked = singly[left] & singly[right] & ~(by_grid[left] & by_grid[right])
+        for_factors = np.zeros(count, bool)
+        for_factors[whole[asked | np.isin(left * count + right, np.concatenate(pairs))]] = True
+        found: Mask = needed & (singly | ~by_grid | for_factors)
+        return found
 
     def why(self, index: int) -> Reason:
         """Why a class that is alive stays."""

@@ -23,7 +23,7 @@ def dead_that_stay(relations: Coupling, live: Liveness) -> list[tuple[str, int, 
         indices_of: dict[str, list[int]] = {}
         for index in np.flatnonzero(live.alive[classes]).tolist():
             why = live.why(int(classes[index]))
-            needed = live.is_needed(int(classes[index]))
+            needed = bool(live.needed[classes[index]])
             if needed and not zero[index]:
                 continue
             if (why, needed) not in texts:

@@ -103,6 +103,11 @@ class State:
         """What a class was kept for."""
         return self._reasons[int(self._why[index])]
 
+    def kept_for(self, reason: Reason) -> Mask:
+        """Which classes were kept for a reason."""
+        found: Mask = self._why == self._code.get(reason, -1)
+        return found
+
     def cheapest(self, rows: Vector, lacking: Vector) -> Vector:
         """For each row of classes, as many dead ones as it lacks, the cheapest first and then by position."""
         order = np.argsort(self._cost[rows] + self.alive[rows] * 2, axis=1, kind="stable")

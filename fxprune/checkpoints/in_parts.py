@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from fxprune.errors import ArtifactError, ExportError, FxpruneError, ShardingError
+from fxprune.files import synchronize
 from fxprune.graph.masks import masked
 from fxprune.graph.names import tensors_of
 from fxprune.graph.spread_modules import filled, first_of_all, hollow_copy
@@ -75,7 +76,7 @@ def _write(folder: Path, traced: TracedModule) -> None:
 def _put(folder: Path, target: Path) -> None:
     """Give a folder its name; an earlier one of that name goes when it is there."""
     for part in folder.iterdir():
-        _synchronize(part)
+        synchronize(part)
     if target.exists():
         earlier = Path(tempfile.mkdtemp(prefix=".fxprune-", dir=target.parent)) / target.name
         os.replace(target, earlier)
@@ -83,15 +84,7 @@ def _put(folder: Path, target: Path) -> None:
         shutil.rmtree(earlier.parent, ignore_errors=True)
     else:
         os.replace(folder, target)
-    _synchronize(target.parent)
-
-
-def _synchronize(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    synchronize(target.parent)
 
 
 def _together(work: Callable[[], Any], rank: int, path: Any, *, everywhere: bool = False) -> Any:

@@ -11,11 +11,9 @@ import typer
 from rich.console import Console
 
 from fxprune import driver, export, recipes
-from fxprune.capture.front_end import trace
 from fxprune.checkpoints.checkpoint import load as load_
 from fxprune.checkpoints.checkpoint import save
 from fxprune.errors import ArgumentError
-from fxprune.graph.traced import TracedModule
 from fxprune.prune.sensitivity import sensitivity as measured
 from fxprune.recipes import sources
 from fxprune.recipes.recipe import Recipe
@@ -142,7 +140,7 @@ def sensitivity(
     Example: fxprune sensitivity nets:trained --data digits.npz
     """
     work = _work(model, weights, None, _data(data, samples, batch, shape, mean, std, tokenizer))
-    found = measured(_traced(work), work.samples.batches, distance=distance, weight=work.samples.weight)
+    found = measured(work.capture(), work.samples.batches, distance=distance, weight=work.samples.weight)
     _print(found, as_json)
 
 
@@ -157,7 +155,7 @@ def groups(
 
     Example: fxprune groups timm:resnet18 --inputs 2x3x224x224
     """
-    _print(driver.channel_groups(_traced(_work(model, weights, inputs, None))), as_json)
+    _print(driver.channel_groups(_work(model, weights, inputs, None).capture()), as_json)
 
 
 @app.command()
@@ -228,6 +226,11 @@ def _data(
     source: str | None, samples: int, batch: int, shape: str | None, mean: Any, std: Any, tokenizer: str | None
 ) -> dict[str, Any] | None:
     if source is None:
+        unused = _given(shape=shape, mean=mean or None, std=std or None, tokenizer=tokenizer)
+        if unused:
+            raise ArgumentError(
+                f"--{', --'.join(unused)} say how samples are prepared, and there are none: give --data."
+            )
         return None
     sizes = None
     if shape is not None:
@@ -247,9 +250,3 @@ def _work(model: str, weights: Path | None, inputs: list[str] | None, data: dict
         "repair": {"enabled": False},
     }
     return Work(recipes.parsed(_given(**tables), "the command"), Path())
-
-
-def _traced(work: Work) -> TracedModule:
-    if isinstance(work.model, TracedModule):
-        return work.model
-    return trace(work.model, work.call.args, work.call.kwargs, modes=("eval",)).eval()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import os
 import tomllib
 from collections.abc import Iterator
@@ -100,6 +98,8 @@ class Choose(_Table):
     def _has_a_budget(self) -> Choose:
         if not self.budgets:
             raise ValueError("a budget is needed: macs, parameters, speedup or amount")
+        if self.distance != "auto" and self.importance != "obs":
+            raise ValueError(f'distance is for importance "obs"; it is {self.importance!r}')
         return self
 
     @property
@@ -136,13 +136,19 @@ class Export(_Table):
     """The files."""
 
     onnx: bool = True
-    """Write model.onnx."""
+    """Write model.onnx; without it nothing is said of its precision and opset."""
     precision: Literal["float32", "float16", "int8"] = "float32"
     """Of the ONNX file; "int8" is calibrated with the data."""
     opset: int | None = None
     """ONNX operator set; None: that of torch's exporter."""
     own_class: bool = True
     """Write the shrunk model of the model's own class, where that can have it."""
+
+    @pydantic.model_validator(mode="after")
+    def _is_whole(self) -> Export:
+        if not self.onnx and (self.precision != "float32" or self.opset is not None):
+            raise ValueError("precision and opset are those of model.onnx, which onnx = false leaves out")
+        return self
 
 
 class Compare(_Table):
@@ -184,12 +190,9 @@ class Recipe(_Table):
                 'data is needed: importance "obs" and repair look at samples. Without any, choose importance = "l2" '
                 "and set enabled = false in [repair]"
             )
+        if self.data is None and self.export.precision == "int8":
+            raise ValueError("data is needed: int8 is calibrated with samples")
         return self
-
-    @property
-    def digest(self) -> str:
-        """A SHA-256 of what it says."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
 def read(path: str | os.PathLike[str]) -> Recipe:

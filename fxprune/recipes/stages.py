@@ -13,9 +13,8 @@ import torch
 
 from fxprune import driver, export, prune
 from fxprune.artifacts.writing_back import write_back
-from fxprune.capture.front_end import trace
 from fxprune.checkpoints.checkpoint import save
-from fxprune.errors import ArgumentError, ConfigurationWarning, FxpruneError
+from fxprune.errors import ConfigurationWarning, FxpruneError
 from fxprune.files import atomic
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair import reconstruct
@@ -31,14 +30,10 @@ FILES = ("model.fxp", "model.onnx", "model.safetensors", "pretrained", "report.j
 
 def traced(work: Work) -> Record:
     """Capture the model as graphs."""
-    model = work.dense_copy()  # repair changes the parameters of what is traced
-    if isinstance(model, TracedModule):
-        work.traced = model
-    else:
-        modes = ("train", "eval") if work.recipe.train else ("eval",)
-        work.traced = trace(model, work.call.args, work.call.kwargs, modes=modes).eval()
-    names = [type(work.model).__name__, *sorted(work.now.graphs)]
-    return {"class": names[0], "modes": names[1:], "parameters": sum(p.numel() for p in model.parameters())}
+    modes = ("train", "eval") if work.recipe.train else ("eval",)
+    work.traced = work.capture(modes)
+    parameters = sum(parameter.numel() for parameter in work.model.parameters())
+    return {"class": type(work.model).__name__, "modes": sorted(work.now.graphs), "parameters": parameters}
 
 
 def reparametrized(work: Work) -> Record:
@@ -150,10 +145,7 @@ def compared(work: Work) -> Record:
 def _latency(work: Work) -> Record:
     """The size and the latency of the dense and of the pruned ONNX file."""
     pruned, dense = work.folder / "model.onnx", work.folder / ".stages" / "dense.onnx"
-    source = work.dense_copy()
-    if not isinstance(source, TracedModule):
-        source = trace(source, work.call.args, work.call.kwargs, modes=("eval",))
-    export.to_onnx(driver.finalize(source, shrink=False), dense, verify=False, opset=work.recipe.export.opset)
+    export.to_onnx(driver.finalize(work.capture(), shrink=False), dense, verify=False, opset=work.recipe.export.opset)
     latencies = export.bench([dense, pruned], rounds=work.recipe.compare.rounds)
     return {"bytes": [dense.stat().st_size, pruned.stat().st_size], "latency": [each.to_dict() for each in latencies]}
 
@@ -176,8 +168,6 @@ def stages(work: Work) -> Iterator[tuple[str, Stage]]:
 
 def seeded(stage: Stage, work: Work, place: int) -> Record:
     """What a stage gives, with random numbers that depend on the recipe and the stage's place alone."""
-    if place < 0:
-        raise ArgumentError(f"place={place}: stages are counted from 0.")
     with torch.random.fork_rng():
         torch.manual_seed(work.recipe.seed + place)
         return stage(work)

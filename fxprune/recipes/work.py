@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxprune.capture.front_end import trace
 from fxprune.errors import ArgumentError
 from fxprune.graph.calls import Call
 from fxprune.graph.traced import TracedModule
@@ -78,9 +80,12 @@ class Work:
         assert self.traced is not None
         return self.traced
 
-    def dense_copy(self) -> nn.Module:
-        """A copy of the dense model, which may change."""
-        return copy.deepcopy(self.model)
+    def capture(self, modes: Sequence[str] = ("eval",)) -> TracedModule:
+        """A copy of the dense model as graphs, in eval mode; repair may change its parameters."""
+        model = copy.deepcopy(self.model)
+        if isinstance(model, TracedModule):
+            return model
+        return trace(model, self.call.args, self.call.kwargs, modes=modes).eval()
 
     def outputs(self, module: nn.Module, found: Samples) -> list[Any]:
         """What a module gives for each batch of samples."""

@@ -76,6 +76,14 @@ def test_a_budget_is_needed(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_how_samples_are_prepared_is_not_ignored_where_there_are_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    given = ("prune", NETWORK, *PLAIN, "--macs", 0.5, "--shape", "1x8x8", "--out", tmp_path / "out")
+    code, _, told = outcome(capsys, *given)
+    assert (code, "--shape say how samples are prepared" in told) == (1, True)
+
+
 def test_groups_and_sensitivity_are_printed(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     code, printed, _ = outcome(capsys, "groups", NETWORK, "--inputs", "2x1x8x8")
     assert (code, "0.weight" in printed) == (0, True)
