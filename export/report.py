@@ -20,12 +20,17 @@ class Row:
     """One output of one candidate for one call, against the reference's.
 
     Attributes:
-        candidate: its name. call: which of the given inputs, from 0. output: path of the output, as in `logits`,
-        `[0]`, or of a buffer after a call in train mode, as in `buffer bn.running_mean`.
-        shape, dtype: the reference's. max_abs: largest |candidate - reference|; max_rel: the same over the largest
-        finite |reference|; both None where there is nothing to subtract. ok: within tolerance. note: what is wrong.
+        candidate: its name.
+        call: which of the given inputs, from 0.
+        output: path of the output, as in `logits`, `[0]`, or of a buffer after a call in train mode, as in
+            `buffer bn.running_mean`.
+        shape, dtype: the reference's.
+        max_abs: largest |candidate - reference|.
+        max_rel: the same over the largest finite |reference|; both None where there is nothing to subtract.
+        ok: within tolerance.
+        note: what is wrong.
         error, reference_error: of the candidate and of the reference against a float64 copy of the reference, relative
-        to its largest value; None where there is no such copy.
+            to its largest value; None where there is no such copy.
     """
 
     candidate: str

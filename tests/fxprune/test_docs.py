@@ -16,8 +16,9 @@ import torch
 from fxprune.channels.registry import REGISTRY
 from tests.pages import ROOT, Block, blocks, sections, unknown_names
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 
 
 @pytest.fixture
@@ -55,8 +56,9 @@ def test_a_page_starts_with_a_title_and_whom_it_is_for(page: Path) -> None:
 
 
 def test_the_index_lists_every_page() -> None:
-    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES if page.name != "README.md" and f"]({page.name})" not in index] == []
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    names = [str(page.relative_to(DOCS)) for page in PAGES]
+    assert [name for name in names if name != "README.md" and f"]({name})" not in index] == []
 
 
 def test_the_picture_of_the_rooms_has_the_layers_that_imports_are_held_to() -> None:

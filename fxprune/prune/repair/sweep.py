@@ -105,7 +105,7 @@ def reconstruct(
         InputError: batches hold labels, or inputs of another form.
         ArgumentError, ArgumentTypeError: fewer than two samples, an unusable option, or a reference that does not fit.
         PruningError: nothing is masked, nothing can be refitted, or NaN or inf come up; the message has the node.
-        The parameters are as they were then.
+            The parameters are as they were then.
 
     Example:
         >>> fxprune.prune.channels(traced, macs=0.5)

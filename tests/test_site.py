@@ -1,0 +1,89 @@
+"""The documentation site: every page is in its navigation, every public name in its reference, and it builds alone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import fxprune
+from tests.pages import ROOT
+
+DOCS = ROOT / "docs"
+MODULES = ["fxprune", *(f"fxprune.{name}" for name in ("prune", "channels", "passes", "export", "errors", "recipes"))]
+ADDED = {"readme.md", "contributing.md", "changelog.md", "license.md"}  # by docs/site/pages.py
+
+
+def public_names() -> Iterator[str]:
+    """Every name of `__all__`, modules and the version aside; what the top names too stands there."""
+    for name in [*MODULES, "fxprune.importance"]:
+        module = fxprune.importance if name == "fxprune.importance" else importlib.import_module(name)
+        for attribute in module.__all__:
+            there = getattr(module, attribute)
+            if attribute.startswith("__") or isinstance(there, ModuleType):
+                continue
+            top = getattr(fxprune, attribute, None) if attribute in fxprune.__all__ else None
+            yield f"fxprune.{attribute}" if top is there else f"{name}.{attribute}"
+
+
+def documented() -> list[str]:
+    pages = sorted(DOCS.glob("reference/*.md"))
+    return [name for page in pages for name in re.findall(r"^::: ([\w.]+)$", page.read_text("utf-8"), re.MULTILINE)]
+
+
+def navigation() -> list[str]:
+    text = (ROOT / "mkdocs.yml").read_text("utf-8").split("\nnav:\n")[1]
+    return re.findall(r": ([\w./-]+\.md)$", text, re.MULTILINE)
+
+
+def test_every_public_name_is_on_one_page_of_the_reference() -> None:
+    names = documented()
+    assert sorted(set(public_names()) - set(names)) == []
+    assert sorted(set(names) - set(public_names())) == []
+    assert len(names) == len(set(names))
+
+
+def test_the_navigation_has_every_page_once() -> None:
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    pages |= {str(page.relative_to(DOCS).with_suffix(".md")) for page in DOCS.rglob("*.ipynb")}
+    assert sorted(navigation()) == sorted(pages | ADDED)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly where no request gets out."""
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(module)
+    target = tmp_path_factory.mktemp("built") / "site"
+    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(target)]
+    built = subprocess.run(
+        command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True, check=False, timeout=250
+    )
+    assert built.returncode == 0, built.stderr
+    return target
+
+
+def test_the_site_has_every_public_name(site: Path) -> None:
+    identifiers = {
+        name for page in site.glob("reference/*.html") for name in re.findall(r'id="([\w.]+)"', page.read_text("utf-8"))
+    }
+    assert sorted(set(public_names()) - identifiers) == []
+
+
+def test_the_site_asks_no_other_host(site: Path) -> None:
+    asked = re.compile(
+        r"<(?:script|img|iframe|source|video)[^>]*\bsrc=[\"']?(?:https?:)?//[^\"' >]*"
+        r"|<link[^>]*rel=[\"']?(?:stylesheet|preconnect|preload|icon)[^>]*href=[\"']?(?:https?:)?//[^\"' >]*"
+        r"|url\([\"']?(?:https?:)?//[^)]*"
+    )
+    pages = [*site.rglob("*.html"), *site.rglob("*.css")]
+    assert len(pages) > 20
+    assert [f"{page.name}: {match[0]}" for page in pages for match in asked.finditer(page.read_text("utf-8"))] == []
