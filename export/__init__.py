@@ -10,6 +10,7 @@ from .inspection import Contents, inspect
 from .latency import Latencies, Latency, bench, time_in_turns
 from .onnx import ExportReport, to_onnx
 from .parts import to_onnx_files
+from .profiling import OperatorTime, Profile, profile
 from .program import to_program, to_torchscript
 from .report import Report, Row
 from .session import Session
@@ -23,6 +24,8 @@ __all__ = [
     "FileReport",
     "Latencies",
     "Latency",
+    "OperatorTime",
+    "Profile",
     "Report",
     "Row",
     "Session",
@@ -30,6 +33,7 @@ __all__ = [
     "compare",
     "generate",
     "inspect",
+    "profile",
     "time_in_turns",
     "to_onnx",
     "to_onnx_files",

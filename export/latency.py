@@ -122,7 +122,7 @@ def bench(
         raise ArgumentError(f"{len(calls)} calls were given as inputs; one is measured, the same for all files.")
     call = calls[0] if calls else None
     sessions = [Session(path, providers, threads) for path in paths]
-    runs = [_bound(session, call, batch) for session in sessions]
+    runs = [bound(session, call, batch) for session in sessions]
     seconds = _seconds_in_turns(runs, warmup + rounds)[warmup:]
     quartiles = np.quantile(seconds, (0.25, 0.5, 0.75), axis=0) * 1e3
     ratios = np.median(seconds / seconds[:, :1], axis=0)
@@ -132,7 +132,7 @@ def bench(
     return latencies
 
 
-def _bound(session: Session, call: Call | None, batch: int) -> Callable[[], object]:
+def bound(session: Session, call: Call | None, batch: int) -> Callable[[], object]:
     """A run of the session on inputs that lie on its device."""
     if call is None:
         return session.bind(session.random(batch))
@@ -178,7 +178,7 @@ def time_in_turns(
     """
     sessions = [Session(path, providers, threads) for path in paths]
     given = [None] * len(paths) if calls is None else calls
-    runs = [_bound(session, call, batch) for session, call in zip(sessions, given, strict=True)]
+    runs = [bound(session, call, batch) for session, call in zip(sessions, given, strict=True)]
     now = time.thread_time if threads == 1 and [*providers] == ["CPUExecutionProvider"] else time.perf_counter
     for run in runs:
         run()

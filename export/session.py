@@ -42,11 +42,19 @@ def check_providers(providers: Sequence[str]) -> None:
         raise ArgumentTypeError(f"providers={providers!r}: a list is needed, [{providers!r}].")
 
 
-def _load(path: str | os.PathLike[str], providers: Sequence[str], threads: int | None) -> onnxruntime.InferenceSession:
+def _load(
+    path: str | os.PathLike[str],
+    providers: Sequence[str],
+    threads: int | None,
+    profile_into: str | os.PathLike[str] | None,
+) -> onnxruntime.InferenceSession:
     offered = onnxruntime.get_available_providers()
     if lacking := [provider for provider in providers if provider not in offered]:
         raise CompareError(f"onnxruntime was to run '{path}' with {lacking}; this build offers {offered}.")
     options = session_options(threads)
+    if profile_into is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = os.path.join(profile_into, "profile")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
@@ -65,6 +73,7 @@ class Session:
         path: the file; external data is looked for beside it.
         providers: onnxruntime's execution providers, in order of preference.
         threads: within operators; None: onnxruntime's choice.
+        profile_into: a folder into which onnxruntime's profiler writes, until `end_profile`; None: nothing is profiled.
 
     Attributes:
         name: the file's name. inputs: types and shapes by name, in order. outputs: the names of its outputs.
@@ -90,6 +99,8 @@ class Session:
         path: str | os.PathLike[str],
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int | None = None,
+        *,
+        profile_into: str | os.PathLike[str] | None = None,
     ) -> None:
         check_providers(providers)
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
@@ -100,7 +111,7 @@ class Session:
         if not Path(path).is_file():
             found = "a folder" if Path(path).is_dir() else "nothing"
             raise CompareError(f"'{path}' was to be run; there is {found} of that name. Give an .onnx file's path.")
-        self._session = _load(path, providers, threads)
+        self._session = _load(path, providers, threads, profile_into)
         self.inputs = {value.name: f"{value.type} {value.shape}" for value in self._session.get_inputs()}
         self.shapes = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]
@@ -199,6 +210,10 @@ class Session:
             return list(binding.get_outputs())
 
         return call
+
+    def end_profile(self) -> Path:
+        """End onnxruntime's profile, and return the file of JSON that it wrote."""
+        return Path(self._session.end_profiling())
 
     def _refusal(self, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompareError:
         by_order, by_name = input_tensors(args, kwargs)

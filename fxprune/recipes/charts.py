@@ -97,6 +97,44 @@ def repair_chart(readers: dict[str, dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
+def budget_chart(budgets: Sequence[dict[str, Any]]) -> str:
+    """The estimated loss by the share of the MACs that is left, and the budget that was chosen, as SVG.
+
+    Args:
+        budgets: each with its `macs`, its `loss`, and whether it is the one `chosen`.
+
+    Example:
+        >>> budget_chart([{"macs": 0.5, "loss": 0.01, "chosen": True}, {"macs": 0.8, "loss": 0.001, "chosen": False}])
+        '<svg ...'
+    """
+    rows = [
+        {
+            "macs": point["macs"],
+            "loss": max(float(point["loss"]), _ROUNDING),
+            "budget": "chosen" if point["chosen"] else "other",
+        }
+        for point in budgets
+    ]
+    position = {
+        "x": {"field": "macs", "type": "quantitative", "title": "share of the MACs left", "axis": {"format": "%"},
+              "scale": {"reverse": True, "zero": False}},
+        "y": {"field": "loss", "type": "quantitative", "title": "lost, estimated", "scale": {"type": "log"},
+              "axis": _POWERS},
+    }  # fmt: skip
+    domain = ["chosen", "other"]
+    marks = {
+        "color": {"field": "budget", "type": "nominal", "title": "budget",
+                  "scale": {"domain": domain, "range": list(_COLOURS[1::-1])}},
+        "shape": {"field": "budget", "type": "nominal", "title": "budget",
+                  "scale": {"domain": domain, "range": ["diamond", "circle"]}},
+        "size": {"field": "budget", "type": "nominal", "title": "budget",
+                 "scale": {"domain": domain, "range": [220, 60]}},
+    }  # fmt: skip
+    line = {"mark": {"type": "line", "strokeWidth": 2, "color": _COLOURS[0]}, "encoding": position}
+    points = {"mark": {"type": "point", "filled": True, "opacity": 1}, "encoding": position | marks}
+    return _svg({"data": {"values": rows}, "layer": [line, points]})
+
+
 def _svg(spec: dict[str, Any]) -> str:
     import vl_convert
 

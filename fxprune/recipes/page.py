@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from fxprune.recipes.charts import can_draw, repair_chart, sensitivity_chart
+from fxprune.recipes.charts import budget_chart, can_draw, repair_chart, sensitivity_chart
+from fxprune.recipes.layers import all_tensors, kept_indices, picture, ranges
 from fxprune.recipes.outcome import Outcome
 from fxprune.reports import number
 
-_LISTED = 400  # ranges of kept indices that are written out
+_SHORT = 60  # characters of kept indices, up to which they are written out again
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,35 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A tensor of which entries went: its sizes before and after, what is kept along each axis, and the share left."""
+class Operator:
+    """What an operator takes in onnxruntime, before and after: nodes and milliseconds, and its bars in percent."""
 
     name: str
-    before: str
-    after: str
-    kept: list[tuple[int, str]]
-    left: float
+    nodes: tuple[int, int]
+    milliseconds: tuple[float, float]
+    bars: tuple[float, float]
+
+
+class Indices:
+    """Sets of kept indices, written out where they come first, and linked from there on."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[str, str]] = {}
+
+    def told(self, owner: str, axis: int, text: str) -> tuple[str, str | None, str | None]:
+        """The indices as text, and the anchor of this place; or the name of the place to look at, and its anchor."""
+        if len(text) <= _SHORT:
+            return text, None, None
+        if text in self._first:
+            name, anchor = self._first[text]
+            return name, None, anchor
+        anchor = f"k{len(self._first)}"
+        self._first[text] = f"{owner}, axis {axis}", anchor
+        return text, anchor, None
 
 
 def page(outcome: Outcome) -> str:
-    """The page: the verdict, the layers, why something stayed, sensitivity, repair, the recipe and versions.
+    """The page: the verdict, the network as a picture, sensitivity, budgets, repair, latency, the recipe and versions.
 
     Charts need the extra `report`; without it the tables say the same. Names are escaped.
 
@@ -56,11 +74,15 @@ def page(outcome: Outcome) -> str:
     curves = choice.get("sensitivity", {}).get("curves", [])
     readers = stages.get("repair", {}).get("repair", {}).get("readers", {})
     plan = stages.get("finalize", {}).get("plan", {})
+    comparison = stages.get("export", {}).get("onnx", {}).get("comparison") or {}
+    budgets = choice.get("budgets", [])
     return template.render(
         failure=outcome.failure,
         model=outcome.recipe["model"]["source"],
         figures=list(_figures(outcome)),
-        layers=list(_layers(plan)),
+        picture=picture(outcome),
+        indices=Indices(),
+        tensors=[(*told, _kept(plan, told[0])) for told in all_tensors(plan)],
         groups=choice.get("channels", {}).get("removed", {}),
         stayed=choice.get("channels", {}).get("stayed", {}),
         dead=plan.get("stayed", []),
@@ -68,12 +90,17 @@ def page(outcome: Outcome) -> str:
         sensitivity_chart=_drawn(sensitivity_chart, curves),
         readers=[(name, number(each["before"]), number(each["after"]), each["note"]) for name, each in readers.items()],
         repair_chart=_drawn(repair_chart, readers),
-        charts_missing=bool((curves or readers) and not can_draw()),
+        charts_missing=bool((curves or readers or budgets) and not can_draw()),
+        budgets=budgets,
+        budget_chart=_drawn(budget_chart, budgets),
+        operators=list(_operators(stages.get("compare", {}).get("operators"))),
         own_class=stages.get("export", {}).get("own_class"),
         comparison=[
             (row["output"], "×".join(map(str, row["shape"])), number(row["max_abs"]), number(row["max_rel"]))
-            for row in stages.get("export", {}).get("onnx", {}).get("comparison", {}).get("rows", [])
+            for row in comparison.get("rows", [])
         ],
+        agrees=comparison.get("ok"),
+        difference=comparison.get("first_divergence"),
         seconds={name: stage["seconds"] for name, stage in stages.items()},
         recipe=list(_entries(outcome.recipe)),
         versions=outcome.versions,
@@ -105,35 +132,22 @@ def _figures(outcome: Outcome) -> Iterator[Figure]:
         yield Figure(f"cosine to the dense outputs, {where}", "1", f"{told['cosine']:.4f}")
 
 
-def _layers(plan: dict[str, Any]) -> Iterator[Layer]:
-    for name, axes in plan.get("kept", {}).items():
-        shape = plan["shapes"][name]
-        kept = {int(axis): index for axis, index in axes.items() if index is not None}
-        if not kept:
-            continue
-        after = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(shape)]
-        left = 1.0
-        for axis, index in kept.items():
-            left *= len(index) / max(shape[axis], 1)
-        told = [(axis, ranges(index)) for axis, index in kept.items()]
-        yield Layer(name, "×".join(map(str, shape)), "×".join(map(str, after)), told, left)
+def _kept(plan: dict[str, Any], name: str) -> list[tuple[int, str]]:
+    return [(axis, ranges(index)) for axis, index in kept_indices(name, plan).items()]
 
 
-def ranges(index: Sequence[int]) -> str:
-    """Ascending integers as ranges.
-
-    Example:
-        >>> ranges([0, 1, 2, 5, 7, 8])
-        '0-2, 5, 7-8'
-    """
-    found: list[list[int]] = []
-    for i in index:
-        if found and found[-1][1] == i - 1:
-            found[-1][1] = i
-        else:
-            found.append([i, i])
-    told = [str(first) if first == last else f"{first}-{last}" for first, last in found[:_LISTED]]
-    return ", ".join(told) + (", ..." if len(found) > _LISTED else "")
+def _operators(profiles: list[dict[str, Any]] | None) -> Iterator[Operator]:
+    """The operators of the dense file and of the pruned one, what takes longest first."""
+    if not profiles:
+        return
+    dense, pruned = (profile["operators"] for profile in profiles)
+    none = {"nodes": 0, "ms": 0.0}
+    pairs = {name: (dense.get(name, none), pruned.get(name, none)) for name in {**dense, **pruned}}
+    longest = max((each["ms"] for pair in pairs.values() for each in pair), default=0.0) or 1.0
+    for name, (before, after) in sorted(pairs.items(), key=lambda item: -max(each["ms"] for each in item[1])):
+        times = before["ms"], after["ms"]
+        bars = 100 * times[0] / longest, 100 * times[1] / longest
+        yield Operator(name, (before["nodes"], after["nodes"]), times, bars)
 
 
 def _losses(curve: dict[str, Any]) -> str:

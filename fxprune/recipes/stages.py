@@ -21,6 +21,7 @@ from fxprune.prune.repair import reconstruct
 from fxprune.prune.sensitivity import sensitivity
 from fxprune.recipes import sources
 from fxprune.recipes.agreement import agreement
+from fxprune.recipes.network import network
 from fxprune.recipes.work import Work
 
 Record = dict[str, Any]
@@ -33,7 +34,8 @@ def traced(work: Work) -> Record:
     modes = ("train", "eval") if work.recipe.train else ("eval",)
     work.traced = work.capture(modes)
     parameters = sum(parameter.numel() for parameter in work.model.parameters())
-    return {"class": type(work.model).__name__, "modes": sorted(work.now.graphs), "parameters": parameters}
+    told = {"class": type(work.model).__name__, "modes": sorted(work.now.graphs), "parameters": parameters}
+    return told | {"network": network(work.now)}
 
 
 def reparametrized(work: Work) -> Record:
@@ -143,11 +145,15 @@ def compared(work: Work) -> Record:
 
 
 def _latency(work: Work) -> Record:
-    """The size and the latency of the dense and of the pruned ONNX file."""
+    """Size, latency, and time by operator of the dense and of the pruned ONNX file."""
     pruned, dense = work.folder / "model.onnx", work.folder / ".stages" / "dense.onnx"
     export.to_onnx(driver.finalize(work.capture(), shrink=False), dense, verify=False, opset=work.recipe.export.opset)
-    latencies = export.bench([dense, pruned], rounds=work.recipe.compare.rounds)
-    return {"bytes": [dense.stat().st_size, pruned.stat().st_size], "latency": [each.to_dict() for each in latencies]}
+    rounds = work.recipe.compare.rounds
+    return {
+        "bytes": [path.stat().st_size for path in (dense, pruned)],
+        "latency": [each.to_dict() for each in export.bench([dense, pruned], rounds=rounds)],
+        "operators": [export.profile(path, rounds=rounds).to_dict() for path in (dense, pruned)],
+    }
 
 
 def stages(work: Work) -> Iterator[tuple[str, Stage]]:

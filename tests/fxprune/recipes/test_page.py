@@ -95,7 +95,7 @@ def test_without_the_renderer_of_charts_the_tables_say_the_same(
 ) -> None:
     monkeypatch.setattr(page_, "can_draw", lambda: False)
     parsed = Parsed(page(outcome))
-    assert "svg" not in {tag for tag, _ in parsed.tags}
+    assert "figure" not in {tag for tag, _ in parsed.tags}
     assert "pip install 'fxprune[report]'" in parsed.text
     assert "All readers as a table" in parsed.text
 
