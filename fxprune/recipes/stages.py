@@ -18,9 +18,10 @@ from fxprune.errors import ConfigurationWarning, FxpruneError
 from fxprune.files import atomic
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair import reconstruct
-from fxprune.prune.sensitivity import sensitivity
+from fxprune.prune.sensitivity import Sensitivity, sensitivity
 from fxprune.recipes import sources
 from fxprune.recipes.agreement import agreement
+from fxprune.recipes.budgets import losses_of_budgets, shared_copy
 from fxprune.recipes.network import network
 from fxprune.recipes.work import Work
 
@@ -62,8 +63,11 @@ def chosen(work: Work) -> Record:
         record["sensitivity"] = importance.to_dict()
     elif work.recipe.data is not None:
         options["loader"] = work.samples.batches
-    options |= choose.budgets
-    return record | {"channels": prune.channels(work.now, importance=importance, **options).to_dict()}
+    dense = shared_copy(work.now) if isinstance(importance, Sensitivity) else None
+    report = prune.channels(work.now, importance=importance, **options, **choose.budgets)
+    if dense is not None:
+        record["budgets"] = losses_of_budgets(dense, importance, report, options)
+    return record | {"channels": report.to_dict()}
 
 
 def repaired(work: Work) -> Record:
