@@ -126,10 +126,17 @@ def _record(graph: fx.Graph, mode: FakeTensorMode) -> None:
     with mode, torch.no_grad(), guards_ignored(mode):
         for node in [node for node in graph.nodes if node.op == "call_function"]:
             args, kwargs = _values((node.args, dict(node.kwargs)))
-            value, before = node.target(*args, **kwargs), node.meta.get("val")
+            value, before = _run(node, args, kwargs), node.meta.get("val")
             expected = _symbols((args, kwargs) if before is None else before)
             is_free = not isinstance(value, Tensor | tuple | list) or expected <= _symbols(value)
             node.meta["val"] = value if is_free else _with_sizes_of(node, value, before)
+
+
+def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:  # torch's operators raise whatever they raise where sizes are free
+        raise ExportError(f"{node.target} does not run on free sizes") from error
 
 
 def _symbols(values: Any) -> set[Any]:

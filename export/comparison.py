@@ -11,6 +11,7 @@ from torch import nn
 from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.graph.calls import as_calls
+from fxprune.progress import shown
 
 from .judging import Tolerance, judge
 from .report import Report
@@ -18,6 +19,7 @@ from .runners import runner_of
 
 
 @named_arguments
+@shown("compare")
 def compare(
     reference: nn.Module | str | os.PathLike[str],
     *candidates: nn.Module | str | os.PathLike[str],

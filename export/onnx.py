@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,12 +18,13 @@ from torch.onnx import ONNXProgram
 
 from fxprune.calling import is_no_function, named_arguments
 from fxprune.capture.caches import without_foreign_caches
-from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
+from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError, ExportError
 from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call, as_calls
 from fxprune.graph.masks import masked
 from fxprune.graph.spread_modules import by_first
 from fxprune.graph.traced import TracedModule
+from fxprune.progress import shown
 from fxprune.reports import counted
 
 from .at_hand import nothing_learned, program_at_hand
@@ -81,6 +82,7 @@ class ExportReport(FileReport):
 
 @named_arguments
 @by_first
+@shown("write ONNX")
 def to_onnx(
     final: TracedModule,
     path: str | os.PathLike[str],
@@ -192,7 +194,7 @@ def to_onnx(
         Path(path),
         size,
         verification.comparison,
-        (*_masks_left(final), *written.notes, *verification.notes),
+        (*_masks_left(final), *translation.notes, *written.notes, *verification.notes),
         opset=translation.opset,
         inputs=translation.inputs,
         outputs=translation.outputs,
@@ -243,6 +245,7 @@ class _Translation:
 
     exported: ExportedProgram
     program: ONNXProgram
+    notes: tuple[str, ...] = ()
 
     @property
     def opset(self) -> int:
@@ -299,7 +302,7 @@ def _translate(request: _Request) -> _Translation:
     lower(flat.module, request.opset)
     sample = Call(*without_foreign_caches(tuple(request.sample)))
     take_as_given(flat.module, sample)
-    translation = _translation_at_hand(request, flat.module) or _translation_of_a_capture(request, flat.module, sample)
+    translation = _translation_of_module(request, flat.module, sample)
     program = translation.program
     if request.opset not in (None, translation.opset):
         raise ArgumentError(
@@ -317,18 +320,21 @@ def _translate(request: _Request) -> _Translation:
     return translation
 
 
-def _translation_at_hand(request: _Request, module: fx.GraphModule) -> _Translation | None:
-    """What torch makes of the graph as it was captured for `final`, None where it has to be captured again."""
+def _translation_of_module(request: _Request, module: fx.GraphModule, sample: Call) -> _Translation:
+    """What torch makes of the graph as it was captured for `final`, or of it captured once more."""
     if request.dynamic_shapes is not request.final.dynamic_shapes:
-        return None
+        return _translation_of_a_capture(request, module, sample)
     try:
-        exported = program_at_hand(module)
-        with nothing_learned(exported), translating("translate the model to ONNX"):
-            return _translation_of(request, exported)
-    except OSError:
-        raise
-    except Exception:  # whatever it is, a capture meets it again, and says so, or gets around it
-        return None
+        return _translation_at_hand(request, module)
+    except ExportError as error:  # a capture meets it again, and says so, or gets around it
+        translation = _translation_of_a_capture(request, module, sample)
+        return replace(translation, notes=(f"the graph was captured once more: {str(error).splitlines()[0]}",))
+
+
+def _translation_at_hand(request: _Request, module: fx.GraphModule) -> _Translation:
+    exported = program_at_hand(module)
+    with nothing_learned(exported), translating("translate the model to ONNX"):
+        return _translation_of(request, exported)
 
 
 def _translation_of_a_capture(request: _Request, module: fx.GraphModule, sample: Call) -> _Translation:

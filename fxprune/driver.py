@@ -54,6 +54,7 @@ from fxprune.passes import (
 )
 from fxprune.passes.base import Callback, Pass
 from fxprune.passes.insert_parametrization import InsertParametrization, InsertParametrizations
+from fxprune.progress import shown
 from fxprune.sharding import followed
 
 # of nodes that are left alone one by one, before all are
@@ -354,6 +355,7 @@ def clock(*, threads: int, batch: int, providers: Sequence[str]) -> Iterator[Clo
 
 
 @named_arguments
+@shown("find channel groups")
 def channel_groups(traced: TracedModule) -> ChannelGroups:
     """The groups of slices that must be masked together, those that may be pruned first; changes nothing.
 
@@ -376,6 +378,7 @@ def channel_groups(traced: TracedModule) -> ChannelGroups:
 
 
 @named_arguments
+@shown("finalize")
 def finalize(
     traced: TracedModule,
     *,

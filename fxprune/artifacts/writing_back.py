@@ -26,10 +26,12 @@ from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.spread_modules import in_one_process
 from fxprune.graph.traced import TracedModule
+from fxprune.progress import shown
 
 
 @named_arguments
 @in_one_process
+@shown("write back")
 def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     """The user's own module, shrunk: a copy of `model` with the parameters, buffers and sizes of `final`.
 

@@ -28,12 +28,14 @@ from fxprune.graph.names import join
 from fxprune.graph.provenance import Provenance, provenance_of
 from fxprune.graph.reparametrizations import Carried, carried, hook_tensor, original_order, reparametrized
 from fxprune.graph.traced import MODES, TracedModule
+from fxprune.progress import shown
 from fxprune.sharding import is_managed, is_sharded
 
 _RESERVED = {n for n in dir(TracedModule) if not hasattr(nn.Module, n)} | {*TracedModule.__annotations__, "training"}
 
 
 @named_arguments
+@shown("trace")
 def trace(
     model: nn.Module,
     args: tuple[Any, ...] | torch.Tensor | Mapping[str, Any] = (),

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from fxprune import driver, export, recipes
+from fxprune import driver, export, progress, recipes
 from fxprune.checkpoints.checkpoint import load as load_
 from fxprune.checkpoints.checkpoint import save
 from fxprune.errors import ArgumentError
@@ -198,19 +198,23 @@ def load(
 
 
 def _carry_out(recipe: Recipe, out: Path, overwrite: bool, quiet: bool, as_json: bool) -> None:
-    outcome = recipes.run(recipe, out, step=_progress(quiet), overwrite=overwrite)
+    console = Console(stderr=True)
+    with progress.quiet(quiet), progress.bars(console) as bars:
+        outcome = recipes.run(recipe, out, step=None if quiet else _stage_lines(console, bars), overwrite=overwrite)
     _print(outcome, as_json)
     raise typer.Exit(UNREACHED if outcome.failure else 0)
 
 
-def _progress(quiet: bool) -> Callable[[str, int, int], None] | None:
-    """A line for each stage on standard error."""
-    console = Console(stderr=True)
+def _stage_lines(console: Console, bars: progress.Bars | None) -> Callable[[str, int, int], None]:
+    """A line for each stage as it begins, and on a terminal a bar of all below them."""
+    task = None if bars is None else bars.add_task("stages")
 
     def step(name: str, place: int, count: int) -> None:
         console.print(f"{place + 1}/{count} {name}", highlight=False)
+        if bars is not None and task is not None:
+            bars.update(task, completed=place, total=count)
 
-    return None if quiet else step
+    return step
 
 
 def _print(result: Readable, as_json: bool) -> None:

@@ -25,6 +25,7 @@ from fxprune.graph.masks import masked, view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.graph.values import unmasked
+from fxprune.progress import shown
 from fxprune.prune.channel_budgets import (
     Amount,
     Budget,
@@ -75,6 +76,7 @@ MOST_CORRECTIONS = 12
 @renamed("batches", "max_batches")
 @renamed("provider", "providers", lambda provider: (provider,))
 @chosen_for_all
+@shown("choose channels")
 def channels(
     traced: TracedModule,
     amount: float | None = DEFAULT_AMOUNT,

@@ -143,16 +143,18 @@ class Writes(nn.Module):
 def test_what_writes_is_captured_again(tmp_path: Path, captures: list[object]) -> None:
     traced = fxprune.trace(Writes().eval(), (torch.randn(3, 4),), modes=("eval",))
     captures.clear()
-    fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
+    report = fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
     assert captures
+    assert any("captured once more" in note and "writes" in note for note in report.notes)
     assert_equal(tmp_path / "model.onnx", Writes().eval(), torch.randn(5, 4))
 
 
 def test_other_free_sizes_are_captured_again(tmp_path: Path, captures: list[object]) -> None:
     model, traced = decoder(1)
     captures.clear()
-    fxprune.export.to_onnx(traced, tmp_path / "model.onnx", dynamic_shapes=None)
+    report = fxprune.export.to_onnx(traced, tmp_path / "model.onnx", dynamic_shapes=None)
     assert captures
+    assert not any("captured once more" in note for note in report.notes)  # it was asked for
     assert onnxruntime.InferenceSession(tmp_path / "model.onnx").get_inputs()[0].shape == [2, 6, 16]
     assert_equal(tmp_path / "model.onnx", model, torch.randn(2, 6, 16))
 
@@ -175,3 +177,15 @@ def test_the_report_says_what_verification_took(tmp_path: Path) -> None:
     assert 0 < report.verification_seconds < report.seconds
     assert f"{report.verification_seconds:.1f} s" in str(report)
     assert fxprune.export.to_onnx(traced, tmp_path / "model.onnx", verify=False).verification_seconds == 0
+
+
+def test_a_fault_of_the_first_way_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, traced = decoder(1)
+
+    def broken(module: object) -> object:
+        raise KeyError("a fault of fxprune's own")
+
+    monkeypatch.setattr("fxprune.export.onnx.program_at_hand", broken)
+    with pytest.raises(KeyError, match="own"):
+        fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

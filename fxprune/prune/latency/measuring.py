@@ -31,11 +31,11 @@ from fxprune.graph.requirements import require_eval, require_traced
 from fxprune.graph.samples import stretched
 from fxprune.graph.spread_modules import in_one_process
 from fxprune.graph.traced import TracedModule
+from fxprune.progress import working
 from fxprune.prune.channel_request import ChannelRequest, chosen_among, listed
 from fxprune.prune.importance_registry import IMPORTANCES
 from fxprune.prune.latency.pieces import Piece, cut_out, shape_of_cut, zeroed
 from fxprune.prune.latency.table import LatencyCurve, LatencyTable
-from fxprune.prune.repair.progress import Progress
 from fxprune.prune.sensitivity.report import Sensitivity
 
 KEPT = (0.75, 0.5, 0.25)  # shares of the units at which a group is measured, beside all of them
@@ -167,18 +167,18 @@ def measured_latencies(
     values = _values(grouping, timing.batch)
     cuts = [_Cuts.of(grouping, values, each) for each in together.values()]
     del values
-    with timing.clock() as clock, Progress("latencies", len(cuts)) as progress:
+    with timing.clock() as clock, working("latencies", len(cuts)) as work:
         whole = clock.whole(traced)
         waiting = _by_form(cuts)
-        work = grouping.dense[0] + MOVED * grouping.dense[2]
+        needed = grouping.dense[0] + MOVED * grouping.dense[2]
         for first in range(0, len(waiting), AT_ONCE):
             if first and time.perf_counter() - start > timing.most_seconds:
                 _leave(waiting[first:], f"not measured within {timing.most_seconds:g} s")
                 break
             lot = waiting[first : first + AT_ONCE]
-            _leave([each for each in lot if sum(one.work for one in each) < LEAST * work], "next to no work")
+            _leave([each for each in lot if sum(one.work for one in each) < LEAST * needed], "next to no work")
             _measure([each for each in lot if not each[0].why], clock)
-            progress.advance(sum(map(len, lot)))
+            work.advance(sum(map(len, lot)))
     curves = {id(group): curve for each in cuts for group, curve in zip(each.groups, each.curves(), strict=True)}
     found = tuple(curves[id(group)] for group in groups)
     pieces = sum(bool(each[0].seconds) for each in waiting)

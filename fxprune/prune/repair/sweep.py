@@ -19,6 +19,7 @@ from fxprune.graph.requirements import require_eval
 from fxprune.graph.spread_modules import in_one_process
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
+from fxprune.progress import working
 from fxprune.prune.repair import input_moments
 from fxprune.prune.repair.batches import Batches
 from fxprune.prune.repair.changes import Changes, refitted_since
@@ -31,7 +32,6 @@ from fxprune.prune.repair.new_biases import biasable, make_biases
 from fxprune.prune.repair.normed import carry, weight_norms
 from fxprune.prune.repair.pair import Pair
 from fxprune.prune.repair.pieces import Pieces
-from fxprune.prune.repair.progress import Progress
 from fxprune.prune.repair.references import References
 from fxprune.prune.repair.report import ReaderRepair, ReconstructionReport
 from fxprune.prune.repair.seeding import seeded
@@ -282,18 +282,18 @@ class _Sweep:
             self.unmasked, self.streams,
         )  # fmt: skip
         repairs: dict[str, ReaderRepair] = {}
-        with Shelf() as shelf, Shelf() as judged, Progress("reconstruct", len(at)) as progress:
+        with Shelf() as shelf, Shelf() as judged, working("reconstruct", len(at)) as work:
             judge = Judge(self.graph, self.references.unmasked, judged)
             pieces = self._started(batches, pair, shelf, judge)
             for number, wave in enumerate(waves):
-                progress.show(wave.readers[0].name if wave.readers else "")
+                work.show(wave.readers[0].name if wave.readers else "")
                 fit = self._settled if wave.tried else self._fitted
                 for solved in fit(pair, number, shelf, pieces, dampings):
                     repairs[solved.reader.name] = solved.repair
                     if solved.new_bias is not None:
                         self.made[solved.reader.name] = solved.new_bias.flatten()
                         pair.biases |= {call.node: (solved.reader, solved.new_bias) for call in solved.reader.calls}
-                progress.advance(len(wave.readers))
+                work.advance(len(wave.readers))
             output = self._judged(judge, pair.biases, repairs)
         return repairs, pieces.samples, output
 

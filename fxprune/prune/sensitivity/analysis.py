@@ -15,6 +15,7 @@ from fxprune.channels.budget import masks
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentError
 from fxprune.graph.names import tensor_at
+from fxprune.progress import Work, working
 from fxprune.prune.channel_scores import unit_scores
 from fxprune.prune.importance_registry import Evidence
 from fxprune.prune.repair import input_moments
@@ -25,7 +26,6 @@ from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.moments import Moments
 from fxprune.prune.repair.pieces import Pieces
 from fxprune.prune.repair.products import Product
-from fxprune.prune.repair.progress import Progress
 from fxprune.prune.repair.shelf import Shelf
 from fxprune.prune.sensitivity.curve import Curve
 from fxprune.prune.sensitivity.curves import Forks
@@ -71,7 +71,7 @@ def measure(
         PruningError: NaN or inf come up. ArgumentError: there are fewer than two samples, or no row counts.
     """
     curves: dict[int, Curve] = {}
-    with torch.no_grad(), Shelf() as shelf, Progress("sensitivity", len(groups)) as progress:
+    with torch.no_grad(), Shelf() as shelf, working("sensitivity", len(groups)) as work:
         fitted, judging = _kept(batches, shelf, samples)
         forks = Forks(grouping.plain, graph, judging, distance)
         analysis = _Analysis(grouping, graph, groups, forks, shares, batches.head(judging[0], 2))
@@ -82,7 +82,7 @@ def measure(
                 moments.add(graph, analysis.tensor, piece)
             ordered = analysis.ordering(part)
             analysis.take(moments, output_metrics(graph, analysis.tensor, ordered, batches, fitted, distance))
-            curves |= analysis.ready(progress)
+            curves |= analysis.ready(work)
     judged = sum(piece.samples for piece in judging)
     return Measured([curves[id(group)] for group in groups], (total, judged))
 
@@ -174,13 +174,13 @@ class _Analysis:
         self._moments |= moments.complete()
         self._metrics |= {id(reader): metric for reader, metric in metrics.items()}
 
-    def ready(self, progress: Progress) -> dict[int, Curve]:
+    def ready(self, work: Work) -> dict[int, Curve]:
         """The curves of the groups, in the order of the graph, whose moments are there."""
         found = {}
         while self._waiting and all(_key(each) in self._moments for each in self._readers(self._waiting[0])):
             group = self._waiting.pop(0)
-            progress.show(group.name)
-            progress.advance(1)
+            work.show(group.name)
+            work.advance(1)
             found[id(group)] = self._curve(group)
             left = [each for other in self._waiting for each in self._readers(other)]
             keys, readers = {_key(each) for each in left}, {id(each) for each in left}

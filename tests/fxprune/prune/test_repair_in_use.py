@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 from collections.abc import Callable
 from typing import Any
@@ -15,21 +14,6 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, InputError, PruningError
 from tests.repairs import SAMPLES, Chain, masked, mlp
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_shows_how_far_it_is_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = mlp()
-    for stream, expected in ((Terminal(), "reconstruct 0/1 reader.weight"), (io.StringIO(), "")):
-        traced = masked(model, x)
-        with monkeypatch.context() as patch:
-            patch.setattr("sys.stderr", stream)
-            fxprune.reconstruct(traced, x)
-        assert stream.getvalue().partition("  ")[0].strip() == expected
 
 
 def test_rows_that_do_not_count_change_nothing() -> None:

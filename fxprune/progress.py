@@ -1,0 +1,155 @@
+"""How far a long work is, on a terminal.
+
+Works nest: a budget that is chosen by repair shows a line for the choice and one for the repair. Nothing is written
+before a work has taken two seconds, and nothing ever where standard error is no terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import ParamSpec, TypeVar
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+PATIENCE = 2.0  # seconds
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+class Bars(Progress):
+    """The lines of all works at hand, gone when the outermost ends; rich's, in which lines wait to be shown."""
+
+    def __init__(self, console: Console, patience: float) -> None:
+        self._patience = patience
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        super().__init__(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """A table of the works that have taken long enough."""
+        yield self.make_tasks_table([task for task in self.tasks if self._is_long(task)])
+
+    def _is_long(self, task: Task) -> bool:
+        return (task.elapsed or 0.0) >= self._patience
+
+
+_BARS: ContextVar[Bars | None] = ContextVar("bars", default=None)
+_IS_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+class Work:
+    """One work; all that it is told is lost where nothing is shown."""
+
+    def __init__(self, what: str, bars: Bars | None, task: TaskID | None) -> None:
+        self._what, self._bars, self._task = what, bars, task
+
+    def show(self, name: str) -> None:
+        """What is worked on."""
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, description=escape(f"{self._what} {name}"))
+
+    def advance(self, count: int) -> None:
+        """So many steps are done."""
+        if self._bars is not None and self._task is not None:
+            self._bars.advance(self._task, count)
+
+
+@contextlib.contextmanager
+def working(what: str, total: int | None = None) -> Iterator[Work]:
+    """Show on a terminal's standard error that something is worked on, how far it is, and how long it takes.
+
+    Args:
+        what: what is done. total: how many steps there are, None where that is not known.
+
+    Example:
+        >>> with working("sensitivity", total=2) as work:
+        ...     for name in ("conv1", "conv2"):
+        ...         work.show(name)
+        ...         work.advance(1)
+    """
+    with bars() as shared:
+        if shared is None:
+            yield Work(what, None, None)
+            return
+        task = shared.add_task(escape(what), total=total)
+        try:
+            yield Work(what, shared, task)
+        finally:
+            shared.remove_task(task)
+
+
+@contextlib.contextmanager
+def bars(console: Console | None = None, patience: float = PATIENCE) -> Iterator[Bars | None]:
+    """The lines that all works inside are shown on; those of an outer call where there is one, None without a terminal.
+
+    Args:
+        console: what to write on, standard error by default. patience: seconds before a work is shown.
+    """
+    shared = _BARS.get()
+    if shared is not None or _IS_QUIET.get() or not _is_terminal(console):
+        yield shared
+        return
+    shared = Bars(console or Console(stderr=True), patience)
+    token = _BARS.set(shared)
+    start = threading.Timer(patience, shared.start)
+    start.daemon = True
+    start.start()
+    try:
+        yield shared
+    finally:
+        start.cancel()
+        start.join()
+        shared.stop()
+        _BARS.reset(token)
+
+
+@contextlib.contextmanager
+def quiet(is_quiet: bool = True) -> Iterator[None]:
+    """Show nothing of the works inside."""
+    token = _IS_QUIET.set(is_quiet)
+    try:
+        yield
+    finally:
+        _IS_QUIET.reset(token)
+
+
+def shown(what: str) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
+    """A decorator: each call is a work of that name."""
+
+    def decorate(function: Callable[Given, Result]) -> Callable[Given, Result]:
+        @functools.wraps(function)
+        def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+            with working(what):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def _is_terminal(console: Console | None) -> bool:
+    if console is not None:
+        return console.is_terminal
+    return sys.stderr is not None and sys.stderr.isatty()
