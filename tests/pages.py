@@ -110,7 +110,7 @@ def unknown_names(page: Path) -> Iterator[str]:
             pkgutil.resolve_name(dotted)
         except (ImportError, AttributeError):
             yield dotted
-    for path, test in sorted(set(_PATH.findall(text))):
+    for path, test in sorted(set(_PATH.findall(re.sub(r"https?://[^\s)>]+", "", text)))):
         if path in written:
             continue
         if not (ROOT / path).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -54,6 +55,16 @@ def test_the_navigation_has_every_page_once() -> None:
     pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
     pages |= {str(page.relative_to(DOCS).with_suffix(".md")) for page in DOCS.rglob("*.ipynb")}
     assert sorted(navigation()) == sorted(pages | ADDED)
+
+
+def test_the_drawings_are_those_that_the_script_makes() -> None:
+    script = importlib.util.spec_from_file_location("drawings", DOCS / "site" / "drawings.py")
+    assert script is not None
+    assert script.loader is not None
+    drawings = sys.modules[script.name] = importlib.util.module_from_spec(script)  # where dataclasses look it up
+    script.loader.exec_module(drawings)
+    made = {f"{drawing.__name__}.svg": drawing().svg() for drawing in drawings.DRAWINGS}
+    assert {path.name: path.read_text("utf-8") for path in DOCS.glob("drawings/*")} == made
 
 
 @pytest.fixture(scope="module")
