@@ -18,12 +18,22 @@ import fxprune
 from tests.pages import ROOT
 
 DOCS = ROOT / "docs"
-MODULES = ["fxprune", *(f"fxprune.{name}" for name in ("prune", "channels", "passes", "export", "errors", "recipes"))]
+MODULES = [
+    "fxprune",
+    *(f"fxprune.{name}" for name in ("prune", "channels", "passes", "export", "errors", "recipes", "callbacks")),
+]
+# modules that import a library of their own are read, not imported
+ADAPTERS = [
+    "fxprune.callbacks.lightning.FxpruneCallback",
+    "fxprune.callbacks.transformers.FxpruneCallback",
+    "fxprune.callbacks.accelerate.AcceleratedPruning",
+]
 ADDED = {"readme.md", "contributing.md", "changelog.md", "license.md"}  # by docs/site/pages.py
 
 
 def public_names() -> Iterator[str]:
     """Every name of `__all__`, modules and the version aside; what the top names too stands there."""
+    yield from ADAPTERS
     for name in [*MODULES, "fxprune.importance"]:
         module = fxprune.importance if name == "fxprune.importance" else importlib.import_module(name)
         for attribute in module.__all__:

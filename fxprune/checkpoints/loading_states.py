@@ -66,10 +66,10 @@ def load_state(traced: TracedModule, state: State, strict: bool = True) -> Trace
         _insert_norms(normed, norms)
     own = normed.state_dict()
     given = respelled(state, own)
-    masks = _masks_of(normed, given)
+    masks = masks_of(normed, given)
     expected = own
     for name, mask in masks.items():
-        expected = _masked(expected, name, mask)
+        expected = with_mask(expected, name, mask)
     check_state(given, expected, strict=strict, is_finalized=traced.plan is not None)
     if norms:
         driver.insert_masks(normed, masks)
@@ -87,7 +87,7 @@ def _insert_norms(traced: TracedModule, steps: Sequence[InsertParametrization]) 
 # ---- masks
 
 
-def _masks_of(traced: TracedModule, given: State) -> dict[str, Tensor]:
+def masks_of(traced: TracedModule, given: State) -> dict[str, Tensor]:
     """By parameter, the masks that the keys of a state have and the module has not."""
     names = [name for name, _ in traced.named_parameters(remove_duplicate=False)]
     there = {*names, *computed_names(traced)}.difference(masked(traced))
@@ -96,7 +96,7 @@ def _masks_of(traced: TracedModule, given: State) -> dict[str, Tensor]:
     return {name: given[key] for key, name in plain.items() if name in there}
 
 
-def _masked(own: State, name: str, mask: Tensor) -> dict[str, Any]:
+def with_mask(own: State, name: str, mask: Tensor) -> dict[str, Any]:
     """The state of a module once a mask is inserted."""
     if name not in own:  # what is computed is stored nowhere
         return {**own, mask_name(name): mask}

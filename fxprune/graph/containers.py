@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 from torch import nn
@@ -90,7 +91,12 @@ def share_contents(target: nn.Module, source: nn.Module) -> None:
 
 def restore_order(module: nn.Module) -> None:
     """Sort the parameters of a container as the eager module had them; those it had not keep their place at the end."""
-    rank = {name: i for i, name in enumerate(provenance_of(module).parameter_order)}
+    put_in_order(module, provenance_of(module).parameter_order)
+
+
+def put_in_order(module: nn.Module, names: Sequence[str]) -> None:
+    """Sort the parameters of a container by these names, within it; others come after them as they are."""
+    rank = {name: i for i, name in enumerate(names)}
     items = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
     module._parameters.clear()
     module._parameters.update(items)

@@ -37,6 +37,7 @@ def test_the_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypat
     namespace = {"__name__": "__main__"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*weight_norm.* is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", module="lightning")  # what a trainer says of its folders
         lacking = [block.lacks or block.run(namespace) for block in blocks(page)]
     if missing := {name for name in lacking if name}:
         pytest.skip(f"the other blocks ran; some need {', '.join(sorted(missing))}")
