@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from fxprune.graph.calls import cloned
 from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import TorchDispatchMode, convert_tensors
 
@@ -31,13 +32,28 @@ def copied_bytes(runner: Runner) -> int:
 
 
 class Float64Runner(ModuleRunner):
-    """A float64 copy of a module in eval mode."""
+    """A module in eval mode, computed in float64.
+
+    Parameters are widened where operators read them. Where some operator does not take its own in another type than its
+    input, as those of recurrent layers, all of them are copied in float64.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(_float64_copy(module), "eval")
+        self._source: nn.Module | None = module
+        super().__init__(_float64_copy(module, shared=True), "eval")
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = pytree.tree_map(_widened, (args, kwargs))
+        if self._source is not None:
+            drawn = torch.get_rng_state()
+            try:
+                return self._widening(*cloned((args, kwargs)))
+            except Exception:  # whatever an operator raises of types; what it raises of all else, it raises again
+                self.module, self._source = _float64_copy(self._source, shared=False).eval(), None
+                torch.set_rng_state(drawn)
+        return self._widening(args, kwargs)
+
+    def _widening(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with _default_float64(), _Widening():  # type: ignore[no-untyped-call]
             return super()._call(args, kwargs)
 
@@ -65,15 +81,29 @@ def _widened(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
-def _float64_copy(module: nn.Module) -> nn.Module:
+def _float64_copy(module: nn.Module, *, shared: bool) -> nn.Module:
+    """A copy in float64; its parameters are the module's own values where `shared`, without gradients."""
     attributes = [value for part in module.modules() for value in part.__dict__.values()]
     computed = [value for value in attributes if isinstance(value, torch.Tensor) and value.grad_fn]
     # torch refuses to copy what was computed; hooks compute these again
-    wide = copy.deepcopy(module, {id(value): value.detach() for value in computed})
-    convert_tensors(wide, _widened)  # a traced module's own refuses types that its graph names
+    memo: dict[int, Any] = {id(value): value.detach() for value in computed}
+    if shared:
+        memo |= {id(own): nn.Parameter(own.detach(), requires_grad=False) for own in module.parameters()}
+    wide = copy.deepcopy(module, memo)
+    if shared:
+        _widen_buffers(wide)
+    else:
+        convert_tensors(wide, _widened)  # a traced module's own refuses types that its graph names
     if isinstance(wide, TracedModule):
         wide.set_examples(*pytree.tree_map(_widened, (wide.example_args, wide.example_kwargs)))
     return wide
+
+
+def _widen_buffers(module: nn.Module) -> None:
+    """Buffers in float64: what is written into them stays there."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = _widened(buffer)
 
 
 @contextlib.contextmanager

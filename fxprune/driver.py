@@ -18,6 +18,7 @@ from torch import nn
 
 from fxprune.calling import named_arguments
 from fxprune.channels import ChannelPlan
+from fxprune.channels.checking import OutputsDifferError
 from fxprune.channels.groups import ChannelGroups, Grouping
 from fxprune.channels.registry import REPORT, failed_with
 from fxprune.errors import (
@@ -246,12 +247,33 @@ def plain_view(traced: TracedModule) -> TracedModule:
     names = reparametrized(traced)
     if not names and not any(map(copied_parameters, traced.graphs.values())):
         return traced
-    plain = run_passes(_copied_around(traced, names), FINALIZE).graph_module
+    plain = run_passes(_sharing_tensors(traced), _finalize_anew()).graph_module
     assert isinstance(plain, TracedModule)
     for graph in plain.graphs.values():
         read_directly(graph)
     plain.recompile()
     return plain
+
+
+def _sharing_tensors(traced: TracedModule) -> TracedModule:
+    """A copy of the module with the same parameters and buffers, which are only to be read."""
+    return copy.deepcopy(traced, {id(tensor): tensor for tensor in tensors_of(traced).values()})
+
+
+def _finalize_anew() -> list[Pass]:
+    """The passes of `FINALIZE` for a module that shares its tensors."""
+    return [replace(step, anew=True) if isinstance(step, FoldReparametrizations) else step for step in FINALIZE]
+
+
+def _own_tensors(final: TracedModule, traced: TracedModule) -> None:
+    """Copy what a module still shares with another one; what is tied, or overlaps, is so in the copy."""
+    shared = {id(tensor) for tensor in tensors_of(traced).values()}
+    memo: dict[int, Any] = {}
+    for module in final.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if id(tensor) in shared:
+                    held[name] = copy.deepcopy(tensor, memo)  # type: ignore[assignment]
 
 
 def without_norms(traced: TracedModule, names: Collection[str]) -> TracedModule:
@@ -456,9 +478,9 @@ def finalize(
         return _finalized_by_first(traced, options, whole=whole)
     for text in traced.told_unused():
         warnings.warn(text, FxpruneWarning, stacklevel=3)
-    steps: list[Pass] = [*FINALIZE]
+    steps = _finalize_anew()
     if shrink or plan is not None:
-        steps.append(RemoveChannels(align, plan, verify, keep_for_training, keep_for_write_back))
+        steps.append(RemoveChannels(align, plan, verify, keep_for_training, keep_for_write_back, lean=True))
     if fold_batch_norm:
         steps.append(FoldBatchNorm())
     final = _run_or_refuse(traced, steps, after)
@@ -510,14 +532,24 @@ def _shapes(final: TracedModule) -> dict[str, tuple[int, ...]]:
 def _run_or_refuse(traced: TracedModule, steps: Sequence[Pass], after: Callback | None) -> TracedModule:
     """The passes run on a copy; where the removal fails at a node, again with the channels left that this touches.
 
-    Where it cannot be told which node it is, or where leaving some did not help, all channels stay.
+    Where it cannot be told which node it is, or where leaving some did not help, all channels stay. The copy shares
+    tensors with the module until it has others, and weights are let go as they are cut: only where outputs differ the
+    removal is done again with all that tells where.
     """
     refused: dict[str, str] = {}
+    lean = True
     while True:
-        tried = [replace(step, refused=refused) if isinstance(step, RemoveChannels) else step for step in steps]
+        tried = [
+            replace(step, refused=refused, lean=lean) if isinstance(step, RemoveChannels) else step for step in steps
+        ]
         try:
             with torch.inference_mode(False):  # what is made trains on
-                final = run_passes(copy.deepcopy(traced), tried, after).graph_module
+                final = run_passes(_sharing_tensors(traced), tried, after).graph_module
+                assert isinstance(final, TracedModule)
+                _own_tensors(final, traced)
+        except OutputsDifferError:
+            lean = False
+            continue
         except (PassError, FinalizeError) as problem:
             analyzed = any(isinstance(step, RemoveChannels) and step.plan is None for step in steps)
             everything = {node.name for node in traced.graphs["eval"].nodes if node.op == "call_function"}
@@ -529,7 +561,6 @@ def _run_or_refuse(traced: TracedModule, steps: Sequence[Pass], after: Callback 
             where = describe(node) if node is not None else "an unknown operator"
             warnings.warn(f"{where}: {why}. {REPORT}", AnalysisWarning, stacklevel=4)
             continue
-        assert isinstance(final, TracedModule)
         return final
 
 

@@ -39,11 +39,12 @@ class FoldReparametrizations(Pass):
     parametrization: a new Parameter, so the other uses keep their values; (3) a masked parameter that no graph
     reads: the product is stored. What a parameter is computed from (a mask under a norm) is folded with it. (4) With
     `keep_masks`, a mask on what a norm or a parametrization computes stays: the parameter is then one that a mask
-    alone changes; other masks are left as they are.
+    alone changes; other masks are left as they are. (5) With `anew`, a new Parameter in case (1), too.
 
     Args:
         parameters: qualified names; None folds all.
         keep_masks: whether to fold what masks act on, in place of the masked values.
+        anew: whether another module holds the parameters as well, which is to keep its values.
 
     Example:
         >>> FoldReparametrizations()(traced).modified
@@ -52,12 +53,15 @@ class FoldReparametrizations(Pass):
 
     parameters: tuple[str, ...] | None = None
     keep_masks: bool = False
+    anew: bool = False
     name: ClassVar[str] = "fold-reparametrizations"
 
     def run(self, traced: TracedModule) -> bool:
         order = list(traced.graphs.values())  # eval before train
         places = self._places(traced, order)
         holders = Counter(id(p) for module in traced.modules() for p in module._parameters.values())
+        if self.anew:  # (5)
+            holders = Counter({number: 2 * count for number, count in holders.items()})
         replaced = set()  # what is stored under these names now, other nodes do not mean
         for name, nodes in places.items():
             with working_on(nodes[0]) if nodes else contextlib.nullcontext():

@@ -24,7 +24,8 @@ class RemoveChannels(Pass):
     multiples that run fast, exactness is untouched), 1 for the least, or the multiple to keep. With `plan` the sizes
     are those of a stored plan, and no constants are folded. `verify` compares the outputs and counts MACs. With
     `keep_for_training` channels stay that are constant in eval mode alone, with `keep_for_write_back` those that are
-    constant but for the border; with `refused`, names of nodes and reasons, those that these touch.
+    constant but for the border; with `refused`, names of nodes and reasons, those that these touch. With `lean` weights
+    are let go as they are cut: outputs that differ are an `OutputsDifferError`, which names no node.
 
     Example:
         >>> RemoveChannels(align=1)(traced).modified
@@ -37,6 +38,7 @@ class RemoveChannels(Pass):
     keep_for_training: bool = False
     keep_for_write_back: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    lean: bool = False
     name: ClassVar[str] = "remove-channels"
 
     def requires(self, traced: TracedModule) -> None:
@@ -53,7 +55,7 @@ class RemoveChannels(Pass):
                 keep_for_write_back=self.keep_for_write_back,
                 refused=self.refused,
             )
-            plan = remove(traced, analysis, verify=self.verify)
+            plan = remove(traced, analysis, verify=self.verify, lean=self.lean)
         else:
             plan = impose(traced, self.plan)
         return bool(plan.removed or plan.dropped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fxprune.graph.macs import NodeMacs
 from fxprune.graph.names import tensor_at
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
+from fxprune.torch_internals import FakeTensorMode
 
 # above, a run in float64 would cost more than the capture
 _MOST_MACS_IN_FLOAT64 = 1e9
@@ -59,6 +61,82 @@ class Before:
         """What a `get_attr` node of the graph reads."""
         return self.tensors[name] if name in self.tensors else tensor_at(self.root, name)
 
+    def outputs(self, traced: TracedModule) -> Outputs:
+        """What the graph gives at the sample inputs of the module, to be compared when its tensors are gone."""
+        dtype, tolerance = _precision(self)
+        inputs = _inputs(traced)
+        try:
+            found, macs = _counted(self.graph, self.read, inputs, dtype)
+        except RuntimeError:  # some operators have no float64
+            if dtype is None:
+                raise
+            dtype, tolerance = None, None
+            found, macs = _counted(self.graph, self.read, inputs, dtype)
+        return Outputs(found, macs, dtype, tolerance, str(Batch.of(self.graph)))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a graph gave before the removal.
+
+    Attributes:
+        values: its flat outputs. macs: its multiply-accumulates of one sample.
+        dtype, tolerance: what it was computed in (None: as it is), and within what outputs count as equal.
+        sample: the batch, as a plan says it.
+    """
+
+    values: list[Any]
+    macs: int
+    dtype: torch.dtype | None
+    tolerance: float | None
+    sample: str
+
+    def macs_of_equal(self, traced: TracedModule) -> tuple[int, int]:
+        """The multiply-accumulates before and after.
+
+        Raises:
+            OutputsDifferError: the eval graph gives other outputs now.
+        """
+        found, macs = _counted(traced.graphs["eval"], partial(tensor_at, traced), _inputs(traced), self.dtype)
+        if not all(close(want, got, self.tolerance) for want, got in zip(self.values, found, strict=True)):
+            raise OutputsDifferError("outputs differ; the removal that keeps what was there says where")
+        return self.macs, macs
+
+
+class OutputsDifferError(FinalizeError):
+    """Outputs differ after a removal that kept nothing by which to tell where."""
+
+
+def macs_without_values(traced: TracedModule) -> int:
+    """The multiply-accumulates that the eval graph takes for one sample, from shapes and types alone.
+
+    Whatever an operator raises that needs values is raised.
+    """
+    devices = [leaf.device for leaf in _inputs(traced) if isinstance(leaf, Tensor)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def empty(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            device = devices[0] if value.is_meta and devices else value.device
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
+        inputs = [empty(each) for each in _inputs(traced)]
+        return _counted(traced.graphs["eval"], lambda name: empty(tensor_at(traced, name)), inputs, None)[1]
+
+
+def _inputs(traced: TracedModule) -> list[Any]:
+    return pytree.tree_leaves((traced.example_args, traced.example_kwargs))
+
+
+def _counted(
+    graph: fx.Graph, tensors: Callable[[str], Any], inputs: list[Any], dtype: torch.dtype | None
+) -> tuple[list[Any], int]:
+    """The outputs of a graph, and its multiply-accumulates of one sample."""
+    with NodeMacs() as counted:
+        outputs = run(graph, tensors, inputs, dtype, counted.watch)
+    return outputs, macs_of_one_sample(graph, counted.macs, Batch.of(graph))
+
 
 @dataclass(frozen=True)
 class _Runs:
@@ -75,19 +153,14 @@ def macs_verified(before: Before, traced: TracedModule, coupling: Coupling, kept
     Raises:
         FinalizeError: they differ; names the first node that does.
     """
-    inputs = pytree.tree_leaves((traced.example_args, traced.example_kwargs))
-    graph = traced.graphs["eval"]
+    inputs, graph = _inputs(traced), traced.graphs["eval"]
 
     def tensors(name: str) -> Any:
         return tensor_at(traced, name)
 
     def both(dtype: torch.dtype | None) -> _Runs:
-        results, macs = [], []
-        for each, source in ((before.graph, before.read), (graph, tensors)):
-            with NodeMacs() as counted:
-                results.append(run(each, source, inputs, dtype, counted.watch))
-            macs.append(macs_of_one_sample(each, counted.macs, Batch.of(each)))
-        return _Runs(results[0], results[1], (macs[0], macs[1]))
+        first, second = (_counted(*each, inputs, dtype) for each in ((before.graph, before.read), (graph, tensors)))
+        return _Runs(first[0], second[0], (first[1], second[1]))
 
     dtype, tolerance = _precision(before)
     try:

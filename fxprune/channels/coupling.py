@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -14,7 +15,7 @@ from fxprune.channels.class_statistics import keep_statistics_of_class
 from fxprune.channels.ids import Classes, Ids, Vector
 from fxprune.channels.readers import Reader
 from fxprune.channels.registry import relate
-from fxprune.channels.values import on_cpu
+from fxprune.channels.values import Value, on_cpu
 from fxprune.channels.walk import Parameters, Walk
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.mutation import is_mutating
@@ -51,6 +52,15 @@ class Coupling:
     def of(self, ids: Vector) -> Vector:
         """The classes of ids."""
         return self.classes.of[ids]
+
+    def forget_weights(self) -> None:
+        """Let go of what walks hold of weights: of values only those that inputs reach are asked for any more."""
+        for walk in self.walks.values():
+            for reader in walk.readers:
+                reader.table, reader.used = None, np.zeros((0, 0, 0), bool)
+            for node, value in walk.env.items():
+                if isinstance(value, Value) and value.stored:
+                    walk.env[node] = replace(value, facts=None)
 
     def forget_maps_of_one_graph(self) -> None:
         """Ask for constants of positions where the train graph has not the same layers."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from fxprune.channels.analysis import Analysis, analyze
+from fxprune.channels.checking import macs_without_values
 from fxprune.channels.groups import Grouping
 from fxprune.channels.ids import Mask
 from fxprune.channels.removal import remove
@@ -39,15 +41,45 @@ def foresee(
     return analyze(candidate)
 
 
-def parameters_left(analysis: Analysis) -> int | None:
-    """How many parameters the module will have, biases that take up constants among them; `analysis` is used up.
+@dataclass(frozen=True)
+class Sizes:
+    """What is left: parameters, biases that take up constants among them, and multiply-accumulates of one sample."""
 
-    None where a change of the graph fails, so that `finalize` will leave channels for it.
+    parameters: int
+    macs: int
+
+
+def sizes_left(analysis: Analysis, *, macs: bool = True) -> Sizes | None:
+    """What the module will have; `analysis` is used up. No weight is copied.
+
+    None where a change of the graph fails, so that `finalize` will leave channels for it, or where the operators that
+    are left cannot be counted without values.
+
+    Args:
+        analysis: what `foresee` gave.
+        macs: whether to count them; else they are 0.
     """
+    traced = analysis.traced
     try:
-        return remove(analysis.traced, analysis, verify=False).parameters[1]
+        plan = remove(traced, analysis, verify=False, hollow=True)
+        return Sizes(plan.parameters[1], macs_without_values(traced) if macs else 0)
     except Exception:  # a registered operator's own changes may raise anything; finalize says what it was
         return None
+    finally:
+        forget(analysis)
+
+
+def forget(analysis: Analysis) -> None:
+    """Let go of what `foresee` made, masked weights above all: modules and graphs refer to themselves, and would stay.
+
+    Neither the analysis nor its module is of any use then.
+    """
+    for walk in analysis.coupling.walks.values():
+        walk.env.clear()
+        walk.readers.clear()
+    analysis.coupling.tensors.clear()
+    for module in analysis.traced.modules():
+        module._parameters.clear()
 
 
 def classes_left(grouping: Grouping, analysis: Analysis) -> Mask | None:

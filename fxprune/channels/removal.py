@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,36 +33,56 @@ from fxprune.graph.traced import TracedModule
 
 
 @renamed("check", "verify")
-def remove(traced: TracedModule, analysis: Analysis, *, verify: bool = True) -> ChannelPlan:
+def remove(
+    traced: TracedModule, analysis: Analysis, *, verify: bool = True, lean: bool = False, hollow: bool = False
+) -> ChannelPlan:
     """Take out, in place and from every graph, what `analysis` found; checked against the graph before.
 
     Args:
         traced: the module that was analyzed, unchanged since.
         analysis: what `analyze` returned for it.
         verify: whether to compare the outputs at the sample inputs, and count MACs.
+        lean: let go of every weight as soon as it is cut; where outputs differ it cannot be told then which node does.
+        hollow: give parameters and buffers their new shapes without values, on the device "meta".
 
     Returns:
         What was carried out; also in `traced.plan`.
 
     Raises:
         FinalizeError: the analysis is of another module, or the outputs would change. The module is then of no use.
+            OutputsDifferError: the latter, where `lean`.
     """
     if analysis.traced is not traced:
         raise FinalizeError("the analysis is of another module. Call analyze on this one.")
     relations = analysis.coupling
     before = Before.of(traced.graphs["eval"], relations.tensors, traced) if verify else None
+    outputs = before.outputs(traced) if before is not None and lean else None
     folding = Folding(traced, relations, analysis.alive)
     with on_cpu():
         folding.run()
     plan = ChannelPlan(stayed=list(analysis.plan.stayed), eval_only=dict(analysis.plan.eval_only))
     plan.refused = dict(analysis.plan.refused)
-    _carry_out(traced, relations, analysis.alive, analysis.plan, plan, folding.values, analysis.names)
+    if outputs is not None:
+        before = None
+        relations.forget_weights()
+    how = _How(lean=outputs is not None, hollow=hollow)
+    _carry_out(traced, relations, analysis.alive, analysis.plan, plan, folding.values, analysis.names, how)
     plan.folded, plan.merged, plan.added = folding.folded, folding.merged, folding.added
     plan.positions = folding.positions
     if before is not None:
         plan.macs = macs_verified(before, traced, relations, Kept(relations.classes, analysis.alive))
         plan.sample = str(Batch.of(before.graph))
+    elif outputs is not None:
+        plan.macs, plan.sample = outputs.macs_of_equal(traced), outputs.sample
     return plan
+
+
+@dataclass(frozen=True)
+class _How:
+    """How tensors are cut: as `lean` and `hollow` of `remove` say."""
+
+    lean: bool = False
+    hollow: bool = False
 
 
 def impose(traced: TracedModule, plan: ChannelPlan) -> ChannelPlan:
@@ -125,7 +146,7 @@ def _keep_in_groups(relations: Coupling, plan: ChannelPlan, alive: Mask) -> None
 
 def _carry_out(
     traced: TracedModule, relations: Coupling, alive: Mask, wanted: ChannelPlan, plan: ChannelPlan,
-    values: dict[str, Tensor], names: Collection[str],
+    values: dict[str, Tensor], names: Collection[str], how: _How = _How(),
 ) -> None:  # fmt: skip
     """Change the module and its graphs to what `plan` keeps, and complete it.
 
@@ -135,6 +156,7 @@ def _carry_out(
         plan: shapes and kept indices are filled in; the rest is here.
         values: new values of parameters, before they are cut.
         names: the parameters and buffers that there were before constants were folded.
+        how: tensors are cut.
     """
     kept = Kept(relations.classes, alive)
     computing = _computing_modules(relations, names)
@@ -147,7 +169,7 @@ def _carry_out(
     }
     plan.constants = tuple(place(traced, relations, kept, [Constant(*constant) for constant in wanted.constants]))
     fill_in(relations, alive, plan)
-    _slice(traced, relations, plan, values | _shifted_indices(relations, kept))
+    _slice(traced, relations, plan, values | _shifted_indices(relations, kept), how)
     plan.dropped = tuple(sorted({*wanted.dropped, *_drop(traced, relations, computing, names)}))
     tensors = tensors_of(traced)
     for walk in relations.walks.values():
@@ -169,17 +191,24 @@ def _shifted_indices(relations: Coupling, kept: Kept) -> dict[str, Tensor]:
     return found
 
 
-def _slice(traced: TracedModule, relations: Coupling, plan: ChannelPlan, values: dict[str, Tensor]) -> None:
+def _slice(
+    traced: TracedModule, relations: Coupling, plan: ChannelPlan, values: dict[str, Tensor], how: _How
+) -> None:  # fmt: skip
     """Cut every parameter and buffer; tied ones stay tied."""
-    replaced: dict[int, Tensor] = {}
+    replaced: dict[int, Tensor] = {}  # all that are asked for were there from the start, so no number is used again
     for name in relations.parameters:
         old = relations.tensors[name]
         if id(old) not in replaced:
-            new = plan.slice(name, values[name].to(old.device) if name in values else old.detach())
-            if name not in values and new.shape == old.shape:
+            value = values.pop(name, None) if how.lean else values.get(name)
+            is_new, value = value is not None, old.detach() if value is None else value
+            new = plan.slice(name, value.to("meta" if how.hollow else old.device))
+            if not is_new and not how.hollow and new.shape == old.shape:
                 continue
             replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         _install(traced, name, replaced[id(old)])
+        if how.lean:
+            relations.tensors[name] = replaced[id(old)]
+        del old
 
 
 def _install(traced: TracedModule, name: str, value: Tensor) -> None:

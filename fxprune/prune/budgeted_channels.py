@@ -17,7 +17,7 @@ from torch import fx, nn
 from fxprune import driver
 from fxprune.calling import renamed
 from fxprune.channels.budget import masks
-from fxprune.channels.foresight import classes_left, foresee, parameters_left
+from fxprune.channels.foresight import classes_left, foresee, forget, sizes_left
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
@@ -211,7 +211,10 @@ def channels(
             measure = stack.enter_context(driver.stopwatch(before, threads=threads, batch=batch, providers=providers))
         chosen = _in_class(before, limits, lambda: _outcome(before, request, evidence, limits, measure, prices, timing))
     earlier = {**{name: view(before, name).mask for name in chosen.found.masks}, **earlier}
-    driver.insert_masks(traced, {name: _mask_or_ones(before, name) for name in earlier} | chosen.found.masks)
+    found = chosen.found.masks
+    driver.insert_masks(
+        traced, {name: found[name] if name in found else _mask_or_ones(before, name) for name in earlier}
+    )
     record(traced, request, chosen.decided, earlier)
     return _report(chosen.grouping, chosen.picked, chosen.lacking, chosen.found, request, chosen.table)
 
@@ -417,17 +420,20 @@ def _chosen(
         analysis = foresee(grouping.plain, wanted, decided)
         left = classes_left(grouping, analysis)
         if left is not None and not np.array_equal(left, counted):
+            forget(analysis)
             corrected, ranked = True, ranked.corrected(left & ~counted, counted & ~left)
             continue
         macs, parameters = grouping.macs(counted), grouping.parameters(counted)
-        counted_left = parameters if not masked(traced) or left is None or corrected else parameters_left(analysis)
-        del analysis  # it holds masked weights
-        if left is None or corrected or counted_left is None:  # values have a say in what goes, and in biases
+        found: tuple[int, int] | None = (macs, parameters)
+        if left is None or corrected or masked(traced):  # values have a say in what goes, and in biases
+            by_values = left is None or corrected
+            sizes = sizes_left(analysis, macs=by_values)
+            found = None if sizes is None else (sizes.macs if by_values else macs, sizes.parameters)
+        forget(analysis)
+        if found is None:
             found = _finalized(traced, wanted, decided)
-        else:
-            found = macs, counted_left
-        sizes = {"macs": found[0] - macs, "parameters": found[1] - parameters}
-        more = {name: sizes.get(name, 0) for name in added}
+        differences = {"macs": found[0] - macs, "parameters": found[1] - parameters}
+        more = {name: differences.get(name, 0) for name in added}
         settles = corrections >= MOST_CORRECTIONS // 2  # what is added depends on the choice: the most of it counts
         if all(more[name] == there or (settles and more[name] < there) for name, there in added.items()):
             return _Found(wanted, alive, *found, choice.speedup, choice.for_speed)
@@ -488,7 +494,15 @@ def _masks(traced: TracedModule, grouping: Grouping, alive: Mask) -> dict[str, t
     """The masks to insert: those of what is dead, times what is there."""
     wanted = masks(grouping, alive)
     present = {name: view(traced, name).mask for name in wanted}
-    return {name: mask if (there := present[name]) is None else mask.to(there) * there for name, mask in wanted.items()}
+    return {name: mask if (there := present[name]) is None else _both(mask, there) for name, mask in wanted.items()}
+
+
+def _both(mask: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """A boolean mask on top of one that is there; boolean where that holds nothing but zeros and ones."""
+    mask, kept = mask.to(there.device), there != 0
+    if torch.equal(there, kept.to(there.dtype)):
+        return mask & kept
+    return mask.to(there) * there
 
 
 def _binding(grouping: Grouping, request: ChannelRequest, found: _Found) -> str:

@@ -418,7 +418,10 @@ def test_what_a_choice_leaves_is_counted_without_another_copy_of_the_weights(
 
     monkeypatch.setattr(driver, "finalize", watched)
     monkeypatch.setattr(budgeted_channels, "classes_left", lambda *_: None)  # it cannot be said by the graphs alone
-    fxprune.prune.channels(traced, macs=0.5)
+    report = fxprune.prune.channels(copy.deepcopy(traced), macs=0.5)
+    assert not counted  # shapes tell it
+    monkeypatch.setattr(budgeted_channels, "sizes_left", lambda *_, **__: None)  # nor by an analysis of them
+    assert fxprune.prune.channels(traced, macs=0.5).to_dict() == report.to_dict()
     assert counted
     assert all(counted)
     for name, value in before.items():

@@ -1,0 +1,108 @@
+"""What each step holds at its peak beside the module, as a multiple of the parameters' bytes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from tests.tensor_memory import TensorMemory
+
+
+class _Blocks(nn.Module):
+    """Residual blocks of two layers, weights far larger than activations, and more than one of them."""
+
+    def __init__(self, width: int = 64, hidden: int = 256, count: int = 6) -> None:
+        super().__init__()
+        self.rise = nn.ModuleList(nn.Linear(width, hidden, bias=False) for _ in range(count))
+        self.fall = nn.ModuleList(nn.Linear(hidden, width, bias=False) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for rise, fall in zip(self.rise, self.fall, strict=True):
+            x = x + fall(rise(x).relu())
+        return x
+
+
+@pytest.fixture
+def traced() -> fxprune.TracedModule:
+    torch.manual_seed(0)
+    return fxprune.trace(_Blocks(), (torch.randn(2, 64),), modes=("eval",))
+
+
+def _peak(traced: fxprune.TracedModule, call: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call gives, and its peak over the bytes of the parameters."""
+    memory = TensorMemory([*traced.parameters(), *traced.buffers()])
+    with memory:
+        result = call()
+    return result, memory.peak / sum(parameter.nbytes for parameter in traced.parameters())
+
+
+def test_the_count_sees_what_is_alive_at_once_and_no_more() -> None:
+    there = torch.ones(100)
+    with TensorMemory([there]) as memory:
+        first = there + 1
+        second = first * 2
+        del first, second
+        third = there.view(10, 10) + 1
+    assert memory.peak == 800
+    assert memory.alive == third.nbytes == 400
+
+
+def test_channels_hold_the_masks_and_what_tells_dead_entries(traced: fxprune.TracedModule) -> None:
+    _, peak = _peak(traced, lambda: fxprune.prune.channels(traced, macs=0.7))
+    assert fxprune.finalize(traced).plan.macs[1] <= 0.7 * fxprune.finalize(traced).plan.macs[0]
+    assert peak < 1.7  # masked weights, and two bytes an entry: its mask, and whether it is zero
+
+
+def test_more_channels_hold_no_more(traced: fxprune.TracedModule) -> None:
+    fxprune.prune.channels(traced, macs=0.8)
+    with torch.no_grad():  # so that the choice goes on from the masks
+        traced.get_parameter("rise.0.weight_orig").mul_(1.01)
+    _, peak = _peak(traced, lambda: fxprune.prune.channels(traced, macs=0.7))
+    assert peak < 2.7  # weights under the masks of before, too
+
+
+def test_finalize_holds_its_weights_once(traced: fxprune.TracedModule) -> None:
+    fxprune.prune.channels(traced, macs=0.7)
+    final, peak = _peak(traced, lambda: fxprune.finalize(traced))
+    assert peak < 1.6  # folded weights once, a byte an entry, a float64 weight in the check of outputs
+    x = torch.randn(3, 64)
+    assert (final(x) - traced(x)).abs().max() < 1e-5
+    kept = {tensor.untyped_storage().data_ptr() for tensor in (*final.parameters(), *final.buffers())}
+    assert kept.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in (*traced.parameters(), *traced.buffers()))
+
+
+def test_finalize_without_shrinking_holds_a_copy(traced: fxprune.TracedModule) -> None:
+    fxprune.prune.l1_unstructured(traced, "rise.0.weight", amount=0.5)
+    final, peak = _peak(traced, lambda: fxprune.finalize(traced, shrink=False))
+    assert peak < 1.3
+    assert torch.equal(final.get_parameter("fall.0.weight"), traced.get_parameter("fall.0.weight"))
+    assert final.get_parameter("fall.0.weight") is not traced.get_parameter("fall.0.weight")
+
+
+def test_the_truth_in_float64_holds_one_weight_at_a_time(traced: fxprune.TracedModule) -> None:
+    report, peak = _peak(traced, lambda: fxprune.compare(traced, _again(traced), inputs=torch.randn(2, 64)))
+    assert [row.error is not None for row in report.rows] == [True]
+    assert peak < 0.3
+
+
+def test_where_operators_take_one_type_the_truth_is_a_copy() -> None:
+    traced = fxprune.trace(nn.LSTM(8, 16, batch_first=True), (torch.randn(2, 5, 8),))
+    x = torch.randn(2, 5, 8)
+    report = fxprune.compare(traced, _again(traced), inputs=x)
+    exact = copy.deepcopy(traced).eval()
+    lstm = nn.LSTM(8, 16, batch_first=True).double()
+    lstm.load_state_dict(exact.state_dict())
+    with torch.no_grad():
+        error = (traced.eval()(x)[0] - lstm(x.double())[0]).abs().max() / lstm(x.double())[0].abs().max()
+    assert report.rows[0].error == pytest.approx(error.item(), rel=1e-3)
+
+
+def _again(traced: fxprune.TracedModule) -> fxprune.TracedModule:
+    """Another module with the same tensors."""
+    return copy.deepcopy(traced, {id(tensor): tensor for tensor in (*traced.parameters(), *traced.buffers())})
