@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-_WIDTH = 560
+_WIDTH = 380  # with its labels a chart is as wide as a phone lets one read
+_FONT = 13
 _ROUNDING = 1e-9  # smaller errors are none, and would take up the scale
 _MOST_READERS = 24
 _MOST = 7  # lines that are told apart by colour and dash
@@ -22,8 +23,8 @@ def can_draw() -> bool:
     return importlib.util.find_spec("vl_convert") is not None
 
 
-def sensitivity_chart(curves: Sequence[dict[str, Any]]) -> str:
-    """What the output loses with a share of a group's units, for the groups that lose most, as SVG.
+def sensitivity_chart(curves: Sequence[dict[str, Any]]) -> str | None:
+    """What the output loses with a share of a group's units, for the groups that lose most, as SVG; None if none.
 
     Args:
         curves: as `fxprune.Sensitivity.to_dict` has them: `name`, `size`, `counts` and `measured`.
@@ -33,16 +34,18 @@ def sensitivity_chart(curves: Sequence[dict[str, Any]]) -> str:
         '<svg ...'
     """
     by_loss = sorted(curves, key=lambda curve: -max(curve["measured"], default=0.0))[:_MOST]
-    names = [_short(curve["name"]) for curve in by_loss]
+    names = labels([curve["name"] for curve in by_loss])
     rows = [
         {"group": name, "gone": count / curve["size"], "loss": max(float(loss), _ROUNDING)}
         for name, curve in zip(names, by_loss, strict=True)
         for count, loss in zip(curve["counts"], curve["measured"], strict=True)
         if count
     ]
+    if all(row["loss"] <= _ROUNDING for row in rows):
+        return None
     scale = {"domain": names, "range": list(_COLOURS[: len(names)])}
     dashes = {"domain": names, "range": list(_DASHES[: len(names)])}
-    legend = {"title": "group", "labelLimit": 240}
+    legend = {"title": "group", "labelLimit": 240, "columns": 2}
     return _svg(
         {
             "mark": {"type": "line", "point": True, "strokeWidth": 2},
@@ -63,8 +66,8 @@ def sensitivity_chart(curves: Sequence[dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
-def repair_chart(readers: dict[str, dict[str, Any]]) -> str:
-    """The error of each reader before and after it was refitted, largest first, as SVG.
+def repair_chart(readers: dict[str, dict[str, Any]]) -> str | None:
+    """The error of each reader before and after it was refitted, largest first, as SVG; None without errors.
 
     Args:
         readers: as `fxprune.ReconstructionReport.to_dict` has them: `before` and `after`.
@@ -74,18 +77,21 @@ def repair_chart(readers: dict[str, dict[str, Any]]) -> str:
         '<svg ...'
     """
     wrong = [(name, reader) for name, reader in readers.items() if reader["before"] > _ROUNDING]
+    if not wrong:
+        return None
     largest = sorted(wrong, key=lambda item: -item[1]["before"])[:_MOST_READERS]
     rows = [
-        {"reader": _short(name), "when": when, "error": max(float(reader[when]), _ROUNDING)}
-        for name, reader in largest
+        {"reader": label, "when": when, "error": max(float(reader[when]), _ROUNDING)}
+        for label, (_, reader) in zip(labels([name for name, _ in largest]), largest, strict=True)
         for when in ("before", "after")
     ]
     return _svg(
         {
+            "width": _WIDTH - 150,
             "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
             "data": {"values": rows},
             "encoding": {
-                "y": {"field": "reader", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 240}},
+                "y": {"field": "reader", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 180}},
                 "x": {"field": "error", "type": "quantitative", "title": "error, relative", "scale": {"type": "log"},
                       "axis": _POWERS},
                 "color": {"field": "when", "type": "nominal", "title": "repair",
@@ -97,8 +103,8 @@ def repair_chart(readers: dict[str, dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
-def budget_chart(budgets: Sequence[dict[str, Any]]) -> str:
-    """The estimated loss by the share of the MACs that is left, and the budget that was chosen, as SVG.
+def budget_chart(budgets: Sequence[dict[str, Any]]) -> str | None:
+    """The estimated loss by the share of the MACs that is left, and the chosen budget, as SVG; None without losses.
 
     Args:
         budgets: each with its `macs`, its `loss`, and whether it is the one `chosen`.
@@ -115,9 +121,11 @@ def budget_chart(budgets: Sequence[dict[str, Any]]) -> str:
         }
         for point in budgets
     ]
+    if all(row["loss"] <= _ROUNDING for row in rows):
+        return None
     position = {
-        "x": {"field": "macs", "type": "quantitative", "title": "share of the MACs left", "axis": {"format": "%"},
-              "scale": {"reverse": True, "zero": False}},
+        "x": {"field": "macs", "type": "quantitative", "title": "share of the MACs left",
+              "axis": {"format": "%", "tickCount": 5}, "scale": {"reverse": True, "zero": False}},
         "y": {"field": "loss", "type": "quantitative", "title": "lost, estimated", "scale": {"type": "log"},
               "axis": _POWERS},
     }  # fmt: skip
@@ -138,15 +146,46 @@ def budget_chart(budgets: Sequence[dict[str, Any]]) -> str:
 def _svg(spec: dict[str, Any]) -> str:
     import vl_convert
 
-    text = {"labelColor": _TEXT, "titleColor": _TEXT, "domainColor": _TEXT, "tickColor": _TEXT, "gridColor": "#8884"}
+    sizes = {"labelFontSize": _FONT, "titleFontSize": _FONT}
+    text = sizes | {
+        "labelColor": _TEXT,
+        "titleColor": _TEXT,
+        "domainColor": _TEXT,
+        "tickColor": _TEXT,
+        "gridColor": "#8884",
+    }
     config = {
-        "axis": text, "legend": {"labelColor": _TEXT, "titleColor": _TEXT}, "view": {"stroke": None},
-        "font": "sans-serif",
+        "axis": text, "legend": sizes | {"labelColor": _TEXT, "titleColor": _TEXT, "orient": "bottom"},
+        "view": {"stroke": None}, "font": "sans-serif",
     }  # fmt: skip
     whole = {"background": None, "width": _WIDTH, "config": config} | spec
     drawn: str = vl_convert.vegalite_to_svg(whole)
     return drawn
 
 
-def _short(name: str, most: int = 40) -> str:
-    return name if len(name) <= most else f"...{name[3 - most :]}"
+def labels(names: Sequence[str], most: int = 26) -> list[str]:
+    """Names short enough for an axis, and still different where they were: ends that tell them apart.
+
+    Example:
+        >>> labels(["net.a.conv.weight", "net.b.conv.weight"])
+        ['a.conv', 'b.conv']
+    """
+    cut = [name.removesuffix(".weight") for name in names]
+    told = cut if len(set(cut)) == len(set(names)) else names
+    found: list[str] = []
+    for name in told:
+        others = [other for other in told if other != name]
+        label = next((end for end in _ends(name) if not any(f".{other}".endswith(f".{end}") for other in others)), name)
+        if len(label) > most:
+            label = f"{label[: most // 3]}...{label[3 - most + most // 3 :]}"
+        same = sum(other == label or other.startswith(f"{label} #") for other in found)
+        found.append(f"{label} #{same + 1}" if same else label)
+    return found
+
+
+def _ends(name: str) -> Iterator[str]:
+    """The last part of a dotted name, its last two, ..., the whole."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        yield ".".join(parts[-count:])
+    yield name

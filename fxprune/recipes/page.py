@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from fxprune.recipes.charts import budget_chart, can_draw, repair_chart, sensitivity_chart
 from fxprune.recipes.layers import all_tensors, kept_indices, picture, ranges
@@ -68,6 +68,7 @@ def page(outcome: Outcome) -> str:
         >>> Path("report.html").write_text(page(outcome), encoding="utf-8")
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["dotted"] = dotted
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     stages = outcome.stages
     choice = stages.get("choose", {})
@@ -107,9 +108,20 @@ def page(outcome: Outcome) -> str:
     )
 
 
+def dotted(name: str) -> Markup:
+    """A name that may be broken after its dots.
+
+    Example:
+        >>> dotted("a.<b>")
+        Markup('a.<wbr>&lt;b&gt;')
+    """
+    return Markup(".<wbr>").join(escape(part) for part in name.split("."))
+
+
 def _drawn(chart: Any, data: Any) -> Markup | None:
-    """A chart, whose renderer escapes what it writes."""
-    return Markup(chart(data)) if data and can_draw() else None
+    """A chart, whose renderer escapes what it writes; None where there is nothing to see."""
+    drawn = chart(data) if data and can_draw() else None
+    return None if drawn is None else Markup(drawn)
 
 
 def _figures(outcome: Outcome) -> Iterator[Figure]:

@@ -166,7 +166,7 @@ def test_a_recipe_records_operators_and_layers(tmp_path: Any) -> None:
     assert dense["operators"]["Conv"]["nodes"] == pruned["operators"]["Conv"]["nodes"] == 2
     assert (dense["rounds"], sorted(tmp_path.iterdir())[0].name) == (3, "model.fxp")
     html = page(outcome)
-    for text in ("Latency by operator", "Conv", 'id="l1"', "No node was looked for that differs"):
+    for text in ("Latency by operator", "Conv", 'id="l1"', "there is no first node that differs"):
         assert text in html
     drawn = picture(outcome)
     assert drawn is not None

@@ -20,7 +20,7 @@ HOSTILE = '<script>alert("x")</script>&\'"</td>'
 class Parsed(HTMLParser):
     """The tags, the attributes and the text of a page, checked to be nested."""
 
-    VOID = ("meta", "br")
+    VOID = ("meta", "br", "wbr")
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -136,6 +136,19 @@ def test_a_budget_out_of_reach_is_the_first_thing_said(tmp_path: Path) -> None:
     recipes.run(recipes.parsed(tables), tmp_path)
     told = Parsed((tmp_path / "report.html").read_text(encoding="utf-8")).text
     assert re.search(r"The budget was not reached\.\s+macs=0.0001 cannot be reached", told)
+
+
+def test_charts_without_anything_to_see_are_left_out() -> None:
+    curve = {"name": "a.weight", "kind": "channel", "size": 4, "counts": [2, 4], "measured": [0.0, 1e-12]}
+    readers = {"a.weight": {"before": 0.0, "after": 0.0, "note": ""}}
+    budgets = [{"macs": 0.5, "loss": 0.0, "chosen": True}]
+    stages = {
+        "choose": {"sensitivity": {"curves": [curve]}, "budgets": budgets, "seconds": 0.0},
+        "repair": {"repair": {"readers": readers}, "seconds": 0.0},
+    }
+    parsed = Parsed(page(Outcome({"model": {"source": "m:f"}}, {}, stages)))
+    assert "figure" not in {tag for tag, _ in parsed.tags}
+    assert "All readers as a table" in parsed.text
 
 
 def test_ranges_are_written_short() -> None:
