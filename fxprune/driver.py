@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxprune.borrowing import Loans
 from fxprune.calling import named_arguments
 from fxprune.channels import ChannelPlan
 from fxprune.channels.checking import OutputsDifferError
@@ -31,6 +32,7 @@ from fxprune.errors import (
     PassError,
     PruningError,
 )
+from fxprune.graph import spread_modules
 from fxprune.graph.calls import Call
 from fxprune.graph.copies import copied_parameters, read_directly
 from fxprune.graph.equality import FOLDED_TOLERANCES, error
@@ -40,7 +42,7 @@ from fxprune.graph.names import canonical, has_parametrization, locate, one_name
 from fxprune.graph.provenance import provenance_of, set_provenance
 from fxprune.graph.reparametrizations import computed_names, hook_state, reparametrized
 from fxprune.graph.requirements import require_eval, require_parameter, require_traced
-from fxprune.graph.spread_modules import all_alike, check_can_be_spread, hollow_copy, is_spread, on_first, spread_alike
+from fxprune.graph.spread_modules import hollow_copy, is_spread
 from fxprune.graph.text import describe
 from fxprune.graph.traced import Origin, TracedModule
 from fxprune.passes import (
@@ -504,12 +506,16 @@ def finalize(
 def _finalized_by_first(traced: TracedModule, options: dict[str, Any], *, whole: bool) -> TracedModule:
     """The result of a module that is spread: made by the first process, its architecture by the others."""
     if not whole:
-        check_can_be_spread(traced)
+        spread_modules.check_can_be_spread(traced)
 
-    def told(final: TracedModule) -> tuple[ChannelPlan | None, dict[str, tuple[int, ...]]]:
-        return final.plan, _shapes(final)
+    def work(copied: TracedModule) -> TracedModule:
+        final = finalize(copied, **options)
+        return spread_modules.in_whole(final) if whole else final
 
-    (plan, shapes), made = on_first(traced, lambda copied: finalize(copied, **options), told)
+    def told(final: TracedModule, loans: Loans) -> Any:
+        return final.plan, _shapes(final), spread_modules.numbers_of(tensors_of(final), loans)
+
+    (plan, shapes, numbers), made, loans = spread_modules.by_loans(traced, work, told)
     if not made:
         imposed = {"plan": plan} if options["shrink"] or options["plan"] is not None else {}
         with warnings.catch_warnings():
@@ -518,9 +524,9 @@ def _finalized_by_first(traced: TracedModule, options: dict[str, Any], *, whole:
         final.record(plan)
     else:
         final = made[0] if whole else hollow_copy(made[0])
-    all_alike(traced, _shapes(final) == shapes, "the architecture that finalize gives")
+    spread_modules.all_alike(traced, _shapes(final) == shapes, "the architecture that finalize gives")
     if not whole:
-        final = spread_alike(final, traced, tensors_of(made[0]) if made else None)
+        final = spread_modules.spread_alike(final, traced, tensors_of(made[0]) if made else None, numbers, loans)
     final.record(plan, Origin(None if plan is traced.plan else plan, _sources(traced)))
     return final
 

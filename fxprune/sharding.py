@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def is_managed(module: object) -> bool:
 
 def part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor; detached. Raises ShardingError where one that is spread has no values."""
-    _check_values(tensor)
+    check_values(tensor)
     own: Tensor = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()  # type: ignore[attr-defined]
     return own
 
@@ -53,13 +53,14 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    _check_values(tensor)
+    check_values(tensor)
     with communicating("gathering a parameter"):
         gathered: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
     return gathered
 
 
-def _check_values(tensor: Tensor) -> None:
+def check_values(tensor: Tensor) -> None:
+    """Raise ShardingError where a tensor that is spread has no values."""
     if isinstance(tensor, DTensor) and tensor.is_meta:
         raise ShardingError(
             f"a sharded parameter of shape {tuple(tensor.shape)} has no values: it is on the device meta. Load them "
@@ -81,8 +82,12 @@ def spread(values: Tensor, reference: Tensor) -> Tensor:
         if values.device_mesh == mesh and values.placements == reference.placements:
             return values
         values = whole(values)
+    return _as_cut(values, mesh, reference.placements)
+
+
+def _as_cut(values: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
     with communicating("spreading values"):
-        found = distribute_tensor(values.detach(), mesh, reference.placements, src_data_rank=None)
+        found = distribute_tensor(values.detach(), mesh, placements, src_data_rank=None)
     own = found.detach().to_local()  # type: ignore[attr-defined]
     if own.untyped_storage().nbytes() > own.nbytes:  # a view, which would hold the memory of all
         return as_parts(own.clone(), found)
@@ -221,19 +226,28 @@ def sent(values: Tensor | None, reference: Tensor) -> Tensor:
         values: on the first process a plain tensor; looked at there alone.
         reference: of the shape and dtype of the values; where it is plain, all processes of the default group get all.
     """
-    is_first = dist.get_rank() == (first_rank(reference) if isinstance(reference, DTensor) else 0)
-    own = values if is_first and values is not None else torch.empty(reference.shape, dtype=reference.dtype)
-    if isinstance(reference, DTensor) and not all(type(each) in (Shard, Replicate) for each in reference.placements):
-        return spread(first(own.to(reference.dtype), reference), reference)  # of strided shards torch sends none
+    if isinstance(reference, DTensor):
+        mesh = reference.device_mesh
+        return sent_as(values, reference.shape, reference.dtype, mesh, reference.placements, first_rank(reference))
+    own = values if dist.get_rank() == 0 and values is not None else torch.empty(reference.shape)
     with communicating("sending a tensor"):
-        if isinstance(reference, DTensor):
-            return distribute_tensor(
-                own.detach().to(reference.device_mesh.device_type, reference.dtype), reference.device_mesh,
-                reference.placements, src_data_rank=0,
-            )  # fmt: skip
         whole_one = own.detach().to(reference.device, reference.dtype).contiguous().clone()
         dist.broadcast(whole_one, 0)
         return whole_one
+
+
+def sent_as(
+    values: Tensor | None, shape: torch.Size, dtype: torch.dtype, mesh: DeviceMesh, placements: Sequence[Placement],
+    rank: int,
+) -> Tensor:  # fmt: skip
+    """Values that the first process has, of this rank, spread over a mesh that it is the first of; a collective."""
+    own = values if dist.get_rank() == rank and values is not None else torch.empty(shape, dtype=dtype)
+    own = own.detach().to(mesh.device_type, dtype)
+    with communicating("sending a tensor"):
+        if all(type(each) in (Shard, Replicate) for each in placements):
+            return distribute_tensor(own, mesh, placements, src_data_rank=0)
+        copied = distribute_tensor(own.clone(), mesh, [Replicate()] * mesh.ndim).to_local()
+        return _as_cut(copied, mesh, placements)  # of strided shards torch sends none
 
 
 def first_rank(reference: Tensor) -> int:

@@ -88,9 +88,11 @@ __all__ = [
     "sizes_watched",
     "state_of_generated_code",
     "step_pre_hooks",
+    "storage_users",
     "symbol_ranges",
     "symbolic_square_root",
     "take_parameters",
+    "untouched_by_torch_function",
     "validate_pruning_amount",
     "weights_gathered_if",
 ]
@@ -162,6 +164,17 @@ def calls_kept(module: fx.GraphModule) -> Iterator[None]:
 def fake_tensor(like: FakeTensor, empty: torch.Tensor) -> FakeTensor:
     """A fake tensor of the mode and device of `like`, with the sizes and strides of `empty`, which is on "meta"."""
     return FakeTensor(like.fake_mode, empty, like.fake_device)
+
+
+# ---- tensors whose values are elsewhere
+
+# as `__torch_function__` of a class of tensors: operators go on to `__torch_dispatch__`
+untouched_by_torch_function = torch._C._disabled_torch_function_impl
+
+
+def storage_users(tensor: torch.Tensor) -> int:
+    """How many other tensors and arrays share the memory of one."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) - 2  # itself, and what asks
 
 
 # ---- exported programs

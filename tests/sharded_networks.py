@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.utils import prune as torch_prune
 
 import fxprune
+from fxprune import borrowing
 from fxprune.checkpoints import in_parts
 from fxprune.graph.spread_modules import hollow_copy
 
@@ -217,6 +218,11 @@ C: dict[str, Callable[..., Any]] = {
 }
 
 
+def keep_nothing_whole() -> None:
+    """Let the first process drop every whole tensor as soon as another one is read, however small they are."""
+    borrowing.SMALL = borrowing.ROOM = 0
+
+
 def channels(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> dict[str, Any]:
     """By importance the state, and the report; batches are divided among the processes, every other one for two."""
 
@@ -225,6 +231,8 @@ def channels(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> 
 
     found: dict[str, Any] = {}
     unspread = traced()
+    if dist.is_initialized():
+        keep_nothing_whole()
     for what, choose in C.items():
         module = spread(copy.deepcopy(unspread))
         report = choose(module, mine)
@@ -233,6 +241,11 @@ def channels(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> 
     P.channels(module, macs=0.7)
     P.channels(module, macs=0.5)
     found["twice"] = values(module)
+    module = spread(copy.deepcopy(unspread))
+    P.l1_unstructured(module, "*er.weight", 0.3)
+    P.channels(module, macs=0.7)
+    P.channels(module, macs=0.5)
+    found["twice, over masks"] = values(module)
     module = spread(copy.deepcopy(unspread))
     try:
         P.channels(module, macs=0.001)
@@ -245,6 +258,8 @@ def channels(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> 
 def finalized(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], how: str, folder: str) -> dict[str, Any]:
     """What is left of a network whose channels were chosen after a step of Adam, trained on, and written."""
     module = spread(traced())
+    if dist.is_initialized():
+        keep_nothing_whole()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     module(inputs(0)).square().mean().backward()
     optimizer.step()

@@ -15,11 +15,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils.data import Dataset
 
+from fxprune import borrowing
+from fxprune.borrowing import Borrowed, Loans
 from fxprune.errors import FxpruneError, ShardingError
 from fxprune.graph.masks import masked, view
 from fxprune.graph.names import join, tensors_of
 from fxprune.graph.traced import TracedModule
 from fxprune.sharding import (
+    check_values,
     communicating,
     first_rank,
     gathered_objects,
@@ -28,6 +31,7 @@ from fxprune.sharding import (
     rest,
     sent,
     sent_object,
+    spread,
     whole,
 )
 from fxprune.torch_internals import sharding_options, take_parameters
@@ -80,6 +84,83 @@ def _copied(traced: TracedModule, value_of: Callable[[Tensor], Tensor]) -> Trace
             value = value_of(tensor)
             memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     return TracedModule.__deepcopy__(traced, memo)
+
+
+def lent_copy(traced: TracedModule, rank: int) -> tuple[Loans, TracedModule | None]:
+    """A copy on the process of this rank whose values stay in parts with all; a collective, which others serve then.
+
+    Raises:
+        ShardingError: a parameter has no values; on every process.
+    """
+    masked(traced)
+    distinct = {id(tensor): tensor for tensor in tensors_of(traced).values()}
+    spread_ones = {key: tensor for key, tensor in distinct.items() if is_sharded(tensor)}
+    for tensor in spread_ones.values():
+        check_values(tensor)
+    lent = {key: tensor for key, tensor in spread_ones.items() if tensor.nbytes >= borrowing.SMALL}
+    loans = Loans([*lent.values()], rank)
+    numbers = {key: number for number, key in enumerate(lent)}
+    here, small = dist.get_rank() == rank, dict[int, Tensor]()
+    for key, tensor in distinct.items():
+        if key not in lent:
+            gathered = whole(tensor)
+            if here:
+                small[key] = gathered.cpu() if gathered is not tensor else gathered.cpu().clone()
+    if not here:
+        return loans, None
+    return loans, _copied(
+        traced, lambda tensor: small[id(tensor)] if id(tensor) in small else loans.lent(numbers[id(tensor)])
+    )
+
+
+def by_loans(
+    traced: TracedModule, work: Callable[[TracedModule], Result], tell: Callable[[Result, Loans], Told]
+) -> tuple[Told, list[Result], Loans]:
+    """Let the first process do what one process does, while the values of the module stay in parts with all.
+
+    Args:
+        traced: a module that is spread over all processes of the default group.
+        work: called on the first process with a copy whose large tensors are borrowed.
+        tell: called there with what `work` gave; what it gives is pickled, and sent to all.
+
+    Returns:
+        What `tell` gave; on the first process alone, what `work` gave; and what is held of tensors that `tell` named.
+
+    Raises:
+        FxpruneError: on every process what was raised on the first one. ShardingError: a process is gone.
+    """
+    loans, copied = lent_copy(traced, first_of_all(traced))
+    if copied is None:
+        told, error = loans.serve()
+        if error is not None:
+            raise error
+        return told, [], loans
+    try:
+        result = work(copied)
+        told = tell(result, loans)
+    except Exception as error:
+        loans.end((None, _plain(error)))
+        raise
+    loans.end((told, None))
+    return told, [result], loans
+
+
+def in_whole(module: TracedModule) -> TracedModule:
+    """The module with plain tensors in the place of those that are borrowed, in place."""
+    for key, tensor in {id(tensor): tensor for tensor in tensors_of(module).values()}.items():
+        if isinstance(tensor, Borrowed):
+            plain = tensor.whole().clone()
+            value = nn.Parameter(plain, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain
+            for owner in module.modules():
+                held: Any
+                for held in (owner._parameters, owner._buffers):
+                    held.update({name: value for name, own in held.items() if own is not None and id(own) == key})
+    return module
+
+
+def numbers_of(tensors: Mapping[str, Tensor], loans: Loans) -> dict[str, int]:
+    """Where the parts of those tensors are found that are borrowed, by name."""
+    return {name: loans.number_of(tensor) for name, tensor in tensors.items() if isinstance(tensor, Borrowed)}
 
 
 def on_first(
@@ -223,14 +304,26 @@ def all_alike(traced: TracedModule, alike: bool, what: str) -> None:
         )
 
 
-def sent_masks(traced: TracedModule, masks: Mapping[str, Tensor] | None, names: Iterable[str]) -> dict[str, Tensor]:
-    """Masks that the first process has, spread as the parameters of these names, or what they are computed from."""
+def sent_masks(
+    traced: TracedModule, masks: Mapping[str, Tensor] | None, names: Iterable[str], numbers: Mapping[str, int],
+    loans: Loans,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Masks that the first process has, spread as the parameters of these names, or what they are computed from.
+
+    Args:
+        traced: the module. masks: looked at on the first process alone. names: of their parameters.
+        numbers: of those that processes hold parts of already.
+        loans: where these are.
+    """
     found = {}
     for name in names:
         own = view(traced, name)
         reference = own.original if own.original is not None else own.computed_from
         assert reference is not None, name
-        found[name] = sent(None if masks is None else masks[name], reference)
+        if name in numbers:
+            found[name] = spread(loans.part(numbers[name]), reference)
+        else:
+            found[name] = sent(None if masks is None else masks[name], reference)
     return found
 
 
@@ -243,13 +336,18 @@ def check_can_be_spread(traced: TracedModule) -> None:
         )
 
 
-def spread_alike(hollow: TracedModule, traced: TracedModule, values: Mapping[str, Tensor] | None) -> TracedModule:
+def spread_alike(
+    hollow: TracedModule, traced: TracedModule, values: Mapping[str, Tensor] | None, numbers: Mapping[str, int],
+    loans: Loans,
+) -> TracedModule:  # fmt: skip
     """A module without values, spread as another one is, with the values that the first process has; a collective.
 
     Args:
         hollow: on the device "meta", alike on every process; used up.
         traced: the other one.
         values: by name; looked at on the first process alone.
+        numbers: of those that processes hold parts of already.
+        loans: where these are.
     """
     first = reference_of(traced)
     assert first is not None
@@ -263,7 +361,10 @@ def spread_alike(hollow: TracedModule, traced: TracedModule, values: Mapping[str
 
     def value_of(tensor: Tensor) -> Tensor:
         reference = tensor if is_sharded(tensor) else torch.empty_like(tensor, device=first.device)
-        return sent(None if values is None else values[names[id(tensor)]], reference)
+        name = names[id(tensor)]
+        if name in numbers:
+            return spread(loans.part(numbers[name]), reference)
+        return sent(None if values is None else values[name], reference)
 
     return filled(hollow, value_of)
 

@@ -8,12 +8,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from fxprune import driver
-from fxprune.graph.masks import masked, view
-from fxprune.graph.spread_modules import all_batches, first_of_all, is_spread, on_first, sent_masks
+from fxprune.borrowing import Loans
+from fxprune.graph.masks import masked_views
+from fxprune.graph.spread_modules import (
+    all_batches,
+    by_loans,
+    first_of_all,
+    is_spread,
+    numbers_of,
+    sent_masks,
+)
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_report import ChannelReport
+from fxprune.prune.decisions import kept_here
 
 
 def chosen_for_all(function: Callable[..., ChannelReport]) -> Callable[..., ChannelReport]:
@@ -40,15 +50,23 @@ def chosen_for_all(function: Callable[..., ChannelReport]) -> Callable[..., Chan
         def work(copied: TracedModule) -> tuple[TracedModule, ChannelReport]:
             if failure is not None:
                 raise failure
-            return copied, function(copied, **options)
+            report = function(copied, **options)
+            copied.decide(copied.decided, kept_here(copied.decided_by))
+            return copied, report
 
-        def tell(found: tuple[TracedModule, ChannelReport]) -> tuple[ChannelReport, list[str], frozenset[Any]]:
-            return found[1], masked(found[0]), found[0].decided
+        def masks_of(copied: TracedModule) -> dict[str, Tensor]:
+            return {own.name: own.mask for own in masked_views(copied) if own.mask is not None}
 
-        (report, names, decided), result = on_first(traced, work, tell)
+        def tell(
+            found: tuple[TracedModule, ChannelReport], loans: Loans
+        ) -> tuple[ChannelReport, list[str], frozenset[Any], dict[str, int]]:
+            masks = masks_of(found[0])
+            return found[1], [*masks], found[0].decided, numbers_of(masks, loans)
+
+        (report, names, decided, numbers), result, loans = by_loans(traced, work, tell)
         copied = result[0][0] if result else None
-        masks = None if copied is None else {name: view(copied, name).mask for name in names}
-        driver.insert_masks(traced, sent_masks(traced, masks, names))  # type: ignore[arg-type]
+        masks = None if copied is None else masks_of(copied)
+        driver.insert_masks(traced, sent_masks(traced, masks, names, numbers, loans))
         traced.decide(decided, None if copied is None else copied.decided_by)
         return report
 

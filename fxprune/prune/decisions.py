@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fxprune.borrowing import Borrowed
 from fxprune.graph.masks import masked_views, view
 from fxprune.graph.names import locate
 from fxprune.graph.reparametrizations import computed_names
@@ -52,6 +53,20 @@ def undone(traced: TracedModule, request: ChannelRequest) -> tuple[TracedModule,
         assert own.mask is not None, name
         own.replace_mask(torch.ones_like(own.mask) if mask is None else mask)
     return before, decision.masks
+
+
+def kept_here(decision: object) -> object:
+    """A decision whose masks are this process's own, for a module whose tensors it borrowed."""
+    if not isinstance(decision, Decision):
+        return decision
+    masks = {name: _as_plain(mask) if isinstance(mask, Borrowed) else mask for name, mask in decision.masks.items()}
+    return replace(decision, masks=masks)
+
+
+def _as_plain(mask: Borrowed) -> torch.Tensor:
+    plain = mask.whole()
+    small = plain != 0
+    return small if torch.equal(small.to(plain.dtype), plain) else plain.clone()
 
 
 def record(

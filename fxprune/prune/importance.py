@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fxprune import driver
+from fxprune.borrowing import Borrowed, lent_as
 from fxprune.calling import is_no_function, renamed
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, InputError, PruningError
 from fxprune.graph.arguments import Signature
@@ -196,7 +198,13 @@ def _gradients(
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         raise ArgumentError(f"the loss is no scalar tensor: {getattr(value, 'shape', type(value).__name__)}.")
     asked = [p for p in parameters if p.requires_grad]
-    given = torch.autograd.grad(value, asked, allow_unused=True) if value.requires_grad and asked else ()
+    lent = [p for p in asked if isinstance(p, Borrowed)]
+    hooks = [p.register_hook(partial(lent_as, reference=p)) for p in lent]  # type: ignore[no-untyped-call]
+    try:
+        given = torch.autograd.grad(value, asked, allow_unused=True) if value.requires_grad and asked else ()
+    finally:
+        for hook in hooks:
+            hook.remove()
     gradients = dict(zip(map(id, asked), given, strict=bool(given)))
     missing = [name for name, p in zip(names, parameters, strict=True) if gradients.get(id(p)) is None]
     if missing:

@@ -594,3 +594,30 @@ def test_take_parameters_lets_fsdp_gather_what_stands_under_the_name_of_one(shar
     layer._parameters["weight"] = nn.Parameter(torch.ones_like(layer.weight))
     internals.take_parameters(sharded)
     assert torch.allclose(sharded(x) - layer.bias, x.sum(1, keepdim=True).expand(5, 2))
+
+
+def test_storage_users_counts_what_else_shares_the_memory() -> None:
+    tensor = torch.ones(3)
+    assert internals.storage_users(tensor) == 0
+    view = tensor[1:]
+    assert internals.storage_users(tensor) == 1
+    array = tensor.numpy()
+    assert internals.storage_users(tensor) == 2
+    del view, array
+    assert internals.storage_users(tensor) == 0
+
+
+def test_untouched_by_torch_function_lets_operators_reach_the_dispatch_of_a_class() -> None:
+    reached = []
+
+    class Watched(torch.Tensor):
+        __torch_function__ = internals.untouched_by_torch_function
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            reached.append(func)
+            return torch.ones(())
+
+    tensor = torch.Tensor._make_wrapper_subclass(Watched, (2,))  # type: ignore[attr-defined]
+    assert torch.sum(tensor) == 1
+    assert reached == [aten.sum.default]

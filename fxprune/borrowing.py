@@ -1,0 +1,450 @@
+"""Tensors that stay in parts with all processes while the first one works with a whole module.
+
+The first process has shapes and dtypes; the values of a tensor come to it, whole, when an operator reads them, and are
+dropped when others come. What it makes of them in their size goes back to the processes in parts. The others serve.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from fxprune.errors import ShardingError
+from fxprune.sharding import check_values, part, sent_as, sent_object, whole
+from fxprune.torch_internals import storage_users, untouched_by_torch_function
+
+SMALL = 2**16  # bytes: a tensor of fewer is kept whole
+ROOM = 2**25  # bytes of whole tensors that are kept for the next operator; twice the largest one, where that is more
+
+aten = torch.ops.aten
+_View = Callable[[Tensor], Tensor]
+_SERIALS = itertools.count(1)
+_SHARING = {aten.detach.default, aten.alias.default}
+_ALIKE = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
+
+
+class _Cell:
+    """The values of one borrowed tensor and of what shares its memory.
+
+    Attributes:
+        number: of the parts that hold them; None while these are not what is `held`.
+        held: the whole, while it is here.
+        digest: of the whole, once something may have seen its memory.
+    """
+
+    def __init__(self, loans: Loans, number: int | None, like: int, held: Tensor | None, form: Tensor) -> None:
+        self.loans, self.number, self.like = loans, number, like
+        self.form = form  # on the device "meta"
+        self.digest: int | None = None
+        self.serial = next(_SERIALS)
+        self.held: Tensor | None = None
+        if held is not None:
+            self.hold(held)
+
+    def hold(self, values: Tensor) -> None:
+        """Have the whole here."""
+        self.held, self.digest = values, None
+        self.users = storage_users(values)  # others than those to come, such as what it is a view of
+
+    def __del__(self) -> None:
+        if self.number is not None:
+            self.loans.release(self.number)
+
+
+class Borrowed(Tensor):
+    """A tensor whose values the processes of a module hold in parts; a plain one to every operator, on the CPU.
+
+    Views of it are borrowed, too: they are taken anew of the whole whenever that is there.
+    """
+
+    _cell: _Cell
+    _views: tuple[_View, ...]
+    _form: Tensor  # on the device "meta"
+    __torch_function__ = untouched_by_torch_function  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, cell: _Cell, views: tuple[_View, ...] = (), form: Tensor | None = None) -> Borrowed:
+        form = cell.form if form is None else form
+        made: Borrowed = Tensor._make_wrapper_subclass(
+            cls,
+            form.shape,
+            strides=form.stride(),
+            storage_offset=form.storage_offset(),
+            dtype=form.dtype,
+            device=torch.device("cpu"),
+        )
+        made._cell, made._views, made._form = cell, views, form
+        return made
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        first: Any = args[0] if args else None
+        if func in _SHARING:
+            return cls(first._cell, first._views, first._form)
+        if func is aten.clone.default and not first._views:
+            return cls(first._cell.loans.copied(first._cell))
+        if isinstance(first, Borrowed) and _is_view(func):
+            own: _View = lambda tensor: func(tensor, *args[1:], **(kwargs or {}))  # noqa: E731
+            return cls(first._cell, (*first._views, own), own(first._form))
+        return _computed(func, args, dict(kwargs or {}))
+
+    @property
+    def data(self) -> Tensor:
+        """The same values, without gradients."""
+        return Borrowed(self._cell, self._views, self._form)
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        if values.shape != self.shape or values.dtype != self.dtype:
+            raise ShardingError(f"a borrowed tensor of shape {tuple(self.shape)} cannot become {tuple(values.shape)}.")
+        if isinstance(values, Borrowed):  # as torch does, which shares the memory then
+            self._cell, self._views, self._form = values._cell, values._views, values._form
+        else:
+            self._cell, self._views = self._cell.loans.made(values.detach(), self._cell.like), ()
+            self._form = self._cell.form
+
+    def _of(self, whole: Tensor) -> Tensor:
+        for view in self._views:
+            whole = view(whole)
+        return whole
+
+    def _plain(self) -> Tensor:
+        return self._of(self._cell.loans.whole(self._cell))
+
+    def whole(self) -> Tensor:
+        """All values, a plain tensor that shares the memory of this one while it is here."""
+        found = self._plain()
+        self._cell.loans.seen(self._cell)
+        return found
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As of a tensor."""
+        return self.whole().numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.whole().__array__(dtype)
+
+    def tolist(self) -> Any:
+        """As of a tensor."""
+        return self.whole().tolist()
+
+    def data_ptr(self) -> int:
+        """Another one for tensors that share no memory; no address."""
+        return -(self._cell.serial << 44) + int(self.storage_offset()) * self.itemsize
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """That of the whole."""
+        return self.whole().untyped_storage()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Borrowed:
+        if id(self) in memo:
+            found: Borrowed = memo[id(self)]
+            return found
+        loans = self._cell.loans
+        cell = loans.made(self._plain().clone(), self._cell.like) if self._views else loans.copied(self._cell)
+        copied = Borrowed(cell)
+        copied.requires_grad_(self.requires_grad)
+        if isinstance(self, torch.nn.Parameter):
+            vars(copied)["_is_param"] = True
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = self.whole()
+        return (torch.nn.Parameter(plain, self.requires_grad) if isinstance(self, torch.nn.Parameter) else plain
+                ).__reduce_ex__(protocol)  # fmt: skip
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return f"Borrowed({tuple(self.shape)}, {self.dtype})"
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operator gives one tensor that shares the memory of its first argument, and writes to none."""
+    results, given = func._schema.returns, func._schema.arguments
+    shares = len(results) == 1 and isinstance(results[0].type, torch.TensorType) and results[0].alias_info is not None
+    return shares and not any(each.alias_info is not None and each.alias_info.is_write for each in given)
+
+
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operator gives for whole tensors; what is as large as they are is lent to the processes."""
+    flat, structure = pytree.tree_flatten((args, kwargs))
+    given = [each for each in flat if isinstance(each, Borrowed)]
+    loans = given[0]._cell.loans
+    wholes = {id(each._cell): loans.whole(each._cell) for each in given}
+    plain = [each._of(wholes[id(each._cell)]) if isinstance(each, Borrowed) else each for each in flat]
+    plain_args, plain_kwargs = pytree.tree_unflatten(plain, structure)
+    results = func(*plain_args, **plain_kwargs)
+    written = [each for each in _written(func, args, kwargs) if isinstance(each, Borrowed)]
+    for each in written:
+        loans.write(each._cell, wholes[id(each._cell)])
+    owners = {wholes[id(each._cell)].untyped_storage()._cdata: each for each in given}
+    others = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, Borrowed)]
+
+    def result_of(found: Any) -> Any:
+        if not isinstance(found, Tensor) or isinstance(found, Borrowed):
+            return found
+        owner = owners.get(found.untyped_storage()._cdata)
+        if owner is not None:
+            if any(owner is each for each in written) and found.shape == owner.shape:
+                return owner
+            loans.seen(owner._cell)
+            return found
+        if found.nbytes >= SMALL and _is_of_their_kind(func, found, given, others):
+            return Borrowed(loans.made(found, given[0]._cell.like))
+        return found
+
+    return pytree.tree_map_only(Tensor, result_of, results)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes to."""
+    schema = func._schema.arguments
+    named = [(own, args[i] if i < len(args) else kwargs.get(own.name)) for i, own in enumerate(schema)]
+    return pytree.tree_leaves([each for own, each in named if own.alias_info is not None and own.alias_info.is_write])
+
+
+def _is_of_their_kind(func: Any, found: Tensor, given: Sequence[Borrowed], others: Sequence[Tensor]) -> bool:
+    """Whether a result is made of parameters, and not of what runs through the network."""
+    if func in _PRODUCTS:
+        return False
+    if func in _ALIKE or torch.Tag.pointwise in func.tags:
+        return any(found.shape == each.shape for each in given)
+    return all(each.nbytes < SMALL or not each.is_floating_point() for each in others)
+
+
+def _digest(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def lent_as(values: Tensor, reference: Tensor) -> Tensor:
+    """Values, in parts with the processes where a tensor of the same kind is."""
+    if not isinstance(reference, Borrowed) or isinstance(values, Borrowed):
+        return values
+    return Borrowed(reference._cell.loans.made(values.detach(), reference._cell.like))
+
+
+@dataclass
+class Counts:
+    """Bytes of tensors, on one process.
+
+    Attributes:
+        gathered: of whole tensors that came together. sent: of whole tensors whose parts went out.
+        parts: at the most, of parts that were held beside those of the module.
+        wholes: on the first process, at the most, of whole tensors that were kept between operators.
+    """
+
+    gathered: int = 0
+    sent: int = 0
+    parts: int = 0
+    wholes: int = 0
+
+
+class Loans:
+    """The parts of borrowed tensors on each process, by number; on the first one also what comes and goes.
+
+    Args:
+        tensors: DTensors, alike on every process.
+        rank: of the first process.
+
+    Raises:
+        ShardingError: one has no values; on every process.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], rank: int) -> None:
+        for each in tensors:
+            check_values(each)
+        self._rank = rank
+        self._parts: dict[int, Tensor] = dict(enumerate(tensors))
+        self._layouts: list[tuple[DeviceMesh, Sequence[Placement], torch.Size]] = [
+            (each.device_mesh, each.placements, each.shape) for each in tensors if isinstance(each, DTensor)
+        ]
+        self._numbers = itertools.count(len(tensors))
+        self._users: dict[int, int] = {}
+        self._released: list[int] = []
+        self._here: dict[int, weakref.ref[_Cell]] = {}  # cells with wholes, the one used last at the end
+        self._room = max([ROOM, *(2 * each.nbytes for each in tensors)])
+        self._lost: ShardingError | None = None
+        self._added = 0  # bytes of parts, beside those that were there
+        self.counts = Counts()
+
+    def part(self, number: int) -> Tensor:
+        """What is held of a tensor that was lent, spread as the first tensors were."""
+        return self._parts[number]
+
+    # on the first process
+
+    def lent(self, number: int) -> Borrowed:
+        """One of the first tensors."""
+        tensor = self._parts[number]
+        form = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        self._users[number] = self._users.get(number, 0) + 1
+        return Borrowed(_Cell(self, number, number, None, form))
+
+    def number_of(self, tensor: Borrowed) -> int:
+        """Where the parts of a tensor are found, now and after the end."""
+        cell = self.made(tensor._plain().contiguous(), tensor._cell.like) if tensor._views else tensor._cell
+        self._settle(cell)
+        assert cell.number is not None
+        self._users[cell.number] += 1
+        return cell.number
+
+    def whole(self, cell: _Cell) -> Tensor:
+        """The values of a cell, plain."""
+        if cell.held is None:
+            assert cell.number is not None
+            self._make_room(cell.form.nbytes)
+            self._order("gather", cell.number)
+            held = self._parts[cell.number]
+            found = self._together(lambda: self._gathered(cell.number or 0).cpu())
+            is_own = found.untyped_storage().data_ptr() == part(held).untyped_storage().data_ptr()  # of a copy
+            cell.hold(found.clone() if is_own else found)
+        self._use(cell)
+        assert cell.held is not None
+        return cell.held
+
+    def made(self, values: Tensor, like: int) -> _Cell:
+        """A cell of new values; they are sent when there is no room for them any more."""
+        self._make_room(values.nbytes)
+        form = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device="meta")
+        cell = _Cell(self, None, like, values, form)
+        self._use(cell)
+        return cell
+
+    def copied(self, cell: _Cell) -> _Cell:
+        """A cell of the same values, which changes by itself."""
+        self._settle(cell)
+        assert cell.number is not None
+        self._users[cell.number] += 1
+        return _Cell(self, cell.number, cell.like, None, cell.form)
+
+    def write(self, cell: _Cell, values: Tensor) -> None:
+        """Take what was written to the whole of a cell."""
+        self._forget_number(cell)
+        if cell.held is not values:  # for which there was no room any more
+            cell.hold(values)
+        self._use(cell)
+
+    def seen(self, cell: _Cell) -> None:
+        """Something has the memory of a whole, and may write to it."""
+        if cell.number is not None and cell.digest is None and cell.held is not None:
+            cell.digest = _digest(cell.held)
+
+    def release(self, number: int) -> None:
+        """Of the users of a number one is gone."""
+        self._users[number] -= 1
+        if not self._users[number]:
+            self._released.append(number)
+
+    def end(self, told: Any) -> None:
+        """Let the others go on, with what they are told."""
+        self._here.clear()
+        self._order("end", told)
+
+    def _use(self, cell: _Cell) -> None:
+        self._here.pop(id(cell), None)
+        self._here[id(cell)] = weakref.ref(cell)
+        self.counts.wholes = max(self.counts.wholes, sum(each.form.nbytes for each in self._cells().values()))
+
+    def _cells(self) -> dict[int, _Cell]:
+        """Those whose wholes are here, the one used last at the end."""
+        there = {key: found() for key, found in self._here.items()}
+        return {key: cell for key, cell in there.items() if cell is not None and cell.held is not None}
+
+    def _make_room(self, size: int) -> None:
+        cells = self._cells()
+        self._here = {key: self._here[key] for key in cells}
+        there = sum(cell.form.nbytes for cell in cells.values())
+        for key, cell in cells.items():
+            if there + size <= self._room:
+                return
+            assert cell.held is not None
+            if storage_users(cell.held) > cell.users:  # views of it are in use
+                continue
+            self._settle(cell)
+            cell.held = None
+            del self._here[key]
+            there -= cell.form.nbytes
+
+    def _settle(self, cell: _Cell) -> None:
+        """See to it that the parts hold the values of a cell."""
+        if cell.digest is not None and cell.held is not None and _digest(cell.held) != cell.digest:
+            self._forget_number(cell)
+        if cell.number is not None:
+            return
+        assert cell.held is not None
+        values, number = cell.held, next(self._numbers)
+        self._order("put", number, cell.like, tuple(values.shape), values.dtype)
+        self._together(lambda: self._take(number, values, cell.like, values.shape, values.dtype))
+        self._users[number] = 1
+        cell.number = number
+
+    def _forget_number(self, cell: _Cell) -> None:
+        cell.digest = None
+        if cell.number is not None:
+            self.release(cell.number)
+            cell.number = None
+
+    def _order(self, *order: Any) -> None:
+        released, self._released = self._released, []
+        self._together(lambda: sent_object((order, released), self._rank))
+        self._drop(released)
+
+    def _together(self, work: Callable[[], Any]) -> Any:
+        if self._lost is not None:
+            raise self._lost
+        try:
+            return work()
+        except ShardingError as error:
+            self._lost = error
+            raise
+
+    # on all
+
+    def serve(self) -> Any:
+        """Do what the first process asks for until its work ends; returns what it told."""
+        while True:
+            order, released = sent_object(None, self._rank)
+            self._drop(released)
+            match order:
+                case ("gather", number):
+                    self._gathered(number)
+                case ("put", number, like, shape, dtype):
+                    self._take(number, None, like, torch.Size(shape), dtype)
+                case ("end", told):
+                    return told
+
+    def _gathered(self, number: int) -> Tensor:
+        found = whole(self._parts[number])
+        self.counts.gathered += found.nbytes
+        return found
+
+    def _drop(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            found = self._parts.pop(number)
+            self._added -= part(found).nbytes if number >= len(self._layouts) else 0
+
+    def _take(self, number: int, values: Tensor | None, like: int, shape: torch.Size, dtype: torch.dtype) -> None:
+        mesh, placements, shape_before = self._layouts[like]
+        if shape != shape_before:
+            placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0) if len(shape) else Replicate()]
+        self._parts[number] = found = sent_as(values, shape, dtype, mesh, placements, self._rank)
+        self.counts.sent += found.nbytes
+        self._added += part(found).nbytes
+        self.counts.parts = max(self.counts.parts, self._added)

@@ -1,0 +1,168 @@
+"""Tensors that stay in parts with the processes act as plain ones, whatever reads and writes them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from fxprune import borrowing
+from fxprune.borrowing import Borrowed, Loans, lent_as
+from fxprune.errors import ShardingError
+
+
+@pytest.fixture(autouse=True)
+def mesh(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceMesh]:
+    """One process, which keeps no whole tensor longer than it must."""
+    monkeypatch.setattr(borrowing, "SMALL", 0)
+    monkeypatch.setattr(borrowing, "ROOM", 0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+VALUES = [torch.arange(12.0).reshape(3, 4) - 5, torch.ones(3, 4), torch.full((3, 4), 2.0), torch.zeros(3, 4)]
+
+
+def lent(mesh: DeviceMesh) -> tuple[list[Borrowed], Loans]:
+    loans = Loans([distribute_tensor(each.clone(), mesh, [Shard(0)]) for each in VALUES], 0)
+    return [loans.lent(number) for number in range(len(VALUES))], loans
+
+
+def use_others(tensors: list[Borrowed]) -> None:
+    """Read others, so that nothing of the first is here any more."""
+    for each in tensors[1:]:
+        each.sum()
+    assert tensors[0]._cell.held is None
+
+
+def test_operators_give_what_they_give_of_plain_tensors(mesh: DeviceMesh) -> None:
+    (own, ones, *_), _ = lent(mesh)
+    want = VALUES[0]
+    assert own.sum() == want.sum()
+    assert torch.equal(own @ want.T, want @ want.T)
+    assert torch.equal((own * 2 + ones).abs(), (want * 2 + 1).abs())
+    assert torch.equal(own.movedim(1, 0)[1:].flatten(), want.movedim(1, 0)[1:].flatten())
+    assert own.tolist() == want.tolist()
+    assert np.array_equal(own.numpy(), want.numpy())
+    assert np.array_equal(np.asarray(own), want.numpy())
+    assert torch.equal(pickle.loads(pickle.dumps(own)), want)
+    assert torch.equal(own.view(torch.int32).detach().whole(), want.view(torch.int32))
+
+
+def test_what_is_as_large_as_a_parameter_is_lent_and_what_runs_through_a_network_is_not(mesh: DeviceMesh) -> None:
+    (own, *_), _ = lent(mesh)
+    assert isinstance(own.abs(), Borrowed)
+    assert isinstance(own.double(), Borrowed)
+    assert isinstance(torch.zeros_like(own), Borrowed)
+    assert not isinstance(torch.nn.functional.linear(torch.ones(2, 4), own), Borrowed)
+    assert isinstance(lent_as(torch.ones(5), own), Borrowed)
+    assert not isinstance(lent_as(torch.ones(5), torch.ones(5)), Borrowed)
+
+
+def test_writes_last_when_the_whole_went_in_between(mesh: DeviceMesh) -> None:
+    tensors, _ = lent(mesh)
+    own = tensors[0]
+    want = VALUES[0].clone()
+    own += 1
+    use_others(tensors)
+    own[1] = 7.0
+    use_others(tensors)
+    own.detach().t()[:, 2].mul_(3)
+    use_others(tensors)
+    own.data.clamp_(max=20)
+    use_others(tensors)
+    own.numpy()[0, 0] = 9.0
+    use_others(tensors)
+    want += 1
+    want[1] = 7.0
+    want.t()[:, 2].mul_(3)
+    want.clamp_(max=20)
+    want[0, 0] = 9.0
+    assert torch.equal(own.whole(), want)
+    own.data = tensors[2]
+    assert torch.equal(own.whole(), VALUES[2])
+    own.data = VALUES[3]
+    assert torch.equal(own.whole(), VALUES[3])
+    with pytest.raises(ShardingError, match="cannot become"):
+        own.data = torch.ones(2)
+
+
+def test_what_several_views_of_one_chunk_write_lasts(mesh: DeviceMesh) -> None:
+    tensors, _ = lent(mesh)
+    first, second = tensors[0].chunk(2)  # plain, and in use
+    for each in tensors[1:]:
+        each.sum()
+    first.zero_()
+    second.fill_(4.0)
+    del first, second
+    use_others(tensors)
+    assert tensors[0].tolist() == [[0.0] * 4, [0.0] * 4, [4.0] * 4]
+
+
+def test_copies_change_by_themselves_and_send_nothing_before(mesh: DeviceMesh) -> None:
+    (own, *_), loans = lent(mesh)
+    copies = [own.clone(), copy.deepcopy(own)]
+    for each in copies:
+        assert torch.equal(each.whole(), VALUES[0])
+    assert loans.counts.sent == 0
+    copies.append(copy.deepcopy(own[1:]))
+    assert torch.equal(copies[2].whole(), VALUES[0][1:])
+    for each in copies:
+        each.zero_()
+    assert torch.equal(own.whole(), VALUES[0])
+    assert all(not each.any() for each in copies)
+
+
+def test_the_tensors_that_were_lent_are_never_written_to(mesh: DeviceMesh) -> None:
+    tensors, loans = lent(mesh)
+    again = loans.lent(0)
+    tensors[0].zero_()
+    use_others(tensors)
+    assert torch.equal(again.whole(), VALUES[0])
+    assert torch.equal(loans.part(0).full_tensor(), VALUES[0])  # type: ignore[attr-defined]
+
+
+def test_gradients_of_parameters_are_those_of_plain_ones(mesh: DeviceMesh) -> None:
+    (own, *_), _ = lent(mesh)
+    parameter, plain = nn.Parameter(own), nn.Parameter(VALUES[0].clone())
+    assert isinstance(parameter, nn.Parameter)
+    x = torch.randn(5, 4)
+    for each in (parameter, plain):
+        (torch.nn.functional.linear(x, each).relu() * each[0, 1]).sum().backward()
+    assert torch.equal(parameter.grad, plain.grad)  # type: ignore[arg-type]
+
+
+def test_what_is_held_stays_below_two_wholes_and_what_nothing_uses_is_dropped(mesh: DeviceMesh) -> None:
+    tensors, loans = lent(mesh)
+    for each in tensors:
+        (each.abs() + 1).sum()
+    assert loans.counts.wholes <= 2 * VALUES[0].nbytes
+    tensors[0].whole()
+    assert loans.counts.parts <= 2 * VALUES[0].nbytes
+    numbers = [loans.number_of(each * 2) for each in tensors]
+    loans.end("told")
+    for number, value in zip(numbers, VALUES, strict=True):
+        assert torch.equal(loans.part(number).full_tensor(), value * 2)  # type: ignore[attr-defined]
+
+
+def test_a_lost_process_is_told_at_every_later_use(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, _ = lent(mesh)
+
+    def lost(*given: object) -> None:
+        raise ShardingError("a process is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(borrowing, "whole", lost)
+        with pytest.raises(ShardingError, match="gone"):
+            tensors[0].sum()
+    with pytest.raises(ShardingError, match="gone"):
+        tensors[1].sum()
