@@ -45,7 +45,7 @@ def sensitivity_chart(curves: Sequence[dict[str, Any]]) -> str | None:
         return None
     scale = {"domain": names, "range": list(_COLOURS[: len(names)])}
     dashes = {"domain": names, "range": list(_DASHES[: len(names)])}
-    legend = {"title": "group", "labelLimit": 240, "columns": 2}
+    legend = {"title": "group", "labelLimit": 240, "columns": 2, "symbolType": "stroke", "symbolSize": 400}
     return _svg(
         {
             "mark": {"type": "line", "point": True, "strokeWidth": 2},

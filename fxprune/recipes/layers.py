@@ -201,7 +201,7 @@ def _mask(shape: Sequence[int], kept: dict[int, list[Any]]) -> Markup | None:
         _runs(sorted(set(range(size)) - set(kept.get(axis, range(size))))) for axis, size in enumerate((rows, columns))
     ]
     bands = "".join(f"M0 {a}h{columns}v{b - a + 1}h-{columns}z" for a, b in gone[0])
-    bands += "".join(f"M{a} 0v{rows}h{b - a + 1}v-{rows}z" for a, b in gone[1])
+    bands += "".join(f"M{a} 0h{b - a + 1}v{rows}h-{b - a + 1}z" for a, b in gone[1])
     scale = max(1, min(6, 192 // max(rows, columns)))
     size = f'width="{columns * scale}" height="{rows * scale}" viewBox="0 0 {columns} {rows}"'
     label = f"{rows - _covered(gone[0])} of {rows} rows and {columns - _covered(gone[1])} of {columns} columns are kept"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import random
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +98,17 @@ def outcome(layers: list[dict[str, Any]], **others: Any) -> Outcome:
 
 def test_names_that_are_markup_stay_text(opened: Any, tmp_path: Path) -> None:
     layers = [{"name": HOSTILE, "kind": "input", "reads": [], "weights": []}, layer(HOSTILE, [0]), layer("b", [0, 1])]
+    curve = {"name": HOSTILE, "kind": HOSTILE, "size": 4, "counts": [2, 4], "measured": [0.1, 0.5]}
     made = outcome(layers, recipe={"model": {"source": HOSTILE}}, failure=HOSTILE)
     made.stages["choose"] = {
         "seconds": 0.0,
+        "sensitivity": {"curves": [curve]},
+        "budgets": [{"macs": 0.5, "loss": 0.1, "chosen": True}],
         "channels": {"removed": {f"{HOSTILE}.weight (channel)": [1, 2]}, "stayed": {"b.weight (channel)": HOSTILE}},
     }
+    reader = {"before": 0.5, "after": 0.1, "note": HOSTILE}
+    made.stages["repair"] = {"repair": {"readers": {f"{HOSTILE}.weight": reader, "b": reader}}, "seconds": 0.0}
+    made.stages["export"] = {"seconds": 0.0, "own_class": {"written": False, "why": HOSTILE}}
     profiles = [{"operators": {HOSTILE: {"nodes": 1, "ms": 1.0}}}] * 2
     made.stages["compare"] = {"operators": profiles, "seconds": 0.0}
     path = tmp_path / "report.html"
@@ -107,6 +116,8 @@ def test_names_that_are_markup_stay_text(opened: Any, tmp_path: Path) -> None:
     watched = opened(path.as_uri(), bypass_csp=True)  # without the policy, which would stop scripts
     assert watched.page.title() == f"{HOSTILE}: pruned by fxprune"
     assert watched.page.locator("script, img").count() == 0
+    if importlib.util.find_spec("vl_convert"):
+        assert watched.page.locator("figure").count() == 3
     assert watched.page.locator("h1").inner_text() == HOSTILE
     assert (watched.complaints, watched.requests) == ([], [path.as_uri()])
 
@@ -129,3 +140,38 @@ def test_what_is_wrong_is_found(opened: Any) -> None:
     watched = opened("data:text/html,<html><button></button><script>console.log('said')</script>")
     assert any(found.startswith("button-name") for found in watched.violations())
     assert watched.complaints == ["log: said"]
+
+
+def test_a_page_of_a_hundred_wide_layers_is_small(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    layers = [layer(f"features.stage{i // 10}.unit{i % 10}.body.conv.conv", [i - 1] if i else []) for i in range(100)]
+    made = outcome(layers)
+    plan = made.stages["finalize"]["plan"]
+    wide = {each["weights"][0]: sorted(draw.sample(range(2048), 1024)) for each in layers}
+    for name, kept in wide.items():
+        for attached in ("weight", "bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"):
+            tensor = name.replace("weight", attached)
+            plan["shapes"][tensor], plan["kept"][tensor] = [2048, 512], {"0": kept}
+    assert len(plan["kept"]) == 600
+    assert len(page(made).encode()) < 2_000_000
+
+
+def test_masks_are_drawn_as_the_rows_and_columns_that_are_kept(opened: Any, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    made = outcome([{"name": "x", "kind": "input", "reads": [], "weights": []}, layer("a", [0])])
+    rows, columns = [0, 1, 4, 6, 7], [1, 2, 5]
+    made.stages["finalize"]["plan"] |= {
+        "shapes": {"a.weight": [8, 6]}, "kept": {"a.weight": {"0": rows, "1": columns}}
+    }  # fmt: skip
+    path = tmp_path / "report.html"
+    path.write_text(page(made), encoding="utf-8")
+    shown = opened(path.as_uri()).page
+    box = shown.locator("svg.mask").bounding_box()
+    with image.open(io.BytesIO(shown.screenshot(full_page=True))) as picture:
+        pixels = picture.convert("RGB")
+    place = [
+        [(box["x"] + box["width"] * (j + 0.5) / 6, box["y"] + box["height"] * (i + 0.5) / 8) for j in range(6)]
+        for i in range(8)
+    ]
+    found = [[pixels.getpixel((round(x), round(y))) == (0, 114, 178) for x, y in line] for line in place]
+    assert found == [[i in rows and j in columns for j in range(6)] for i in range(8)]
