@@ -34,11 +34,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Let the links that lead above docs/ lead to the pages that `on_files` has added."""
+    """Let links that lead above docs/ lead to the pages that `on_files` has added; empty contents are not shown."""
+    if "\n## " not in markdown and "\n::: " not in markdown:
+        page.meta["hide"] = ["toc"]  # what has no headings has room for its tables
     depth = page.file.src_uri.count("/")
     for name, added in ABOVE.items():
         markdown = markdown.replace(f"]({'../' * (depth + 1)}{name}", f"]({'../' * depth}{added}")
     return markdown.replace(".ipynb)", ".md)")
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Give a name to the search, and none to the empty corner of a table."""
+    named = output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+    return named.replace("<th></th>", "<td></td>")
 
 
 def _below(target: str) -> str:
