@@ -44,6 +44,8 @@ def losses_of_budgets(
             report = prune.channels(shared_copy(traced), macs=share, importance=sensitivity, **options)
         except BudgetError:
             break
+        if report.removed == chosen.removed:
+            continue
         found.append(_point(sensitivity, report, False))
     return sorted(found, key=lambda point: -float(point["macs"]))
 

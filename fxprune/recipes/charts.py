@@ -15,7 +15,7 @@ _MOST = 7  # lines that are told apart by colour and dash
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 2, 1, 2], [3, 5])
 _POWERS = {"format": ".0e", "tickCount": 5}
-_TEXT = "#767676"  # readable on white and on black
+_TEXT = "currentColor"  # of the page, light or dark
 
 
 def can_draw() -> bool:
@@ -184,8 +184,8 @@ def labels(names: Sequence[str], most: int = 26) -> list[str]:
 
 
 def _ends(name: str) -> Iterator[str]:
-    """The last part of a dotted name, its last two, ..., the whole."""
+    """The last two parts of a dotted name, its last three, ..., the whole."""
     parts = name.split(".")
-    for count in range(1, len(parts)):
+    for count in range(2, len(parts)):
         yield ".".join(parts[-count:])
     yield name

@@ -44,6 +44,14 @@ def test_losses_are_those_of_the_same_choice_and_the_module_stays_as_it_is(
         assert {"macs": again.macs[1] / again.macs[0], "loss": pytest.approx(loss), "chosen": False} in points
 
 
+def test_the_chosen_budget_stands_once(traced: fxprune.TracedModule, sensitivity: fxprune.Sensitivity) -> None:
+    report = fxprune.prune.channels(shared_copy(traced), macs=0.5, importance=sensitivity)
+    points = losses_of_budgets(traced, sensitivity, report, {})
+    shares = [point["macs"] for point in points]
+    assert shares.count(report.macs[1] / report.macs[0]) == 1
+    assert [point["chosen"] for point in points].count(True) == 1
+
+
 def test_budgets_that_cannot_be_reached_are_left_out(
     traced: fxprune.TracedModule, sensitivity: fxprune.Sensitivity
 ) -> None:

@@ -13,9 +13,9 @@ from fxprune.recipes.charts import labels
         (["net.a.conv.weight", "net.b.conv.weight"], ["a.conv", "b.conv"]),
         (["0.weight", "3.weight"], ["0", "3"]),
         (["a", "b.a"], ["a", "b.a"]),
-        (["a.weight", "a"], ["weight", "a"]),
+        (["a.weight", "a"], ["a.weight", "a"]),
         (["conv.weight", "conv.weight"], ["conv", "conv #2"]),
-        (["features.stage1.unit1.body.conv1.conv.weight"], ["conv"]),
+        (["features.stage1.unit1.body.conv1.conv.weight"], ["conv1.conv"]),
         ([], []),
     ],
 )
