@@ -42,7 +42,7 @@ from fxprune.graph.names import canonical, has_parametrization, locate, one_name
 from fxprune.graph.provenance import provenance_of, set_provenance
 from fxprune.graph.reparametrizations import computed_names, hook_state, reparametrized
 from fxprune.graph.requirements import require_eval, require_parameter, require_traced
-from fxprune.graph.spread_modules import hollow_copy, is_spread
+from fxprune.graph.spread_modules import hollow_copy, in_whole, is_spread
 from fxprune.graph.text import describe
 from fxprune.graph.traced import Origin, TracedModule
 from fxprune.passes import (
@@ -316,7 +316,7 @@ def stopwatch(
         def write(module: TracedModule, path: Path) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", EvalConstantWarning)  # nobody trains it on
-                export.to_onnx(finalize(module, verify=False), path, verify=False)
+                export.to_onnx(in_whole(finalize(module, verify=False)), path, verify=False)
 
         def measure(masks: Mapping[str, torch.Tensor]) -> float:
             candidate = copy.deepcopy(traced)
@@ -346,7 +346,7 @@ class Clock:
         path = self._folder / "whole.onnx"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EvalConstantWarning)  # nobody trains it on
-            self._export.to_onnx(finalize(traced, verify=False), path, verify=False)
+            self._export.to_onnx(in_whole(finalize(traced, verify=False)), path, verify=False)
         rounds = self._export.time_in_turns(
             [path], None, lambda rounds: False, threads=self._threads, batch=self._batch, providers=self._providers
         )
@@ -359,7 +359,7 @@ class Clock:
             sets: the modules, as they stand: at the sizes of their sample inputs.
             is_sure: from such seconds whether they tell enough.
         """
-        paths = self._export.to_onnx_files([module for each in sets for module in each], self._folder)
+        paths = self._export.to_onnx_files([in_whole(module) for each in sets for module in each], self._folder)
         found, start = [], 0
         for each in sets:
             own = paths[start : start + len(each)]
@@ -510,7 +510,7 @@ def _finalized_by_first(traced: TracedModule, options: dict[str, Any], *, whole:
 
     def work(copied: TracedModule) -> TracedModule:
         final = finalize(copied, **options)
-        return spread_modules.in_whole(final) if whole else final
+        return in_whole(final) if whole else final
 
     def told(final: TracedModule, loans: Loans) -> Any:
         return final.plan, _shapes(final), spread_modules.numbers_of(tensors_of(final), loans)

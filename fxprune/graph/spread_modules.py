@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
@@ -211,6 +212,57 @@ def by_first(function: Callable[Given, Result]) -> Callable[Given, Result]:
         return result
 
     return call
+
+
+def lent_to_first(*batches: str) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
+    """Let a function that changes no module take one that is spread: the first process runs it, on a borrowed copy.
+
+    Args:
+        batches: names of arguments that are batches, of which each process has its own.
+    """
+
+    def decorate(function: Callable[Given, Result]) -> Callable[Given, Result]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+            if not args or not is_spread(args[0]):
+                return function(*args, **kwargs)
+            traced: Any = args[0]
+            options = with_all_batches(traced, dict(signature.bind(*args, **kwargs).arguments), batches)
+            return by_loans(traced, lambda copied: _called(function, copied, options), lambda found, loans: found)[0]
+
+        return call
+
+    return decorate
+
+
+def with_all_batches(traced: TracedModule, options: Mapping[str, Any], batches: Iterable[str]) -> dict[str, Any]:
+    """The arguments of a call beside its module, with the batches of all processes on the first one; a collective.
+
+    What goes wrong with those of one is raised by the first process when it reads them.
+    """
+    rank, found = first_of_all(traced), dict(options)
+    del found[next(iter(found))]
+    for name in batches:
+        own = found.get(name)
+        try:
+            single = isinstance(own, Tensor | Mapping | tuple)
+            found[name] = all_batches([own] if single else own, None, rank)
+        except Exception as error:
+            if dist.get_rank() != rank:
+                raise
+            found[name] = _raising(error)
+    return found
+
+
+def _raising(error: Exception) -> Iterable[Any]:
+    raise error
+    yield
+
+
+def _called(function: Callable[..., Result], copied: TracedModule, options: Mapping[str, Any]) -> Result:
+    return function(copied, **options)
 
 
 def in_one_process(function: Callable[Given, Result]) -> Callable[Given, Result]:

@@ -29,7 +29,7 @@ from fxprune.graph.interpretation import Interpreter
 from fxprune.graph.names import tensor_at
 from fxprune.graph.requirements import require_eval, require_traced
 from fxprune.graph.samples import stretched
-from fxprune.graph.spread_modules import in_one_process
+from fxprune.graph.spread_modules import lent_to_first
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import working
 from fxprune.prune.channel_request import ChannelRequest, chosen_among, listed
@@ -61,7 +61,7 @@ class Clock(Protocol):
 
 
 @named_arguments
-@in_one_process
+@lent_to_first()
 def latency_table(
     traced: TracedModule,
     *,

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+
+from fxprune.errors import PruningError
+from fxprune.graph.masks import masked_views
+from fxprune.graph.names import tensor_at
+from fxprune.graph.traced import TracedModule
+from fxprune.reports import first_of
 
 _REFITTED = "version_at_repair"  # an attribute of a tensor: how often it had been written to when it was last repaired
 
@@ -53,3 +61,25 @@ class Changes:
 def refitted_since(module: nn.Module) -> list[str]:
     """The parameters whose last change is that of a repair, whichever module it was made on."""
     return [name for name, each in module.named_parameters() if vars(each).get(_REFITTED) == each._version]
+
+
+def mark_refitted(module: nn.Module, names: Iterable[str]) -> None:
+    """Say of parameters that their last change is that of a repair."""
+    for name in names:
+        tensor = tensor_at(module, name)
+        vars(tensor)[_REFITTED] = tensor._version
+
+
+def require_unchanged(traced: TracedModule) -> None:
+    """Raise PruningError where the module without its masks is not what it was before pruning."""
+    if changed := [found.name for found in masked_views(traced) if found.changed_since_masked]:
+        raise PruningError(
+            f"{first_of(changed)} changed since they were masked, so that the module without its masks is no "
+            "reference. Give one: reference=, a copy of the module from before pruning."
+        )
+    if changed := refitted_since(traced):
+        raise PruningError(
+            f"{first_of(changed)} were refitted by an earlier reconstruction, to masks of that time, so that the "
+            "module without its masks is no reference. Give one: reference=, a copy of the module from before pruning. "
+            "Trace a copy of a model to keep the model as it is: a traced module has its parameters."
+        )

@@ -13,16 +13,15 @@ from torch import Tensor, fx, nn
 
 from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
-from fxprune.graph.masks import masked_views, view
+from fxprune.graph.masks import view
 from fxprune.graph.names import tensor_at
 from fxprune.graph.requirements import require_eval
-from fxprune.graph.spread_modules import in_one_process
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import working
 from fxprune.prune.repair import input_moments
 from fxprune.prune.repair.batches import Batches
-from fxprune.prune.repair.changes import Changes, refitted_since
+from fxprune.prune.repair.changes import Changes, require_unchanged
 from fxprune.prune.repair.finding import Stream, find, mask_product, stream_of
 from fxprune.prune.repair.finite import has_non_finite, origin_of_non_finite
 from fxprune.prune.repair.fitting import Family, Solved, families
@@ -33,6 +32,7 @@ from fxprune.prune.repair.normed import carry, weight_norms
 from fxprune.prune.repair.pair import Pair
 from fxprune.prune.repair.pieces import Pieces
 from fxprune.prune.repair.references import References
+from fxprune.prune.repair.refitting_of_all import refitted_for_all
 from fxprune.prune.repair.report import ReaderRepair, ReconstructionReport
 from fxprune.prune.repair.seeding import seeded
 from fxprune.prune.repair.shelf import Shelf, State
@@ -40,14 +40,13 @@ from fxprune.prune.repair.stacks import in_single_layers
 from fxprune.prune.repair.states import find_states
 from fxprune.prune.repair.turning import Turning
 from fxprune.prune.repair.waves import Layout, Wave, plan
-from fxprune.reports import first_of
 
 _MOST_ROUNDS = 3
 _TAKEN_BACK = "taken back: outputs were further off with it"
 _DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
-@in_one_process
+@refitted_for_all
 def reconstruct(
     traced: TracedModule,
     batches: Any,
@@ -120,7 +119,7 @@ def reconstruct(
     changes, norms = Changes(), weight_norms(traced)
     with torch.no_grad(), seeded(traced):
         if reference is None:
-            _require_unchanged(traced)
+            require_unchanged(traced)
         plain = driver.without_norms(traced, norms)
         try:
             references = References(plain, plain.graphs["eval"], reference, changes)
@@ -145,20 +144,6 @@ def _dampings(damping: Any) -> tuple[float, ...]:
     if not given:
         raise ArgumentError("damping is empty: at least one number is needed.")
     return given
-
-
-def _require_unchanged(traced: TracedModule) -> None:
-    if changed := [found.name for found in masked_views(traced) if found.changed_since_masked]:
-        raise PruningError(
-            f"{first_of(changed)} changed since they were masked, so that the module without its masks is no "
-            "reference. Give one: reference=, a copy of the module from before pruning."
-        )
-    if changed := refitted_since(traced):
-        raise PruningError(
-            f"{first_of(changed)} were refitted by an earlier reconstruction, to masks of that time, so that the "
-            "module without its masks is no reference. Give one: reference=, a copy of the module from before pruning. "
-            "Trace a copy of a model to keep the model as it is: a traced module has its parameters."
-        )
 
 
 class _Sweep:

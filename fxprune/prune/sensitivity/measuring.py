@@ -16,7 +16,7 @@ from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 from fxprune.graph.calls import each_call
 from fxprune.graph.requirements import require_eval, require_traced
-from fxprune.graph.spread_modules import in_one_process
+from fxprune.graph.spread_modules import lent_to_first
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_request import chosen_among, listed
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence, Importance
@@ -35,7 +35,7 @@ _FEWEST_SAMPLES, _MOST_SAMPLES = 8, 32
 
 
 @named_arguments
-@in_one_process
+@lent_to_first("batches")
 def sensitivity(
     traced: TracedModule,
     batches: Any,

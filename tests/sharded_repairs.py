@@ -1,0 +1,68 @@
+"""What is measured and refitted of a network in one process and in several."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fxprune
+from tests import sharded_networks as networks
+
+P = fxprune.prune
+Spread = Callable[[fxprune.TracedModule], fxprune.TracedModule]
+
+
+def without_biases() -> fxprune.TracedModule:
+    """Layers whose outputs are far from zero, which a bias can make up for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(12, 9, 1, bias=False), nn.ReLU(),
+        nn.Flatten(2), nn.Linear(36, 5, bias=False),
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.abs_()
+    return fxprune.trace(model.train(), (networks.inputs(),))
+
+
+def _mine(every: list[Any]) -> list[Any]:
+    return every if not dist.is_initialized() else every[dist.get_rank() :: dist.get_world_size()]
+
+
+def repaired(spread: Spread, what: str) -> dict[str, Any]:
+    """States, curves and errors of a network whose channels went by curves, and which was refitted."""
+    if dist.is_initialized():
+        networks.keep_nothing_whole()
+    module = spread(networks.traced() if what == "network" else without_biases())
+    batches = [x.abs() + 1 for x in networks.batches()]
+    sensitivity = fxprune.sensitivity(module, _mine(batches))
+    P.channels(module, macs=0.6, importance=sensitivity, round_to=1)
+    before = copy.deepcopy(networks.values(module))
+    report = fxprune.reconstruct(module, _mine(batches))
+    found = {"before": before, "state": networks.values(module)}
+    found["curves"] = {"": torch.tensor([curve.losses().sum() for curve in sensitivity.curves])}
+    readers = {name: replace(reader, seconds=0.0) for name, reader in report.readers.items()}
+    found["told"] = {str(readers): torch.zeros(()), str(module.made_biases): torch.zeros(())}
+    found["output"] = {"": module.eval()(networks.inputs(3)).detach()}
+    try:
+        fxprune.reconstruct(module, _mine(batches))
+    except fxprune.errors.PruningError as error:
+        found["again"] = {str(error): torch.zeros(())}
+    optimizer = torch.optim.SGD(module.train().parameters(), lr=0.1)
+    module(networks.inputs(0)).square().mean().backward()
+    optimizer.step()
+    found["trained"] = networks.values(module)
+    found["final"] = networks.values(fxprune.finalize(module, keep_for_training=True))
+    return found
+
+
+def timed(spread: Spread) -> list[tuple[str, int]]:
+    """The groups of which latencies are told, with their units."""
+    table = fxprune.latency_table(spread(networks.traced()), most_seconds=5)
+    return [(curve.name, curve.size) for curve in table.curves]
