@@ -17,8 +17,7 @@ _MOST_LANES = 9  # further connections share the last one
 _STEP, _NODE, _TURN = 12, 20, 36  # pixels: between lanes, from the top to a node, from the top to the end of a turn
 _PICTURED = 128  # channels along an axis of what counts as a small layer
 _SHARES = (0.2, 0.4, 0.6, 0.8, 0.999)
-# the axis of a weight that holds what the layer gives; of other kinds the first
-_OUTPUT_AXES = {"conv_transpose1d": 1, "conv_transpose2d": 1, "conv_transpose3d": 1, "embedding": 1, "matmul": -1}
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 @dataclass(frozen=True)
@@ -107,18 +106,25 @@ def picture(outcome: Outcome) -> Picture | None:
 def _tell(row: Row, layer: dict[str, Any], shapes: dict[str, list[int]], plan: dict[str, Any]) -> None:
     """What is left of a layer's weights."""
     before = after = 0
-    for name in layer["weights"]:
+    for place, name in enumerate(layer["weights"]):
         shape = plan.get("shapes", {}).get(name, shapes[name])
         left = shape_left(name, plan, shape)
         before, after = before + _entries(shape), after + _entries(left)
         kept = kept_indices(name, plan)
         told = [(axis, ranges(index)) for axis, index in kept.items()]
         row.tensors.append(Tensor(name, times(shape), times(left), told, _mask(shape, kept)))
-        if row.width is None:
-            axis = _OUTPUT_AXES.get(layer["kind"], 0)
+        if place == (layer["kind"] in _RECURRENT):  # the second weight of these reads what they give
+            axis = _output_axis(layer["kind"])
             row.width = (shape[axis], left[axis])
     row.left = after / max(before, 1)
     row.shade = sum(row.left > share for share in _SHARES)
+
+
+def _output_axis(kind: str) -> int:
+    """The axis of a layer's weight along which what it gives lies."""
+    if kind.startswith("conv_transpose") or kind in _RECURRENT:
+        return 1
+    return 0 if kind.startswith(("conv", "linear")) else -1
 
 
 def shape_left(name: str, plan: dict[str, Any], shape: Sequence[int]) -> list[int]:

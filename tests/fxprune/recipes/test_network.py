@@ -110,6 +110,30 @@ def test_widths_of_transposed_and_of_grouped_convolutions() -> None:
     assert "2.weight" in page(outcome)
 
 
+class Tokens(nn.Module):
+    """An embedding with positions added, a recurrent layer of 16 in both directions, a product and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 8)
+        self.places = nn.Parameter(torch.randn(5, 8))
+        self.states = nn.LSTM(8, 16, batch_first=True, bidirectional=True)
+        self.mixed = nn.Parameter(torch.randn(32, 12))
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states, _ = self.states(self.words(ids) + self.places)
+        result: Tensor = self.head(states @ self.mixed)
+        return result
+
+
+def test_widths_are_those_of_what_a_layer_gives() -> None:
+    drawn = picture(outcome_of(Tokens(), torch.zeros(2, 5, dtype=torch.int64), {}))
+    assert drawn is not None
+    widths = {row.name: row.width for row in drawn.rows if row.width}
+    assert widths == {"words": (8, 8), "places": (8, 8), "states": (16, 16), "mixed": (12, 12), "head": (4, 4)}
+
+
 def test_ranges_of_groups() -> None:
     assert ranges([[0, 1], [0, 1]]) == "0-1 of each group"
     assert ranges([[0], [1]]) == "group 0: 0; group 1: 1"
