@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxprune.artifacts.working_copy import WorkingCopy
+from fxprune.capture.cached_tensors import dense_examples
 from fxprune.errors import WriteBackError
 from fxprune.graph.arguments import Arguments, fixed_size
 from fxprune.graph.equality import close, error
@@ -36,6 +37,7 @@ class Rehearsal:
     def __init__(self, copied: WorkingCopy) -> None:
         self.copy, self.graph = copied, copied.final.graphs["eval"]
         self.inputs: Arguments = (copied.final.example_args, copied.final.example_kwargs)
+        self.dense_inputs: Arguments = dense_examples(copied.final, copied.plan)
         self._dtypes = {name: tensor.dtype for name, tensor in tensors_of(copied.root).items()}
         self._wide = False
 

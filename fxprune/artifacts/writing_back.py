@@ -137,7 +137,7 @@ def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configurati
     check_statistics(copy)
     rehearsal = Rehearsal(copy)
     reads, work = rehearsal.in_best_precision(lambda: _watched_run(rehearsal))
-    forms = other_forms(copy.root, lambda: rehearsal.run_copy(rehearsal.inputs))
+    forms = other_forms(copy.root, lambda: rehearsal.run_copy(rehearsal.dense_inputs))
     left_over = put_values(copy, flags)
     put_eps(copy)
     rehearsal.convert_tensors()
@@ -182,7 +182,7 @@ def _find_integers(search: Search, left_over: Sequence[LeftOver]) -> None:
 def _watched_run(rehearsal: Rehearsal) -> tuple[Reads, float]:
     """The attributes that one run of the model as it is reads, and the work of its largest call."""
     with recorded_reads(rehearsal.copy.root) as reads, by_its_parts(), Effort() as effort:
-        rehearsal.run_copy(rehearsal.inputs)
+        rehearsal.run_copy(rehearsal.dense_inputs)
     return reads, effort.largest
 
 

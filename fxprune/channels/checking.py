@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxprune.channels.axes import Axis
+from fxprune.channels.cached_heads import CacheNodes, without_dead
 from fxprune.channels.costs import layer_macs, macs_of_one_sample
 from fxprune.channels.coupling import Coupling
 from fxprune.channels.edits import Kept
@@ -43,28 +44,34 @@ class Before:
         graph: a copy. origin: its nodes -> those that the coupling knows.
         tensors: parameters and buffers by name.
         root: holds the bodies of control flow, which removal leaves as they are.
+        inputs: the flat sample inputs.
+        cached: the places of keys and values among the flat outputs.
     """
 
     graph: fx.Graph
     origin: dict[fx.Node, fx.Node]
     tensors: dict[str, Tensor]
     root: nn.Module
+    inputs: list[Any]
+    cached: frozenset[int]
 
     @classmethod
-    def of(cls, graph: fx.Graph, tensors: dict[str, Tensor], root: nn.Module) -> Before:
+    def of(cls, graph: fx.Graph, tensors: dict[str, Tensor], root: TracedModule) -> Before:
         copied, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
         copied.output(copied.graph_copy(graph, nodes))
         origin = {copy: node for node, copy in nodes.items()}
-        return cls(copied, origin, {name: tensor.detach() for name, tensor in tensors.items()}, root)
+        inputs = pytree.tree_leaves((root.example_args, root.example_kwargs))
+        cached = frozenset(CacheNodes.of(graph).returned)
+        return cls(copied, origin, {name: tensor.detach() for name, tensor in tensors.items()}, root, inputs, cached)
 
     def read(self, name: str) -> Any:
         """What a `get_attr` node of the graph reads."""
         return self.tensors[name] if name in self.tensors else tensor_at(self.root, name)
 
-    def outputs(self, traced: TracedModule) -> Outputs:
+    def outputs(self, coupling: Coupling, kept: Kept) -> Outputs:
         """What the graph gives at the sample inputs of the module, to be compared when its tensors are gone."""
         dtype, tolerance = _precision(self)
-        inputs = _inputs(traced)
+        inputs = without_dead(self.inputs, coupling.walks["eval"].graph, coupling.cached, kept)
         try:
             found, macs = _counted(self.graph, self.read, inputs, dtype)
         except RuntimeError:  # some operators have no float64
@@ -72,7 +79,8 @@ class Before:
                 raise
             dtype, tolerance = None, None
             found, macs = _counted(self.graph, self.read, inputs, dtype)
-        return Outputs(found, macs, dtype, tolerance, str(Batch.of(self.graph)))
+        left = _what_stays_of_outputs(found, self, coupling, kept)
+        return Outputs(left, macs, dtype, tolerance, str(Batch.of(self.graph)))
 
 
 @dataclass(frozen=True)
@@ -153,14 +161,16 @@ def macs_verified(before: Before, traced: TracedModule, coupling: Coupling, kept
     Raises:
         FinalizeError: they differ; names the first node that does.
     """
-    inputs, graph = _inputs(traced), traced.graphs["eval"]
+    graph = traced.graphs["eval"]
+    given, left = without_dead(before.inputs, graph, coupling.cached, kept), _inputs(traced)
 
     def tensors(name: str) -> Any:
         return tensor_at(traced, name)
 
     def both(dtype: torch.dtype | None) -> _Runs:
-        first, second = (_counted(*each, inputs, dtype) for each in ((before.graph, before.read), (graph, tensors)))
-        return _Runs(first[0], second[0], (first[1], second[1]))
+        first = _counted(before.graph, before.read, given, dtype)
+        second = _counted(graph, tensors, left, dtype)
+        return _Runs(_what_stays_of_outputs(first[0], before, coupling, kept), second[0], (first[1], second[1]))
 
     dtype, tolerance = _precision(before)
     try:
@@ -173,13 +183,23 @@ def macs_verified(before: Before, traced: TracedModule, coupling: Coupling, kept
     if all(close(want, got, tolerance) for want, got in zip(runs.before, runs.after, strict=True)):
         return runs.macs
     worst = max(error(want, got) for want, got in zip(runs.before, runs.after, strict=True))
-    node = _first_difference(before, graph, tensors, inputs, dtype, tolerance, coupling, kept)
+    node = _first_difference(before, graph, tensors, (given, left), dtype, tolerance, coupling, kept)
     with working_on(node) if node is not None else contextlib.nullcontext():
         raise FinalizeError(
             f"removing channels was to leave the outputs as they are, but they differ by {worst:.1e} relative; the "
             f"first node that differs is {'the output' if node is None else describe(node)}. Nothing was changed; "
             "please report this model, and finalize with shrink=False."
         )
+
+
+def _what_stays_of_outputs(outputs: Sequence[Any], before: Before, coupling: Coupling, kept: Kept) -> list[Any]:
+    """Flat outputs, of whose keys and values those are left out that went."""
+    found = list(outputs)
+    env, nodes = coupling.walks["eval"].env, pytree.tree_leaves(before.graph.output_node().args)
+    for place in before.cached:
+        value = env.get(before.origin[nodes[place]])
+        found[place] = _what_stays(found[place], value if isinstance(value, Value) else None, kept)
+    return found
 
 
 def _precision(before: Before) -> tuple[torch.dtype | None, float | None]:
@@ -191,13 +211,14 @@ def _precision(before: Before) -> tuple[torch.dtype | None, float | None]:
 
 
 def _first_difference(
-    before: Before, graph: fx.Graph, tensors: Callable[[str], Any], inputs: list[Any], dtype: torch.dtype | None,
+    before: Before, graph: fx.Graph, tensors: Callable[[str], Any], inputs: tuple[list[Any], list[Any]],
+    dtype: torch.dtype | None,
     tolerance: float | None, coupling: Coupling, kept: Kept,
 ) -> fx.Node | None:  # fmt: skip
     """The first node of `graph` whose value is not what was left of it."""
     seen: dict[str, Any] = {}
     run(
-        before.graph, before.read, inputs, dtype,
+        before.graph, before.read, inputs[0], dtype,
         lambda node, value: seen.update({before.origin.get(node, node).name: value}),
     )  # fmt: skip
     nodes = {node.name: node for node in before.origin.values()}
@@ -212,7 +233,7 @@ def _first_difference(
         if not close(reference, value, tolerance):
             differing.append(node)
 
-    run(graph, tensors, inputs, dtype, compare)
+    run(graph, tensors, inputs[1], dtype, compare)
     return differing[0] if differing else None
 
 

@@ -8,9 +8,11 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxprune.channels import rules
+from fxprune.channels.cached_heads import CachedHeads, CacheNodes, written_zeros
 from fxprune.channels.class_statistics import keep_statistics_of_class
 from fxprune.channels.ids import Classes, Ids, Vector
 from fxprune.channels.readers import Reader
@@ -33,11 +35,13 @@ class Coupling:
         walks: by mode; the eval walk also holds what is constant.
         classes: what the ids resolve to.
         stored: the parameters and buffers that the graphs read.
+        cached: the keys and values that they take and return.
     """
 
     walks: dict[str, Walk]
     classes: Classes
     stored: Parameters
+    cached: CachedHeads
 
     @property
     def parameters(self) -> dict[str, list[Vector | None]]:
@@ -106,33 +110,54 @@ def couple(
         refused: names of nodes whose channels stay, and why.
         for_class: whether the class of the model is to take the statistics over the channels that are left.
     """
-    ids = Ids()
     stored = tensors_of(root)
     read = {str(node.target): None for graph in graphs.values() for node in graph.find_nodes(op="get_attr")}
     tensors = {name: stored[name] for name in read if name in stored and stored[name].numel()}
-    parameters = replace(_tied(tensors, ids), refused=dict(refused or {}))
+    zeros: Mapping[str, Tensor] = {}
     with torch.no_grad(), on_cpu():
-        # the eval graph first: reasons are reported in the order in which they were found
-        walks = {
-            mode: walked(graphs[mode], ids, parameters, facts and mode == "eval")
-            for mode in ("eval", "train")
-            if mode in graphs
-        }
+        while True:
+            ids, cached = Ids(), CachedHeads(zeros=zeros)
+            parameters = replace(_tied(tensors, ids), refused=dict(refused or {}))
+            walks = {}
+            if "eval" in graphs:  # first: reasons are reported in the order in which they were found
+                walks["eval"] = walked(graphs["eval"], ids, parameters, cached, facts)
+                more = written_zeros(walks["eval"], CacheNodes.of(graphs["eval"])) if facts else {}
+                if any(not torch.equal(where, zeros.get(name, ~where)) for name, where in more.items()):
+                    zeros = more  # what is written as zero will be found as zero, which may make more zero
+                    continue
+            break
+        if "train" in graphs:
+            walks["train"] = walked(graphs["train"], ids, parameters, cached, False)
         if for_class:
             keep_statistics_of_class(list(walks.values()))
-    found = Coupling(walks, ids.solve(), parameters)
+    found = Coupling(walks, ids.solve(), parameters, cached)
     if len(graphs) > 1:
         found.forget_maps_of_one_graph()
     return found
 
 
-def walked(graph: fx.Graph, ids: Ids, parameters: Parameters, facts: bool, *, training: bool = False) -> Walk:
-    """The walk over a graph, node by node; the arguments are those of `Walk`."""
-    walk = Walk(graph, ids, parameters, facts, training=training)
+def walked(
+    graph: fx.Graph, ids: Ids, parameters: Parameters, cached: CachedHeads, facts: bool, *, training: bool = False
+) -> Walk:
+    """The walk over a graph, node by node; the arguments are those of `Walk`, and what is known of caches."""
+    walk, nodes = Walk(graph, ids, parameters, facts, training=training), CacheNodes.of(graph)
     for node in graph.nodes:
         with working_on(node):
-            _visit(walk, node)
+            if node in nodes.taken:
+                walk.env[node] = cached.taken(walk, node, nodes.taken[node])
+            elif node.op == "output":
+                _visit_outputs(walk, node, cached, nodes)
+            else:
+                _visit(walk, node)
     return walk
+
+
+def _visit_outputs(walk: Walk, node: fx.Node, cached: CachedHeads, nodes: CacheNodes) -> None:
+    for place, value in enumerate(pytree.tree_leaves(node.args)):
+        if place in nodes.returned:
+            cached.returned(walk, node, value, nodes.returned[place])
+        elif isinstance(value, fx.Node):
+            walk.pin_operand(node, value, "the model returns it")
 
 
 def _visit(walk: Walk, node: fx.Node) -> None:
@@ -140,9 +165,6 @@ def _visit(walk: Walk, node: fx.Node) -> None:
         walk.env[node] = walk.unknown(node)
     elif node.op == "get_attr":
         walk.env[node] = walk.parameter(node)
-    elif node.op == "output":
-        for value in node.all_input_nodes:
-            walk.pin_operand(node, value, "the model returns it")
     elif node.op == "call_function":
         walk.env[node] = relate(walk, node)
         if is_mutating(node):

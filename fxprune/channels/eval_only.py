@@ -147,7 +147,7 @@ def _walk_of_training(coupling: Coupling) -> Walk:
     ids = Ids()
     ids.size = len(coupling.classes.of)  # others than those of parameters
     with torch.no_grad(), on_cpu():
-        return walked(coupling.walks["train"].graph, ids, coupling.stored, True, training=True)
+        return walked(coupling.walks["train"].graph, ids, coupling.stored, coupling.cached, True, training=True)
 
 
 def _read_differently(reader: Reader, twin: Reader | None) -> Mask:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxprune.calling import renamed
 from fxprune.channels.added_maps import add_zero_maps
 from fxprune.channels.analysis import Analysis, fill_in, parameter_count
+from fxprune.channels.cached_heads import cut_examples
 from fxprune.channels.checking import Before, macs_verified
 from fxprune.channels.constants import Constant, place
 from fxprune.channels.coupling import Coupling, coupling
@@ -56,7 +57,8 @@ def remove(
         raise FinalizeError("the analysis is of another module. Call analyze on this one.")
     relations = analysis.coupling
     before = Before.of(traced.graphs["eval"], relations.tensors, traced) if verify else None
-    outputs = before.outputs(traced) if before is not None and lean else None
+    left = Kept(relations.classes, analysis.alive)
+    outputs = before.outputs(relations, left) if before is not None and lean else None
     folding = Folding(traced, relations, analysis.alive)
     with on_cpu():
         folding.run()
@@ -70,7 +72,7 @@ def remove(
     plan.folded, plan.merged, plan.added = folding.folded, folding.merged, folding.added
     plan.positions = folding.positions
     if before is not None:
-        plan.macs = macs_verified(before, traced, relations, Kept(relations.classes, analysis.alive))
+        plan.macs = macs_verified(before, traced, relations, left)
         plan.sample = str(Batch.of(before.graph))
     elif outputs is not None:
         plan.macs, plan.sample = outputs.macs_of_equal(traced), outputs.sample
@@ -175,6 +177,11 @@ def _carry_out(
     for walk in relations.walks.values():
         update_shapes(walk, kept, tensors)
         walk.graph.lint()
+    plan.cached = {
+        name: {dim: (relations.cached.sizes(name)[dim], index) for dim, index in axes.items()}
+        for name, axes in relations.cached.kept(kept).items()
+    }
+    cut_examples(traced, traced.graphs["eval"], relations.cached, kept)
     traced.recompile()
     plan.parameters = (wanted.parameters[0], parameter_count(traced))
     traced.record(plan)

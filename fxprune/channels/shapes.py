@@ -23,7 +23,7 @@ def update_shapes(walk: Walk, kept: Kept, tensors: Mapping[str, Tensor]) -> None
     """Bring `node.meta["val"]` of every node to the sizes that are kept; those of `tensors` are as they were cut."""
     empties: _Empties = {}
     for node, value in walk.env.items():
-        if value is None or node.op == "placeholder" or "val" not in node.meta:
+        if value is None or "val" not in node.meta:
             continue
         before = node.meta["val"]
         stored = tensors.get(str(node.target)) if node.op == "get_attr" else None

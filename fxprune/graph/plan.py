@@ -43,6 +43,8 @@ class ChannelPlan(Readable):
         refused: name of a node whose operator could not be analyzed -> what went wrong; its channels stayed.
         sample: what MACs are counted for, "one sample of 3x224x224"; empty where they are not.
         chosen: (parameter, axis) that a choice of channels masked; what others lost was dead by itself.
+        cached: keys or values of a cache that the graph takes and returns -> {axis: (size before, indices that stay)},
+            as in "past_key_values.0.key" -> {1: (8, [0, 1, 2, 5])}; axis 1 are heads, axis 3 channels.
 
     Example:
         >>> plan = fxprune.finalize(traced).plan
@@ -68,6 +70,7 @@ class ChannelPlan(Readable):
     rescaled: dict[str, tuple[float, float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     chosen: tuple[tuple[str, int], ...] = ()
+    cached: dict[str, dict[int, tuple[int, Tensor]]] = field(default_factory=dict)
 
     @property
     def removed(self) -> dict[str, dict[int, int]]:
@@ -82,7 +85,12 @@ class ChannelPlan(Readable):
         return counts
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
-        """Cut a tensor of the shape that `name` had before (an optimizer's state, a gradient) to what is kept."""
+        """Cut a tensor of the shape that `name` had before (an optimizer's state, a gradient) to what is kept.
+
+        Keys and values in the cache of the module before are cut by their name, as in "past_key_values.0.key".
+        """
+        for axis, (_, index) in sorted(self.cached.get(name, {}).items()):
+            tensor = tensor.index_select(axis, index.to(tensor.device))
         for axis, index in sorted(self.kept.get(name, {}).items()):
             if index.dim() == 2:
                 tensor = self._slice_grouped(name, axis, index, tensor)
@@ -111,6 +119,8 @@ class ChannelPlan(Readable):
         went += [f"{counted(constants, 'constant channel')} folded or merged"] if constants else []
         went += [f"{counted(len(self.dropped), 'tensor')} dropped"] if self.dropped else []
         lines.append(", ".join(went))
+        if self.cached:
+            lines.append(f"smaller in the cache: {first_of(self.cached, 3)}")
         if self.eval_only:
             norms = first_of(self.eval_only, 3)
             lines.append(f"constant in eval mode alone, so that train mode changes: channels of {norms}")
@@ -150,6 +160,12 @@ class ChannelPlan(Readable):
             sizes = self.shapes[name]
             text = ", ".join(f"axis {axis}: {sizes[axis] - gone} of {sizes[axis]} kept" for axis, gone in axes.items())
             lines.append(f"  {name}: {text}")
+        for name, kept in self.cached.items():
+            text = ", ".join(
+                f"{len(index)} of {size} {'heads' if axis == 1 else 'channels'} kept"
+                for axis, (size, index) in kept.items()
+            )
+            lines.append(f"  {name} in the cache: {text}")
         lines += [f"  {layer}: {n} constant channels folded into its bias" for layer, n in self.folded.items()]
         lines += [f"  {layer}: {n} constant channels merged into representatives" for layer, n in self.merged.items()]
         lines += [f"  {name}: {n} channels counted, {left} of them left" for name, (n, left) in self.counting.items()]
@@ -188,6 +204,10 @@ class ChannelPlan(Readable):
                 "stayed": self.stayed, "macs": self.macs, "parameters": self.parameters, "sample": self.sample,
                 "eval_only": self.eval_only, "counting": self.counting, "rescaled": self.rescaled,
                 "positions": self.positions, "refused": self.refused, "chosen": self.chosen,
+                "cached": {
+                    name: {str(a): [size, index.tolist()] for a, (size, index) in axes.items()}
+                    for name, axes in self.cached.items()
+                },
             }
         )  # fmt: skip
         return found
@@ -224,6 +244,10 @@ class ChannelPlan(Readable):
             plan.positions = {name: (a, b, n) for name, (a, b, n) in data.get("positions", {}).items()}
             plan.refused = dict(data.get("refused", {}))
             plan.chosen = tuple((name, axis) for name, axis in data.get("chosen", ()))
+            plan.cached = {
+                name: {int(a): (size, torch.tensor(index)) for a, (size, index) in axes.items()}
+                for name, axes in data.get("cached", {}).items()
+            }
             return plan
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"not a channel plan: {error!r}. Store it with `ChannelPlan.to_json`.") from error

@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
-from fxprune.errors import ArgumentError, ArtifactError, CaptureError, ExportError, FxpruneWarning
+from fxprune.errors import ArgumentError, ArtifactError, CaptureError, ExportError, FxpruneWarning, InputError
 from fxprune.graph.arguments import InputCheck
 from fxprune.graph.attributes import absent, check_unseen
 from fxprune.graph.calls import cloned
@@ -334,7 +334,15 @@ class TracedModule(ReadByName, fx.GraphModule):
 
     def check_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raise InputError unless the current mode's graph holds for this call."""
-        self.input_check(args, kwargs)
+        try:
+            self.input_check(args, kwargs)
+        except InputError as error:
+            if self.plan is None or not self.plan.cached or "has shape" not in str(error):
+                raise
+            raise InputError(
+                f"{error} Keys and values lost heads or channels when this module was finalized: give the cache that "
+                "it returned itself, an empty one of its own sizes, or one whose tensors are cut by `plan.slice`."
+            ) from None
 
     def check_shapes(self) -> None:
         """Raise ArgumentError where a parameter or buffer has another shape than the current mode's graph holds for."""

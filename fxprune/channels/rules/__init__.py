@@ -14,6 +14,7 @@ from fxprune.channels.rules import (
     shuffles,
     symbolic,
     views,
+    writing,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "shuffles",
     "symbolic",
     "views",
+    "writing",
 ]

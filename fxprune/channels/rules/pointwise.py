@@ -24,7 +24,7 @@ aten = torch.ops.aten
 @register(
     aten.hardswish, aten.leaky_relu, aten.log_sigmoid, aten.bitwise_not, aten.nan_to_num,
     aten.__and__, aten.__or__, aten.__xor__,
-    aten.max.other, aten.min.other,
+    aten.max.other, aten.min.other, aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf,
 )  # fmt: skip
 @dataclass(frozen=True, eq=False)
 class Pointwise(OperatorCall):

@@ -209,6 +209,9 @@ SHAPES = {
     "replication_pad3d": volume(lambda x: aten.replication_pad3d.default(x, (1, 1, 1, 1, 1, 1))),
     "_pad_circular": image(lambda x: aten._pad_circular.default(x, (1, 1, 1, 1))),
     "index.Tensor": image(lambda x, order: x[:, order], lambda: torch.tensor([3, 2, 1, 0, 7, 6, 5, 4])),
+    "index_copy": image(
+        lambda x, order: x.index_copy(3, order, x[..., ::2].sigmoid() - 0.5), lambda: torch.tensor([5, 0, 2])
+    ),
     "index_select": image(lambda x, order: x.index_select(1, order), lambda: torch.tensor([3, 2, 1, 0, 7, 6, 5, 4])),
     "embedding": tokens(lambda x, table: x + F.embedding(torch.arange(6), table), tensor(6, 8), kept=PINNED),
     "pixel_shuffle": image(lambda x: F.pixel_shuffle(x, 2), kept=PINNED),
@@ -226,6 +229,9 @@ REDUCTIONS = {
     ),
     "max.dim": image(lambda x: x.max(3, keepdim=True)[0], kept=PINNED),
     "max.default": image(lambda x: x + x.max(), kept=PINNED),
+    "where.Scalar": image(lambda x: x + torch.where(x > 0, 1.0, 2.0)),
+    "where.ScalarOther": image(lambda x: torch.where(x > -9, x, 2.0)),
+    "where.ScalarSelf": image(lambda x: torch.where(x > 9, 2.0, x)),
     "max.other": image(lambda x: torch.max(x, x.relu() + 0.5)),
     "min.dim": image(lambda x: x.min(3, keepdim=True)[0], kept=PINNED),
     "min.default": image(lambda x: x + x.min(), kept=PINNED),
