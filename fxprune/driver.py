@@ -20,6 +20,7 @@ from fxprune.borrowing import Loans
 from fxprune.calling import named_arguments
 from fxprune.channels import ChannelPlan
 from fxprune.channels.checking import OutputsDifferError
+from fxprune.channels.computed_weights import with_plain_weights
 from fxprune.channels.groups import ChannelGroups, Grouping
 from fxprune.channels.registry import REPORT, failed_with
 from fxprune.errors import (
@@ -398,7 +399,7 @@ def channel_groups(traced: TracedModule) -> ChannelGroups:
         [('0.weight', 'channel', 16), ('2.weight', 'channel', 10)]
     """
     readable = hollow_copy(traced) if is_spread(traced) else traced  # relations ask for no values
-    return ChannelGroups(Grouping(plain_view(readable)).groups)
+    return ChannelGroups(Grouping(with_plain_weights(plain_view(readable))).groups)
 
 
 @named_arguments

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fxprune.calling import renamed
 from fxprune.channels import ChannelPlan, analyze, impose, remove
+from fxprune.channels.analysis import Analysis
+from fxprune.channels.computed_weights import hold_values, mixed_weights
 from fxprune.errors import ArgumentError
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
@@ -25,7 +28,8 @@ class RemoveChannels(Pass):
     are those of a stored plan, and no constants are folded. `verify` compares the outputs and counts MACs. With
     `keep_for_training` channels stay that are constant in eval mode alone, with `keep_for_write_back` those that are
     constant but for the border; with `refused`, names of nodes and reasons, those that these touch. With `lean` weights
-    are let go as they are cut: outputs that differ are an `OutputsDifferError`, which names no node.
+    are let go as they are cut: outputs that differ are an `OutputsDifferError`, which names no node. Weights that are
+    standardized over all that they read become plain ones where channels go that they read.
 
     Example:
         >>> RemoveChannels(align=1)(traced).modified
@@ -48,14 +52,39 @@ class RemoveChannels(Pass):
 
     def run(self, traced: TracedModule) -> bool:
         if self.plan is None:
-            analysis = analyze(
-                traced,
-                align=self.align,
-                keep_for_training=self.keep_for_training,
-                keep_for_write_back=self.keep_for_write_back,
-                refused=self.refused,
-            )
-            plan = remove(traced, analysis, verify=self.verify, lean=self.lean)
+            plan = remove(traced, self._analyzed(traced), verify=self.verify, lean=self.lean)
         else:
+            held = self.plan.held
+            hold_values(traced, [weight for weight in mixed_weights(traced) if weight.name in held])
             plan = impose(traced, self.plan)
         return bool(plan.removed or plan.dropped)
+
+    def _analyzed(self, traced: TracedModule) -> Analysis:
+        """What can go; weights that are computed from all that they read are plain ones first where that frees more."""
+        analysis = self._analysis(traced)
+        if weights := mixed_weights(traced):
+            copied = copy.deepcopy(traced)
+            hold_values(copied, mixed_weights(copied))
+            if _frees_more(self._analysis(copied).plan, analysis.plan):
+                hold_values(traced, weights)
+                return self._analysis(traced)
+        return analysis
+
+    def _analysis(self, traced: TracedModule) -> Analysis:
+        return analyze(
+            traced,
+            align=self.align,
+            keep_for_training=self.keep_for_training,
+            keep_for_write_back=self.keep_for_write_back,
+            refused=self.refused,
+        )
+
+
+def _frees_more(plan: ChannelPlan, other: ChannelPlan) -> bool:
+    """Whether a plan removes more of the tensors that both know."""
+    names = plan.kept.keys() & other.kept.keys()
+
+    def count(each: ChannelPlan) -> int:
+        return sum(gone for name, axes in each.removed.items() if name in names for gone in axes.values())
+
+    return count(plan) > count(other)

@@ -27,6 +27,7 @@ from fxprune.graph.requirements import require_eval
 from fxprune.graph.spread_modules import in_one_process
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import shown
+from fxprune.reports import first_of
 
 
 @named_arguments
@@ -86,6 +87,13 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     require_eval(final, "write_back", WriteBackError)
     if left := reparametrized(final):
         raise WriteBackError(f"{', '.join(left[:5])}: still reparametrized. Give what fxprune.finalize returns.")
+    if final.plan is not None and final.plan.held:
+        raise WriteBackError(
+            f"{type(model).__name__} standardizes {first_of(final.plan.held, 3)} over all that is read, of which some "
+            "went: what it would compute from the rest is something else. Choose channels with "
+            "prune.channels(..., runnable=model), which keeps what such weights read, or store the finalized module: "
+            "fxprune.save(final, path), and fxprune.load(path)."
+        )
     return written_with_zeros(final, model)[0]
 
 

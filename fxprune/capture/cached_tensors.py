@@ -46,6 +46,7 @@ def cached_tensors(graph: fx.Graph) -> list[CachedTensor]:
     except AttributeError:  # a graph that has no signature
         return []
     assert info.in_spec is not None
+    assert info.out_spec is not None
     by_position, by_name = info.in_spec.children()
     names = info.orig_args
     given = list(_caches_in(by_position, 0, names[: by_position.num_children]))

@@ -15,6 +15,7 @@ from fxprune.channels.added_maps import add_zero_maps
 from fxprune.channels.analysis import Analysis, fill_in, parameter_count
 from fxprune.channels.cached_heads import cut_examples
 from fxprune.channels.checking import Before, macs_verified
+from fxprune.channels.computed_weights import held_values
 from fxprune.channels.constants import Constant, place
 from fxprune.channels.coupling import Coupling, coupling
 from fxprune.channels.edits import Kept
@@ -181,6 +182,7 @@ def _carry_out(
         name: {dim: (relations.cached.sizes(name)[dim], index) for dim, index in axes.items()}
         for name, axes in relations.cached.kept(kept).items()
     }
+    plan.held = tuple(held_values(traced))
     cut_examples(traced, traced.graphs["eval"], relations.cached, kept)
     traced.recompile()
     plan.parameters = (wanted.parameters[0], parameter_count(traced))

@@ -45,6 +45,8 @@ class ChannelPlan(Readable):
         chosen: (parameter, axis) that a choice of channels masked; what others lost was dead by itself.
         cached: keys or values of a cache that the graph takes and returns -> {axis: (size before, indices that stay)},
             as in "past_key_values.0.key" -> {1: (8, [0, 1, 2, 5])}; axis 1 are heads, axis 3 channels.
+        held: weights that hold what was computed from them, row by row from all of their columns, as standardized ones
+            are, before columns went: the graph computes no more.
 
     Example:
         >>> plan = fxprune.finalize(traced).plan
@@ -71,6 +73,7 @@ class ChannelPlan(Readable):
     refused: dict[str, str] = field(default_factory=dict)
     chosen: tuple[tuple[str, int], ...] = ()
     cached: dict[str, dict[int, tuple[int, Tensor]]] = field(default_factory=dict)
+    held: tuple[str, ...] = ()
 
     @property
     def removed(self) -> dict[str, dict[int, int]]:
@@ -166,6 +169,8 @@ class ChannelPlan(Readable):
                 for axis, (size, index) in kept.items()
             )
             lines.append(f"  {name} in the cache: {text}")
+        if self.held:
+            lines.append(f"  plain weights now, standardized over all that was read: {first_of(self.held, 5)}")
         lines += [f"  {layer}: {n} constant channels folded into its bias" for layer, n in self.folded.items()]
         lines += [f"  {layer}: {n} constant channels merged into representatives" for layer, n in self.merged.items()]
         lines += [f"  {name}: {n} channels counted, {left} of them left" for name, (n, left) in self.counting.items()]
@@ -204,6 +209,7 @@ class ChannelPlan(Readable):
                 "stayed": self.stayed, "macs": self.macs, "parameters": self.parameters, "sample": self.sample,
                 "eval_only": self.eval_only, "counting": self.counting, "rescaled": self.rescaled,
                 "positions": self.positions, "refused": self.refused, "chosen": self.chosen,
+                "held": self.held,
                 "cached": {
                     name: {str(a): [size, index.tolist()] for a, (size, index) in axes.items()}
                     for name, axes in self.cached.items()
@@ -244,6 +250,7 @@ class ChannelPlan(Readable):
             plan.positions = {name: (a, b, n) for name, (a, b, n) in data.get("positions", {}).items()}
             plan.refused = dict(data.get("refused", {}))
             plan.chosen = tuple((name, axis) for name, axis in data.get("chosen", ()))
+            plan.held = tuple(data.get("held", ()))
             plan.cached = {
                 name: {int(a): (size, torch.tensor(index)) for a, (size, index) in axes.items()}
                 for name, axes in data.get("cached", {}).items()

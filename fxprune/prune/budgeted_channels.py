@@ -17,6 +17,7 @@ from torch import fx, nn
 from fxprune import driver
 from fxprune.calling import renamed
 from fxprune.channels.budget import masks
+from fxprune.channels.computed_weights import with_plain_weights
 from fxprune.channels.foresight import classes_left, foresee, forget, sizes_left
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
@@ -241,7 +242,9 @@ def _outcome(
     timing: Timing | None = None,
 ) -> _Outcome:
     """The choice, within what is known of a class."""
-    grouping = Grouping(driver.plain_view(before), for_class=limits is not None)
+    plain = driver.plain_view(before)
+    plain = with_plain_weights(plain) if limits is None else plain
+    grouping = Grouping(plain, for_class=limits is not None)
     if limits is not None:
         grouping = runnable_groups(grouping, limits, lambda groups: chosen_groups(groups, request))
     picked, lacking = scorable(grouping, chosen_groups(grouping.groups, request), request.importance)

@@ -119,6 +119,8 @@ def _heirs(final: TracedModule, sources: dict[str, nn.Parameter], plan: ChannelP
         name = next((alias for alias in aliases if alias in sources), aliases[0])
         source = sources.get(name)
         origins = _computed_from(sources, name, plan) if source is None else [source]
+        if plan is not None and name in plan.held:  # it is another tensor than its source, of whose group it is
+            source = None
         if (layer := final.made_biases.get(name)) in sources:  # made after the optimizer, it may be
             origins.append(sources[layer])
         found.append(_Heir(name, parameter, source, tuple(origins)))

@@ -20,6 +20,7 @@ from fxprune.channels.registry import OperatorCall, register
 from fxprune.channels.statistics import FirstResultAlone, GroupStatistics, PadWithZeros, RootMeanSquare, counted
 from fxprune.channels.values import Value, beside, settled
 from fxprune.channels.walk import Result, Walk
+from fxprune.graph.expressions import closure, is_repeatable
 from fxprune.torch_internals import NormBase
 
 aten = torch.ops.aten
@@ -138,6 +139,10 @@ class BatchNorm(_ChannelNorm):
         if not self.over_input:
             return value
         others = [dim for dim in range(value.rank) if dim != 1]
+        if self.running_mean is None and all(map(is_repeatable, closure(self.data))):  # a weight, which has one value
+            for dim in others:
+                walk.pin_axis(self.node, value.axes[dim], "statistics over it")
+            return value
         return walk.blur(self.node, value, others, "statistics over it")
 
     @classmethod

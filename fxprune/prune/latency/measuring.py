@@ -21,6 +21,7 @@ from fxprune import driver
 from fxprune.calling import named_arguments
 from fxprune.capture.front_end import trace
 from fxprune.channels.budget import MOVED, Rounding, masks
+from fxprune.channels.computed_weights import with_plain_weights
 from fxprune.channels.groups import ChannelGroup, Grouping, steps_of
 from fxprune.channels.ids import Vector
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, PruningError
@@ -108,7 +109,7 @@ def latency_table(
         raise ArgumentTypeError(f"most_seconds={most_seconds!r}: a number is needed.")
     if not most_seconds > 0:
         raise ArgumentError(f"most_seconds={most_seconds}: more than 0 is needed.")
-    grouping = Grouping(driver.plain_view(traced))
+    grouping = Grouping(with_plain_weights(driver.plain_view(traced)))
     groups = chosen_among(
         grouping.groups, None if targets is None else listed(targets), listed(ignore),
         None if kinds is None else listed(kinds),

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxprune import driver
 from fxprune.calling import named_arguments
+from fxprune.channels.computed_weights import with_plain_weights
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 from fxprune.graph.calls import each_call
@@ -102,7 +103,7 @@ def sensitivity(
     """
     require_traced(traced)
     require_eval(traced, "sensitivity", PruningError)
-    grouping = Grouping(driver.plain_view(traced))
+    grouping = Grouping(with_plain_weights(driver.plain_view(traced)))
     groups = chosen_among(
         grouping.groups, None if targets is None else listed(targets), listed(ignore),
         None if kinds is None else listed(kinds),
