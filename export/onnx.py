@@ -391,7 +391,7 @@ def _verify(request: _Request, draft: Draft, exported: ExportedProgram) -> _Veri
     start = time.perf_counter()
     given = request.calibration or (request.sample,)
     others = other_sizes(exported, given[0], request.final)
-    session = Session(draft.file, request.providers)
+    session = Session(draft.file, request.providers, packs=draft.parts == [draft.file])
     calls = [*given, *others.calls, *request.proof.calls]
     comparison = verified(draft, request.final, session, calls, request.proof.tolerance)
     notes = list(others.notes)

@@ -47,6 +47,8 @@ def _load(
     providers: Sequence[str],
     threads: int | None,
     profile_into: str | os.PathLike[str] | None,
+    *,
+    packs: bool,
 ) -> onnxruntime.InferenceSession:
     offered = onnxruntime.get_available_providers()
     if lacking := [provider for provider in providers if provider not in offered]:
@@ -56,6 +58,8 @@ def _load(
         options.enable_profiling = True
         options.profile_file_prefix = os.path.join(profile_into, "profile")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if not packs:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime's classes share no base of their own
@@ -74,6 +78,8 @@ class Session:
         providers: onnxruntime's execution providers, in order of preference.
         threads: within operators; None: onnxruntime's choice.
         profile_into: a folder into which onnxruntime's profiler writes, until `end_profile`; None: nothing is profiled.
+        packs: whether weights are copied in the order in which products run fastest. Without, those in a file beside
+            are read where they are, mapped, and take no memory.
 
     Attributes:
         name: the file's name. inputs: types and shapes by name, in order. outputs: the names of its outputs.
@@ -101,6 +107,7 @@ class Session:
         threads: int | None = None,
         *,
         profile_into: str | os.PathLike[str] | None = None,
+        packs: bool = True,
     ) -> None:
         check_providers(providers)
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
@@ -111,7 +118,7 @@ class Session:
         if not Path(path).is_file():
             found = "a folder" if Path(path).is_dir() else "nothing"
             raise CompareError(f"'{path}' was to be run; there is {found} of that name. Give an .onnx file's path.")
-        self._session = _load(path, providers, threads, profile_into)
+        self._session = _load(path, providers, threads, profile_into, packs=packs)
         self.inputs = {value.name: f"{value.type} {value.shape}" for value in self._session.get_inputs()}
         self.shapes = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]

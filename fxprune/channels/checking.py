@@ -21,7 +21,7 @@ from fxprune.channels.edits import Kept
 from fxprune.channels.values import Stack, Value
 from fxprune.errors import FinalizeError
 from fxprune.graph.batch import Batch
-from fxprune.graph.equality import close, error
+from fxprune.graph.equality import TOLERANCES, close, error
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.interpretation import run
 from fxprune.graph.macs import NodeMacs
@@ -70,17 +70,17 @@ class Before:
 
     def outputs(self, coupling: Coupling, kept: Kept) -> Outputs:
         """What the graph gives at the sample inputs of the module, to be compared when its tensors are gone."""
-        dtype, tolerance = _precision(self)
+        precision = _Precision.of(self)
         inputs = without_dead(self.inputs, coupling.walks["eval"].graph, coupling.cached, kept)
         try:
-            found, macs = _counted(self.graph, self.read, inputs, dtype)
+            found, macs = _counted(self.graph, self.read, inputs, precision)
         except RuntimeError:  # some operators have no float64
-            if dtype is None:
+            if precision == _AS_IT_IS:
                 raise
-            dtype, tolerance = None, None
-            found, macs = _counted(self.graph, self.read, inputs, dtype)
+            precision = _AS_IT_IS
+            found, macs = _counted(self.graph, self.read, inputs, precision)
         left = _what_stays_of_outputs(found, self, coupling, kept)
-        return Outputs(left, macs, dtype, tolerance, str(Batch.of(self.graph)))
+        return Outputs(left, macs, precision, str(Batch.of(self.graph)))
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,13 @@ class Outputs:
 
     Attributes:
         values: its flat outputs. macs: its multiply-accumulates of one sample.
-        dtype, tolerance: what it was computed in (None: as it is), and within what outputs count as equal.
+        precision: what it was computed in.
         sample: the batch, as a plan says it.
     """
 
     values: list[Any]
     macs: int
-    dtype: torch.dtype | None
-    tolerance: float | None
+    precision: _Precision
     sample: str
 
     def macs_of_equal(self, traced: TracedModule) -> tuple[int, int]:
@@ -105,10 +104,41 @@ class Outputs:
         Raises:
             OutputsDifferError: the eval graph gives other outputs now.
         """
-        found, macs = _counted(traced.graphs["eval"], partial(tensor_at, traced), _inputs(traced), self.dtype)
-        if not all(close(want, got, self.tolerance) for want, got in zip(self.values, found, strict=True)):
+        found, macs = _counted(traced.graphs["eval"], partial(tensor_at, traced), _inputs(traced), self.precision)
+        if not all(close(want, got, self.precision.tolerance) for want, got in zip(self.values, found, strict=True)):
             raise OutputsDifferError("outputs differ; the removal that keeps what was there says where")
         return self.macs, macs
+
+
+@dataclass(frozen=True)
+class _Precision:
+    """What outputs are compared in.
+
+    Attributes:
+        dtype: what is computed in, None: as it is. halves: whether what has 16 bits is, too.
+        tolerance: within which outputs count as equal; None: that of their dtype.
+    """
+
+    dtype: torch.dtype | None = None
+    tolerance: float | None = None
+    halves: bool = False
+
+    @classmethod
+    def of(cls, before: Before) -> _Precision:
+        """Float64 where that takes no long time; what has 16 bits rounds too much to tell anything, and is widened."""
+        dtypes = {tensor.dtype for tensor in before.tensors.values()}
+        is_small = layer_macs(before.graph) < _MOST_MACS_IN_FLOAT64
+        if halves := dtypes & {torch.float16, torch.bfloat16}:
+            # what was computed anew, as biases, was rounded to the types of parameters
+            is_narrow = halves.issuperset(parameter.dtype for parameter in before.root.parameters())
+            rounded = max(TOLERANCES[each] for each in halves) if is_narrow else _ROUNDED_BIASES if is_small else None
+            return cls(torch.float64 if is_small else torch.float32, rounded, halves=True)
+        if torch.float32 in dtypes and is_small:
+            return cls(torch.float64, _ROUNDED_BIASES)
+        return cls(torch.float64 if torch.float64 in dtypes else None)
+
+
+_AS_IT_IS = _Precision()
 
 
 class OutputsDifferError(FinalizeError):
@@ -130,7 +160,7 @@ def macs_without_values(traced: TracedModule) -> int:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
         inputs = [empty(each) for each in _inputs(traced)]
-        return _counted(traced.graphs["eval"], lambda name: empty(tensor_at(traced, name)), inputs, None)[1]
+        return _counted(traced.graphs["eval"], lambda name: empty(tensor_at(traced, name)), inputs, _AS_IT_IS)[1]
 
 
 def _inputs(traced: TracedModule) -> list[Any]:
@@ -138,11 +168,11 @@ def _inputs(traced: TracedModule) -> list[Any]:
 
 
 def _counted(
-    graph: fx.Graph, tensors: Callable[[str], Any], inputs: list[Any], dtype: torch.dtype | None
+    graph: fx.Graph, tensors: Callable[[str], Any], inputs: list[Any], precision: _Precision
 ) -> tuple[list[Any], int]:
     """The outputs of a graph, and its multiply-accumulates of one sample."""
     with NodeMacs() as counted:
-        outputs = run(graph, tensors, inputs, dtype, counted.watch)
+        outputs = run(graph, tensors, inputs, precision.dtype, counted.watch, halves=precision.halves)
     return outputs, macs_of_one_sample(graph, counted.macs, Batch.of(graph))
 
 
@@ -167,23 +197,23 @@ def macs_verified(before: Before, traced: TracedModule, coupling: Coupling, kept
     def tensors(name: str) -> Any:
         return tensor_at(traced, name)
 
-    def both(dtype: torch.dtype | None) -> _Runs:
-        first = _counted(before.graph, before.read, given, dtype)
-        second = _counted(graph, tensors, left, dtype)
+    def both(precision: _Precision) -> _Runs:
+        first = _counted(before.graph, before.read, given, precision)
+        second = _counted(graph, tensors, left, precision)
         return _Runs(_what_stays_of_outputs(first[0], before, coupling, kept), second[0], (first[1], second[1]))
 
-    dtype, tolerance = _precision(before)
+    precision = _Precision.of(before)
     try:
-        runs = both(dtype)
+        runs = both(precision)
     except RuntimeError:  # some operators have no float64
-        if dtype is None:
+        if precision == _AS_IT_IS:
             raise
-        dtype, tolerance = None, None
-        runs = both(dtype)
-    if all(close(want, got, tolerance) for want, got in zip(runs.before, runs.after, strict=True)):
+        precision = _AS_IT_IS
+        runs = both(precision)
+    if all(close(want, got, precision.tolerance) for want, got in zip(runs.before, runs.after, strict=True)):
         return runs.macs
     worst = max(error(want, got) for want, got in zip(runs.before, runs.after, strict=True))
-    node = _first_difference(before, graph, tensors, (given, left), dtype, tolerance, coupling, kept)
+    node = _first_difference(before, graph, tensors, (given, left), precision, coupling, kept)
     with working_on(node) if node is not None else contextlib.nullcontext():
         raise FinalizeError(
             f"removing channels was to leave the outputs as they are, but they differ by {worst:.1e} relative; the "
@@ -202,24 +232,15 @@ def _what_stays_of_outputs(outputs: Sequence[Any], before: Before, coupling: Cou
     return found
 
 
-def _precision(before: Before) -> tuple[torch.dtype | None, float | None]:
-    """What to compute in (None: as it is), and the tolerance (None: that of the dtype)."""
-    dtypes = {tensor.dtype for tensor in before.tensors.values()}
-    if torch.float32 in dtypes and layer_macs(before.graph) < _MOST_MACS_IN_FLOAT64:
-        return torch.float64, _ROUNDED_BIASES
-    return (torch.float64 if torch.float64 in dtypes else None), None
-
-
 def _first_difference(
     before: Before, graph: fx.Graph, tensors: Callable[[str], Any], inputs: tuple[list[Any], list[Any]],
-    dtype: torch.dtype | None,
-    tolerance: float | None, coupling: Coupling, kept: Kept,
+    precision: _Precision, coupling: Coupling, kept: Kept,
 ) -> fx.Node | None:  # fmt: skip
     """The first node of `graph` whose value is not what was left of it."""
     seen: dict[str, Any] = {}
     run(
-        before.graph, before.read, inputs[0], dtype,
-        lambda node, value: seen.update({before.origin.get(node, node).name: value}),
+        before.graph, before.read, inputs[0], precision.dtype,
+        lambda node, value: seen.update({before.origin.get(node, node).name: value}), halves=precision.halves,
     )  # fmt: skip
     nodes = {node.name: node for node in before.origin.values()}
     differing: list[fx.Node] = []
@@ -230,10 +251,10 @@ def _first_difference(
             return
         known = coupling.walks["eval"].env[nodes[node.name]]
         reference = _what_stays(seen[node.name], known if isinstance(known, Value) else None, kept)
-        if not close(reference, value, tolerance):
+        if not close(reference, value, precision.tolerance):
             differing.append(node)
 
-    run(graph, tensors, inputs[1], dtype, compare)
+    run(graph, tensors, inputs[1], precision.dtype, compare, halves=precision.halves)
     return differing[0] if differing else None
 
 

@@ -15,13 +15,20 @@ from fxprune.graph.mutation import is_mutating, may_write, written
 Watch = Callable[[fx.Node, Any], None]
 
 
-def converted(value: Any, dtype: torch.dtype | None) -> Any:
-    """A float32 or float64 tensor as `dtype`, the constant `torch.float32` as well; everything else as it is."""
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def converted(value: Any, dtype: torch.dtype | None, *, halves: bool = False) -> Any:
+    """A float32 or float64 tensor as `dtype`, the constant `torch.float32` as well; everything else as it is.
+
+    With `halves`, so are tensors of 16 bits, and the constants of these types.
+    """
     if dtype is None:
         return value
+    narrow = (torch.float32, *_HALVES) if halves else (torch.float32,)
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.dtype in (torch.float32, torch.float64) else value
-    return dtype if value is torch.float32 else value
+        return value.to(dtype) if value.dtype in (torch.float64, *narrow) else value
+    return dtype if isinstance(value, torch.dtype) and value in narrow else value
 
 
 class Interpreter(fx.Interpreter):
@@ -35,6 +42,7 @@ class Interpreter(fx.Interpreter):
         dtype: the precision; None leaves every value as it is.
         watch: called with each node and its value.
         keep: whether values stay in `env` when no node needs them any more.
+        halves: whether what has 16 bits is computed as `dtype`, too.
     """
 
     def __init__(
@@ -45,10 +53,11 @@ class Interpreter(fx.Interpreter):
         watch: Watch | None = None,
         *,
         keep: bool = False,
+        halves: bool = False,
     ) -> None:
         super().__init__(nn.Module(), garbage_collect_values=not keep, graph=graph)
         self.extra_traceback = False  # errors are the operators' own
-        self.tensors, self.dtype, self.watch = tensors, dtype, watch
+        self.tensors, self.dtype, self.watch, self.halves = tensors, dtype, watch, halves
 
     @functools.cached_property
     def _writes(self) -> bool:
@@ -61,14 +70,17 @@ class Interpreter(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An operator on converted arguments."""
-        args, kwargs = pytree.tree_map(lambda value: converted(value, self.dtype), (args, kwargs))
+        args, kwargs = pytree.tree_map(self._converted, (args, kwargs))
         return super().call_function(target, args, kwargs)
+
+    def _converted(self, value: Any) -> Any:
+        return converted(value, self.dtype, halves=self.halves)
 
     def run_node(self, n: fx.Node) -> Any:
         """One node; what came from outside is converted."""
         value = super().run_node(n)
         if n.op in ("placeholder", "get_attr"):
-            value = converted(value, self.dtype)
+            value = self._converted(value)
         is_written = any(map(may_write, n.users)) if n.op == "get_attr" else n.op == "placeholder" and self._writes
         if is_written and isinstance(value, Tensor):
             value = value.clone()
@@ -90,9 +102,11 @@ def run(
     inputs: Sequence[Any],
     dtype: torch.dtype | None = None,
     watch: Watch | None = None,
+    *,
+    halves: bool = False,
 ) -> list[Any]:
     """Run a graph without gradients on its flat inputs; returns its flat outputs. The arguments are `Interpreter`'s."""
-    interpreter = Interpreter(graph, tensors, dtype, watch)
+    interpreter = Interpreter(graph, tensors, dtype, watch, halves=halves)
     with torch.no_grad():
         return pytree.tree_leaves(interpreter.run(*inputs, enable_io_processing=False))
 
