@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fxprune.callbacks.ending import Ending, Finished, Options
-from fxprune.callbacks.states import masks_from_states
+from fxprune.callbacks.states import masks_from_states, order_kept
 from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentTypeError, ArtifactError, FxpruneWarning
 from fxprune.graph.masks import masked_views
@@ -23,9 +23,9 @@ class Pruning(Readable):
     """A schedule within a training loop: `step()` after each step of the optimizer, `finish()` at the end.
 
     Its state and that of the module are all that is needed to go on to the same bits: `state_dict()` is JSON's types,
-    and from now on state dicts that are loaded into the module bring their masks (`masks_from_states`), in the order of
-    parameters that the optimizer had. Load the module's state first, then this one's. The adapters are of this class,
-    or hold one as `pruning`.
+    and from now on state dicts that are loaded into the module bring their masks (`masks_from_states`). Load the
+    module's state first, then this one's. Parameters keep their order when they are masked, by which optimizers number
+    them, and trainers add up norms of gradients. The adapters are of this class, or hold one as `pruning`.
 
     Args:
         schedule: made for the module that is trained.
@@ -87,7 +87,8 @@ class Pruning(Readable):
         Raises:
             PruningError: as `Schedule.step`.
         """
-        reached = self.schedule.step()
+        with order_kept(self.traced):
+            reached = self.schedule.step()
         self._most_masked = max(self._most_masked, self.masked_entries)
         return reached
 

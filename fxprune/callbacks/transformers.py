@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from fxprune.callbacks.libraries import check_holds, library
 from fxprune.callbacks.loop import Pruning
+from fxprune.callbacks.states import states_that_share_nothing
 from fxprune.errors import FxpruneWarning
 from fxprune.prune.schedule import Schedule
 
@@ -47,6 +48,7 @@ class FxpruneCallback(_TrainerCallback):  # type: ignore[misc, valid-type]
         super().__init__()
         self.pruning = Pruning(schedule, **options)
         self._is_first = False
+        states_that_share_nothing(self.pruning.traced)
 
     def attach(self, trainer: Any) -> Self:
         """Join a trainer in front of its other callbacks, so that its reports (TensorBoard, MLflow) have the figures.

@@ -63,6 +63,9 @@ def test_a_run_that_stops_goes_on_to_the_same_bits(stopped_at: int) -> None:
     again.load_state_dict(state)
     train(again, optimizer, range(stopped_at, 16))
     assert_same_state(again.traced, whole.traced)
+    order = [name for name, _ in traced_network().named_parameters()]
+    for traced in (again.traced, whole.traced):  # by which norms of gradients are added up
+        assert [name.removesuffix("_orig") for name, _ in traced.named_parameters()] == order
     assert again.metrics() == whole.metrics()
     ours, theirs = again.finish(), whole.finish()
     assert ours is not None

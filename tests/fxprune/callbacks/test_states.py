@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 import fxprune
 from fxprune.callbacks import masks_from_states
+from fxprune.callbacks.states import states_that_share_nothing
 from fxprune.errors import ArgumentTypeError, StateDictError
 from tests.training_runs import assert_same_state, examples, traced_network
 
@@ -78,6 +80,51 @@ def test_masks_of_what_a_norm_computes_come_along() -> None:
     assert torch.equal(found.eval()(images), wanted.eval()(images))
     found.load_state_dict(dense.state_dict())
     assert torch.equal(found.eval()(images), dense.eval()(images))
+
+
+class Tied(nn.Module):
+    """A layer that reads what another embeds by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.embed, self.hidden, self.head = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6)
+        self.head.weight = self.embed.weight
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(self.embed(indices)).relu())
+
+
+@pytest.mark.parametrize("masked", ["embed.weight", "*.weight"])
+@pytest.mark.parametrize("lacking", [None, "embed", "head"])
+def test_a_parameter_of_two_names_is_loaded_also_from_a_file_that_has_one_of_them(
+    lacking: str | None, masked: str
+) -> None:
+    indices = torch.randint(6, (3, 5))
+    wanted, found = fxprune.trace(Tied(), indices), masks_from_states(fxprune.trace(Tied(), indices))
+    fxprune.prune.l1_unstructured(wanted, masked, amount=0.5)
+    gone = {f"{lacking}.weight", f"{lacking}.weight_orig"}
+    state = {name: value for name, value in wanted.state_dict().items() if name not in gone}
+    for _ in range(2):  # the second time into masks that are there
+        found.load_state_dict(state, strict=False)
+        assert torch.equal(found(indices), wanted(indices))
+    assert_same_state(found, wanted)
+
+
+def test_states_for_safetensors_share_nothing_and_the_module_keeps_its_ties() -> None:
+    indices = torch.randint(6, (3, 5))
+    traced = fxprune.trace(Tied(), indices)
+    traced.get_parameter("hidden.weight").data = traced.get_parameter("hidden.weight").data.t().contiguous().t()
+    fxprune.prune.l1_unstructured(traced, "embed.weight", amount=0.5)
+    before = {name: value.clone() for name, value in traced.state_dict().items()}
+    states_that_share_nothing(traced)
+    holder = nn.ModuleDict({"net": traced})
+    state = safetensors.torch.load(safetensors.torch.save(holder.state_dict()))
+    assert state.keys() == {f"net.{name}" for name in before}
+    assert all(torch.equal(state[f"net.{name}"], value) for name, value in before.items())
+    kept = traced.state_dict(keep_vars=True)
+    assert len({id(value) for value in kept.values()}) < len(kept)
+    assert fxprune.finalize(traced).get_parameter("head.weight") is not None
 
 
 def test_a_state_that_does_not_fit_leaves_the_module_without_masks() -> None:
