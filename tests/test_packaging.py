@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -106,6 +107,42 @@ def test_version_is_consistent():
     assert importlib.metadata.version("fxprune") == fxprune.__version__
 
 
+def test_the_citation_has_the_version_and_the_licence_of_the_project():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    fields = dict(re.findall(r"^(\w[\w-]*): (.+)$", citation, re.MULTILINE))
+    assert fields["cff-version"] == "1.2.0"
+    assert fields["version"] == fxprune.__version__
+    assert fields["license"] == PROJECT["project"]["license"]
+    assert re.findall(r"name: (.+)", citation) == [author["name"] for author in PROJECT["project"]["authors"]]
+
+
+def test_issue_templates_are_forms():
+    yaml = pytest.importorskip("yaml")
+    forms = sorted(ROOT.glob(".github/ISSUE_TEMPLATE/*.yml"))
+    assert [form.name for form in forms] == ["bug.yml", "config.yml", "idea.yml", "model.yml"]
+    for form in forms:
+        content = yaml.safe_load(form.read_text(encoding="utf-8"))
+        if form.name != "config.yml":
+            assert {"name", "description", "body"} <= content.keys()
+            fields = [field for field in content["body"] if field["type"] != "markdown"]
+            assert len({field["id"] for field in fields}) == len(fields)
+            assert all(field["attributes"]["label"] for field in fields)
+
+
+def test_the_page_of_the_start_names_every_extra():
+    page = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert set(re.findall(r"^\| `([a-z]+)` \|", page, re.MULTILINE)) == set(extras)
+
+
+def test_the_changelog_is_ordered_by_category():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    known = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    for release in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        found = re.findall(r"^### (.+)$", release, re.MULTILINE)
+        assert found == [name for name in known if name in found]
+
+
 def test_changelog_has_an_unreleased_section():
     assert re.search(r"^## \[Unreleased\]$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
 
@@ -196,7 +233,8 @@ def test_wheel_and_sdist_hold_every_module_once(checkout, tmp_path):
         assert not [member.name for member in archive if member.issym() or member.islnk()]
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    assert {"LICENSE", "CHANGELOG.md", "constraints.txt", "tests"} <= {path.name for path in unpacked.iterdir()}
+    wanted = {"LICENSE", "CHANGELOG.md", "CITATION.cff", "SECURITY.md", "constraints.txt", "tests"}
+    assert wanted <= {path.name for path in unpacked.iterdir()}
     check_wheel(build("wheel", unpacked, tmp_path / "from_sdist"))
 
 
@@ -226,13 +264,19 @@ def test_install_works_from_elsewhere(checkout, tmp_path, editable):
     ]
     subprocess.run([*pip, "--no-build-isolation", *["-e"] * editable, str(checkout)], check=True, cwd=tmp_path)
     script = (
-        "import importlib, sys, fxprune\n"
+        "import importlib.util, sys, fxprune\n"
         "names = sys.argv[1:]\n"
-        "for name in names: print(importlib.import_module(name).__file__)\n"
+        "for name in names:\n"
+        "    try: importlib.import_module(name)\n"
+        "    except fxprune.FxpruneError as error: assert 'which is not installed' in str(error)  # of an extra\n"
+        "    print(importlib.util.find_spec(name).origin)\n"
         "assert not {'passes', 'export'} & sys.modules.keys()\n"
     )
     files = subprocess.check_output([python, "-c", script, *MODULES], text=True, cwd=tmp_path).split()
     home = checkout if editable else site
     assert all(Path(file).is_relative_to(home) for file in files), files
-    shown = subprocess.check_output([venv / "bin" / "fxprune", "--help"], text=True, cwd=tmp_path)
-    assert "demo" in shown
+    program = venv / "bin" / "fxprune"  # what `pipx run fxprune` starts
+    assert "demo" in subprocess.check_output([program, "--help"], text=True, cwd=tmp_path)
+    assert fxprune.__version__ in subprocess.check_output([program, "--version"], text=True, cwd=tmp_path)
+    schema = subprocess.check_output([program, "schema"], text=True, cwd=tmp_path)
+    assert json.loads(schema)["properties"].keys() >= {"model"}
