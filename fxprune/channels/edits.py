@@ -18,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from fxprune.channels.arguments import set_argument
+from fxprune.channels.arguments import bound, set_argument
 from fxprune.channels.axes import Axis
 from fxprune.channels.ids import Classes, Mask, Vector
 from fxprune.graph.buffers import hold_buffer
@@ -264,6 +264,28 @@ class DropItems(Edit):
         recorded = self.node.meta["val"]
         self.node.meta["val"] = type(recorded)(itertools.compress(recorded, stays))
         self.results[:] = itertools.compress(self.results, stays)
+
+
+@dataclass(frozen=True, eq=False)
+class LeaveStacks(Edit):
+    """A channel that is taken alone, and that only stacks read, leaves these where it goes.
+
+    Attributes:
+        node: is the channel, without its axis.
+        ids: its id, a vector of one.
+    """
+
+    node: fx.Node
+    ids: Vector
+
+    def apply(self, kept: Kept) -> None:
+        if kept.count(self.ids):
+            return
+        for stack in list(self.node.users):
+            set_argument(stack, "tensors", [each for each in bound(stack)["tensors"] if each is not self.node])
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: leaves what stacks it"
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,7 +99,8 @@ def pinned(coupling: Coupling, found: EvalOnly) -> Coupling:
     reason = np.where(classes.pinned, classes.reason, len(classes.reasons) + 1)
     reason[found.classes] = np.minimum(reason[found.classes], len(classes.reasons))
     reasons = [*classes.reasons, lambda: "constant in eval mode alone, and kept for training"]
-    return replace(coupling, classes=replace(classes, reason=reason, reasons=reasons))
+    pins = [*classes.pins, (found.classes, None)]
+    return replace(coupling, classes=replace(classes, reason=reason, reasons=reasons, pins=pins))
 
 
 def _norms(coupling: Coupling) -> Iterator[_Norm]:
@@ -116,6 +117,8 @@ def _norms(coupling: Coupling) -> Iterator[_Norm]:
                 differs = differs | walk.maps[norm.node].where.numpy()
             if norm.node in walk.means and walk.means[norm.node].where.numel() == len(ids):
                 differs = differs | walk.means[norm.node].where.reshape(-1).numpy()
+            for where in walk.saturated.get(norm.node, ()):
+                differs = differs | (where.reshape(-1).numpy() if where.numel() == len(ids) else True)
             yield _Norm(name.rpartition(".")[0], norm.node, coupling.of(ids), differs)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ class Ids:
         self.size = 0
         self.reasons: list[Callable[[], str]] = []
         self._pairs: list[tuple[Vector, Vector]] = []
-        self._pins: list[tuple[Vector, int]] = []
+        self._pins: list[tuple[Vector, int, object]] = []
         self._products: list[tuple[Vector, Vector, Vector]] = []
         self._product_of: dict[tuple[bytes, bytes], Vector] = {}
         self._factors_of: dict[tuple[bytes, int], tuple[Vector, Vector]] = {}
@@ -41,11 +41,11 @@ class Ids:
         if first is not second:
             self._pairs.append((first, second))
 
-    def pin(self, ids: Vector, reason: Callable[[], str]) -> None:
-        """Declare that `ids` cannot be removed; `reason` says why when asked."""
+    def pin(self, ids: Vector, reason: Callable[[], str], by: object = None) -> None:
+        """Declare that `ids` cannot be removed; `reason` says why when asked, `by` is what would not run without."""
         if not self.reasons or self.reasons[-1] is not reason:
             self.reasons.append(reason)
-        self._pins.append((ids, len(self.reasons) - 1))
+        self._pins.append((ids, len(self.reasons) - 1, by))
 
     def product(self, outer: Vector, inner: Vector) -> Vector:
         """Ids of the row-major flattening of a grid: position (i, j) exists while outer[i] and inner[j] do."""
@@ -72,15 +72,19 @@ class Ids:
         roots, of = np.unique(_components(self.size, firsts, seconds), return_inverse=True)
         grid = [of[_joined([product[part] for product in self._products])] for part in range(3)]
         if len(grid[0]):
-            *grid, _ = distinct(*grid)
-        return Classes(of.astype(np.int64), len(roots), self._first_reasons(of, len(roots)), self.reasons, *grid)
+            grid = list(distinct(*grid)[:3])
+        of = of.astype(np.int64)
+        pins = [(of[ids], by) for ids, _, by in self._pins]
+        return Classes(
+            of, len(roots), self._first_reasons(of, len(roots)), self.reasons, grid[0], grid[1], grid[2], pins
+        )
 
     def _first_reasons(self, of: Vector, count: int) -> Vector:
         """By class the first reason that pins it, the number of reasons where none does."""
         reason = np.full(count, len(self.reasons), dtype=np.int64)
         if self._pins:
-            pinned = of[_joined([ids for ids, _ in self._pins])]
-            of_pin = np.repeat([number for _, number in self._pins], [len(ids) for ids, _ in self._pins])
+            pinned = of[_joined([ids for ids, *_ in self._pins])]
+            of_pin = np.repeat([number for _, number, _ in self._pins], [len(ids) for ids, *_ in self._pins])
             np.minimum.at(reason, pinned, of_pin)
         return reason
 
@@ -101,7 +105,7 @@ def _components(size: int, firsts: Vector, seconds: Vector) -> Vector:
 
 @dataclass
 class Classes:
-    """What `Ids.solve` found: `of[id]` is the id's class; a class with a reason is pinned."""
+    """What `Ids.solve` found: `of[id]` is the id's class; a class with a reason is pinned, `pins` say by what."""
 
     of: Vector
     count: int
@@ -110,10 +114,19 @@ class Classes:
     whole: Vector
     left: Vector
     right: Vector
+    pins: list[tuple[Vector, object]] = field(default_factory=list)
 
     @property
     def pinned(self) -> Mask:
         return self.reason < len(self.reasons)
+
+    def pinned_by(self, counts: Callable[[object], bool]) -> Mask:
+        """The classes that something pins which counts."""
+        found = np.zeros(self.count, bool)
+        for classes, by in self.pins:
+            if counts(by):
+                found[classes] = True
+        return found
 
     def close(self, alive: Mask) -> bool:
         """Extend `alive` in place until a grid position is alive exactly where both its factors are."""

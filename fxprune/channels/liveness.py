@@ -20,6 +20,7 @@ from fxprune.channels.constraints import (
     costs_of_readers,
 )
 from fxprune.channels.coupling import Coupling
+from fxprune.channels.dependence import fixed_nodes, useful_nodes
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.reasons import Pinned, Reason, Structural
 from fxprune.channels.solver import Constraint, Costs, State
@@ -126,6 +127,7 @@ class Liveness:
         alive: by class.
         needed: by class, whether what the graph returns depends on it; the others that are alive are dead, and stay for
             what the operators ask of sizes, or because such ones read them.
+        fixed: nodes that give the same for every input.
     """
 
     def __init__(
@@ -148,26 +150,39 @@ class Liveness:
         for rows_of_units in whole.equal:
             units[rows_of_units] = True
         costs[units] = 1 - costs[units]  # of those kept for their number the ones with weights: masks hide the others
-        self._state = State(self._classes.pinned, costs, units)
-        self._state.settle([Grids(self._classes, complete=False), demand])
-        singly = self._state.alive.copy()
-        self._state.settle([whole.grids, demand])
-        self.needed = self._told_apart(singly, self._state.alive)
+        self.fixed = fixed_nodes(coupling.walks["eval"]) & reached
+        useful = useful_nodes(coupling.walks["eval"], reached, self.fixed)
+        pinned = self._classes.pinned
+        needing = self._classes.pinned_by(lambda by: by is None or by in useful)
+        read = [i for i, reader in enumerate(self.readers) if reader.node in useful]
+        self._state = State(pinned, costs, units)
+        if len(read) == len(self.readers) and np.array_equal(needing, pinned):
+            self.needed = self._needed(self._state, whole.grids, demand)
+        else:
+            some = Demand([self.readers[i] for i in read], [rows[i] for i in read], [columns[i] for i in read], count)
+            self.needed = self._needed(State(needing, costs, units), whole.grids, some)
         self._state.settle([whole.grids, demand, representatives, *whole.last])
         self.alive: Mask = self._state.alive
 
-    def _told_apart(self, singly: Mask, needed: Mask) -> Mask:
+    def _needed(self, state: State, grids: Grids, demand: Demand) -> Mask:
+        """What the readers of a demand need, and what is alive at first."""
+        state.settle([Grids(self._classes, complete=False), demand])
+        singly = state.alive.copy()
+        state.settle([grids, demand])
+        return self._told_apart(singly, state)
+
+    def _told_apart(self, singly: Mask, state: State) -> Mask:
         """What is needed, less positions of grids that count for themselves and are not.
 
         Heads by channels are needed for these factors: keys are met by channel, values read by head. Where both factors
         are there for positions alone, as groups of a shuffle are, a position counts for itself.
 
         Args:
-            singly: what is needed where factors do not make a position needed. needed: where they do.
+            singly: what is needed where factors do not make a position needed. state: where they do.
         """
         whole, left, right = self._classes.whole, self._classes.left, self._classes.right
         count = self._classes.count
-        by_grid = self._state.kept_for(Structural.GRID) & (self._classes.reason >= len(self._classes.reasons))
+        by_grid = state.kept_for(Structural.GRID) & ~self._classes.pinned
         read = singly[whole]  # positions whose factors, as a pair, somebody reads
         pairs = [left[read] * count + right[read]]
         order = np.argsort(whole, kind="stable")
@@ -179,7 +194,7 @@ class Liveness:
         asked = singly[left] & singly[right] & ~(by_grid[left] & by_grid[right])
         for_factors = np.zeros(count, bool)
         for_factors[whole[asked | np.isin(left * count + right, np.concatenate(pairs))]] = True
-        found: Mask = needed & (singly | ~by_grid | for_factors)
+        found: Mask = state.alive & (singly | ~by_grid | for_factors)
         return found
 
     def why(self, index: int) -> Reason:

@@ -16,19 +16,30 @@ from fxprune.channels.axes import Axis, reduced_shape
 
 @dataclass(frozen=True, eq=False)
 class SpaceMeans:
-    """Channels whose mean over space no input changes; channels on axis 1, the axes behind it are those of space.
+    """Channels whose mean over space no input changes.
 
     Attributes:
         where: in the reduced shape of the value, which channels.
         value: their means, likewise.
+        space: the axes of space, ascending.
     """
 
     where: Tensor
     value: Tensor
+    space: tuple[int, ...]
 
     def fits(self, axes: Sequence[Axis]) -> bool:
-        """Whether a value with these axes holds these channels, and nothing is known of its positions."""
-        return reduced_shape(axes) == list(self.where.shape)
+        """Whether a value with these axes holds these channels on axis 1, and nothing is known of its positions."""
+        return self.are_over(axes, range(2, len(axes)))
+
+    def are_over(self, axes: Sequence[Axis], space: Sequence[int]) -> bool:
+        """Whether a value with these axes holds these channels, and these are its axes of space."""
+        return reduced_shape(axes) == list(self.where.shape) and list(self.space) == sorted(space)
+
+    def permuted(self, order: Sequence[int]) -> SpaceMeans:
+        """The same with axes in another order."""
+        space = tuple(at for at, axis in enumerate(order) if axis in self.space)
+        return SpaceMeans(self.where.permute(*order), self.value.permute(*order), space)
 
 
 def has_space(axes: Sequence[Axis]) -> bool:

@@ -15,7 +15,7 @@ from fxprune.channels.positions import PositionMaps
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 # why what is read stays
-READ = "reads it, and it is not constant there, as far as constants are followed (ranges of values are not)"
+READ = "reads it, and it is not constant there, as far as constants and ranges of values are followed"
 MULTIPLIED = "reads it, and it is not always zero there"
 UNFOLDED = "reads it, a constant there for which it has no place"
 BORDERED = "reads it, and it is constant there but for the border of zero padding: without it a map is to be added"

@@ -14,6 +14,8 @@ from fxprune.graph.text import describe
 
 # where outputs ask for a channel that nothing needs themselves, and stay for another reason
 FOR_DEAD = "; what it computes from it is dead too, and stays for a reason of its own"
+# where what asks gives the same for every input, though not in numbers that could take its place
+FOR_FIXED = "; what it gives is the same for every input, which is not followed further"
 
 
 @dataclass(frozen=True)

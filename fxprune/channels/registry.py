@@ -26,6 +26,7 @@ from fxprune.channels.arguments import bound
 from fxprune.channels.axes import Axis
 from fxprune.channels.evaluation import exactly
 from fxprune.channels.ids import Vector
+from fxprune.channels.ranges import ranged
 from fxprune.channels.walk import Result, Walk
 from fxprune.errors import AnalysisWarning, ArgumentError, ArgumentTypeError, FxpruneError, FxpruneWarning
 from fxprune.graph.text import describe
@@ -350,7 +351,7 @@ def _related(walk: Walk, node: fx.Node) -> Result:
         return walk.refuse(
             node, f"no rule for this operator; fxprune.register_operator({_spelled(node.target)}, ...) gives it one"
         )
-    return exactly(walk, node, call.relate(walk))
+    return ranged(walk, node, exactly(walk, node, call.relate(walk)))
 
 
 def _spelled(target: Operator) -> str:

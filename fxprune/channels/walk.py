@@ -43,6 +43,20 @@ class Parameters:
     refused: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Range:
+    """What a node's values lie between, whatever comes in; tensors that broadcast to its reduced shape.
+
+    Attributes:
+        low, high: both ends, which may be infinite.
+        norms: the normalizations by running statistics on the way.
+    """
+
+    low: Tensor
+    high: Tensor
+    norms: tuple[fx.Node, ...] = ()
+
+
 class Walk:
     """What is found in one graph; filled in by the rules of its operators.
 
@@ -57,6 +71,8 @@ class Walk:
         env: the value of every node.
         maps: of nodes some of whose channels are constants of positions.
         means: of nodes some of whose channels have a mean over space that is known.
+        ranges: of nodes whose values lie between numbers.
+        saturated: of normalizations by running statistics which channels are one number behind them for their range.
         readers, balances: the contractions met.
         equal: the recurrent layers met. more: those with a projection.
         edits: what removal changes in the graph.
@@ -66,6 +82,7 @@ class Walk:
         normalized: id vectors of channels that are normalized together, layer by layer.
         equal_groups: ids [groups, n] of which each group that is left keeps equally many.
         uses: how often each parameter is read.
+        singles: of nodes that are single channels, and that only stacks read, the id as a vector of one.
     """
 
     def __init__(
@@ -76,6 +93,8 @@ class Walk:
         self.env: dict[fx.Node, Result] = {}
         self.maps: dict[fx.Node, PositionMaps] = {}
         self.means: dict[fx.Node, SpaceMeans] = {}
+        self.ranges: dict[fx.Node, Range] = {}
+        self.saturated: dict[fx.Node, list[Tensor]] = {}
         self.readers: list[Reader] = []
         self.balances: list[Balance] = []
         self.equal: list[EqualCounts] = []
@@ -87,6 +106,7 @@ class Walk:
         self.normalized: list[Vector] = []
         self.equal_groups: list[Vector] = []
         self.uses: dict[str, int] = {}
+        self.singles: dict[fx.Node, Vector] = {}
         for read in graph.find_nodes(op="get_attr"):
             self.uses[str(read.target)] = self.uses.get(str(read.target), 0) + len(read.users)
         self._storage = _Storage()
@@ -143,6 +163,11 @@ class Walk:
             return Value(axes)
         return Value(axes, Known.tensor(tensor.detach().cpu()) if self.facts else None, source=name)
 
+    def stored(self, operand: fx.Node) -> Tensor | None:
+        """The numbers of an operand that is a parameter or buffer, or computed from such alone; None of any other."""
+        found = self.env.get(operand)
+        return found.facts.value if isinstance(found, Value) and found.stored and found.facts is not None else None
+
     def reads(self, name: str) -> list[fx.Node]:
         """The nodes of the graph that read a parameter, by any of its names."""
         tensor = self.parameters.tensors[name]
@@ -171,19 +196,25 @@ class Walk:
         where = where & means.isfinite()
         if where.any():
             shape = reduced_shape(value.axes)
-            self.means[node] = SpaceMeans(where.expand(shape), means.double().expand(shape))
+            space = tuple(range(2, len(shape)))
+            self.means[node] = SpaceMeans(where.expand(shape), means.double().expand(shape), space)
 
-    def with_means(self, operand: fx.Node, value: Value, windows: Sequence[int] | None = None) -> Value:
+    def with_means(
+        self, operand: fx.Node, value: Value, windows: Sequence[int] | None = None, over: Sequence[int] | None = None
+    ) -> Value:
         """A value, of which more is known where it is to be read by its means over space.
 
         Args:
             operand, value: the node, and what is known of it.
             windows: the means are over windows of these sizes, which tile space; None where they are over all of it.
+            over: the axes over which they are; None where those are all behind axis 1.
         """
         means, maps, shape = self.means.get(operand), self.maps.get(operand), reduced_shape(value.axes)
-        if means is not None and windows is None and means.fits(value.axes):
+        behind = list(range(2, value.rank))
+        over = behind if over is None else list(over)
+        if means is not None and windows is None and means.are_over(value.axes, over):
             value = beside(value, means.where, means.value)
-        if maps is None or not maps.fits(shape) or (mean := maps.means(windows)) is None:
+        if over != behind or maps is None or not maps.fits(shape) or (mean := maps.means(windows)) is None:
             return value
         return beside(value, maps.where.view(shape), mean.view(shape))
 
@@ -215,7 +246,7 @@ class Walk:
     def pin(self, node: fx.Node, ids: Vector | None, why: str) -> None:
         """Ids that stay because of what `node` does."""
         if ids is not None:
-            self.ids.pin(ids, lambda: f"{describe(node)}: {why}")
+            self.ids.pin(ids, lambda: f"{describe(node)}: {why}", node)
 
     def pin_axis(self, node: fx.Node, axis: Axis, why: str) -> None:
         for factor in axis:
@@ -252,8 +283,10 @@ class Walk:
         """Pin everything that `node` touches; nothing is known of its results."""
         self.maps.pop(node, None)
         self.means.pop(node, None)
+        self.ranges.pop(node, None)
         for operand in node.all_input_nodes:
             self.pin_operand(node, operand, why)
+            self.pin(node, self.singles.get(operand), why)
         return self.unknown(node)
 
     # ---- axes
@@ -347,6 +380,20 @@ class Walk:
         self.nonempty.append(ids)
         return Axis.of(ids)
 
+    def single(self, node: fx.Node, taken: fx.Node, ids: Vector) -> None:
+        """One channel, as a tensor without its axis: where only stacks read it, these carry it on; else it stays.
+
+        Args:
+            node: takes it.
+            taken: the node that is it.
+            ids: its id, a vector of one.
+        """
+        stacked = all(user.target is torch.ops.aten.stack.default for user in taken.users)
+        if stacked and not self.is_written(taken):
+            self.singles[taken] = ids
+        else:
+            self.pin(node, ids, "a single index is taken")
+
     # ---- memory that values share
 
     def shared_storage(self, result: fx.Node, base: fx.Node) -> None:
@@ -356,6 +403,10 @@ class Walk:
     def is_view(self, node: fx.Node) -> bool:
         """Whether `node` may share its memory with another value."""
         return self._storage.is_shared(node)
+
+    def sharing(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that may share memory with a node, itself among them."""
+        return self._storage.family(node)
 
     def is_written(self, node: fx.Node) -> bool:
         """Whether the graph writes to the value of `node`, through views as well."""
@@ -377,6 +428,7 @@ class Walk:
                 if other is not node:
                     self.maps.pop(other, None)
                     self.means.pop(other, None)
+                    self.ranges.pop(other, None)
                 if other is not node and isinstance(self.env.get(other), Value):
                     self.env[other] = Value(self.value(other).axes)
             if isinstance(result, Value) and result.rank == len(self.shape(target)):

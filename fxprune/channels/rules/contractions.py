@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.channels.arguments import bound
 from fxprune.channels.axes import sizes_of
+from fxprune.channels.ranges import Weights, note_layer
 from fxprune.channels.readers import Bias
 from fxprune.channels.registry import Cost, OperatorCall, Traffic, register
 from fxprune.channels.rules.labels import Equation, Labels
@@ -89,6 +90,15 @@ class Linear(Contraction):
     @property
     def weight(self) -> fx.Node:
         return self.right
+
+    def relate(self, walk: Walk) -> Result:
+        result = super().relate(walk)
+        table = walk.stored(self.right)
+        if self.left in walk.ranges and isinstance(result, Value) and table is not None and table.dim() == 2:
+            shift = None if self.bias_operand is None else walk.stored(self.bias_operand)
+            if shift is not None or self.bias_operand is None:
+                note_layer(walk, self.node, self.left, result, Weights(table[None, ..., None], -1, shift))
+        return result
 
     def scaled(self, weight: Tensor, factors: Tensor) -> Tensor:
         """A weight of this call times one factor for each output."""

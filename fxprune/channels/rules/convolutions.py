@@ -16,6 +16,7 @@ from fxprune.channels.edits import Count, SetArguments
 from fxprune.channels.ids import Vector
 from fxprune.channels.means import has_space
 from fxprune.channels.positions import MOST, PositionMaps, Spread, Window, inside, number
+from fxprune.channels.ranges import Weights, note_layer
 from fxprune.channels.readers import Balance, Bias, Reader
 from fxprune.channels.registry import REGISTRY, Cost, OperatorCall, Traffic, register
 from fxprune.channels.rules.layers import NOTHING, Layer, beside_zeros, column_facts, read_weight
@@ -119,6 +120,7 @@ class Convolution(OperatorCall):
             return beside_zeros(result, data.zeros.all(channel, keepdim=True), laid)
         if table is None or data.rank != self.space + 2:
             return result
+        self._note_range(walk, result, table, bias)
         self._note_means(walk, result, layer)
         if self.data in walk.maps:
             self._read_maps(walk, walk.readers[-1], weight)
@@ -224,6 +226,18 @@ class Convolution(OperatorCall):
         maps = PositionMaps(self.node, windows, where, values)
         own, by_position = maps.laid(len(shape))
         return walk.note_maps(self.node, result, maps, own, by_position)
+
+    def _note_range(self, walk: Walk, result: Value, table: Tensor, bias: Value | None) -> None:
+        """What the result lies between, where the input lies between numbers."""
+        if self.data not in walk.ranges or (bias is not None and (not bias.stored or bias.facts is None)):
+            return
+        shift = None if bias is None or bias.facts is None else bias.facts.value
+        windows = self.spreads if self.is_transposed else self.windows
+        met = (self.pads or self.is_transposed) and number(windows) <= MOST
+        taps = inside(windows) if met else None
+        if taps is None and (self.pads or self.is_transposed):
+            return
+        note_layer(walk, self.node, self.data, result, Weights(table, 1, shift, taps))
 
     def _own_rows(self, walk: Walk, weight: Value) -> Vector | None:
         if self.groups > 1 and self.is_transposed:  # the weight's axis has those of one group alone

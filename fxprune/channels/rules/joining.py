@@ -57,10 +57,18 @@ class Stack(OperatorCall):
     def relate(self, walk: Walk) -> Value:
         dim = self.dim % len(walk.shape(self.node))
         values = []
-        for value in map(walk.value, self.tensors):
-            axes = [*value.axes[:dim], ONE, *value.axes[dim:]]
+        for tensor, value in zip(self.tensors, map(walk.value, self.tensors), strict=True):
+            ids = walk.singles.get(tensor)
+            single = len(self.tensors) == 1
+            axes = [*value.axes[:dim], ONE if ids is None or single else Axis.of(ids), *value.axes[dim:]]
             values.append(value.moved(axes, lambda tensor: tensor.unsqueeze(dim)))
-        return concatenated(walk, self.node, values, dim)
+            if single:
+                walk.pin(self.node, ids, "the only channel")
+                return values[0]
+        result = concatenated(walk, self.node, values, dim)
+        if any(tensor in walk.singles for tensor in self.tensors) and (ids := result.axes[dim].ids) is not None:
+            walk.nonempty.append(ids)
+        return result
 
 
 def _has_fixed_size(axis: Axis) -> bool:

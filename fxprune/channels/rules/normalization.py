@@ -385,7 +385,18 @@ class GroupNorm(_MixingNorm):
         operands = {"input": 1} | dict.fromkeys(self.parts, 0)
         self.record(walk, ids, GroupStatistics(self.normalized, grouped, operands))
         result = self.constants(walk, value, parts, [1, -1] + [1] * (value.rank - 2))
+        if grouped.shape[1] == 1:
+            self._note_means(walk, flat, parts)
         return self.results(walk, self._with_constant_groups(walk, result, flat, parts))
+
+    def _note_means(self, walk: Walk, value: Value, parts: Mapping[str, Value]) -> None:
+        """Groups of one channel have the shift as their mean over space, whatever comes in."""
+        shift = parts.get("bias")
+        if not walk.facts or not has_space(value.axes) or not all(part.stored for part in parts.values()):
+            return
+        mean = torch.zeros(()) if shift is None or shift.facts is None else shift.facts.value
+        mean = mean.reshape([1, -1] + [1] * (value.rank - 2))
+        walk.note_means(self.normalized, value, torch.ones((), dtype=torch.bool), mean)
 
     def _with_constant_groups(self, walk: Walk, result: Value, data: Value, parts: Mapping[str, Value]) -> Value:
         """What is known of the result, and the groups of which every channel is the same at all positions."""

@@ -46,8 +46,8 @@ class Reduction(OperatorCall):
     def relate(self, walk: Walk) -> Result:
         value = walk.value(self.data)
         dims = _listed(self.dim, value.rank)
-        if self.node.target is aten.mean.dim and dims == list(range(2, value.rank)):
-            value = walk.with_means(self.data, value)
+        if self.node.target is aten.mean.dim:
+            value = walk.with_means(self.data, value, over=dims)
         value = self._counted(walk, value, dims)
         value = walk.blur(self.node, value, dims, "a reduction over it")
         kept_dims = len(walk.shape(self.node)) == value.rank

@@ -17,6 +17,7 @@ from fxprune.channels.edits import (
     DropItems,
     Extent,
     HoldIndex,
+    LeaveStacks,
     PartSizes,
     Reindex,
     ReplaceCall,
@@ -138,8 +139,11 @@ class Select(_Parts):
         if ids is None:
             return value.moved(rest, lambda tensor: tensor.squeeze(dim))
         index = self.index % len(ids)
-        walk.pin(self.node, ids[index : index + 1], "a single index is taken")
+        own = ids[index : index + 1]
+        walk.single(self.node, self.node, own)
         walk.edits.append(SetArguments(self.node, {"index": Count(ids[:index])}))
+        if self.node in walk.singles:
+            walk.edits.append(LeaveStacks(self.node, own))
         return value.moved(rest, lambda tensor: tensor.select(dim, index))
 
 
@@ -200,9 +204,21 @@ class Unbind(_Parts):
         places = [0 if ids is None else index for index in range(len(self.node.meta["val"]))]
         results = [value.moved(rest, functools.partial(torch.select, dim=dim, index=place)) for place in places]
         if ids is not None:
-            walk.pin(self.node, ids[sorted(_read_items(self.node))], "a single index is taken")
+            self._take(walk, ids)
             walk.edits.append(DropItems(self.node, list(ids[:, None]), results))
         return results
+
+    def _take(self, walk: Walk, ids: Vector) -> None:
+        """Note what becomes of every index that is read."""
+        if any(user.target is not operator.getitem for user in self.node.users):
+            walk.pin(self.node, ids, "a single index is taken")
+            return
+        for user in self.node.users:
+            if user.users:
+                index = int(user.args[1])  # type: ignore[arg-type]
+                walk.single(self.node, user, ids[index : index + 1])
+                if user in walk.singles:
+                    walk.edits.append(LeaveStacks(user, ids[index : index + 1]))
 
 
 def _read_items(node: fx.Node) -> set[int]:

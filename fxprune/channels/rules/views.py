@@ -99,6 +99,8 @@ class _Permutation(OperatorCall):
         value = walk.viewed(self.node, self.data)
         order = self.order(value.rank)
         last_stays = order[-1:] == [value.rank - 1]
+        if self.data in walk.means:
+            walk.means[self.node] = walk.means[self.data].permuted(order)
         return value.moved([value.axes[d] for d in order], lambda t: t.permute(order), value.sums and last_stays)
 
 

@@ -67,6 +67,34 @@ MEANS: dict[str, Callable[..., nn.Module]] = {
 }  # fmt: skip
 
 
+GROUPS: dict[str, Callable[..., nn.Module]] = {
+    "channels first": lambda: beside_it(lambda s, x: s.groups(x).mean((2, 3))),
+    "channels last": lambda: beside_it(lambda s, x: s.groups(x.flatten(2)).transpose(1, 2).mean(1)),
+    "space in front": lambda: beside_it(lambda s, x: s.groups(x).permute(2, 3, 0, 1).mean((1, 0))),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_so_is_that_of_a_norm_whose_groups_hold_one_channel(kind: str) -> None:
+    model = GROUPS[kind]()
+    model.norm, model.groups = nn.Identity(), shifted(nn.GroupNorm(8, 8))
+    assert left(model, (5, 9)) == 0
+
+
+NOT_SPACE: dict[str, Callable[..., nn.Module]] = {
+    "two channels a group": lambda: beside_it(lambda s, x: F.group_norm(x, 4).mean((2, 3))),
+    "a part of space": lambda: beside_it(lambda s, x: x.mean(2).amax(2)),
+    "channels for space": lambda: beside_it(lambda s, x: x.transpose(1, 2).mean((2, 3)), head=nn.LazyLinear(5)),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_SPACE)
+def test_other_means_depend_on_the_input(kind: str) -> None:
+    model, x = NOT_SPACE[kind](), torch.randn(2, 3, 8, 8)
+    model(x)
+    assert left(model) == 8
+
+
 @pytest.mark.parametrize("kind", MEANS)
 def test_the_mean_of_an_instance_norm_is_its_shift_and_its_layers_go(kind: str) -> None:
     assert left(MEANS[kind](), (5, 9)) == 0

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.channels import ChannelPlan
+from fxprune.channels.coupling import couple
+from fxprune.channels.dependence import fixed_nodes
 from tests.fxprune.channels.exactness import EXACT, error
 from tests.fxprune.channels.layers import Net, zero_rows
 from tests.random_networks import ImageNetwork, TokenNetwork, network
@@ -129,7 +131,25 @@ def test_nothing_stays_without_a_reason_of_networks_in_which_whole_layers_are_ma
 @pytest.mark.parametrize("first", range(6, 106, 20))
 def test_nothing_dead_stays_without_a_reason_in_many_more(kind: str, first: int) -> None:
     for seed in range(first, first + 20):  # layers that are shared tie slices that nothing needs to others
-        assert_told(kind, seed, unneeded=False)
+        assert_told(kind, seed, unneeded=not shares(kind, seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first", range(4, 104, 20))
+def test_nothing_stays_without_a_reason_of_many_more_with_whole_layers_masked(kind: str, first: int) -> None:
+    for seed in range(first, first + 20):
+        assert_told(kind, seed, constant=True, unneeded=not shares(kind, seed))
+
+
+def shares(kind: str, seed: int) -> bool:
+    """Whether a network calls one of its layers several times."""
+    model, inputs = network(seed, kind == "tokens", KINDS[kind])
+    calls: list[str] = []
+    for path, _, layer in layers(model):
+        layer.register_forward_hook(lambda *_, path=path: calls.append(path))
+    model(inputs(2))
+    return len(calls) > len(set(calls))
 
 
 def why(call: Callable[..., Any], parameter: str = "first.weight", **modules: Any) -> list[str]:
@@ -196,6 +216,54 @@ def test_diagonals_are_refused_by_name() -> None:
     )
     assert found
     assert all("an equation with a diagonal" in text for text in found)
+
+
+def test_what_a_result_that_is_the_same_for_every_input_reads_is_called_that() -> None:
+    torch.manual_seed(0)
+    first, rnn, last = nn.Linear(3, 6), nn.RNN(6, 5, batch_first=True), nn.Linear(5, 4)
+    with torch.no_grad():
+        rnn.weight_ih_l0.zero_()  # other states at every step, the same whatever comes in
+    model = Net(lambda s, x: s.last(s.rnn(s.first(x))[0]), first=first, rnn=rnn, last=last).double().eval()
+    plan = finalized(model, torch.randn(2, 7, 3).double())
+    found = {why for name, *_, why in plan.stayed if name.startswith("rnn")}
+    assert found
+    assert all(
+        text.endswith("; what it gives is the same for every input, which is not followed further") for text in found
+    )
+
+
+def test_cells_of_a_weight_with_two_axes_of_rows_are_told_by_both() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, 2, 4))
+    with torch.no_grad():
+        weight[:, 0, [1, 2]] = 0
+    model = Net(
+        lambda s, x: s.last(torch.einsum("bchw,cgo->bgohw", s.first(x), s.weight).flatten(1, 2)),
+        first=nn.Conv2d(3, 8, 1), weight=weight, last=nn.Conv2d(8, 4, 1),
+    ).double()  # fmt: skip
+    plan = finalized(model.eval(), torch.randn(2, 3, 6, 6).double())
+    assert plan.stayed == [("weight", 2, [1, 2], "part of a grid whose other channels stay, at 0 of axis 1")]
+
+
+def test_what_is_random_or_written_over_is_not_the_same_for_every_input() -> None:
+    torch.manual_seed(0)
+
+    def noisy(s: Any, x: Tensor) -> Tensor:
+        return s.last(F.dropout(s.first(x) * 0 + s.shift, training=True) * s.first(x))
+
+    def over(s: Any, x: Tensor) -> Tensor:
+        y = s.shift.expand(2, 6).clone()
+        y[:, 1:3] += s.first(x)[:, 1:3]
+        return s.last(y)
+
+    for call in (noisy, over):
+        model = Net(call, first=nn.Linear(3, 6), last=nn.Linear(6, 4), shift=nn.Parameter(torch.randn(6)))
+        traced = fxprune.trace(
+            model.double().eval(), (torch.randn(2, 3).double(),), modes=("eval",), dynamic_shapes=None
+        )
+        walk = couple(traced, traced.graphs).walks["eval"]
+        (last,) = next(node for node in walk.graph.nodes if node.op == "output").all_input_nodes
+        assert last not in fixed_nodes(walk)
 
 
 def test_columns_of_an_embedding_that_stay_are_told() -> None:

@@ -25,7 +25,11 @@ def finalized(model: nn.Module, x: Tensor, modes: Any = ("train", "eval")) -> fx
     return fxprune.finalize(fxprune.trace(model.double().eval(), (x,), modes=modes), align=1).eval()
 
 
-@pytest.mark.parametrize("name", ["every second", "both of every two, some of one unread", "chunk", "some of unbind"])
+@pytest.mark.parametrize(
+    "name",
+    ["every second", "both of every two, some of one unread", "chunk", "some of unbind", "all of unbind, dead",
+     "single indices, unread"],
+)  # fmt: skip
 def test_selections_that_lost_channels_survive_files_training_and_export(name: str, tmp_path: Path) -> None:
     model, x = SELECTIONS[name].build(), images()
     final = finalized(model, x)
@@ -45,6 +49,38 @@ def test_an_uneven_selection_keeps_an_index_that_both_graphs_share() -> None:
     x = images()
     with torch.no_grad():
         assert error(model.train()(x), final(x)) < EXACT
+
+
+SINGLE: dict[str, Any] = {
+    "read by itself": lambda s, x: torch.stack([*x.unbind(1)[:7], x[:, 7].exp()], 1) + x.select(1, 1)[:, None],
+    "written to": lambda s, x: written([x[:, i] for i in range(8)]),
+    "stacked alone": lambda s, x: x + torch.stack([x[:, 1]], 1),
+    "stacked, and computed with": lambda s, x: interleaved(*x.unbind(1)),
+}
+
+
+def written(parts: Any) -> Tensor:
+    parts[1].add_(1)
+    return torch.stack(parts, 1)
+
+
+def interleaved(*parts: Tensor) -> Tensor:
+    return torch.stack([*parts[:7], parts[7] + parts[1]], 1)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_single_channel_that_others_than_stacks_read_stays(name: str) -> None:
+    model = Net(
+        lambda s, x: s.second(SINGLE[name](s, F.relu(s.first(x)))), first=nn.Conv2d(3, 8, 1), second=nn.Conv2d(8, 4, 1)
+    ).double()
+    zero_rows(model.first, 1, bias=True)
+    x = images()
+    final = finalized(model, x)
+    assert final.get_parameter("first.weight").shape[0] == 8
+    assert final.plan is not None
+    assert any("single index" in why or "only channel" in why for *_, why in final.plan.stayed)
+    with torch.no_grad():
+        assert error(model(x), final(x)) < EXACT
 
 
 def test_a_slice_by_stride_that_is_written_to_keeps_its_channels() -> None:
