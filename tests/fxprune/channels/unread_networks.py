@@ -50,6 +50,14 @@ def unread(layer: Any, columns: Sequence[int]) -> Any:
     return layer
 
 
+def rising(layer: Any) -> Any:
+    """A layer without negative weights: what is positive, it lifts above zero."""
+    with torch.no_grad():
+        layer.weight.abs_()
+        layer.bias.abs_()
+    return layer
+
+
 def dead_outputs(layer: Any, outputs: Sequence[int]) -> Any:
     """A transposed convolution of which some outputs are zero."""
     with torch.no_grad():
@@ -468,7 +476,7 @@ def _convolutions(over: str) -> dict[str, Case]:
             over, {("first.weight", 0): 9}, lambda: dead(plain(3, 16, 3), EIGHT, False), lambda: plain(16, 4, 3)
         ),
         "depthwise": _chain(
-            over, both, lambda: dead(plain(3, 16), EIGHT), lambda: dead(plain(16, 16, 3, groups=16), EIGHT),
+            over, both, lambda: dead(plain(3, 16), EIGHT), lambda: dead(rising(plain(16, 16, 3, groups=16)), EIGHT),
             lambda: plain(16, 4),
         ),
         "part of each group": _chain(
@@ -500,8 +508,8 @@ def _convolutions(over: str) -> dict[str, Case]:
                 over, first | outputs, lambda: dead(plain(3, 16), LOW), lambda w=wide: dead_outputs(w(4), LOW), ends[1]
             ),
             f"{name}, depthwise": _chain(
-                over, first | outputs, lambda: dead(plain(3, 16), EIGHT), lambda w=wide: dead_outputs(w(16), EIGHT),
-                ends[1],
+                over, first | outputs, lambda: dead(plain(3, 16), EIGHT),
+                lambda w=wide: dead_outputs(rising(w(16)), EIGHT), ends[1],
             ),
         }  # fmt: skip
     return found
