@@ -117,7 +117,7 @@ def couple(
     with torch.no_grad(), on_cpu():
         while True:
             ids, cached = Ids(), CachedHeads(zeros=zeros)
-            parameters = replace(_tied(tensors, ids), refused=dict(refused or {}))
+            parameters = replace(_tied(tensors, ids), refused=dict(refused or {}), trains="train" in graphs)
             walks = {}
             if "eval" in graphs:  # first: reasons are reported in the order in which they were found
                 walks["eval"] = walked(graphs["eval"], ids, parameters, cached, facts)

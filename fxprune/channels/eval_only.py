@@ -117,8 +117,6 @@ def _norms(coupling: Coupling) -> Iterator[_Norm]:
                 differs = differs | walk.maps[norm.node].where.numpy()
             if norm.node in walk.means and walk.means[norm.node].where.numel() == len(ids):
                 differs = differs | walk.means[norm.node].where.reshape(-1).numpy()
-            for where in walk.saturated.get(norm.node, ()):
-                differs = differs | (where.reshape(-1).numpy() if where.numel() == len(ids) else True)
             yield _Norm(name.rpartition(".")[0], norm.node, coupling.of(ids), differs)
 
 

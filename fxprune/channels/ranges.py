@@ -83,17 +83,13 @@ def _activated(walk: Walk, node: fx.Node, result: Value, target: Any, operand: R
         computed: Tensor = target(*[value if arg is first else arg for arg in node.args], **node.kwargs)
         return computed.clamp(low, high)
 
-    found = Range(of(operand.low), of(operand.high), operand.norms)
+    found = Range(of(operand.low), of(operand.high))
     walk.ranges[node] = found
     where, shape = found.low == found.high, reduced_shape(result.axes)
     if target not in _SATURATING or not where.any() or not _broadcasts(where, shape):
         return result
     fresh = where if result.facts is None else where & ~result.facts.where
-    if fresh.any():
-        for norm in operand.norms:
-            walk.saturated.setdefault(norm, []).append(fresh)
-        return beside(result, fresh.expand(shape), found.low.expand(shape))
-    return result
+    return beside(result, fresh.expand(shape), found.low.expand(shape)) if fresh.any() else result
 
 
 def _broadcasts(tensor: Tensor, shape: Sequence[int]) -> bool:
@@ -160,7 +156,7 @@ def note_layer(walk: Walk, node: fx.Node, data: fx.Node, result: Value, layer: W
     least, most = ends[0].amin(0), ends[1].amax(0)
     if math.prod(shape) == 1:
         least, most = least.min(), most.max()
-    walk.ranges[node] = Range(least.reshape(shape), most.reshape(shape), operand.norms)
+    walk.ranges[node] = Range(least.reshape(shape), most.reshape(shape))
 
 
 def _roomy(end: Tensor, summed: Tensor, sign: int) -> Tensor:
@@ -191,10 +187,10 @@ def _along(tensor: Tensor, dim: int, count: int) -> Tensor | None:
 
 
 def _by_norm(walk: Walk, node: fx.Node, result: Value) -> Range | None:
-    """Of a batch norm by running statistics."""
+    """Of a batch norm by running statistics; where there is a train graph too, what these sink may rise in it."""
     operand, given = _operand(walk, node), bound(node)
     parts = [given.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
-    if operand is None or given["training"] or None in parts[2:]:
+    if operand is None or given["training"] or walk.parameters.trains or None in parts[2:]:
         return None
     zero = torch.zeros(1)
     gain, shift, mean, variance = (zero if part is None else walk.stored(part) for part in parts)
@@ -209,7 +205,7 @@ def _by_norm(walk: Walk, node: fx.Node, result: Value) -> Range | None:
     one, other = (torch.where(factor == 0, 0, each * factor) for each in (operand.low, operand.high))
     low, high = torch.minimum(one, other), torch.maximum(one, other)
     low, high = _roomy(low + shift, low.abs() + size, -1), _roomy(high + shift, high.abs() + size, 1)
-    return Range(low, high, (*operand.norms, node)) if _broadcasts(low, shape) else None
+    return Range(low, high) if _broadcasts(low, shape) else None
 
 
 # ---- movements of data

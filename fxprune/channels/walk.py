@@ -34,6 +34,7 @@ class Parameters:
         overlapping: for a name that shares memory with others, all of these.
         grouped: by the weight of a grouped convolution the ids of the inputs that it reads, the same in every call.
         refused: names of nodes whose channels stay, and why, whatever their rules say.
+        trains: whether there is a train graph.
     """
 
     tensors: dict[str, Tensor]
@@ -41,6 +42,7 @@ class Parameters:
     overlapping: Mapping[str, list[str]]
     grouped: dict[Tensor, Vector] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    trains: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +51,10 @@ class Range:
 
     Attributes:
         low, high: both ends, which may be infinite.
-        norms: the normalizations by running statistics on the way.
     """
 
     low: Tensor
     high: Tensor
-    norms: tuple[fx.Node, ...] = ()
 
 
 class Walk:
@@ -72,7 +72,6 @@ class Walk:
         maps: of nodes some of whose channels are constants of positions.
         means: of nodes some of whose channels have a mean over space that is known.
         ranges: of nodes whose values lie between numbers.
-        saturated: of normalizations by running statistics which channels are one number behind them for their range.
         readers, balances: the contractions met.
         equal: the recurrent layers met. more: those with a projection.
         edits: what removal changes in the graph.
@@ -94,7 +93,6 @@ class Walk:
         self.maps: dict[fx.Node, PositionMaps] = {}
         self.means: dict[fx.Node, SpaceMeans] = {}
         self.ranges: dict[fx.Node, Range] = {}
-        self.saturated: dict[fx.Node, list[Tensor]] = {}
         self.readers: list[Reader] = []
         self.balances: list[Balance] = []
         self.equal: list[EqualCounts] = []
