@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
+import json
 import os
 import re
 import subprocess
@@ -75,6 +78,24 @@ def test_the_drawings_are_those_that_the_script_makes() -> None:
     script.loader.exec_module(drawings)
     made = {f"{drawing.__name__}.svg": drawing().svg() for drawing in drawings.DRAWINGS}
     assert {path.name: path.read_text("utf-8") for path in DOCS.glob("drawings/*")} == made
+
+
+@pytest.mark.parametrize("notebook", sorted(DOCS.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_prints_what_is_stored_in_it(
+    notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile("".join(cell["source"]), str(notebook), "exec", dont_inherit=True), namespace)
+            assert printed.getvalue() == "".join(line for output in cell["outputs"] for line in output["text"])
+
+
+def test_there_are_two_notebooks() -> None:
+    assert len([*DOCS.glob("notebooks/*.ipynb")]) == 2
 
 
 @pytest.fixture(scope="module")
