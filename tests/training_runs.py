@@ -41,7 +41,7 @@ def channel_schedule(traced: fxprune.TracedModule, stop: int = 12, **options: An
     def request(gone: float) -> object:
         return fxprune.prune.channels(traced, macs=1 - gone, round_to=1)
 
-    return fxprune.Schedule(traced, None, request, 0.5, start=2, stop=stop, every=2, **options)
+    return fxprune.Schedule(traced, None, request, 0.5, start=2, stop=stop, every=5, **options)
 
 
 def assert_same_state(found: nn.Module, wanted: nn.Module) -> None:
