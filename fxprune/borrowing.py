@@ -268,8 +268,7 @@ class Loans:
     """
 
     def __init__(self, tensors: Sequence[Tensor], rank: int) -> None:
-        for each in tensors:
-            check_values(each)
+        check_values(*tensors)
         self._rank = rank
         self._parts: dict[int, Tensor] = dict(enumerate(tensors))
         self._layouts: list[tuple[DeviceMesh, Sequence[Placement], torch.Size]] = [

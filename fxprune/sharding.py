@@ -59,13 +59,14 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def check_values(tensor: Tensor) -> None:
-    """Raise ShardingError where a tensor that is spread has no values."""
-    if isinstance(tensor, DTensor) and tensor.is_meta:
-        raise ShardingError(
-            f"a sharded parameter of shape {tuple(tensor.shape)} has no values: it is on the device meta. Load them "
-            "first: module.to_empty(device=...), then a state dict, or fxprune.load(path, spread=...)."
-        )
+def check_values(*tensors: Tensor) -> None:
+    """Raise ShardingError where one of tensors that are spread has no values."""
+    for tensor in tensors:
+        if isinstance(tensor, DTensor) and tensor.is_meta:
+            raise ShardingError(
+                f"a sharded parameter of shape {tuple(tensor.shape)} has no values: it is on the device meta. Load "
+                "them first: module.to_empty(device=...), then a state dict, or fxprune.load(path, spread=...)."
+            )
 
 
 def spread(values: Tensor, reference: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import os
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
@@ -335,14 +337,18 @@ def _failures(calls: dict[str, Callable[[], Any]]) -> dict[str, str]:
     return found
 
 
-def left_by_one(when: str, folder: str) -> dict[str, str]:
-    """What is raised where the last process ends in the middle: of gathering parameters, or of writing parts."""
+def left_by_one(when: str, folder: str, lost: int | None = None) -> dict[str, str]:
+    """What is raised where a process, the last, ends in the middle: of gathering parameters, or of writing parts."""
     module = by_fsdp(traced())
-    if dist.get_rank() == dist.get_world_size() - 1:
-        _leave_after(3, when)
+    keep_nothing_whole()
+    if when == "reconstruct":
+        P.l1_unstructured(module, "*er.weight", 0.3)
+    if dist.get_rank() == (dist.get_world_size() - 1 if lost is None else lost):
+        _leave_after(3 if when in {"masks", "channels", "save"} else 20, when)
     calls: dict[str, Callable[[], Any]] = {
         "masks": lambda: P.l1_unstructured(module, "*.weight", 0.3),
         "channels": lambda: P.channels(module, macs=0.5),
+        "reconstruct": lambda: fxprune.reconstruct(module, batches()),
         "save": lambda: fxprune.save(module, f"{folder}/network.fxp"),
         "parts": lambda: fxprune.save(module, f"{folder}/parts", parts=True),
     }
@@ -367,6 +373,57 @@ def _leave_after(count: int, when: str) -> None:
         in_parts.save_state = leaving(in_parts.save_state)
     else:
         DTensor.full_tensor = leaving(DTensor.full_tensor)  # type: ignore[method-assign]
+
+
+def _full(*given: Any, **options: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def with_a_full_disk(folder: str) -> dict[str, str]:
+    """What is raised where the disk is full for one process, the last, and what is there then."""
+    module = by_fsdp(traced())
+    fxprune.save(module, f"{folder}/parts", parts=True)
+    before = values(module)
+    P.l1_unstructured(module, "*.weight", 0.3)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        FileSystem.create_stream = _full  # type: ignore[method-assign]
+    found = _failures({"parts": lambda: fxprune.save(module, f"{folder}/parts", parts=True)})
+    again = values(fxprune.load(f"{folder}/parts"))
+    is_whole = before.keys() == again.keys() and all(torch.equal(before[name], again[name]) for name in before)
+    return found | {"what was there": str(is_whole), "files": str(sorted(os.listdir(folder)))}
+
+
+def other_folders(folder: str) -> dict[str, str]:
+    """What is raised where processes see other checkpoints under one name, none, and parts that were cut short."""
+    own = f"{folder}/{dist.get_rank()}"
+    module = by_fsdp(traced())
+    for number in range(dist.get_world_size()):
+        fxprune.save(module, f"{folder}/{number}", parts=True)
+        P.l1_unstructured(module, "head.weight", 0.3)
+    return _failures(
+        {
+            "others": lambda: fxprune.load(own, spread=by_fsdp),
+            "none": lambda: fxprune.load(folder if dist.get_rank() else own, spread=by_fsdp),
+        }
+    )
+
+
+def mixed() -> dict[str, dict[str, torch.Tensor]]:
+    """What is masked, chosen and left of a module of which some parameters are no shards, but whole everywhere."""
+    module = traced()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(module, mesh=mesh, ignored_params={module.get_parameter("head.weight")})
+    P.l1_unstructured(module, "*er.weight", 0.3)
+    P.channels(module, macs=0.6)
+    return {"masked": values(module)}
+
+
+def some_without_values() -> dict[str, str]:
+    """What is raised where one process, the last, has no values of a parameter."""
+    module, hollow = by_fsdp(traced()), by_fsdp(hollow_copy(traced()))
+    if dist.get_rank() == dist.get_world_size() - 1:
+        module = hollow
+    return _failures({"channels": lambda: P.channels(module, macs=0.5), "finalize": lambda: fxprune.finalize(module)})
 
 
 def late() -> dict[str, str]:

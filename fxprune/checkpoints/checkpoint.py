@@ -193,14 +193,18 @@ def _loaded_alone(path: str | os.PathLike[str]) -> TracedModule:
 
 
 def _loaded_in_parts(path: Path, model: nn.Module | None, spread: Callable[[TracedModule], Any] | None) -> TracedModule:
-    if not (path / MODULE).is_file():
-        raise ArtifactError(
-            f"'{path}' was to be loaded (Is a directory), and is no folder that save(..., parts=True) finished: "
-            f"{MODULE} is not in it. A file of save is loaded whole: load(path), then fully_shard."
-        )
     if model is not None or not callable(spread or load):
         raise ArgumentError("a checkpoint in parts is restored without the model, and spread is a function.")
-    return load_in_parts(path, _loaded_alone(path / MODULE), spread)
+
+    def read_module(file: Path) -> TracedModule:
+        if not file.is_file():
+            raise ArtifactError(
+                f"'{path}' was to be loaded (Is a directory), and is no folder that save(..., parts=True) finished: "
+                f"{MODULE} is not in it. A file of save is loaded whole: load(path), then fully_shard."
+            )
+        return _loaded_alone(file)
+
+    return load_in_parts(path, read_module, spread)
 
 
 def _loaded_into(path: str | os.PathLike[str], model: nn.Module) -> TracedModule:

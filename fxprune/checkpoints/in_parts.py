@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from fxprune.errors import ArtifactError, ExportError, FxpruneError, ShardingErr
 from fxprune.files import synchronize
 from fxprune.graph.masks import masked
 from fxprune.graph.names import tensors_of
-from fxprune.graph.spread_modules import filled, first_of_all, hollow_copy
+from fxprune.graph.spread_modules import filled, first_of_all, hollow_copy, on_all
 from fxprune.graph.traced import TracedModule
 from fxprune.sharding import communicating, gathered_objects, sent_object
 
@@ -131,15 +132,30 @@ def _named_errors(what: str) -> Iterator[None]:
             raise ArtifactError(f"the checkpoint cannot be {what}: {causes}.") from error
 
 
-def load_in_parts(path: Path, hollow: TracedModule, spread: Callable[[TracedModule], Any] | None) -> TracedModule:
+def load_in_parts(
+    path: Path, read_module: Callable[[Path], TracedModule], spread: Callable[[TracedModule], Any] | None
+) -> TracedModule:
     """Fill a module without values from the folder that it was saved to; a collective where it is spread.
 
     Args:
         path: the folder.
-        hollow: what `module.fxp` holds.
+        read_module: from the path of `module.fxp` to the module without values that it holds.
         spread: shards the module, in place, as `torch.distributed.fsdp.fully_shard`; None leaves it whole, on the CPU.
+
+    Raises:
+        ArtifactError: the folder cannot be read. ShardingError: that is so on another process, or each has a folder of
+            its own of this name, and they differ.
     """
-    if spread is not None:
+    if spread is None:
+        hollow = read_module(path / MODULE)
+    else:
+        hollow, contents = on_all(lambda: (read_module(path / MODULE), _contents(path)), 0)
+        alike = gathered_objects(contents, 0)
+        if not sent_object(alike is not None and all(each == alike[0] for each in alike), 0):
+            raise ShardingError(
+                f"the checkpoint '{path}' is not the same on every process: there are others under this name on other "
+                "machines. Copy one of them, whole, to all of them, or load from a folder that all of them see."
+            )
         spread(hollow)
         masked(hollow)  # which are spread as their parameters
 
@@ -152,6 +168,15 @@ def load_in_parts(path: Path, hollow: TracedModule, spread: Callable[[TracedModu
             )  # fmt: skip
 
     return filled(hollow, lambda tensor: torch.empty_like(tensor, device=_device(hollow)), read)
+
+
+def _contents(path: Path) -> tuple[int, dict[str, int]]:
+    """What tells checkpoints apart: a checksum of `module.fxp`, and the sizes of the files."""
+    try:
+        sizes = {each.name: each.stat().st_size for each in sorted(path.iterdir())}
+        return zlib.crc32((path / MODULE).read_bytes()), sizes
+    except OSError as error:
+        raise ArtifactError(f"'{path}' was to be loaded: {error}.") from error
 
 
 def _device(module: nn.Module) -> str:

@@ -96,8 +96,7 @@ def lent_copy(traced: TracedModule, rank: int) -> tuple[Loans, TracedModule | No
     masked(traced)
     distinct = {id(tensor): tensor for tensor in tensors_of(traced).values()}
     spread_ones = {key: tensor for key, tensor in distinct.items() if is_sharded(tensor)}
-    for tensor in spread_ones.values():
-        check_values(tensor)
+    on_all(lambda: check_values(*spread_ones.values()), rank)
     lent = {key: tensor for key, tensor in spread_ones.items() if tensor.nbytes >= borrowing.SMALL}
     loans = Loans([*lent.values()], rank)
     numbers = {key: number for number, key in enumerate(lent)}
@@ -112,6 +111,30 @@ def lent_copy(traced: TracedModule, rank: int) -> tuple[Loans, TracedModule | No
     return loans, _copied(
         traced, lambda tensor: small[id(tensor)] if id(tensor) in small else loans.lent(numbers[id(tensor)])
     )
+
+
+def on_all(work: Callable[[], Result], rank: int) -> Result:
+    """What each process makes by itself; a collective of the default group, which sends nothing but errors.
+
+    Args:
+        work: sends nothing. rank: of the process that is told of errors first.
+
+    Raises:
+        FxpruneError: what `work` raised on this process. ShardingError: it failed on another one.
+    """
+    found, failure = None, None
+    try:
+        found = work()
+    except Exception as error:
+        failure = error
+    told = gathered_objects(None if failure is None else f"{type(failure).__name__}: {failure}", rank)
+    failed = {} if told is None else {number: text for number, text in enumerate(told) if text is not None}
+    first = sent_object(next(iter(failed.items()), None), rank)
+    if failure is not None:
+        raise failure
+    if first is not None:
+        raise ShardingError(f"process {first[0]} failed: {first[1]}")
+    return found  # type: ignore[return-value]
 
 
 def by_loans(

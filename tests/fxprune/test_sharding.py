@@ -152,6 +152,59 @@ def test_a_process_that_ends_in_the_middle_leaves_a_named_error_and_no_file(when
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("when", ["channels", "reconstruct", "parts"])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_whichever_process_is_lost_the_others_end_with_a_named_error(when: str, lost: int, tmp_path: Path) -> None:
+    for found in survivors(3, lost, networks.left_by_one, when, str(tmp_path), lost, seconds=20):
+        assert found[when].startswith("ShardingError: "), found
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+    for path in tmp_path.iterdir():  # what a lost process leaves
+        with pytest.raises(fxprune.errors.ArtifactError):
+            fxprune.load(path)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_is_told_to_all_and_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
+    for found in in_processes(2, networks.with_a_full_disk, str(tmp_path)):
+        assert found["parts"].startswith("ExportError: "), found
+        assert found["what was there"] == "True"
+        assert found["files"] == "['parts']"
+
+
+@pytest.mark.slow
+def test_other_checkpoints_on_other_processes_are_refused_by_all(tmp_path: Path) -> None:
+    for rank, found in enumerate(in_processes(2, networks.other_folders, str(tmp_path))):
+        assert found["others"].startswith("ShardingError: the checkpoint '"), found
+        assert found["none"].startswith("ArtifactError: " if rank else "ShardingError: process 1 failed"), found
+
+
+@pytest.mark.slow
+def test_parts_that_were_cut_short_are_no_checkpoint(tmp_path: Path) -> None:
+    in_processes(2, networks.saved_in_parts, networks.by_fsdp, str(tmp_path))
+    part = next((tmp_path / "final").glob("shard-00002*"))
+    part.write_bytes(part.read_bytes()[:-8])
+    with pytest.raises(fxprune.errors.ArtifactError):
+        fxprune.load(tmp_path / "final")
+
+
+@pytest.mark.slow
+def test_a_module_of_which_some_parameters_are_whole_everywhere_is_masked_as_in_one_process() -> None:
+    module = networks.traced()
+    fxprune.prune.l1_unstructured(module, "*er.weight", 0.3)
+    fxprune.prune.channels(module, macs=0.6)
+    for got in in_processes(2, networks.mixed):
+        assert_equal({"masked": networks.values(module)}, got)
+
+
+@pytest.mark.slow
+def test_values_that_one_process_lacks_are_missed_by_all() -> None:
+    for rank, found in enumerate(in_processes(2, networks.some_without_values)):
+        told = "ShardingError: a sharded parameter of shape" if rank else "ShardingError: process 1 failed"
+        assert found["channels"].startswith(told), found
+        assert found["finalize"].startswith(told), found
+
+
+@pytest.mark.slow
 def test_a_process_that_is_late_is_waited_for_as_long_as_the_time_out() -> None:
     found = in_processes(2, networks.late, seconds=5)[0]
     assert found["late"].startswith("ShardingError: adding up: the processes could not go on together")

@@ -1,0 +1,90 @@
+"""Under DDP, and where FSDP2 offloads to the CPU, what is pruned is what one process prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fxprune import borrowing
+from tests import replicated_networks as replicated
+from tests import sharded_networks as networks
+from tests.processes import in_processes
+
+State = dict[str, torch.Tensor]
+
+
+def assert_same(want: Mapping[str, State], got: Mapping[str, State]) -> None:
+    assert got.keys() == want.keys()
+    for what, state in want.items():
+        assert got[what].keys() == state.keys(), what
+        for name, value in state.items():
+            assert torch.equal(got[what][name], value), f"{what}: {name}"
+
+
+def assert_close(want: Mapping[str, State], got: Mapping[str, State]) -> None:
+    """Masks to the bit, weights to 1e-6."""
+    assert got.keys() == want.keys()
+    for what, state in want.items():
+        assert got[what].keys() == state.keys(), what
+        for name, value in state.items():
+            close = 0.0 if name.endswith("_mask") else 1e-6
+            assert torch.allclose(got[what][name].double(), value.double(), rtol=0, atol=close), f"{what}: {name}"
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A group of one process."""
+    monkeypatch.setattr(borrowing, "SMALL", 0)
+    monkeypatch.setattr(borrowing, "ROOM", 0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def folder(path: Path, name: str) -> str:
+    (path / name).mkdir()
+    return str(path / name)
+
+
+def test_a_network_under_ddp_is_trained_finalized_and_written_as_without(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    want = replicated.whole_way(folder(tmp_path, "one"))
+    request.getfixturevalue("alone")
+    assert_close(want, replicated.whole_way(folder(tmp_path, "ddp")))
+
+
+@pytest.mark.slow
+def test_the_whole_way_of_four_processes_under_ddp_is_that_of_one(tmp_path: Path) -> None:
+    want = replicated.whole_way(folder(tmp_path, "one"))
+    for got in in_processes(4, replicated.whole_way, folder(tmp_path, "ddp")):
+        assert_close(want, got)
+
+
+@pytest.mark.slow
+def test_masks_channels_and_the_whole_way_under_ddp_are_those_of_one_process(tmp_path: Path) -> None:
+    masks, way = replicated.masks(), replicated.whole_way(folder(tmp_path, "one"))
+    for got in in_processes(2, replicated.all_ways, folder(tmp_path, "ddp")):
+        assert_same(masks, got["masks"])
+        assert_close(way, got["way"])
+
+
+@pytest.mark.slow
+def test_masks_and_channels_are_those_of_one_process_under_cpu_offload() -> None:
+    masks, channels = networks.masks(networks.plain), networks.channels(networks.plain)
+    for got in in_processes(2, networks.masks, replicated.by_offload):
+        assert_same(masks, got)
+    for got in in_processes(2, networks.channels, replicated.by_offload):
+        assert_same(channels, got)
+
+
+def test_training_and_finalize_under_cpu_offload_end_as_without(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    trained = networks.trained(networks.plain)
+    final = networks.finalized(networks.plain, "spread", folder(tmp_path, "one"))
+    request.getfixturevalue("alone")
+    assert_close(trained, networks.trained(replicated.by_offload))
+    assert_close(final, networks.finalized(replicated.by_offload, "spread", folder(tmp_path, "offload")))

@@ -1,0 +1,81 @@
+"""What is asked of a network that every process has whole, under DDP, and of one that FSDP2 keeps on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import fxprune
+from tests import sharded_networks as networks
+
+P = fxprune.prune
+
+
+def by_offload(module: fxprune.TracedModule) -> fxprune.TracedModule:
+    """FSDP2 that keeps what it does not gather on the CPU."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(module, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    return module
+
+
+def _wrapped(module: fxprune.TracedModule) -> nn.Module:
+    return DistributedDataParallel(module) if dist.is_initialized() else module
+
+
+def masks() -> dict[str, dict[str, torch.Tensor]]:
+    """The state after each way to mask, of entries and of channels."""
+    found, unmasked = {}, networks.traced()
+    for what, mask in networks.MASKS.items():
+        module = copy.deepcopy(unmasked)
+        _wrapped(module)
+        torch.manual_seed(5)
+        mask(module)
+        found[what] = networks.values(module)
+    for what, choose in networks.C.items():
+        module = copy.deepcopy(unmasked)
+        _wrapped(module)
+        report = choose(module, lambda every: every)
+        found[f"channels, {what}"] = networks.values(module) | {"MACs": torch.tensor(report.macs)}
+    return found
+
+
+def whole_way(folder: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Masks, three steps with clipping on a part of the batch each, finalize, and what is written."""
+    module = networks.traced()
+    P.l1_unstructured(module, "inner.weight", 0.3)
+    wrapped = _wrapped(module.eval())  # statistics of a part of a batch are others
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    clip = fxprune.clip_gradients(optimizer, max_norm=0.5)
+    norms = {}
+    for step in range(3):
+        own = networks.inputs(step)
+        if dist.is_initialized():
+            own = own.chunk(dist.get_world_size())[dist.get_rank()]
+        optimizer.zero_grad()
+        wrapped(own).square().mean().backward()
+        optimizer.step()
+        norms[str(step)] = torch.as_tensor(clip.total_norm)
+        if step == 1:
+            P.channels(module, macs=0.6)
+    found = {"norms": norms, "trained": networks.values(module)}
+    final = fxprune.finalize(module)
+    found["final"] = networks.values(final)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    report = fxprune.export.to_onnx(final.eval(), f"{folder}/{rank}.onnx")
+    fxprune.save(final, f"{folder}/{rank}.fxp")
+    assert report.comparison is not None
+    found["written"] = {"ok": torch.tensor(report.comparison.ok)}
+    found["loaded"] = networks.values(fxprune.load(f"{folder}/{rank}.fxp"))
+    return found
+
+
+def all_ways(folder: str) -> dict[str, Any]:
+    """Both."""
+    return {"masks": masks(), "way": whole_way(folder)}
