@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,33 @@ class Limit:
     spent: float
 
 
-class Staircase:
+class Steps(abc.ABC):
+    """Choices of units, each of which holds the one before."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """How many there are beside that of no units."""
+
+    @abc.abstractmethod
+    def units(self, stairs: int) -> Vector:
+        """The units that go with the first stairs."""
+
+    @abc.abstractmethod
+    def land(self, limit: Limit) -> Vector | None:
+        """The units of a choice that keeps a limit and uses it up as well as can be, None where all leave more."""
+
+    def search(self, fits: Callable[[Vector], bool]) -> int | None:
+        """The fewest stairs that fit, None where all of them do not."""
+        low, high = -1, len(self)
+        if not fits(self.units(high)):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(self.units(middle)) else (middle, high)
+        return high
+
+
+class Staircase(Steps):
     """All steps of the ladders in one order, each stair a choice of units that holds the one before.
 
     Scope "global" orders by score, "local" takes the same share of every ladder at a time; scores that tie are taken
@@ -83,16 +110,6 @@ class Staircase:
     def units(self, stairs: int) -> Vector:
         """The units that go with the first stairs."""
         return self.units_at(self.levels(stairs))
-
-    def search(self, fits: Callable[[Vector], bool]) -> int | None:
-        """The fewest stairs that fit, None where all of them do not."""
-        low, high = -1, len(self)
-        if not fits(self.units(high)):
-            return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(self.units(middle)) else (middle, high)
-        return high
 
     def levels(self, stairs: int) -> Vector:
         """How many steps of each ladder the first stairs are."""

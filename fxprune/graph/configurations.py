@@ -35,6 +35,7 @@ Axis = tuple[str, int]
 Attribute = tuple[str, str]
 _WAYS = 1000  # of numbers that are tried together
 _DIRECTION = ".original1"  # of a weight norm, beside the magnitude ".original0"
+_HALVINGS = 30  # of an interval in which a fraction is looked for
 _ABOVE = 1 + 1e-9  # of a fraction whose product is rounded down
 
 
@@ -287,6 +288,30 @@ class Configuration:
             shapes = self.built(self._unsaid | known | {name: value})
             if shapes and all(shapes[tensor][axis] == wanted[tensor][axis] for tensor, axis in alone):
                 return name, value
+        between = self._between(name, alone, known, wanted)
+        return None if between is None else (name, between)
+
+    def _between(self, name: str, axes: Sequence[Axis], known: Numbers, wanted: Shapes) -> Number | None:
+        """A fraction that sizes are rounded products of, in as few digits as give them; found by halving."""
+        if type(self.numbers[name]) is not float or len({wanted[tensor][axis] for tensor, axis in axes}) < 2:
+            return None
+
+        def beyond(value: float) -> int:
+            """Whether sizes are larger (1) than wanted, or smaller (-1)."""
+            shapes = self.built(self._unsaid | known | {name: value})
+            if shapes is None:
+                return -1
+            differences = [shapes[tensor][axis] - wanted[tensor][axis] for tensor, axis in axes]
+            return 1 if max(differences) > 0 else -1 if min(differences) < 0 else 0
+
+        low, high = 0.0, 2.0 * self.numbers[name]
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            side = beyond(middle)
+            if side == 0:
+                shorter = (round(middle, digits) for digits in range(2, 6))
+                return next((value for value in shorter if value > 0 and beyond(value) == 0), middle)
+            low, high = (low, middle) if side > 0 else (middle, high)
         return None
 
     def _candidates(self, name: str, known: Numbers, wanted: Shapes) -> list[Number]:

@@ -250,6 +250,7 @@ def _outcome(
     picked, lacking = scorable(grouping, chosen_groups(grouping.groups, request), request.importance)
     decided = before.decided | _written_axes(picked)
     ranked = _ranked(before, grouping, picked, request, evidence, decided)
+    ranked = replace(ranked, levels=[] if limits is None else limits.levels)
     table = None if timing is None else _latencies(before, grouping, picked, prices, timing)
     if table is not None:
         ranked = replace(ranked, prices=LatencyPrices(grouping, picked, table))

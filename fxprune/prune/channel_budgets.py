@@ -12,7 +12,7 @@ import numpy as np
 
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
-from fxprune.channels.stairs import Limit, Staircase
+from fxprune.channels.stairs import Limit, Steps
 from fxprune.errors import ArgumentError, BudgetError
 
 SPENT = 0.98  # share of a budget that counts as all of it
@@ -60,7 +60,7 @@ class Budget(abc.ABC):
     timed: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def fit(self, stairs: Staircase) -> Choice | None:
+    def fit(self, stairs: Steps) -> Choice | None:
         """The choice that keeps the budget and uses it up, None where none keeps it."""
 
     @abc.abstractmethod
@@ -88,7 +88,7 @@ class Amount(Budget):
         """How many units stay without these."""
         return int(self.alive(units)[self.units].sum())
 
-    def fit(self, stairs: Staircase) -> Choice | None:
+    def fit(self, stairs: Steps) -> Choice | None:
         total = len(self.units)
         if self.value > total:
             raise ArgumentError(f"amount={self.value}: there are {total} units that may be pruned.")
@@ -107,7 +107,7 @@ class Amount(Budget):
             return None
         return Choice(units)
 
-    def _fewest(self, stairs: Staircase, limit: int) -> int:
+    def _fewest(self, stairs: Steps, limit: int) -> int:
         height = stairs.search(lambda units: self.left(units) < limit)
         return len(stairs) if height is None else height
 
@@ -148,7 +148,7 @@ class Size(Budget):
         """The share of the limit that is left without the units."""
         return share_of(self.left(units), self.limit)
 
-    def fit(self, stairs: Staircase) -> Choice | None:
+    def fit(self, stairs: Steps) -> Choice | None:
         units = stairs.land(Limit(self.left, self.limit, SPENT))
         if units is None:
             self.least = self.left(stairs.units(len(stairs)))
@@ -188,7 +188,7 @@ class Sizes(Budget):
         self.sizes = sizes
         self.unreached = sizes[0]
 
-    def fit(self, stairs: Staircase) -> Choice | None:
+    def fit(self, stairs: Steps) -> Choice | None:
         units = stairs.land(Limit(self.used, 1.0, SPENT))
         if units is None:
             everything = stairs.units(len(stairs))
@@ -232,7 +232,7 @@ class Speed(Budget):
         self.start = 1 / wanted if start is None else start
         self.best = 0.0
 
-    def fit(self, stairs: Staircase) -> Choice | None:
+    def fit(self, stairs: Steps) -> Choice | None:
         """The fewest units measured to be fast enough: by at most `NEAR` more, or to 1/64 of the MACs left."""
         self.best = 0.0
         if self.sizes is None:
@@ -247,7 +247,7 @@ class Speed(Budget):
         found = self._searched(stairs, most * min(0.95, self.best / self.wanted), most)
         return None if found is None else replace(found, for_speed=True)
 
-    def _searched(self, stairs: Staircase, share: float, too_slow: float) -> Choice | None:
+    def _searched(self, stairs: Steps, share: float, too_slow: float) -> Choice | None:
         """From a first share of the MACs, and one that is known to be too slow."""
         fast_enough, found = 0.0, None
         for _ in range(10):
@@ -272,7 +272,7 @@ class Speed(Budget):
     def _macs(self, units: Vector) -> int:
         return self.grouping.macs(self.alive(units))
 
-    def _cut(self, stairs: Staircase, share: float) -> tuple[Vector, bool]:
+    def _cut(self, stairs: Steps, share: float) -> tuple[Vector, bool]:
         """The fewest units that leave a share of the MACs and keep the sizes, else all, and whether they do."""
         limit, sizes = share * self.grouping.dense[0], self.sizes
         if sizes is None:

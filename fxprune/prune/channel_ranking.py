@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from fxprune.channels.budget import ladders
 from fxprune.channels.groups import ChannelGroup, Repair, Scores
 from fxprune.channels.ids import Mask
@@ -12,6 +14,7 @@ from fxprune.channels.stairs import Staircase
 from fxprune.prune.channel_budgets import Budget, Choice
 from fxprune.prune.channel_curves import GroupCurves
 from fxprune.prune.channel_request import ChannelRequest
+from fxprune.prune.configured_levels import Level, Levels
 from fxprune.prune.latency.prices import LatencyPrices
 
 
@@ -27,6 +30,7 @@ class Ranked:
         counting: with all that is masked, for the budget: other groups are left alone, and count.
         curves: what is lost with the units, where that is known; scores are made of them.
         prices: what the units save in time, where latencies say so. start: the share of the MACs to try first then.
+        levels: the only choices that there are, where a configuration says all widths by one number.
     """
 
     scores: list[Scores]
@@ -37,6 +41,7 @@ class Ranked:
     curves: GroupCurves | None = None
     prices: LatencyPrices | None = None
     start: float | None = None
+    levels: Sequence[Level] = ()
 
     def corrected(self, stays: Mask, lost: Mask) -> Ranked:
         """The same, where some classes stay whatever is chosen, and others are gone."""
@@ -60,4 +65,7 @@ def staircase(
 
 def landed(budget: Budget, picked: Sequence[ChannelGroup], ranked: Ranked, request: ChannelRequest) -> Choice | None:
     """The choice that keeps the budget, None where none does."""
+    if ranked.levels:
+        ranks = [score - gone * (np.ptp(score) + 1) for score, gone in zip(ranked.scores, ranked.gone, strict=True)]
+        return budget.fit(Levels(ranked.levels, picked, ranks, request.max_per_group, request.at_least))
     return budget.fit(staircase(budget.roundings, budget.timed, picked, ranked, request))

@@ -30,6 +30,7 @@ from fxprune.channels.values import Value
 from fxprune.errors import PruningError, WriteBackError
 from fxprune.graph.metadata import module_path
 from fxprune.graph.traced import TracedModule
+from fxprune.prune.configured_levels import Level
 from fxprune.reports import first_of
 
 _WHY = "{} ({}) does not run, or computes something else, with fewer of them"
@@ -90,11 +91,13 @@ class ClassLimits:
         model: of that class.
         alike: classes [rows, n] of which every choice leaves each row equally many.
         staying: by axis of a parameter, why its channels stay.
+        levels: the only choices that there are, where its configuration says all widths by one number.
     """
 
     model: nn.Module
     alike: list[Vector] = field(default_factory=list)
     staying: dict[tuple[str, int], str] = field(default_factory=dict)
+    levels: list[Level] = field(default_factory=list)
     _taken: set[tuple[tuple[str, ...], int]] = field(default_factory=set)
 
     def limited(self, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:

@@ -13,6 +13,7 @@ from fxprune.channels.ids import Mask, Vector
 from fxprune.graph.configurations import Axis, Configuration, unread_tensors
 from fxprune.prune.alike_sizes import alike_sizes
 from fxprune.prune.class_limits import ClassLimits, parts_of_axes
+from fxprune.prune.configured_levels import gives_all, is_rounded, is_said_by, levels_of
 
 _PARTS = ("aten.chunk.default", "aten.split.Tensor")
 _LONGER = 8  # than the longest axis, what all lengths divide
@@ -27,8 +28,9 @@ def runnable_groups(
     """The groups with what the class of a model asks for.
 
     Parts by `chunk` stay equal, as does what one attribute or the shape of another tensor sizes. Sizes that one
-    number of a configuration gives change alike, where all of them may be pruned; the others stay, as do channels
-    within heads of which two numbers say how many there are.
+    number of a configuration gives change alike, where all of them may be pruned, or, where it is a fraction whose
+    products are rounded and that gives all that is asked for, as its values say (`ClassLimits.levels`). The others
+    stay, as do channels within heads of which two numbers say how many there are.
 
     Args:
         grouping: of the model's graphs.
@@ -45,10 +47,21 @@ def runnable_groups(
         found.groups = limits.limited(found.groups)
         return found
     numbers = _Numbers(grouping, configuration)
-    free = numbers.free(numbers.dead(pick(grouping.groups)))
+    asked = pick(grouping.groups)
+    free = numbers.free(numbers.dead(asked))
+    reason = _GIVEN.format(type(model).__name__)
+    rounded = [n for n in sorted(free) if is_rounded(configuration, n) and gives_all(configuration, n, asked, free)]
+    limits.levels = levels_of(configuration, rounded[0]) if len(rounded) == 1 else []
+    if limits.levels:
+        found = Grouping(grouping.plain, rows, staying, for_class=True)
+        groups = [
+            g if g.reason or is_said_by(limits.levels, g, configuration.shapes) else replace(g, reason=reason)
+            for g in found.groups
+        ]
+        found.groups = limits.limited(groups)
+        return found
     rows += [*numbers.rows(free), *numbers.steps(free, grouping.groups)]
     found = Grouping(grouping.plain, rows, staying, for_class=True)
-    reason = _GIVEN.format(type(model).__name__)
     groups = [g if g.reason or numbers.leaves(g, free) else replace(g, reason=reason) for g in found.groups]
     found.groups = limits.limited(groups)
     return found
