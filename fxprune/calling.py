@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 from fxprune.errors import ArgumentTypeError, FxpruneError
+from fxprune.progress import take_work, working
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
@@ -73,12 +74,16 @@ def _checked(
     """The function with `named_arguments`; `current` brings the options of a call to their names of now."""
     signature = inspect.signature(function)
     name = function.__qualname__.removesuffix(".__init__")
+    work = take_work(function)
 
     @functools.wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         current(name, kwargs)
         try:
-            return function(*args, **kwargs)
+            if work is None:
+                return function(*args, **kwargs)
+            with working(work):
+                return function(*args, **kwargs)
         except FxpruneError:
             raise
         except TypeError as error:

@@ -7,12 +7,11 @@ before a work has taken two seconds, and nothing ever where standard error is no
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -29,8 +28,8 @@ from rich.progress import (
 
 PATIENCE = 2.0  # seconds
 
-Given = ParamSpec("Given")
-Result = TypeVar("Result")
+Called = TypeVar("Called", bound=Callable[..., object])
+_WORK = "__work__"
 
 
 class Bars(Progress):
@@ -135,18 +134,23 @@ def quiet(is_quiet: bool = True) -> Iterator[None]:
         _IS_QUIET.reset(token)
 
 
-def shown(what: str) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
-    """A decorator: each call is a work of that name."""
+def shown(what: str) -> Callable[[Called], Called]:
+    """A decorator below those of `fxprune.calling`: each call is a work of that name.
 
-    def decorate(function: Callable[Given, Result]) -> Callable[Given, Result]:
-        @functools.wraps(function)
-        def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-            with working(what):
-                return function(*args, **kwargs)
+    It only marks the function: a call of its own would stand between the function and the line that its warnings name.
+    """
 
-        return call
+    def decorate(function: Called) -> Called:
+        function.__dict__[_WORK] = what
+        return function
 
     return decorate
+
+
+def take_work(function: Callable[..., object]) -> str | None:
+    """The name that `shown` marked a function with, which whoever asks is to show."""
+    work: str | None = function.__dict__.pop(_WORK, None)
+    return work
 
 
 def _is_terminal(console: Console | None) -> bool:
