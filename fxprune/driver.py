@@ -19,7 +19,6 @@ from torch import nn
 from fxprune.borrowing import Loans
 from fxprune.calling import named_arguments
 from fxprune.channels import ChannelPlan
-from fxprune.channels.checking import OutputsDifferError
 from fxprune.channels.computed_weights import with_plain_weights
 from fxprune.channels.groups import ChannelGroups, Grouping
 from fxprune.channels.registry import REPORT, failed_with
@@ -30,6 +29,7 @@ from fxprune.errors import (
     FinalizeError,
     FxpruneWarning,
     NonFiniteWarning,
+    OutputsDifferError,
     PassError,
     PruningError,
 )

@@ -24,6 +24,8 @@ __all__ = [
     "InputError",
     "NameLookupError",
     "NonFiniteWarning",
+    "OutputsDifferError",
+    "OutputsDifferError",
     "PassError",
     "ProviderWarning",
     "PruningError",
@@ -78,6 +80,10 @@ class PassError(FxpruneError):
 
 class FinalizeError(FxpruneError):
     """The model could not be finalized exactly. The traced module it was asked for is untouched."""
+
+
+class OutputsDifferError(FinalizeError):
+    """Outputs differ after a removal that kept nothing by which to tell where; `finalize` does it again, to tell."""
 
 
 class ExportError(FxpruneError):

@@ -19,7 +19,7 @@ from fxprune.channels.costs import layer_macs, macs_of_one_sample
 from fxprune.channels.coupling import Coupling
 from fxprune.channels.edits import Kept
 from fxprune.channels.values import Stack, Value
-from fxprune.errors import FinalizeError
+from fxprune.errors import FinalizeError, OutputsDifferError
 from fxprune.graph.batch import Batch
 from fxprune.graph.equality import TOLERANCES, close, error
 from fxprune.graph.error_sites import working_on
@@ -139,10 +139,6 @@ class _Precision:
 
 
 _AS_IT_IS = _Precision()
-
-
-class OutputsDifferError(FinalizeError):
-    """Outputs differ after a removal that kept nothing by which to tell where."""
 
 
 def macs_without_values(traced: TracedModule) -> int:
