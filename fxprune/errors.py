@@ -25,7 +25,6 @@ __all__ = [
     "NameLookupError",
     "NonFiniteWarning",
     "OutputsDifferError",
-    "OutputsDifferError",
     "PassError",
     "ProviderWarning",
     "PruningError",
