@@ -131,8 +131,10 @@ def drawn(watch: Watch, title: str) -> str:
     for at, name in watch.steps:
         across, _ = place(at, 0).split(",")
         marks.append(f'<path d="M{across} 24V{_HEIGHT - _BOTTOM}" stroke="#bbb"/>')
-        marks.append(f'<text x="{across}" y="{_HEIGHT - _BOTTOM + 12}" transform="rotate(30 {across} '
-                     f'{_HEIGHT - _BOTTOM + 12})">{name}</text>')  # fmt: skip
+        angle, anchor = (-30, "end") if float(across) > _WIDTH - 120 else (30, "start")  # those at the right fit, too
+        foot = f"{across} {_HEIGHT - _BOTTOM + 12}"
+        turned = f'text-anchor="{anchor}" transform="translate({foot}) rotate({angle})"'
+        marks.append(f"<text {turned}>{name}</text>")
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
