@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import fxprune
 from fxprune.errors import ConfigurationWarning
+from tests.libraries.conftest import settled, with_masks
 
 # what a library warns of is its own
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture
-def diffusers(_torchvision_operators: object) -> Any:
-    """The diffusers package."""
-    return pytest.importorskip("diffusers")
-
-
-def settled(model: nn.Module) -> Any:
-    """A model whose output is not zero at the start."""
-    for parameter in model.parameters():
-        if parameter.abs().max() < 1e-3:
-            nn.init.normal_(parameter, 0, 0.1)
-    return model.eval()
 
 
 def unet(diffusers: Any) -> Any:
@@ -44,15 +29,6 @@ def unet(diffusers: Any) -> Any:
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         )
     )
-
-
-def with_masks(traced: fxprune.TracedModule, model: nn.Module) -> Any:
-    """The dense model with zeros where the masks are."""
-    masked, buffers = copy.deepcopy(model), dict(traced.named_buffers())
-    for name, parameter in masked.named_parameters():
-        if f"{name}_mask" in buffers:
-            parameter.data = parameter.data * buffers[f"{name}_mask"]
-    return masked
 
 
 def test_a_pipeline_denoises_with_a_pruned_unet(diffusers: Any, tmp_path: Path) -> None:

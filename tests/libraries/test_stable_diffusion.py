@@ -9,26 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import fxprune
+from tests.libraries.conftest import settled, with_masks
 
 # what a library warns of is its own
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture
-def diffusers(_torchvision_operators: object) -> Any:
-    """The diffusers package."""
-    return pytest.importorskip("diffusers")
-
-
-def settled(model: nn.Module) -> Any:
-    """A model in eval mode of which nothing is zero at the start."""
-    for parameter in model.parameters():
-        if parameter.abs().max() < 1e-3:
-            nn.init.normal_(parameter, 0, 0.1)
-    return model.eval()
 
 
 def tokenizer(transformers: Any) -> Any:
@@ -84,11 +70,7 @@ def masked_and_small(name: str, model: Any, folder: Path) -> tuple[Any, Any]:
     small = fxprune.write_back(fxprune.load(folder / name), model)
     assert type(small) is type(model)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
-    masked, buffers = copy.deepcopy(model), dict(traced.named_buffers())
-    for key, parameter in masked.named_parameters():
-        if f"{key}_mask" in buffers:
-            parameter.data = parameter.data * buffers[f"{key}_mask"]
-    return masked, small
+    return with_masks(traced, model), small
 
 
 def test_pruned_networks_draw_from_text_what_the_masked_ones_draw(
