@@ -28,6 +28,7 @@ from fxprune.torch_internals import (
     FakeTensor,
     FakeTensorMode,
     OpOverload,
+    any_recurrent_length,
     decomposes_itself,
     fake_like,
     guards_ignored,
@@ -123,7 +124,7 @@ def _record(graph: fx.Graph, mode: FakeTensorMode) -> None:
 
     Strides that were recorded are of the capture: other operators have taken the place of some, and axes are shorter.
     """
-    with mode, torch.no_grad(), guards_ignored(mode):
+    with mode, torch.no_grad(), guards_ignored(mode), any_recurrent_length():
         for node in [node for node in graph.nodes if node.op == "call_function"]:
             args, kwargs = _values((node.args, dict(node.kwargs)))
             value, before = _run(node, args, kwargs), node.meta.get("val")

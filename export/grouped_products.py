@@ -5,19 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from onnxscript import opset18
-from torch import fx
 
-_NAME = "transformers.grouped_mm_fallback.default"  # what its mixtures of experts call where they are captured
+NAME = "transformers.grouped_mm_fallback.default"  # what its mixtures of experts call where they are captured
 _INT64 = 7
 op: Any = opset18
 
 
-def translations(graph: fx.Graph) -> dict[Any, Any]:
-    """By operator that the graph calls, what writes it in ONNX: for `custom_translation_table` of torch.onnx.export."""
-    return {node.target: _grouped_product for node in graph.nodes if str(node.target) == _NAME}
-
-
-def _grouped_product(rows: Any, matrices: Any, offs: Any) -> Any:
+def grouped_product(rows: Any, matrices: Any, offs: Any) -> Any:
     """Rows [m, k], sorted by group, times matrices [groups, k, n]; `offs` [groups] are where groups end.
 
     A product for each group, on its rows alone: one with a matrix for each row would copy matrices.

@@ -26,10 +26,10 @@ from fxprune.graph.spread_modules import by_first
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import shown
 from fxprune.reports import counted
+from fxprune.torch_internals import any_recurrent_length
 
 from .at_hand import nothing_learned, program_at_hand
 from .flattening import check_source, flatten, take_as_given
-from .grouped_products import translations
 from .lowering import lower
 from .metadata import captured_sizes, metadata
 from .onnx_files import rewrite, save, side_files
@@ -44,7 +44,7 @@ from .onnx_names import (
 from .precision import float16, int8, sparse_initializers
 from .report import Report
 from .session import PRECISION_TOLERANCES, Session
-from .translation import translating
+from .translation import translating, translations
 from .values import as_captured, captured_names
 from .verification import Draft, FileReport, Proof, other_sizes, verified
 
@@ -333,7 +333,7 @@ def _translation_of_module(request: _Request, module: fx.GraphModule, sample: Ca
 
 def _translation_at_hand(request: _Request, module: fx.GraphModule) -> _Translation:
     exported = program_at_hand(module)
-    with nothing_learned(exported), translating("translate the model to ONNX"):
+    with nothing_learned(exported), translating("translate the model to ONNX"), any_recurrent_length():
         return _translation_of(request, exported)
 
 

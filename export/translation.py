@@ -1,18 +1,33 @@
-"""torch's translation of a graph, with errors that say what was to be written."""
+"""torch's translation of a graph: what it lacks of operators, and errors that say what was to be written."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import fx
 
 from fxprune.errors import ExportError
 
+from .grouped_products import NAME, grouped_product
 from .quiet import quiet
+from .simple_recurrent import simple_recurrent
 
 _COLOR = re.compile(r"\x1b\[\d+m")
+
+
+def translations(graph: fx.Graph) -> dict[Any, Any]:
+    """By operator that the graph calls, what writes it in ONNX: for `custom_translation_table` of torch.onnx.export."""
+    own = {
+        torch.ops.aten.rnn_tanh.input: simple_recurrent("Tanh"),
+        torch.ops.aten.rnn_relu.input: simple_recurrent("Relu"),
+    }
+    called = dict.fromkeys(node.target for node in graph.nodes if node.op == "call_function")
+    products = {target: grouped_product for target in called if str(target) == NAME}
+    return products | {target: write for target, write in own.items() if target in called}
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._export.verifier import TrainingIRVerifier
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -56,6 +57,7 @@ __all__ = [
     "TorchDispatchMode",
     "TrainingIRVerifier",
     "WeightNormParametrization",
+    "any_recurrent_length",
     "calls_kept",
     "convert_tensors",
     "decomposes_itself",
@@ -208,6 +210,41 @@ def guards_ignored(mode: FakeTensorMode) -> Iterator[None]:
     """Answer questions about the free sizes of a capture for the sample's, and learn nothing of it."""
     with contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards():
         yield
+
+
+@contextlib.contextmanager
+def any_recurrent_length() -> Iterator[None]:
+    """Let captures say by the sizes of their inputs what recurrent layers give.
+
+    torch itself runs over the positions of the sample one by one, which fixes how many there are.
+    """
+    aten = torch.ops.aten
+    sizes = {
+        aten.lstm.input: _recurrent_sizes,
+        aten.gru.input: _recurrent_sizes,
+        aten.rnn_tanh.input: _recurrent_sizes,
+        aten.rnn_relu.input: _recurrent_sizes,
+    }
+    before = {operator: dict(operator.py_kernels) for operator in sizes}
+    keys = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
+    try:
+        for operator, kernel in sizes.items():
+            operator.py_kernels |= dict.fromkeys(keys, kernel)
+            operator._dispatch_cache.clear()
+        with enable_python_dispatcher():
+            yield
+    finally:
+        for operator, kernels in before.items():
+            operator.py_kernels = kernels
+            operator._dispatch_cache.clear()
+
+
+def _recurrent_sizes(data: torch.Tensor, start: Any, *options: Any) -> tuple[torch.Tensor, ...]:
+    """Of a layer without packed sequences: its outputs [..., units of all directions], and its last states."""
+    states = (start,) if isinstance(start, torch.Tensor) else tuple(start)
+    is_bidirectional = bool(options[5])
+    width = states[0].shape[-1] * (2 if is_bidirectional else 1)
+    return data.new_empty((*data.shape[:-1], width)), *map(torch.empty_like, states)
 
 
 def decomposes_itself(target: OpOverload) -> bool:

@@ -29,6 +29,7 @@ from fxprune.capture.structures import outputs_registered
 from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
 from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.traced import MODES
+from fxprune.torch_internals import any_recurrent_length
 
 aten = torch.ops.aten
 _PRODUCTS = (
@@ -166,6 +167,7 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
         counted_reads(model) as reads,
         SizeLog.of(model) as sizes,
         outputs_registered(model),
+        any_recurrent_length(),
         warnings.catch_warnings(record=True) as caught,
         torch.enable_grad(),
     ):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fxprune
-from fxprune.export.grouped_products import translations
+from fxprune.export.translation import translations
 
 
 @pytest.mark.filterwarnings("ignore")
