@@ -431,8 +431,8 @@ def finalize(
         align: "auto" takes out all that `fxprune.prune.channels` chose; of what others masked it keeps dead channels so
             that counts at convolutions are multiples of 4, next to depthwise ones of 16 where that concerns no other
             layer (8 and 4 for fewer than 32 and 16 channels), which onnxruntime runs faster, and channels that are
-            constant but for the border of zero padding, whose map would be added apart; 1 removes all, an integer n
-            keeps multiples of n.
+            constant but for the border of zero padding, whose map would be added apart, and those that only
+            ranges of values make constant; 1 removes all, an integer n keeps multiples of n.
         fold_batch_norm: scale the layers before batch norms instead of running these; the result has no train graph.
         plan: a stored plan to carry out instead of an analysis: the result has its architecture.
         verify: compare the outputs on the sample inputs in eval mode, and count MACs on the way.

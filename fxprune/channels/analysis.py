@@ -50,7 +50,8 @@ def analyze(
     Args:
         traced: a module with an eval graph; masks folded into its parameters.
         align: "auto" keeps dead channels where counts at convolutions then run faster, `traced.decided` axes aside, and
-            constants of positions, which cost less time than a map that is added; an integer n, multiples of n.
+            constants of positions, which cost less time than a map that is added, and what only ranges of values make
+            constant; an integer n, multiples of n.
         keep_for_training: whether what is constant in eval mode alone stays.
         keep_for_write_back: whether what is constant but for the border stays, whatever `align` is.
         refused: names of nodes whose channels stay, and why, whatever is known of their operators.
@@ -70,7 +71,7 @@ def analyze(
         {'0.weight': {0: 3}, '0.bias': {0: 3}, '2.weight': {1: 3}}
     """
     require_eval(traced, "removing channels")
-    relations = couple(traced, traced.graphs, refused=refused)
+    relations = couple(traced, traced.graphs, refused=refused, ranges=align != "auto")
     for reader in relations.walks["eval"].readers:
         if keep_for_write_back or align == "auto":
             reader.without_maps()

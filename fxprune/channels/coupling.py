@@ -101,6 +101,7 @@ def couple(
     refused: Mapping[str, str] | None = None,
     *,
     for_class: bool = False,
+    ranges: bool = True,
 ) -> Coupling:
     """Walk every graph over one set of ids; facts are taken from the eval graph.
 
@@ -108,6 +109,7 @@ def couple(
         root, graphs: what to walk.
         facts: whether constants are followed.
         refused: names of nodes whose channels stay, and why.
+        ranges: whether what values lie between is followed, too.
         for_class: whether the class of the model is to take the statistics over the channels that are left.
     """
     stored = tensors_of(root)
@@ -117,7 +119,9 @@ def couple(
     with torch.no_grad(), on_cpu():
         while True:
             ids, cached = Ids(), CachedHeads(zeros=zeros)
-            parameters = replace(_tied(tensors, ids), refused=dict(refused or {}), trains="train" in graphs)
+            parameters = replace(
+                _tied(tensors, ids), refused=dict(refused or {}), trains="train" in graphs, follows_ranges=ranges
+            )
             walks = {}
             if "eval" in graphs:  # first: reasons are reported in the order in which they were found
                 walks["eval"] = walked(graphs["eval"], ids, parameters, cached, facts)

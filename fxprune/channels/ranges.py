@@ -50,7 +50,12 @@ class Weights:
 
 def ranged(walk: Walk, node: fx.Node, result: Result) -> Result:
     """Note the range of a node's values, if any; returns the result with what of it is one number therefore."""
-    if not walk.facts or not isinstance(result, Value) or node.meta["val"].dtype not in _PRECISE:
+    if (
+        not walk.facts
+        or not walk.parameters.follows_ranges
+        or not isinstance(result, Value)
+        or node.meta["val"].dtype not in _PRECISE
+    ):
         return result
     target = functional_twin(node.target) if is_mutating(node) else node.target  # type: ignore[arg-type]
     operand = _operand(walk, node)

@@ -35,6 +35,7 @@ class Parameters:
         grouped: by the weight of a grouped convolution the ids of the inputs that it reads, the same in every call.
         refused: names of nodes whose channels stay, and why, whatever their rules say.
         trains: whether there is a train graph.
+        follows_ranges: whether channels go that what values lie between makes constant.
     """
 
     tensors: dict[str, Tensor]
@@ -43,6 +44,7 @@ class Parameters:
     grouped: dict[Tensor, Vector] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     trains: bool = False
+    follows_ranges: bool = True
 
 
 @dataclass(frozen=True, eq=False)

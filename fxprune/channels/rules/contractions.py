@@ -47,7 +47,21 @@ class Contraction(OperatorCall):
             return walk.refuse(self.node, "no product of two operands")
         value = None if self.bias_operand is None else walk.value(self.bias_operand)
         added = Added(value, Bias(self.bias_operand, self.bias_argument), self._scale == 1, self._bias_counts_once)
-        return contract(walk, self.node, self.labels, walk.value(self.left), walk.value(self.right), added)
+        result = contract(walk, self.node, self.labels, walk.value(self.left), walk.value(self.right), added)
+        self._note_range(walk, result)
+        return result
+
+    def _note_range(self, walk: Walk, result: Result) -> None:
+        """Note what a product with a stored matrix, plus a stored shift, lies between."""
+        labels, table = self.labels, walk.stored(self.right) if self.left in walk.ranges else None
+        if not isinstance(result, Value) or labels is None or table is None or table.dim() != 2:
+            return
+        if len(labels.contracted) != 1 or labels.left[-1] not in labels.contracted or not self._bias_counts_once:
+            return
+        shift = None if self.bias_operand is None else walk.stored(self.bias_operand)
+        if shift is not None or self.bias_operand is None:
+            rows_first = table if labels.right[-1] in labels.contracted else table.T
+            note_layer(walk, self.node, self.left, result, Weights(rows_first[None, ..., None], -1, shift))
 
     @property
     def _scale(self) -> Any:
@@ -90,15 +104,6 @@ class Linear(Contraction):
     @property
     def weight(self) -> fx.Node:
         return self.right
-
-    def relate(self, walk: Walk) -> Result:
-        result = super().relate(walk)
-        table = walk.stored(self.right)
-        if self.left in walk.ranges and isinstance(result, Value) and table is not None and table.dim() == 2:
-            shift = None if self.bias_operand is None else walk.stored(self.bias_operand)
-            if shift is not None or self.bias_operand is None:
-                note_layer(walk, self.node, self.left, result, Weights(table[None, ..., None], -1, shift))
-        return result
 
     def scaled(self, weight: Tensor, factors: Tensor) -> Tensor:
         """A weight of this call times one factor for each output."""
