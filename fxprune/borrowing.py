@@ -198,7 +198,7 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     others = [each for each in flat if isinstance(each, Tensor) and not isinstance(each, Borrowed)]
 
     def result_of(found: Any) -> Any:
-        if not isinstance(found, Tensor) or isinstance(found, Borrowed):
+        if not isinstance(found, Tensor) or isinstance(found, Borrowed) or found.is_meta:
             return found
         owner = owners.get(found.untyped_storage()._cdata)
         if owner is not None:

@@ -7,7 +7,7 @@ import errno
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -225,7 +225,9 @@ def keep_nothing_whole() -> None:
     borrowing.SMALL = borrowing.ROOM = 0
 
 
-def channels(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> dict[str, Any]:
+def channels(
+    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], importances: Collection[str] = tuple(C)
+) -> dict[str, Any]:
     """By importance the state, and the report; batches are divided among the processes, every other one for two."""
 
     def mine(every: list[Any]) -> list[Any]:
@@ -235,9 +237,9 @@ def channels(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> 
     unspread = traced()
     if dist.is_initialized():
         keep_nothing_whole()
-    for what, choose in C.items():
+    for what in importances:
         module = spread(copy.deepcopy(unspread))
-        report = choose(module, mine)
+        report = C[what](module, mine)
         found[what] = values(module) | {"MACs": torch.tensor(report.macs), "decided": torch.tensor(len(module.decided))}
     module = spread(copy.deepcopy(unspread))
     P.channels(module, macs=0.7)

@@ -210,7 +210,9 @@ def _slice(
         if id(old) not in replaced:
             value = values.pop(name, None) if how.lean else values.get(name)
             is_new, value = value is not None, old.detach() if value is None else value
-            new = plan.slice(name, value.to("meta" if how.hollow else old.device))
+            new = plan.slice(
+                name, torch.empty(value.shape, dtype=value.dtype, device="meta") if how.hollow else value.to(old.device)
+            )
             if not is_new and not how.hollow and new.shape == old.shape:
                 continue
             replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

@@ -78,7 +78,14 @@ def test_what_cannot_be_the_same_everywhere_is_refused_by_every_process_and_chan
         assert found["masked"] == "False"
 
 
-def test_channels_of_two_processes_are_those_of_one_by_every_importance_with_batches_divided() -> None:
+def test_channels_of_two_processes_are_those_of_one_with_batches_divided() -> None:
+    want = networks.channels(networks.plain, ("l2", "taylor"))
+    for got in in_processes(2, networks.channels, networks.by_fsdp, ("l2", "taylor")):
+        assert_equal(want, got)
+
+
+@pytest.mark.slow
+def test_channels_of_two_processes_are_those_of_one_by_every_importance() -> None:
     want = networks.channels(networks.plain)
     for got in in_processes(2, networks.channels, networks.by_fsdp):
         assert_equal(want, got)

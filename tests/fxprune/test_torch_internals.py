@@ -624,6 +624,7 @@ def test_untouched_by_torch_function_lets_operators_reach_the_dispatch_of_a_clas
 
 
 @pytest.mark.filterwarnings("ignore:.*were assigned during export:UserWarning")
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 @pytest.mark.parametrize(
     "layer", [nn.LSTM(4, 3, 2, bidirectional=True), nn.GRU(4, 3), nn.RNN(4, 3), nn.LSTM(4, 5, proj_size=3)]
 )
