@@ -1,7 +1,7 @@
 """Everything private of torch that the library relies on: one function or name each, one test each.
 
 What belongs here: names with a leading underscore, in modules or on objects, and undocumented attributes. A release of
-torch that changes one of them fails the test of that name in `tests/fxprune/test_torch_internals.py`, which checks the
+torch that changes one of them fails the test of that name in `tests/fxprune/test_torch_internals*.py`, which checks the
 behaviour that is relied on. `_parameters`, `_buffers`, `_modules` and `_forward_pre_hooks` of modules, and
 `torch.utils._pytree`, stay where they are used: torch's own extensions build on them.
 """

@@ -170,13 +170,13 @@ class Pruning(Readable):
             FxpruneWarning: the schedule is not done, or masks are missing that were there.
         """
         if not self.schedule.done:
-            warnings.warn(f"training ended before the schedule: {self.schedule}.", FxpruneWarning, stacklevel=2)
+            warnings.warn(f"training ended before the schedule: {self.schedule}.", FxpruneWarning, stacklevel=3)
         if self.masked_entries < self._most_masked:
             warnings.warn(
                 f"{self._most_masked:,} entries were masked, and {self.masked_entries:,} are: weights of an earlier "
                 "time were loaded, as trainers do that take the best. What is left is larger than the schedule says.",
                 FxpruneWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         self.finished = self._ending.carried_out(self.traced, write=write)
         return self.finished

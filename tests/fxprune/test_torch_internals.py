@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +15,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrizations, prune
 
 from fxprune import torch_internals as internals
+from tests.fxprune import test_torch_internals_of_shards
 
 aten = torch.ops.aten
 
@@ -32,8 +32,8 @@ def program() -> torch.export.ExportedProgram:
     return torch.export.export(Named(), (torch.ones(2), {"y": torch.ones(2)}), strict=False)
 
 
-def test_every_name_has_a_test_here() -> None:
-    tested = {name for name in globals() if name.startswith("test_")}
+def test_every_name_has_a_test() -> None:
+    tested = {name for name in (*globals(), *vars(test_torch_internals_of_shards)) if name.startswith("test_")}
     missing = [name for name in internals.__all__ if not any(test.startswith(f"test_{name}") for test in tested)]
     assert missing == []
 
@@ -533,67 +533,6 @@ def test_calls_kept_lets_a_graph_module_of_a_subclass_be_called_after_it_was_rec
     with internals.calls_kept(module):
         module.recompile()
     assert module(torch.ones(4, 3)).shape == (4, 2)
-
-
-@pytest.fixture
-def sharded() -> Iterator[nn.Sequential]:
-    from torch.distributed.fsdp import fully_shard
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield fully_shard(nn.Sequential(nn.Linear(3, 2)), mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-    torch.distributed.destroy_process_group()
-
-
-def test_follow_parameters_lets_fsdp_gather_one_under_its_new_name(sharded: nn.Sequential) -> None:
-    layer, x = sharded[0], torch.randn(5, 3)
-    want, before = sharded(x), list(sharded.parameters())
-    sharded.reshard()  # type: ignore[operator]
-    layer.weight_orig = layer._parameters.pop("weight")
-    layer.forward = lambda x: nn.functional.linear(x, layer.weight_orig, layer.bias)
-    internals.follow_parameters(sharded, before)
-    assert torch.equal(sharded(x), want)
-
-
-def test_follow_parameters_shards_what_takes_the_place_of_one(sharded: nn.Sequential) -> None:
-    from torch.distributed.tensor import DTensor
-
-    layer, x = sharded[0], torch.randn(5, 3)
-    sharded(x)
-    sharded.reshard()  # type: ignore[operator]
-    before = list(sharded.parameters())
-    layer._parameters["weight"] = nn.Parameter(torch.ones(2, 3))
-    internals.follow_parameters(sharded, before)
-    assert isinstance(layer.weight, DTensor)
-    assert torch.allclose(sharded(x) - layer.bias, x.sum(1, keepdim=True).expand(5, 2))
-
-
-def test_gathered_like_gives_the_whole_of_a_buffer(sharded: nn.Sequential) -> None:
-    from torch.distributed.tensor import DTensor
-
-    buffer = torch.ones_like(sharded[0].weight)
-    assert isinstance(buffer, DTensor)
-    assert torch.equal(internals.gathered_like(sharded, buffer), torch.ones(2, 3))
-
-
-def test_sharding_options_shard_another_module_alike(sharded: nn.Sequential) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    options = internals.sharding_options(sharded)
-    assert options is not None
-    other = fully_shard(nn.Linear(3, 2), **options)
-    assert (other.weight.device_mesh, other.weight.placements) == (
-        sharded[0].weight.device_mesh,
-        sharded[0].weight.placements,
-    )
-
-
-def test_take_parameters_lets_fsdp_gather_what_stands_under_the_name_of_one(sharded: nn.Sequential) -> None:
-    layer, x = sharded[0], torch.randn(5, 3)
-    sharded(x)
-    sharded.reshard()  # type: ignore[operator]
-    layer._parameters["weight"] = nn.Parameter(torch.ones_like(layer.weight))
-    internals.take_parameters(sharded)
-    assert torch.allclose(sharded(x) - layer.bias, x.sum(1, keepdim=True).expand(5, 2))
 
 
 def test_storage_users_counts_what_else_shares_the_memory() -> None:
