@@ -110,7 +110,7 @@ def test_a_fraction_is_found_from_sizes_that_are_rounded() -> None:
     assert next(configuration.expressing(uneven), None) is None
 
 
-@pytest.mark.parametrize("kind", ["MobileNetV1", "MobileNetV2"])
+@pytest.mark.parametrize("kind", ["MobileNetV1", pytest.param("MobileNetV2", marks=pytest.mark.slow)])
 def test_a_mobile_network_comes_back_through_from_pretrained(kind: str, transformers: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(depth_multiplier=0.4, num_labels=3)
