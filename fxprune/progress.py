@@ -9,49 +9,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console, RenderableType
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    Task,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+    from fxprune.progress_bars import Bars
 
 PATIENCE = 2.0  # seconds
 
 Called = TypeVar("Called", bound=Callable[..., object])
 _WORK = "__work__"
-
-
-class Bars(Progress):
-    """The lines of all works at hand, gone when the outermost ends; rich's, in which lines wait to be shown."""
-
-    def __init__(self, console: Console, patience: float) -> None:
-        self._patience = patience
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        super().__init__(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        """A table of the works that have taken long enough."""
-        yield self.make_tasks_table([task for task in self.tasks if self._is_long(task)])
-
-    def _is_long(self, task: Task) -> bool:
-        return (task.elapsed or 0.0) >= self._patience
 
 
 _BARS: ContextVar[Bars | None] = ContextVar("bars", default=None)
@@ -67,7 +38,7 @@ class Work:
     def show(self, name: str) -> None:
         """What is worked on."""
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, description=escape(f"{self._what} {name}"))
+            self._bars.update(self._task, description=f"{self._what} {name}")
 
     def advance(self, count: int) -> None:
         """So many steps are done."""
@@ -92,7 +63,7 @@ def working(what: str, total: int | None = None) -> Iterator[Work]:
         if shared is None:
             yield Work(what, None, None)
             return
-        task = shared.add_task(escape(what), total=total)
+        task = shared.add_task(what, total=total)
         try:
             yield Work(what, shared, task)
         finally:
@@ -106,11 +77,13 @@ def bars(console: Console | None = None, patience: float = PATIENCE) -> Iterator
     Args:
         console: what to write on, standard error by default. patience: seconds before a work is shown.
     """
-    shared = _BARS.get()
+    shared = None if _IS_QUIET.get() else _BARS.get()
     if shared is not None or _IS_QUIET.get() or not _is_terminal(console):
         yield shared
         return
-    shared = Bars(console or Console(stderr=True), patience)
+    from fxprune.progress_bars import on_terminal  # rich would add to the time of every import of fxprune
+
+    shared = on_terminal(console, patience)
     token = _BARS.set(shared)
     start = threading.Timer(patience, shared.start)
     start.daemon = True

@@ -89,3 +89,17 @@ def pytorchcv_class(_torchvision_operators: object) -> Callable[[str], Any]:
         return getattr(importlib.import_module(f"pytorchcv.models.{module}"), name)
 
     return find
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A group of one process, in which nothing that is borrowed stays whole."""
+    import torch.distributed as dist
+
+    from fxprune import borrowing
+
+    monkeypatch.setattr(borrowing, "SMALL", 0)
+    monkeypatch.setattr(borrowing, "ROOM", 0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -14,6 +14,7 @@ from fxprune import driver, export, progress, recipes
 from fxprune.checkpoints.checkpoint import load as load_
 from fxprune.checkpoints.checkpoint import save
 from fxprune.errors import ArgumentError
+from fxprune.progress_bars import Bars
 from fxprune.prune.sensitivity import sensitivity as measured
 from fxprune.recipes import sources
 from fxprune.recipes.recipe import Recipe
@@ -205,7 +206,7 @@ def _carry_out(recipe: Recipe, out: Path, overwrite: bool, quiet: bool, as_json:
     raise typer.Exit(UNREACHED if outcome.failure else 0)
 
 
-def _stage_lines(console: Console, bars: progress.Bars | None) -> Callable[[str, int, int], None]:
+def _stage_lines(console: Console, bars: Bars | None) -> Callable[[str, int, int], None]:
     """A line for each stage as it begins, and on a terminal a bar of all below them."""
     task = None if bars is None else bars.add_task("stages")
 

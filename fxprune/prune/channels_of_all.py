@@ -29,7 +29,7 @@ from fxprune.prune.decisions import kept_here
 def chosen_for_all(function: Callable[..., ChannelReport]) -> Callable[..., ChannelReport]:
     """Let a function that masks channels take modules that are spread, too.
 
-    It runs on the first process with a whole copy, and with the batches of all. Decided counts go to every process.
+    It runs on the first process with a borrowed copy, and with the batches of all. Decided counts go to every process.
     """
     signature = inspect.signature(function)
 

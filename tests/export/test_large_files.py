@@ -30,9 +30,8 @@ def _let_go_of_what_is_free() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-@pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[bool]]:
-    """A file with weights beside it, and for each session of its verification whether weights were packed."""
+def _watched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each session of a verification from now on, whether weights were packed."""
     packed = []
 
     class Watched(Session):
@@ -41,6 +40,13 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list
             super().__init__(*args, packs=packs, **options)
 
     monkeypatch.setattr(onnx, "Session", Watched)
+    return packed
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[bool]]:
+    """A file with weights beside it, and for each session of its verification whether weights were packed."""
+    packed = _watched(monkeypatch)
     monkeypatch.setattr(onnx_files, "SINGLE_FILE_BYTES", 2**20)
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
@@ -71,14 +77,7 @@ def test_weights_beside_a_file_are_read_where_they_are(written: tuple[Path, list
 
 
 def test_weights_within_a_file_are_packed_as_they_will_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = []
-
-    class Watched(Session):
-        def __init__(self, *args: Any, packs: bool = True, **options: Any) -> None:
-            packed.append(packs)
-            super().__init__(*args, packs=packs, **options)
-
-    monkeypatch.setattr(onnx, "Session", Watched)
+    packed = _watched(monkeypatch)
     traced = fxprune.trace(nn.Linear(4, 2), (torch.randn(2, 4),), modes=("eval",))
     fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
     assert packed == [True]

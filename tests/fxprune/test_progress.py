@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from rich.console import Console
 from torch import nn
 
 import fxprune
-from fxprune import progress
 from fxprune.progress import bars, quiet, working
+from fxprune.progress_bars import Bars
 
 CODES = re.compile(r"\x1b\[[?0-9;]*[A-Za-z]")
 
@@ -97,13 +99,13 @@ def test_a_program_without_standard_error_runs(stream: io.StringIO | None, monke
 
 def test_every_long_step_is_a_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told: list[str] = []
-    add = progress.Bars.add_task
+    add = Bars.add_task
 
-    def noted(self: progress.Bars, description: str, *args: object, **kwargs: object) -> object:
+    def noted(self: Bars, description: str, *args: object, **kwargs: object) -> object:
         told.append(description)
         return add(self, description, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(progress.Bars, "add_task", noted)
+    monkeypatch.setattr(Bars, "add_task", noted)
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(64, 4)
     with bars(Console(file=io.StringIO(), force_terminal=True)):
         traced = fxprune.trace(model, (x,))
@@ -116,3 +118,14 @@ def test_every_long_step_is_a_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         fxprune.write_back(final, model)
     ones = {"trace", "finalize", "compare", "reconstruct", "sensitivity"}
     assert ones | {"choose channels", "write ONNX", "write back"} <= set(told)
+
+
+def test_what_is_quiet_inside_shown_works_stays_so(terminal: Terminal) -> None:
+    with bars(console_of(terminal), patience=0.0), quiet(), working("trace"):
+        time.sleep(0.2)
+    assert "trace" not in seen(terminal)
+
+
+def test_rich_is_imported_for_terminals_alone() -> None:
+    code = "import sys, fxprune.progress; sys.exit('rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from fxprune import borrowing
 from tests import replicated_networks as replicated
 from tests import sharded_networks as networks
 from tests.processes import in_processes
@@ -33,16 +31,6 @@ def assert_close(want: Mapping[str, State], got: Mapping[str, State]) -> None:
         for name, value in state.items():
             close = 0.0 if name.endswith("_mask") else 1e-6
             assert torch.allclose(got[what][name].double(), value.double(), rtol=0, atol=close), f"{what}: {name}"
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A group of one process."""
-    monkeypatch.setattr(borrowing, "SMALL", 0)
-    monkeypatch.setattr(borrowing, "ROOM", 0)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def folder(path: Path, name: str) -> str:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import fxprune
-from fxprune import borrowing
 from tests import sharded_networks as networks
 from tests import sharded_repairs as repairs
 from tests.processes import in_processes
 
 State = dict[str, torch.Tensor]
-
-
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A group of one process."""
-    monkeypatch.setattr(borrowing, "SMALL", 0)
-    monkeypatch.setattr(borrowing, "ROOM", 0)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def assert_same(want: Mapping[str, State], got: Mapping[str, State]) -> None:
