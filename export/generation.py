@@ -61,8 +61,8 @@ def generate(
     """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ArgumentTypeError(f"max_new_tokens={max_new_tokens!r}: a number of 0 or more is needed.")
-    step = Session(path, providers)
-    first = step if prefill is None else Session(prefill, providers)
+    step = Session(path, providers, tf32=True)
+    first = step if prefill is None else Session(prefill, providers, tf32=True)
     if not any(name.startswith(_PAST) for name in step.inputs):
         raise ArgumentError(
             f"'{path}' takes no cache: its inputs are {', '.join(step.inputs)}. Trace the decoder with "

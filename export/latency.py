@@ -121,7 +121,7 @@ def bench(
     if len(calls) > 1:
         raise ArgumentError(f"{len(calls)} calls were given as inputs; one is measured, the same for all files.")
     call = calls[0] if calls else None
-    sessions = [Session(path, providers, threads) for path in paths]
+    sessions = [Session(path, providers, threads, tf32=True) for path in paths]
     runs = [bound(session, call, batch) for session in sessions]
     seconds = _seconds_in_turns(runs, warmup + rounds)[warmup:]
     quartiles = np.quantile(seconds, (0.25, 0.5, 0.75), axis=0) * 1e3
@@ -176,7 +176,7 @@ def time_in_turns(
     Raises:
         CompareError: a file or a provider cannot be run, or not on these inputs.
     """
-    sessions = [Session(path, providers, threads) for path in paths]
+    sessions = [Session(path, providers, threads, tf32=True) for path in paths]
     given = [None] * len(paths) if calls is None else calls
     runs = [bound(session, call, batch) for session, call in zip(sessions, given, strict=True)]
     now = time.thread_time if threads == 1 and [*providers] == ["CPUExecutionProvider"] else time.perf_counter

@@ -103,7 +103,7 @@ def profile(
     if len(calls) > 1:
         raise ArgumentError(f"{len(calls)} calls were given as inputs; one is measured.")
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(path, providers, threads, profile_into=folder)
+        session = Session(path, providers, threads, profile_into=folder, tf32=True)
         run = bound(session, calls[0] if calls else None, batch)
         for _ in range(warmup + rounds):
             run()

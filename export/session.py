@@ -49,6 +49,7 @@ def _load(
     profile_into: str | os.PathLike[str] | None,
     *,
     packs: bool,
+    tf32: bool,
 ) -> onnxruntime.InferenceSession:
     offered = onnxruntime.get_available_providers()
     if lacking := [provider for provider in providers if provider not in offered]:
@@ -60,8 +61,11 @@ def _load(
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if not packs:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    exact = {} if tf32 else {"CUDAExecutionProvider": {"use_tf32": "0"}}
     try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=list(providers))
+        return onnxruntime.InferenceSession(
+            os.fspath(path), options, providers=[(provider, exact.get(provider, {})) for provider in providers]
+        )
     except Exception as error:  # onnxruntime's classes share no base of their own
         raise CompareError(
             f"'{path}' ({Path(path).stat().st_size} bytes) cannot be loaded by onnxruntime "
@@ -80,6 +84,8 @@ class Session:
         profile_into: a folder into which onnxruntime's profiler writes, until `end_profile`; None: nothing is profiled.
         packs: whether weights are copied in the order in which products run fastest. Without, those in a file beside
             are read where they are, mapped, and take no memory.
+        tf32: whether a GPU may round the factors of float32 products to 10 bits, as onnxruntime does by default where
+            the GPU can: fast, and too far from the module for a comparison.
 
     Attributes:
         name: the file's name. inputs: types and shapes by name, in order. outputs: the names of its outputs.
@@ -108,6 +114,7 @@ class Session:
         *,
         profile_into: str | os.PathLike[str] | None = None,
         packs: bool = True,
+        tf32: bool = False,
     ) -> None:
         check_providers(providers)
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
@@ -118,7 +125,7 @@ class Session:
         if not Path(path).is_file():
             found = "a folder" if Path(path).is_dir() else "nothing"
             raise CompareError(f"'{path}' was to be run; there is {found} of that name. Give an .onnx file's path.")
-        self._session = _load(path, providers, threads, profile_into, packs=packs)
+        self._session = _load(path, providers, threads, profile_into, packs=packs, tf32=tf32)
         self.inputs = {value.name: f"{value.type} {value.shape}" for value in self._session.get_inputs()}
         self.shapes = {value.name: tuple(value.shape) for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]
