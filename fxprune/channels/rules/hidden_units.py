@@ -1,9 +1,10 @@
 """Hidden units of recurrent layers: one layer in one direction, and which of its units are zero at every step.
 
 A unit is a row of every gate, an entry of both biases of every gate, a column of the weight that reads the state, and
-an entry of the state. Its state stays zero where it starts there and the one gate that adds to it, the candidate, gives
-zero: c = f * c + i * tanh(0) and h = o * tanh(c) of an LSTM, h = (1 - z) * tanh(0) + z * h of a GRU, and h = tanh(0) or
-relu(0) of an RNN. The candidate may read units that are zero in the same way: all steps follow by induction.
+an entry of the state. It is zero behind every step where the one gate that adds to it, the candidate, gives zero, and
+where what it carries on starts at zero: c = f * c + i * tanh(0) and h = o * tanh(c) of an LSTM, which carries c;
+h = (1 - z) * tanh(0) + z * h of a GRU; h = tanh(0) or relu(0) of an RNN, which carries nothing. The candidate may read
+units that are zero in the same way, and start at zero: all steps follow by induction.
 
 With a projection the state h is computed from o * tanh(c) by a further weight. Then there are two kinds of units: those
 of the cell c, and those of h.
@@ -36,14 +37,16 @@ class Kind:
         candidate: the gate that adds to the state.
         adds_biases: whether the candidate sees the sum of the two biases; else each must be zero, since a GRU scales
             one.
+        carries: whether a unit carries what it was before on: c of an LSTM, h of a GRU.
     """
 
     gates: int
     candidate: int
     adds_biases: bool
+    carries: bool
 
 
-LSTM, GRU, RNN = Kind(4, 2, True), Kind(3, 2, False), Kind(1, 0, True)
+LSTM, GRU, RNN = Kind(4, 2, True, True), Kind(3, 2, False, True), Kind(1, 0, True, False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +73,19 @@ class Direction:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The units of one layer in one direction: ids, and which are zero at every step; those of cell and state."""
+    """The units of one layer in one direction: those of the cell, and those of the state.
+
+    Attributes:
+        cells, states: ids.
+        zero_cells, zero_states: which are zero behind every step.
+        silent: which states are zero at the start as well.
+    """
 
     cells: Vector
     states: Vector
     zero_cells: Mask
     zero_states: Mask
+    silent: Mask
 
     def state(self, batch: Sequence[Axis]) -> Value:
         """The state h, or a sequence of them, behind these axes."""
@@ -127,9 +137,9 @@ def relate_direction(
             _tie(walk, node, bias, np.tile(cells, kind.gates))
     if projection is not None:
         _tie(walk, node, projection, states)
-    units = _zero_units(walk, kind, direction, data, Units(cells, states, start[-1].zeros, start[0].zeros))
+    units = Units(cells, states, *_zero_units(walk, kind, direction, data, start))
     _read(walk, node, direction.inputs, data, direction.input_bias)
-    _read(walk, node, direction.states, units.state(()), None)
+    _read(walk, node, direction.states, _of_units((), states, units.silent), None)
     if projection is not None:
         _read(walk, node, projection, units.cell(()), None)
     return units
@@ -171,11 +181,13 @@ def _read(walk: Walk, node: fx.Node, weight_node: fx.Node, data: Value, bias_nod
     read_weight(walk, layer)
 
 
-def _zero_units(walk: Walk, kind: Kind, direction: Direction, data: Value, start: Units) -> Units:
-    """The units that are zero at every step, out of those that are at the start: the most that follow by induction."""
-    cells, states = len(start.cells), len(start.states)
+def _zero_units(
+    walk: Walk, kind: Kind, direction: Direction, data: Value, start: Sequence[State]
+) -> tuple[Mask, Mask, Mask]:
+    """Which units are zero, of the cell, of the state, and of the state at the start too: the most by induction."""
+    cells, states = len(start[-1].zeros), len(start[0].zeros)
     if not walk.facts:
-        return Units(start.cells, start.states, np.zeros(cells, bool), np.zeros(states, bool))
+        return np.zeros(cells, bool), np.zeros(states, bool), np.zeros(states, bool)
 
     def stored(operand: fx.Node) -> np.ndarray:
         facts = walk.value(operand).facts
@@ -186,16 +198,18 @@ def _zero_units(walk: Walk, kind: Kind, direction: Direction, data: Value, start
     inputs = stored(direction.inputs)
     columns = column_facts(data, data.rank - 1, 1, inputs.shape[1])
     silent = columns.known[0] & (columns.value[0] == 0)
-    zero_cells = start.zero_cells & ~((inputs[candidate] != 0) & ~silent).any(1)
+    zero_cells = ~((inputs[candidate] != 0) & ~silent).any(1)
+    if kind.carries:
+        zero_cells &= start[-1].zeros
     biases = [stored(bias)[candidate] for bias in (direction.input_bias, direction.state_bias) if bias is not None]
     for bias in [sum(biases)] if kind.adds_biases and biases else biases:
         zero_cells &= bias == 0
     reads = stored(direction.states)[candidate] != 0
     projects = None if direction.projection is None else stored(direction.projection) != 0
-    zero_states = start.zero_states
     while True:
-        zero_states = zero_states & (zero_cells if projects is None else ~(projects & ~zero_cells).any(1))
-        left = zero_cells & ~(reads & ~zero_states).any(1)
+        zero_states = zero_cells if projects is None else ~(projects & ~zero_cells).any(1)
+        silent = zero_states & start[0].zeros
+        left = zero_cells & ~(reads & ~silent).any(1)
         if (left == zero_cells).all():
-            return Units(start.cells, start.states, zero_cells, zero_states)
+            return zero_cells, zero_states, silent
         zero_cells = left

@@ -299,6 +299,29 @@ def test_a_learned_initial_state_keeps_units_until_it_is_zero_there(rows: int) -
     assert left_of(final, "layer.weight_hh_l0", 1) == list(range(8, UNITS))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_computed_initial_state_does_not_keep_units_that_carry_nothing_of_it_on(kind: type[nn.RNNBase]) -> None:
+    """What an RNN, or the hidden state of an LSTM, starts with is read at the first step alone."""
+
+    def forward(self: Net, x: Tensor) -> Tensor:
+        start = self.begin(x[:, 0]).tanh().expand(2, x.shape[0], UNITS)
+        state = (start, torch.zeros_like(start)) if kind is nn.LSTM else start
+        return self.out(self.layer(x, state)[0])
+
+    layer = kind(6, UNITS, num_layers=2, batch_first=True)
+    for suffix in suffixes(layer):
+        zero_units(layer, range(8), suffix, gates=[CANDIDATE[kind]])
+    model = Net(forward, layer=layer, begin=nn.Linear(6, UNITS), out=nn.Linear(UNITS, 3))
+    assert count(finalized(model, X)) == count(model)  # other units read it then
+    with torch.no_grad():
+        for suffix in suffixes(layer):
+            getattr(layer, f"weight_hh{suffix}")[:, :8] = 0
+    final = finalized(model, X)
+    left = list(range(UNITS)) if kind is nn.GRU else list(range(8, UNITS))
+    assert left_of(final, "begin.weight") == left
+    assert left_of(final, "layer.weight_hh_l1", 1) == left
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_given_initial_state_keeps_its_size_and_is_read_where_units_stay(rows: int) -> None:
     def forward(self: Net, x: Tensor, hidden: Tensor, cell: Tensor) -> Tensor:
