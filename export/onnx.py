@@ -22,6 +22,7 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError, Expor
 from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call, as_calls
 from fxprune.graph.masks import masked
+from fxprune.graph.mutation import written_state
 from fxprune.graph.spread_modules import by_first
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import shown
@@ -194,7 +195,7 @@ def to_onnx(
         Path(path),
         size,
         verification.comparison,
-        (*_masks_left(final), *translation.notes, *written.notes, *verification.notes),
+        (*_masks_left(final), *_state_left(final), *translation.notes, *written.notes, *verification.notes),
         opset=translation.opset,
         inputs=translation.inputs,
         outputs=translation.outputs,
@@ -214,6 +215,16 @@ def _masks_left(final: TracedModule) -> tuple[str, ...]:
         *told,
         f"{counted(len(names), 'parameter')} of the module have masks, and what these made dead is still in the file: "
         "fxprune.finalize takes it out, and returns the module to export",
+    )
+
+
+def _state_left(final: TracedModule) -> tuple[str, ...]:
+    """What to say of buffers that a call changes."""
+    if not (names := written_state(final.graphs["eval"])):
+        return ()
+    return (
+        f"each call of the module writes into {', '.join(names)}; an ONNX file keeps nothing from run to run: each is "
+        "the module's next call",
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from fxprune.capture.caches import without_foreign_caches
 from fxprune.errors import CompareError, FxpruneError
 from fxprune.files import check_suffix
 from fxprune.graph.calls import Call, cloned
+from fxprune.graph.mutation import is_mutating
 from fxprune.graph.snapshot import preserved
 
 from .session import Session
@@ -86,7 +89,7 @@ class ModuleRunner(TorchRunner):
 
 
 class ProgramRunner(TorchRunner):
-    """A .pt2 file of torch.export, or one of TorchScript.
+    """A .pt2 file of torch.export, or one of TorchScript, whose every call starts from the tensors of the file.
 
     Raises:
         CompareError: there is none of that name, or torch cannot load it.
@@ -101,6 +104,10 @@ class ProgramRunner(TorchRunner):
         except Exception as error:  # torch raises whatever its reader raises
             raise CompareError(f"'{path}' cannot be loaded by torch: {type(error).__name__}: {error}") from error
 
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        with _state_kept(self.module):
+            return super().run(args, kwargs)
+
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(self.module, torch.jit.ScriptModule):
             schema = self.module.forward.schema  # type: ignore[attr-defined]
@@ -108,6 +115,25 @@ class ProgramRunner(TorchRunner):
             return self.module(*match_inputs(names, args, kwargs).values())
         call = as_captured(self.module.graph, Call(args, kwargs))
         return self.module(*call.args, **call.kwargs)
+
+
+@contextlib.contextmanager
+def _state_kept(module: nn.Module) -> Iterator[None]:
+    """Take back what a call writes into the tensors of a loaded program."""
+    state = list(module.buffers()) if _writes(module) else []
+    values = [tensor.detach().clone() for tensor in state]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(state, values, strict=True):
+                tensor.copy_(value)
+
+
+def _writes(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return any(node.kind().endswith("_") for node in module.inlined_graph.nodes())  # type: ignore[attr-defined]
+    return any(map(is_mutating, module.graph.nodes))
 
 
 def _load_script(path: str | os.PathLike[str]) -> torch.jit.ScriptModule:

@@ -13,6 +13,7 @@ from fxprune.errors import CaptureError
 from fxprune.graph.codegen import CodeGen
 from fxprune.graph.containers import Container
 from fxprune.graph.editing import inline_no_grad_regions
+from fxprune.graph.mutation import is_mutating, written
 from fxprune.torch_internals import PyTreeInfo
 
 _READ = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -45,6 +46,7 @@ def unlift(
     inline_no_grad_regions(graph, program.graph_module)
     _hold_branches(graph, program, root, mode)
     _erase_assertions(graph)
+    _write_assigned(graph)
     spec = program.call_spec
     graph.set_codegen(CodeGen(PyTreeInfo(list(names), spec.in_spec, spec.out_spec)))
     return graph
@@ -86,3 +88,53 @@ def _erase_assertions(graph: fx.Graph) -> None:
     """Take out what asserts the dtypes of the capture: the graph runs in others, too."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.erase_node(node)
+
+
+def _write_assigned(graph: fx.Graph) -> None:
+    """Let `self.buffer = value`, which torch.export makes a last write into the buffer, spare what read it before.
+
+    In eager the name gets another tensor. Here the old one is written into, which would change what the forward returns
+    of it and what the backward pass has saved: these read a copy. `self.buffer += 1` has written already: a second
+    write, of the same, would fail the backward pass.
+    """
+    for write in _writes_of_assignments(graph):
+        read, value = write.all_input_nodes[0], write.all_input_nodes[-1]
+        if _written_into(value) is read:
+            graph.erase_node(write)
+        elif _is_read_beside(read, write):
+            with graph.inserting_after(read):
+                copy = graph.call_function(torch.ops.aten.clone.default, (read,))
+            copy.meta = dict(read.meta)
+            read.replace_all_uses_with(copy, lambda user, own=(copy, write): user not in own)  # type: ignore[misc]
+
+
+def _writes_of_assignments(graph: fx.Graph) -> list[fx.Node]:
+    """The writes at the end that stand for assignments; they carry the metadata of what was assigned."""
+    found = []
+    node = graph.output_node().prev
+    while node.target is torch.ops.aten.copy_.default:
+        if node.meta.get("torch_fn") != node.all_input_nodes[-1].meta.get("torch_fn"):
+            break  # one of the model's own
+        found.append(node)
+        node = node.prev
+    return found
+
+
+def _written_into(value: fx.Node) -> fx.Node:
+    """What in-place operators that end in `value` wrote into."""
+    while is_mutating(value):
+        value = written(value)[0]
+    return value
+
+
+def _is_read_beside(read: fx.Node, write: fx.Node) -> bool:
+    """Whether something of a buffer goes elsewhere than into what is assigned to it."""
+    waiting, seen = [read], {write}
+    while waiting:
+        for user in waiting.pop().users:
+            if user.op == "output" or (not user.users and user not in seen):
+                return True
+            if user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return False

@@ -31,3 +31,20 @@ def written(node: fx.Node) -> list[fx.Node]:
             value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
             found += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node)]
     return found
+
+
+def written_state(graph: fx.Graph) -> list[str]:
+    """The names of the buffers that a graph writes into, through views as well."""
+    found: dict[str, None] = {}
+    for node in graph.nodes:
+        for target in written(node):
+            while target.op == "call_function" and _returns_memory_of_operand(target):
+                target = target.all_input_nodes[0]
+            if target.op == "get_attr":
+                found[str(target.target)] = None
+    return list(found)
+
+
+def _returns_memory_of_operand(node: fx.Node) -> bool:
+    schema = schema_of(node.target)
+    return schema is not None and bool(node.all_input_nodes) and any(result.alias_info for result in schema.returns)

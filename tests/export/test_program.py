@@ -62,6 +62,41 @@ def test_every_kind_of_input_and_output(tmp_path: Path, suffix: str) -> None:
     assert len(result.rows) == 16
 
 
+class Counting(nn.Module):
+    """Counts its calls, by which it scales what it returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_what_calls_leave_in_a_buffer_goes_on_in_the_file_and_not_from_comparison_to_comparison(
+    tmp_path: Path, suffix: str
+) -> None:
+    traced = fxprune.trace(Counting().eval(), torch.randn(2, 3), modes=("eval",))
+    path = tmp_path / f"model{suffix}"
+    FORMATS[suffix](traced, path)
+    calls = [torch.randn(n, 3) for n in (1, 2, 3)]
+    assert compare(traced, path, inputs=calls).ok
+    model = torch.export.load(path).module() if suffix == ".pt2" else torch.jit.load(path)
+    for x in calls:
+        torch.testing.assert_close(model(x), traced(x))
+    assert traced.get_buffer("calls") == 3
+
+
+def test_a_file_without_state_says_so(tmp_path: Path) -> None:
+    traced = fxprune.trace(Counting().eval(), torch.randn(2, 3), modes=("eval",))
+    report = fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
+    assert any("writes into calls" in note for note in report.notes)
+
+
 READER = """
 import pathlib, sys, torch
 x, y, *paths = sys.argv[1:]
