@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _WIDTH = 380  # with its labels a chart is as wide as a phone lets one read
@@ -16,6 +17,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 4], [4, 2, 1, 2], [3, 5])
 _POWERS = {"format": ".0e", "tickCount": 5}
 _TEXT = "currentColor"  # of the page, light or dark
+# how an anchor of the page is linked to: Vega puts an address of its own before it, and every point would be a stop of
+# the Tab key, where the tables below the charts say the same
+_LINK = re.compile(r'<a xlink:href="[^"#]*#(\w+)"')
 
 
 def can_draw() -> bool:
@@ -23,20 +27,26 @@ def can_draw() -> bool:
     return importlib.util.find_spec("vl_convert") is not None
 
 
-def sensitivity_chart(curves: Sequence[dict[str, Any]]) -> str | None:
+def sensitivity_chart(curves: Sequence[dict[str, Any]], anchors: Mapping[str, str]) -> str | None:
     """What the output loses with a share of a group's units, for the groups that lose most, as SVG; None if none.
 
     Args:
         curves: as `fxprune.Sensitivity.to_dict` has them: `name`, `size`, `counts` and `measured`.
+        anchors: by name of a curve, the anchor of the page that its line leads to.
 
     Example:
-        >>> sensitivity_chart(sensitivity.to_dict()["curves"])
+        >>> sensitivity_chart(sensitivity.to_dict()["curves"], {"conv1.weight": "d1"})
         '<svg ...'
     """
     by_loss = sorted(curves, key=lambda curve: -max(curve["measured"], default=0.0))[:_MOST]
     names = labels([curve["name"] for curve in by_loss])
     rows = [
-        {"group": name, "gone": count / curve["size"], "loss": max(float(loss), _ROUNDING)}
+        {
+            "group": name,
+            "gone": count / curve["size"],
+            "loss": max(float(loss), _ROUNDING),
+            **_leading_to(curve["name"], anchors),
+        }
         for name, curve in zip(names, by_loss, strict=True)
         for count, loss in zip(curve["counts"], curve["measured"], strict=True)
         if count
@@ -48,7 +58,7 @@ def sensitivity_chart(curves: Sequence[dict[str, Any]]) -> str | None:
     legend = {"title": "group", "labelLimit": 240, "columns": 2, "symbolType": "stroke", "symbolSize": 400}
     return _svg(
         {
-            "mark": {"type": "line", "point": True, "strokeWidth": 2},
+            "mark": {"type": "line", "point": {"size": 60}, "strokeWidth": 2},
             "data": {"values": rows},
             "encoding": {
                 "x": {
@@ -61,19 +71,21 @@ def sensitivity_chart(curves: Sequence[dict[str, Any]]) -> str | None:
                 },
                 "color": {"field": "group", "type": "nominal", "scale": scale, "legend": legend},
                 "strokeDash": {"field": "group", "type": "nominal", "scale": dashes, "legend": legend},
+                **_LEADS,
             },
         }
     )  # fmt: skip
 
 
-def repair_chart(readers: dict[str, dict[str, Any]]) -> str | None:
+def repair_chart(readers: dict[str, dict[str, Any]], anchors: Mapping[str, str]) -> str | None:
     """The error of each reader before and after it was refitted, largest first, as SVG; None without errors.
 
     Args:
         readers: as `fxprune.ReconstructionReport.to_dict` has them: `before` and `after`.
+        anchors: by name of a reader, the anchor of the page that its points lead to.
 
     Example:
-        >>> repair_chart(report.to_dict()["readers"])
+        >>> repair_chart(report.to_dict()["readers"], {"conv1.weight": "d1"})
         '<svg ...'
     """
     wrong = [(name, reader) for name, reader in readers.items() if reader["before"] > _ROUNDING]
@@ -81,8 +93,8 @@ def repair_chart(readers: dict[str, dict[str, Any]]) -> str | None:
         return None
     largest = sorted(wrong, key=lambda item: -item[1]["before"])[:_MOST_READERS]
     rows = [
-        {"reader": label, "when": when, "error": max(float(reader[when]), _ROUNDING)}
-        for label, (_, reader) in zip(labels([name for name, _ in largest]), largest, strict=True)
+        {"reader": label, "when": when, "error": max(float(reader[when]), _ROUNDING), **_leading_to(name, anchors)}
+        for label, (name, reader) in zip(labels([name for name, _ in largest]), largest, strict=True)
         for when in ("before", "after")
     ]
     return _svg(
@@ -98,19 +110,21 @@ def repair_chart(readers: dict[str, dict[str, Any]]) -> str | None:
                           "scale": {"domain": ["before", "after"], "range": list(_COLOURS[1::-1])}},
                 "shape": {"field": "when", "type": "nominal", "title": "repair",
                           "scale": {"domain": ["before", "after"], "range": ["square", "circle"]}},
+                **_LEADS,
             },
         }
     )  # fmt: skip
 
 
-def budget_chart(budgets: Sequence[dict[str, Any]]) -> str | None:
+def budget_chart(budgets: Sequence[dict[str, Any]], anchors: Mapping[str, str]) -> str | None:
     """The estimated loss by the share of the MACs that is left, and the chosen budget, as SVG; None without losses.
 
     Args:
         budgets: each with its `macs`, its `loss`, and whether it is the one `chosen`.
+        anchors: by `macs` as text, of three digits, the anchor of the page that its point leads to.
 
     Example:
-        >>> budget_chart([{"macs": 0.5, "loss": 0.01, "chosen": True}, {"macs": 0.8, "loss": 0.001, "chosen": False}])
+        >>> budget_chart([{"macs": 0.5, "loss": 0.01, "chosen": True}], {"0.500": "b0"})
         '<svg ...'
     """
     rows = [
@@ -118,6 +132,7 @@ def budget_chart(budgets: Sequence[dict[str, Any]]) -> str | None:
             "macs": point["macs"],
             "loss": max(float(point["loss"]), _ROUNDING),
             "budget": "chosen" if point["chosen"] else "other",
+            **_leading_to(f"{point['macs']:.3f}", anchors),
         }
         for point in budgets
     ]
@@ -139,8 +154,19 @@ def budget_chart(budgets: Sequence[dict[str, Any]]) -> str | None:
                  "scale": {"domain": domain, "range": [220, 60]}},
     }  # fmt: skip
     line = {"mark": {"type": "line", "strokeWidth": 2, "color": _COLOURS[0]}, "encoding": position}
-    points = {"mark": {"type": "point", "filled": True, "opacity": 1}, "encoding": position | marks}
+    points = {"mark": {"type": "point", "filled": True, "opacity": 1}, "encoding": position | marks | _LEADS}
     return _svg({"data": {"values": rows}, "layer": [line, points]})
+
+
+_LEADS = {
+    "href": {"condition": {"test": "datum.anchor", "field": "anchor"}},
+    "description": {"field": "leads", "type": "nominal"},
+}
+
+
+def _leading_to(name: str, anchors: Mapping[str, str]) -> dict[str, str]:
+    """Where a mark leads to, with the name that it is read by."""
+    return {"leads": name} | ({"anchor": f"#{anchors[name]}"} if name in anchors else {})
 
 
 def _svg(spec: dict[str, Any]) -> str:
@@ -159,8 +185,7 @@ def _svg(spec: dict[str, Any]) -> str:
         "view": {"stroke": None}, "font": "sans-serif",
     }  # fmt: skip
     whole = {"background": None, "width": _WIDTH, "config": config} | spec
-    drawn: str = vl_convert.vegalite_to_svg(whole)
-    return drawn
+    return _LINK.sub(r'<a href="#\1" tabindex="-1"', vl_convert.vegalite_to_svg(whole))
 
 
 def labels(names: Sequence[str], most: int = 26) -> list[str]:

@@ -65,6 +65,11 @@ class Picture:
     left_out: int
 
     @property
+    def anchors(self) -> dict[str, str]:
+        """By weight, the anchor of what is told of its layer."""
+        return {tensor.name: f"d{row.place}" for row in self.rows if row.width for tensor in row.tensors}
+
+    @property
     def masks(self) -> list[Tensor]:
         """The small weights whose rows and columns are drawn."""
         return [tensor for row in self.rows for tensor in row.tensors if tensor.picture is not None]

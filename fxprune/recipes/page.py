@@ -77,23 +77,27 @@ def page(outcome: Outcome) -> str:
     plan = stages.get("finalize", {}).get("plan", {})
     comparison = stages.get("export", {}).get("onnx", {}).get("comparison") or {}
     budgets = choice.get("budgets", [])
+    drawn = picture(outcome)
+    anchors = {} if drawn is None else drawn.anchors
+    shares = {f"{point['macs']:.3f}": f"b{place}" for place, point in enumerate(budgets)}
     return template.render(
         failure=outcome.failure,
         model=outcome.recipe["model"]["source"],
         figures=list(_figures(outcome)),
-        picture=picture(outcome),
+        picture=drawn,
+        anchors=anchors,
         indices=Indices(),
         tensors=[(*told, _kept(plan, told[0])) for told in all_tensors(plan)],
         groups=choice.get("channels", {}).get("removed", {}),
         stayed=choice.get("channels", {}).get("stayed", {}),
         dead=plan.get("stayed", []),
         curves=[(curve["name"], curve["kind"], curve["size"], _losses(curve)) for curve in curves],
-        sensitivity_chart=_drawn(sensitivity_chart, curves),
+        sensitivity_chart=_drawn(sensitivity_chart, curves, anchors),
         readers=[(name, number(each["before"]), number(each["after"]), each["note"]) for name, each in readers.items()],
-        repair_chart=_drawn(repair_chart, readers),
+        repair_chart=_drawn(repair_chart, readers, anchors),
         charts_missing=bool((curves or readers or budgets) and not can_draw()),
         budgets=budgets,
-        budget_chart=_drawn(budget_chart, budgets),
+        budget_chart=_drawn(budget_chart, budgets, shares),
         operators=list(_operators(stages.get("compare", {}).get("operators"))),
         own_class=stages.get("export", {}).get("own_class"),
         comparison=[
@@ -118,9 +122,9 @@ def dotted(name: str) -> Markup:
     return Markup(".<wbr>").join(escape(part) for part in name.split("."))
 
 
-def _drawn(chart: Any, data: Any) -> Markup | None:
+def _drawn(chart: Any, data: Any, anchors: dict[str, str]) -> Markup | None:
     """A chart, whose renderer escapes what it writes; None where there is nothing to see."""
-    drawn = chart(data) if data and can_draw() else None
+    drawn = chart(data, anchors) if data and can_draw() else None
     return None if drawn is None else Markup(drawn)
 
 

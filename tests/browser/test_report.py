@@ -67,6 +67,32 @@ def test_a_click_opens_a_layer_and_shows_what_it_keeps(report: str, opened: Any)
     assert page.url.endswith("#l1")
 
 
+@pytest.mark.parametrize(("heading", "leads"), [("Sensitivity", "0.weight"), ("Repair", "3.weight")])
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_click_on_a_mark_of_a_chart_opens_its_layer(
+    report: str, opened: Any, heading: str, leads: str, scripts: bool
+) -> None:
+    pytest.importorskip("vl_convert")
+    page = opened(report, bypass_csp=False, java_script_enabled=scripts).page
+    layer = page.locator(".net li").filter(has=page.locator(".told p", has_text=f"{leads}:"))
+    assert not layer.locator(".told").is_visible()
+    chart = page.locator(f"h2:text-is('{heading}') + figure")
+    chart.locator(f"a:has([aria-label='{leads}'][aria-roledescription=point])").last.click()
+    assert layer.locator(".told").is_visible()
+    assert page.url.endswith(f"#{layer.locator('.told').get_attribute('id')}")
+
+
+def test_a_click_on_a_budget_opens_its_line_of_the_table(report: str, opened: Any) -> None:
+    pytest.importorskip("vl_convert")
+    page = opened(report, bypass_csp=False).page
+    point = page.locator("h2:text-is('Budget and loss') + figure a").last
+    share = point.locator("path").get_attribute("aria-label")
+    row = page.get_by_role("row").filter(has=page.get_by_role("rowheader", name=share, exact=True))
+    assert not row.is_visible()
+    point.click()
+    assert row.is_visible()
+
+
 def test_layers_open_by_the_keyboard(report: str, opened: Any) -> None:
     page = opened(report, bypass_csp=False).page
     layer = page.locator(".net details").first
