@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import fx, nn
 
 from fxprune.capture.archives import read_program
 from fxprune.capture.caches import without_foreign_caches
@@ -132,7 +132,8 @@ def _state_kept(module: nn.Module) -> Iterator[None]:
 
 def _writes(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
-        return any(node.kind().endswith("_") for node in module.inlined_graph.nodes())  # type: ignore[attr-defined]
+        return any(node.kind().endswith("_") for node in module.inlined_graph.nodes())
+    assert isinstance(module, fx.GraphModule)
     return any(map(is_mutating, module.graph.nodes))
 
 
