@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from fxprune.errors import ShardingError
-from fxprune.sharding import check_values, part, sent_as, sent_object, whole
+from fxprune.sharding import check_values, device_of, part, sent_as, sent_object, whole
 from fxprune.torch_internals import storage_users, untouched_by_torch_function
 
 SMALL = 2**16  # bytes: a tensor of fewer is kept whole
@@ -64,7 +64,7 @@ class _Cell:
 
 
 class Borrowed(Tensor):
-    """A tensor whose values the processes of a module hold in parts; a plain one to every operator, on the CPU.
+    """A tensor whose values the processes of a module hold in parts; a plain one to every operator.
 
     Views of it are borrowed, too: they are taken anew of the whole whenever that is there.
     """
@@ -83,7 +83,7 @@ class Borrowed(Tensor):
             strides=form.stride(),
             storage_offset=form.storage_offset(),
             dtype=form.dtype,
-            device=torch.device("cpu"),
+            device=cell.loans.device,
         )
         made._cell, made._views, made._form = cell, views, form
         return made
@@ -230,7 +230,7 @@ def _is_of_their_kind(func: Any, found: Tensor, given: Sequence[Borrowed], other
 
 
 def _digest(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
 
 
 def lent_as(values: Tensor, reference: Tensor) -> Tensor:
@@ -274,6 +274,7 @@ class Loans:
         self._layouts: list[tuple[DeviceMesh, Sequence[Placement], torch.Size]] = [
             (each.device_mesh, each.placements, each.shape) for each in tensors if isinstance(each, DTensor)
         ]
+        self.device = device_of(self._layouts[0][0]) if self._layouts else torch.device("cpu")
         self._numbers = itertools.count(len(tensors))
         self._users: dict[int, int] = {}
         self._released: list[int] = []
@@ -311,7 +312,7 @@ class Loans:
             self._make_room(cell.form.nbytes)
             self._order("gather", cell.number)
             held = self._parts[cell.number]
-            found = self._together(lambda: self._gathered(cell.number or 0).cpu())
+            found = self._together(lambda: self._gathered(cell.number or 0).to(self.device))
             is_own = found.untyped_storage().data_ptr() == part(held).untyped_storage().data_ptr()  # of a copy
             cell.hold(found.clone() if is_own else found)
         self._use(cell)

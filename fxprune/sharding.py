@@ -251,6 +251,13 @@ def sent_as(
         return _as_cut(copied, mesh, placements)  # of strided shards torch sends none
 
 
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """The device that this process computes on for a mesh."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
 def first_rank(reference: Tensor) -> int:
     """The rank of the first process of a tensor's mesh; 0 for one that is plain."""
     return int(reference.device_mesh.mesh.flatten()[0]) if isinstance(reference, DTensor) else 0

@@ -36,8 +36,10 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def _torchvision_operators() -> torch.library.Library:
+def _torchvision_operators() -> torch.library.Library | None:
     """torchvision's import needs operators that its build lacks beside a CPU build of torch."""
+    if torch.version.cuda is not None:
+        return None
     operators = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         operators.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")

@@ -66,6 +66,8 @@ class Layers(nn.Module):
             hidden = self.first.expand(shape)
         else:
             hidden = self.first_of(x[:, 0]).tanh().expand(shape)
+        if x.is_cuda:  # cuDNN takes no expanded state
+            hidden = hidden.contiguous()
         return (hidden, x.new_zeros(self.rows, x.shape[0], self.units)) if self.kind == "lstm" else hidden
 
 

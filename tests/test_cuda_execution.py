@@ -208,7 +208,7 @@ class Steps:
         self.optimizer = torch.optim.AdamW(self.traced.parameters(), lr=1e-2)
         self.clip = fxprune.clip_gradients(self.optimizer, max_norm=1.0)
         self.schedule = channel_schedule(self.traced)
-        self.scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**40, growth_interval=2)
+        self.scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**30)
 
     def run(self, epochs: int) -> list[float]:
         inputs, labels = (each.to(DEVICE) for each in examples())
@@ -222,18 +222,20 @@ class Steps:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.schedule.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return losses
 
 
 def test_steps_that_overflow_are_skipped_and_masks_and_clipping_go_on() -> None:
     steps = Steps()
     before = copy.deepcopy(steps.traced.state_dict())
-    steps.run(1)  # the scale of 2 ** 40 overflows float16
-    assert steps.scaler.get_scale() < 2.0**40
-    losses = steps.run(20)
+    steps.run(1)
+    assert steps.scaler.get_scale() < 2.0**30  # which overflows float16
+    losses = steps.run(50)
     assert steps.schedule.done
-    assert losses[-1] < losses[0]
+    assert steps.clip.total_norm is not None
+    assert steps.clip.total_norm.isfinite()
+    assert sum(losses[-4:]) < sum(losses[:4])
     assert not torch.equal(before["7.weight"], steps.traced.state_dict()["7.weight"])
     final = fxprune.finalize(steps.traced.eval(), align=1)
     x = examples()[0].to(DEVICE)

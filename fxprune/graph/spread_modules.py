@@ -74,7 +74,15 @@ def whole_copy(traced: TracedModule, *, here: bool = True) -> TracedModule | Non
             if here:
                 found[id(tensor)] = gathered.cpu() if gathered is not tensor else gathered.cpu().clone()
             del gathered
-    return _copied(traced, lambda tensor: found[id(tensor)]) if here else None
+    return _on_cpu(_copied(traced, lambda tensor: found[id(tensor)])) if here else None
+
+
+def _on_cpu(module: TracedModule) -> TracedModule:
+    """A module whose tensors are on the CPU, with what its graphs and samples say of devices, in place."""
+    samples = pytree.tree_leaves((module.example_args, module.example_kwargs))
+    for device in {each.device for each in samples if isinstance(each, Tensor)} - {torch.device("cpu")}:
+        module.follow(device, torch.device("cpu"))
+    return module
 
 
 def _copied(traced: TracedModule, value_of: Callable[[Tensor], Tensor]) -> TracedModule:
@@ -105,7 +113,7 @@ def lent_copy(traced: TracedModule, rank: int) -> tuple[Loans, TracedModule | No
         if key not in lent:
             gathered = whole(tensor)
             if here:
-                small[key] = gathered.cpu() if gathered is not tensor else gathered.cpu().clone()
+                small[key] = gathered if gathered is not tensor else gathered.clone()
     if not here:
         return loans, None
     return loans, _copied(
@@ -170,16 +178,16 @@ def by_loans(
 
 
 def in_whole(module: TracedModule) -> TracedModule:
-    """The module with plain tensors in the place of those that are borrowed, in place."""
+    """The module on the CPU, with plain tensors in the place of those that are borrowed, in place."""
     for key, tensor in {id(tensor): tensor for tensor in tensors_of(module).values()}.items():
-        if isinstance(tensor, Borrowed):
-            plain = tensor.whole().clone()
+        if isinstance(tensor, Borrowed) or tensor.device.type != "cpu":
+            plain = tensor.whole().cpu().clone() if isinstance(tensor, Borrowed) else tensor.detach().cpu()
             value = nn.Parameter(plain, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain
             for owner in module.modules():
                 held: Any
                 for held in (owner._parameters, owner._buffers):
                     held.update({name: value for name, own in held.items() if own is not None and id(own) == key})
-    return module
+    return _on_cpu(module)
 
 
 def numbers_of(tensors: Mapping[str, Tensor], loans: Loans) -> dict[str, int]:
@@ -340,9 +348,12 @@ def all_batches(batches: Any, most: int | None, rank: int) -> Any:
         ShardingError: on that process, where the batches of one raise an error.
     """
     own: list[Any] | str = []
+    device = torch.device("cpu")
     try:
         if isinstance(batches, Iterable) and not isinstance(batches, Dataset):
-            own = [pytree.tree_map_only(Tensor, Tensor.cpu, each) for each in itertools.islice(batches, most)]
+            there = [*itertools.islice(batches, most)]
+            device = next((each.device for each in pytree.tree_leaves(there) if isinstance(each, Tensor)), device)
+            own = pytree.tree_map_only(Tensor, Tensor.cpu, there)
     except Exception as error:  # the caller's own
         own = f"{type(error).__name__}: {error}"
     found = gathered_objects(own, rank)
@@ -357,7 +368,7 @@ def all_batches(batches: Any, most: int | None, rank: int) -> Any:
         there = [batch for batch in row if batch is not _NONE]
         same = len(there) == len(found) and all(_same(there[0], other) for other in there[1:])
         together += there[:1] if same else there
-    return together
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), together)
 
 
 def _same(left: Any, right: Any) -> bool:

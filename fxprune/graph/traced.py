@@ -479,6 +479,12 @@ class TracedModule(ReadByName, fx.GraphModule):
         self.set_examples(*pytree.tree_map_only(Tensor, converted, self._examples))
         return self
 
+    def follow(self, old: torch.device, new: torch.device) -> None:
+        """Write the device that the tensors are on now into the graphs and sample inputs, for the one of before."""
+        self._move_constants(old, new)
+        moved: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(new) if tensor.device == old else tensor  # noqa: E731
+        self.set_examples(*pytree.tree_map_only(Tensor, moved, self._examples))
+
     def _dtypes(self) -> set[torch.dtype]:
         return {t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()}
 
