@@ -253,20 +253,33 @@ def _group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_group")
 @pytest.mark.filterwarnings("ignore")
-def test_a_module_that_one_process_has_sharded_is_pruned_as_one_that_is_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("importance", ["l2", "taylor", "obs"])
+def test_a_module_that_one_process_has_sharded_is_pruned_as_one_that_is_whole(importance: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = Residual().to(DEVICE).eval(), images(3)
+    model, x = Residual().to(DEVICE).eval(), images(12)
+    options: dict[str, Any] = {} if importance == "l2" else {"loader": [(x, torch.arange(12, device=DEVICE) % 5)]}
+    if importance == "taylor":
+        options["loss"] = nn.functional.cross_entropy
+    if importance == "obs":
+        options["loader"] = [*x.split(4)]
     found = []
     for spread in (False, True):
-        traced = fxprune.trace(copy.deepcopy(model), (x,)).eval()
+        traced = fxprune.trace(copy.deepcopy(model), (x[:3],)).eval()
         if spread:
             fully_shard(traced, mesh=init_device_mesh(DEVICE, (1,)))
         fxprune.prune.global_unstructured(traced, "*.weight", torch.nn.utils.prune.L1Unstructured, amount=0.2)
-        fxprune.prune.channels(traced, macs=0.6, round_to=1)
-        final = fxprune.finalize(traced, whole=True, align=1)
-        found.append(final.to(DEVICE).eval()(x).detach())
-        fxprune.save(final, tmp_path / f"{spread}.fxp")
-    assert error(*found) < 1e-6
+        fxprune.prune.channels(traced, macs=0.6, round_to=1, importance=importance, **options)
+        if importance == "obs":
+            fxprune.reconstruct(traced, options["loader"])
+        whole, parts = (fxprune.finalize(traced, whole=each, align=1).eval() for each in (True, False))
+        fxprune.save(parts, tmp_path / f"{spread}.fxp")
+        loaded = fxprune.load(tmp_path / f"{spread}.fxp").eval()
+        written = fxprune.export.to_onnx(parts, tmp_path / f"{spread}.onnx")
+        assert written.comparison is not None
+        assert written.comparison.ok
+        found.append([whole.to(DEVICE)(x), parts(x), loaded.to(DEVICE)(x)])
+    for output in (*found[0][1:], *found[1]):
+        assert error(found[0][0].detach(), output.detach()) < 1e-5
 
 
 @pytest.mark.usefixtures("_torchvision_operators")
