@@ -1,7 +1,8 @@
 """Which channels of a network belong together, found without fxprune: by changing them and watching who sees it.
 
 Every product with a weight is replaced by noise, and one of its rows by other noise; the columns of weights that see it
-belong to the row. Norms pass on what they get. The network is one like it whose weights have no zeros. Where two rows
+belong to the row. Norms pass on what they get. The networks are some like it whose weights have no zeros: one has its
+other weights, the others none of them, since what a ReLU hides behind some weights shows behind others. Where two rows
 act on each other through what is not looked into (products of activations, recurrent layers) they count as one.
 """
 
@@ -27,6 +28,7 @@ Inputs: TypeAlias = Callable[[int], Tensor]
 # axis of the channels, by the name of the function
 NORMS = {"layer_norm": -1, "rms_norm": -1, "group_norm": 1} | {form.__name__: -1 for form in FORMS}
 VIEWS = ("view", "reshape", "unflatten", "channel_shuffle")
+REDRAWN = 3  # networks with other weights
 SCALES = (1.0, 30.0, 1.0, 5.0, 0.3, 1.0, 100.0, 1.0)  # of the noise; each finds who the others miss behind a ReLU
 
 
@@ -123,24 +125,68 @@ def by_sample(tensor: Tensor, samples: int, axes: Sequence[int]) -> Tensor:
     return tensor.permute([*axes, batch, *rest]).reshape(math.prod(tensor.shape[i] for i in axes), samples, -1)
 
 
+@dataclass
+class Seen:
+    """By place the rows whose change is seen there: in the output, in columns, norms and views by call."""
+
+    output: list[set[Row]]
+    columns: list[list[set[Row]]]
+    norms: list[list[set[Row]]]
+    views: list[list[set[Row]]]
+
+    def add(self, other: Seen) -> None:
+        """What is seen in another network as well."""
+        pairs = [(self.columns, other.columns), (self.norms, other.norms), (self.views, other.views)]
+        for one, two in [([self.output], [other.output]), *pairs]:
+            for places, more in zip(one, two, strict=True):
+                for place, rows in zip(places, more, strict=True):
+                    place |= rows
+
+
 def structure(model: nn.Module, inputs: Inputs) -> Structure:
     """What belongs together in a network."""
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for p in twin.parameters():
             p.copy_(torch.where(p == 0, torch.randn_like(p), p))
-        with Watch(twin) as seen:
+        with Watch(twin) as run:
             twin(inputs(1))
-        layers = {found.name: found.layer for found in seen.products}
-        rows = [(name, row) for name, layer in layers.items() for row in range(len(layer.table))]
-        changes = [(row, scale) for row in rows for scale in SCALES]  # a sample each, a prime number of them
-        samples = next(n for n in range(max(101, len(changes)), 10**6) if all(n % k for k in range(2, 32)))
-        x = inputs(samples)
-        with Watch(twin) as seen:
+    layers = {found.name: found.layer for found in run.products}
+    rows = [(name, row) for name, layer in layers.items() for row in range(len(layer.table))]
+    changes = [(row, scale) for row in rows for scale in SCALES]  # a sample each, a prime number of them
+    samples = next(n for n in range(max(101, len(changes)), 10**6) if all(n % k for k in range(2, 32)))
+    x = inputs(samples)
+    seen, run = _seen(twin, x, changes, samples)
+    for _ in range(REDRAWN):
+        with torch.no_grad():
+            for p in twin.parameters():
+                p.copy_(torch.randn_like(p))
+        seen.add(_seen(twin, x, changes, samples)[0])
+
+    of = Together()
+    for row in seen.output[0]:
+        of.join(row, "output")
+    for product_, columns in zip(run.products, seen.columns, strict=True):
+        for column, seen_by in enumerate(columns):
+            for row in seen_by:
+                of.join(row, (product_.name, "column", column))
+
+    def places(sets: Iterable[set[Row]]) -> Places:
+        return [{of.find(row) for row in seen_by} for seen_by in sets]
+
+    views = zip(seen.views, run.views, strict=True)
+    boxes = [(places(sets), shape) for sets, (x, axis, shape) in views if x.shape[axis] % samples]
+    return Structure(layers, of, [places(sets) for sets in seen.norms], boxes)
+
+
+def _seen(twin: nn.Module, x: Tensor, changes: Sequence[tuple[Row, float]], samples: int) -> tuple[Seen, Watch]:
+    """Who sees the changes of rows, a sample each, and what the run without changes did."""
+    with torch.no_grad():
+        with Watch(twin) as run:
             twin(x)
-        fixed = [spread(result) for result in seen.results]
+        fixed = [spread(result) for result in run.results]
         changed = [
-            _with_changes(found, result, changes, samples) for found, result in zip(seen.products, fixed, strict=True)
+            _with_changes(found, result, changes, samples) for found, result in zip(run.products, fixed, strict=True)
         ]
         with Watch(twin, fixed) as before:
             was = twin(x)
@@ -151,21 +197,15 @@ def structure(model: nn.Module, inputs: Inputs) -> Structure:
         differs = (by_sample(one, samples, axes) != by_sample(other, samples, axes)).any(-1)
         return [{changes[sample][0] for sample in place.nonzero().flatten().tolist()} for place in differs]
 
-    of = Together()
-    for row in seers(was, now)[0]:
-        of.join(row, "output")
-    for one, two in zip(before.products, after.products, strict=True):
-        for column, seen_by in enumerate(seers(one.data, two.data, *one.columns) if one.columns else ()):
-            for row in seen_by:
-                of.join(row, (one.name, "column", column))
-
-    def places(sets: Iterable[set[Row]]) -> Places:
-        return [{of.find(row) for row in seen_by} for seen_by in sets]
-
-    norms = [places(seers(a, b, axis)) for (a, axis, _), (b, *_) in zip(before.norms, after.norms, strict=True)]
-    views = [(a, b, axis, shape) for (a, axis, shape), (b, *_) in zip(before.views, after.views, strict=True)]
-    boxes = [(places(seers(a, b, axis)), shape) for a, b, axis, shape in views if a.shape[axis] % samples]
-    return Structure(layers, of, norms, boxes)
+    products = zip(before.products, after.products, strict=True)
+    views = zip(before.views, after.views, strict=True)
+    seen = Seen(
+        seers(was, now),
+        [seers(one.data, two.data, *one.columns) if one.columns else [] for one, two in products],
+        [seers(a, b, axis) for (a, axis, _), (b, *_) in zip(before.norms, after.norms, strict=True)],
+        [seers(a, b, axis) if a.shape[axis] % samples else [] for (a, axis, _), (b, *_) in views],
+    )
+    return seen, before
 
 
 def spread(like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fxprune.channels.ids import Classes, Mask, Vector
-from fxprune.channels.readers import BORDERED, UNFOLDED, Reader
+from fxprune.channels.readers import BORDERED, MULTIPLIED, UNFOLDED, Reader
 from fxprune.channels.reasons import ReadBy, Structural
 from fxprune.channels.relation import Relation
 from fxprune.channels.solver import Constraint, Costs, State
@@ -57,7 +57,7 @@ class Demand(Constraint):
     def __init__(
         self, readers: Sequence[Reader], rows: Sequence[Vector | None], columns: Sequence[Vector], classes: int
     ) -> None:
-        self._readers, self._rows, self._columns = readers[::-1], rows[::-1], columns[::-1]
+        self._readers, self._rows, self._columns, self._count = readers[::-1], rows[::-1], columns[::-1], classes
         self._met = [np.zeros(1 if r is None else r.shape, bool) for r in self._rows]
         super().__init__(
             Relation.of_sets([_watched(r, c) for r, c in zip(self._rows, self._columns, strict=True)], classes)
@@ -77,6 +77,23 @@ class Demand(Constraint):
                 changed |= state.keep(columns[needed & reader.mapped], ReadBy(reader.node, BORDERED))
             changed |= state.keep(columns[needed], ReadBy(reader.node, reader.why))
         return changed
+
+    def spared(self, alive: Mask) -> Vector:
+        """Pairs that products of activations have no use for, as row * classes + column: one factor is zero there.
+
+        Rows are heads that are alive or not. None are given of columns, or heads, that others read as well.
+        """
+        spared, asked, read = [[np.zeros(0, np.int64)] for _ in range(3)]
+        for reader, rows, columns in zip(self._readers, self._rows, self._columns, strict=True):
+            if rows is None or reader.why != MULTIPLIED:
+                read.append(columns.reshape(-1))
+                continue
+            pairs, used = rows.T * self._count + columns, reader.used[0] & alive[rows.T]
+            spared.append(pairs[~used])
+            asked.append(pairs[used])
+        found = np.setdiff1d(np.concatenate(spared), np.concatenate(asked))
+        elsewhere = np.concatenate(read)
+        return found[~np.isin(found // self._count, elsewhere) & ~np.isin(found % self._count, elsewhere)]
 
     def _needed(self, index: int, state: State) -> Mask | None:
         """[groups, columns], what the rows that ask since the last time read; None without such rows."""

@@ -169,16 +169,18 @@ class Liveness:
         state.settle([Grids(self._classes, complete=False), demand])
         singly = state.alive.copy()
         state.settle([grids, demand])
-        return self._told_apart(singly, state)
+        return self._told_apart(singly, state, demand.spared(singly))
 
-    def _told_apart(self, singly: Mask, state: State) -> Mask:
+    def _told_apart(self, singly: Mask, state: State, spared: Vector) -> Mask:
         """What is needed, less positions of grids that count for themselves and are not.
 
-        Heads by channels are needed for these factors: keys are met by channel, values read by head. Where both factors
-        are there for positions alone, as groups of a shuffle are, a position counts for itself.
+        Heads by channels are needed for these factors: keys are met by channel, values read by head; but for the pairs
+        that no product has a use for. Where both factors are there for positions alone, as groups of a shuffle are, a
+        position counts for itself.
 
         Args:
             singly: what is needed where factors do not make a position needed. state: where they do.
+            spared: such pairs, as left * classes + right.
         """
         whole, left, right = self._classes.whole, self._classes.left, self._classes.right
         count = self._classes.count
@@ -192,6 +194,7 @@ class Liveness:
             inner = whole[at] == left[read]
             pairs += [factor[at[inner]] * count + right[read][inner] for factor in (left, right)]
         asked = singly[left] & singly[right] & ~(by_grid[left] & by_grid[right])
+        asked &= ~np.isin(left * count + right, spared)
         for_factors = np.zeros(count, bool)
         for_factors[whole[asked | np.isin(left * count + right, np.concatenate(pairs))]] = True
         found: Mask = state.alive & (singly | ~by_grid | for_factors)

@@ -18,7 +18,7 @@ from fxprune.channels.coupling import couple
 from fxprune.channels.dependence import fixed_nodes
 from tests.fxprune.channels.exactness import EXACT, error
 from tests.fxprune.channels.layers import Net, zero_rows
-from tests.random_networks import ImageNetwork, TokenNetwork, network
+from tests.random_networks import Attention, ImageNetwork, TokenNetwork, network
 from tests.selection_networks import SelectionNetwork
 
 KINDS: dict[str, Callable[[random.Random], nn.Module]] = {
@@ -51,7 +51,8 @@ def zero_slices(model: nn.Module) -> dict[str, Tensor]:
 def unneeded_slices(model: nn.Module, inputs: Callable[[int], Tensor]) -> dict[str, Tensor]:
     """Which outputs of layers change no result: no gradient gets there, in this network and others with its zeros.
 
-    Layers of one width may write to one stream, of which a channel is there for all of them or for none.
+    Layers of one width may write to one stream, of which a channel is there for all of them or for none; and so may
+    queries, keys and values that stand on an axis of their own.
     """
     other = copy.deepcopy(model)
     found = {path: torch.ones(layer.weight.shape[axis], dtype=torch.bool) for path, axis, layer in layers(model)}
@@ -80,6 +81,10 @@ def unneeded_slices(model: nn.Module, inputs: Callable[[int], Tensor]) -> dict[s
             if grad is not None:
                 channels = 1 if each.dim() == 4 or isinstance(other.get_submodule(path), nn.Conv1d) else -1
                 found[path] &= (grad == 0).movedim(channels, 0).flatten(1).all(1)
+    for path, attention in model.named_modules():
+        if isinstance(attention, Attention) and attention.form == "unbind":
+            rows = found[f"{path}.qkv"].view(3, -1)
+            rows[:] = rows.all(0)
     together = {len(rows): torch.ones_like(rows) for rows in found.values()}
     for rows in found.values():
         together[len(rows)] &= rows
@@ -130,8 +135,8 @@ def test_nothing_stays_without_a_reason_of_networks_in_which_whole_layers_are_ma
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("first", range(6, 106, 20))
 def test_nothing_dead_stays_without_a_reason_in_many_more(kind: str, first: int) -> None:
-    for seed in range(first, first + 20):  # shared layers and heads tie slices that nothing needs to others
-        assert_told(kind, seed, unneeded=False)
+    for seed in range(first, first + 20):  # shared layers tie slices that nothing needs to others
+        assert_told(kind, seed, unneeded=not shares(kind, seed))
 
 
 @pytest.mark.slow
@@ -230,6 +235,23 @@ def test_what_a_result_that_is_the_same_for_every_input_reads_is_called_that() -
     assert all(
         text.endswith("; what it gives is the same for every input, which is not followed further") for text in found
     )
+
+
+def test_a_query_of_a_head_whose_key_is_zero_is_told_though_its_head_and_its_channel_are_needed() -> None:
+    torch.manual_seed(0)
+    q, k, v, out = (nn.Linear(6, 6) for _ in range(4))
+    zero_rows(k, 4, bias=True)  # channel 1 of the second of two heads
+
+    def heads(y: Tensor) -> Tensor:
+        return y.view(2, 5, 2, 3).transpose(1, 2)
+
+    def attend(s: Any, x: Tensor) -> Tensor:
+        y = torch.softmax(heads(s.q(x)) @ heads(s.k(x)).transpose(-1, -2), -1) @ heads(s.v(x))
+        return s.out(y.transpose(1, 2).reshape(2, 5, 6))
+
+    plan = finalized(Net(attend, q=q, k=k, v=v, out=out).double().eval(), torch.randn(2, 5, 6).double())
+    grid = "part of a grid whose other channels stay"
+    assert plan.stayed == [("q.weight", 0, [4], grid), ("k.weight", 0, [4], grid)]
 
 
 def test_cells_of_a_weight_with_two_axes_of_rows_are_told_by_both() -> None:
