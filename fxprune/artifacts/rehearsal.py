@@ -22,6 +22,7 @@ from fxprune.graph.interpretation import Watch, run
 from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.names import tensor_at, tensors_of
 from fxprune.graph.samples import stretched
+from fxprune.graph.snapshot import preserved
 
 _FOREIGN = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))  # code that is not the user's
 _WIDE_TOLERANCE = 1e-5  # some code rounds to float32 in any case
@@ -86,6 +87,8 @@ class Rehearsal:
     def run_copy(self, inputs: Arguments, *, train: bool = False, instead: nn.Module | None = None) -> Any:
         """The outputs of the copy, or another module, on copies of the inputs; in train mode those of a copy of it.
 
+        What the model writes into its buffers is taken back.
+
         Raises:
             WriteBackError: it fails; names module, class and line.
         """
@@ -93,7 +96,8 @@ class Rehearsal:
         root = copy.deepcopy(root).train() if train else root
         args, kwargs = self._fresh(inputs)
         try:
-            return root(*args, **kwargs)
+            with preserved(root):
+                return root(*args, **kwargs)
         except Exception as failure:  # the user's code may raise anything
             place, said = _place(root, failure)
             raise WriteBackError(

@@ -20,10 +20,11 @@ def check_statistics(copy: WorkingCopy) -> None:
     if norms:
         layer = found[norms[0]]
         counted, left = copy.plan.counting[norms[0]]
+        others = f" So do {len(norms) - 1} more layers." if len(norms) > 1 else ""
         raise WriteBackError(
             f"{copy.where(layer)} normalizes {counted} channels, of which {left} are left: a {type(layer).__name__} "
-            f"takes statistics over those that it has. So do {len(norms) - 1} others. Deploy what fxprune.finalize "
-            'returned (to_onnx, to_program, save), or leave the width as it is: prune other kinds than "width".',
+            f"takes statistics over those that it has.{others} Deploy what fxprune.finalize returned (to_onnx, "
+            'to_program, save), or leave the width as it is: prune other kinds than "width".',
             norms,
         )
 

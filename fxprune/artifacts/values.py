@@ -169,7 +169,9 @@ def _put_groups(copy: WorkingCopy) -> None:
     for node in copy.final.graphs["eval"].nodes:
         schema = schema_of(node.target)
         names = [argument.name for argument in schema.arguments] if schema is not None else []
-        if "groups" in names and node.args[1].op == "get_attr":
+        if not {"weight", "groups"} <= set(names):  # a channel shuffle has groups, too
+            continue
+        if node.args[1].op == "get_attr":
             place = names.index("groups")
             owner, _ = locate(copy.root, str(node.args[1].target))
             owner.groups = node.args[place] if place < len(node.args) else 1  # type: ignore[assignment]

@@ -527,7 +527,7 @@ def _compute(
     except Exception as error:
         raise PruningError(
             f"{name!r} of shape {tuple(scores.shape)} was to be pruned and cannot be: {type(error).__name__}: "
-            f"{error} The masks it had are still in place."
+            f"{str(error).rstrip('.')}. The masks it had are still in place."
         ) from error
     if not isinstance(mask, torch.Tensor) or mask.shape != default.shape:
         found = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__

@@ -425,6 +425,34 @@ def test_a_layer_that_left_the_graph_is_still_called_and_adds_nothing() -> None:
     assert small.branch[0].in_channels == small.branch[2].out_channels == 5
 
 
+class CountingShuffle(nn.Module):
+    """Counts its calls, and shuffles channels by torch's own operator, which has groups and no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 12, 1, groups=2), nn.Conv2d(12, 8, 1, groups=2)
+        self.shuffle = nn.ChannelShuffle(3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.second(self.shuffle(self.first(x).relu())) * self.calls
+
+
+def test_a_model_that_writes_into_its_buffers_comes_back_with_what_they_hold() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 4, 4)
+    traced = fxprune.trace(CountingShuffle().eval(), x)
+    fxprune.prune.channels(traced, amount=0.5, round_to=1)
+    traced(x)
+    final = fxprune.finalize(traced, align=1)
+    written = write_back(final, CountingShuffle().eval())
+    assert written.get_buffer("calls") == final.get_buffer("calls") == 1
+    assert written.get_parameter("first.weight").shape[0] == 6
+    for _ in range(2):
+        torch.testing.assert_close(written(x), traced(x))
+
+
 def test_wrong_arguments_are_refused() -> None:
     model = Blocks().double()
     traced = masked(model, (image(),), "stem.weight", modes=("eval",))
