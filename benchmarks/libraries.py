@@ -22,6 +22,7 @@ Run: PYTHONPATH=. python benchmarks/libraries.py results.jsonl [part of a name .
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import json
@@ -29,7 +30,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import sys
 import tempfile
 import time
 import warnings
@@ -350,14 +350,19 @@ def table(out: Path) -> str:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if "--table" in arguments:
-        print(table(Path(arguments[0])))
-    else:
-        torch.set_num_threads(1)
-        declare_torchvision()
-        os.environ.setdefault("YOLO_OFFLINE", "1")
-        run_all(Path(arguments[0]), [each for each in arguments[1:] if each != "--peer"], peer="--peer" in arguments)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("results", type=Path, help="the file of lines")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="parts of names; all models where there are none")
+    parser.add_argument("--peer", action="store_true", help="run Torch-Pruning, the last column alone")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the file as a table")
+    options = parser.parse_args()
+    if options.table:
+        print(table(options.results))
+        return
+    torch.set_num_threads(1)
+    declare_torchvision()
+    os.environ.setdefault("YOLO_OFFLINE", "1")
+    run_all(options.results, options.names, peer=options.peer)
 
 
 if __name__ == "__main__":
