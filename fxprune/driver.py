@@ -36,7 +36,7 @@ from fxprune.errors import (
 from fxprune.graph import spread_modules
 from fxprune.graph.calls import Call
 from fxprune.graph.copies import copied_parameters, read_directly
-from fxprune.graph.equality import FOLDED_TOLERANCES, error
+from fxprune.graph.equality import FOLDED_TOLERANCES, error, is_finite
 from fxprune.graph.error_sites import node_of, step_of
 from fxprune.graph.masks import masked_views, named_by_mask
 from fxprune.graph.names import canonical, has_parametrization, locate, one_name, tensors_of
@@ -492,8 +492,7 @@ def finalize(
     if carried_out is not None and carried_out is not traced.plan and plan is None:
         carried_out.chosen = tuple(sorted(traced.decided))
     final.record(carried_out, Origin(None if carried_out is traced.plan else carried_out, _sources(traced)))
-    read = ((name, p) for name, p in final.named_parameters() if p.is_floating_point() and not p.is_meta)
-    if broken := [name for name, p in read if not p.isfinite().all()]:
+    if broken := [name for name, parameter in final.named_parameters() if not is_finite(parameter)]:
         warnings.warn(f"NaN or inf in {', '.join(broken)}; it is carried through.", NonFiniteWarning, stacklevel=3)
     if plan is None and final.plan is not None and final.plan.eval_only and "train" in final.graphs:
         warnings.warn(_text_of(final.plan.eval_only), EvalConstantWarning, stacklevel=3)

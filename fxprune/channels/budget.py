@@ -12,7 +12,9 @@ import torch
 from fxprune.channels.alignment import BLOCK, FINEST, fast_multiple
 from fxprune.channels.groups import WHOLE_KINDS, ChannelGroup, Grouping, Scores, steps_of
 from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.parameter_axes import ChannelAxis
 from fxprune.errors import ArgumentError, PruningError
+from fxprune.graph.masks import MasksOnDemand
 
 # what moving an element takes, in MACs: fitted to the layers of a MobileNetV2 in onnxruntime (one thread, AVX2)
 MOVED = 11.0
@@ -254,13 +256,18 @@ def _slowness(groups: Sequence[ChannelGroup]) -> float:
     return (macs + MOVED * sum(group.traffic * group.size for group in groups)) / max(macs, 1)
 
 
-def masks(grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:
+def masks(grouping: Grouping, alive: Mask) -> MasksOnDemand:
     """For each parameter that holds a dead class its mask, boolean."""
     dead = [bool((~alive[vector]).any()) for vector in grouping.axes.vectors]
-    found: dict[str, torch.Tensor] = {}
+    axes: dict[str, list[ChannelAxis]] = {}
     for axis in grouping.axes:
         if dead[axis.vector]:
-            shape = grouping.plain.get_parameter(axis.parameter).shape
-            mask = found.setdefault(axis.parameter, torch.ones(shape, dtype=torch.bool))
+            axes.setdefault(axis.parameter, []).append(axis)
+
+    def made(name: str) -> torch.Tensor:
+        mask = torch.ones(grouping.plain.get_parameter(name).shape, dtype=torch.bool)
+        for axis in axes[name]:
             grouping.axes.clear(axis, mask, alive)
-    return found
+        return mask
+
+    return MasksOnDemand(axes, made)

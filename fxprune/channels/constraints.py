@@ -102,13 +102,7 @@ class Demand(Constraint):
         if not fresh.any():
             return None
         met |= fresh
-        if rows is None:
-            used = reader.used
-        elif len(rows) == 1:
-            used = reader.used[:, fresh[0]]
-        else:
-            used = reader.used & fresh[:, :, None]
-        needed: Mask = np.logical_or.reduce(used, axis=1)
+        needed = reader.used.columns_of_rows(None if rows is None else fresh)
         return needed if reader.soft is None else needed & ~reader.soft
 
 
@@ -150,7 +144,7 @@ class Representatives(Constraint):
         gone = reader.merges[group] & ~alive[columns]
         if not gone.any():
             return None
-        merging = gone & reader.used[group][alive[rows]].any(0)
+        merging = gone & reader.used.columns_of(group, alive[rows])
         if not merging.any() or representative(reader, group, alive[columns]) is not None:
             return None
         size = _sizes(reader, group)
@@ -298,7 +292,7 @@ def costs_of_readers(readers: Sequence[Reader], rows: Sequence[Vector | None], c
     costs = np.zeros(classes)
     for reader, own in zip(readers, rows, strict=True):
         if own is not None and reader.soft is not None:
-            costs[own[(reader.used & ~reader.soft[:, None]).any(-1)]] = 1
+            costs[own[reader.used.rows_with(~reader.soft)]] = 1
     return costs
 
 

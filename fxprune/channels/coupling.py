@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
@@ -17,6 +16,7 @@ from fxprune.channels.class_statistics import keep_statistics_of_class
 from fxprune.channels.ids import Classes, Ids, Vector
 from fxprune.channels.readers import Reader
 from fxprune.channels.registry import relate
+from fxprune.channels.used_weights import NO_WEIGHTS
 from fxprune.channels.values import Value, on_cpu
 from fxprune.channels.walk import Parameters, Walk
 from fxprune.graph.error_sites import working_on
@@ -61,7 +61,7 @@ class Coupling:
         """Let go of what walks hold of weights: of values only those that inputs reach are asked for any more."""
         for walk in self.walks.values():
             for reader in walk.readers:
-                reader.table, reader.used = None, np.zeros((0, 0, 0), bool)
+                reader.table, reader.used = None, NO_WEIGHTS
             for node, value in walk.env.items():
                 if isinstance(value, Value) and value.stored:
                     walk.env[node] = replace(value, facts=None)

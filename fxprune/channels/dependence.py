@@ -70,7 +70,7 @@ def _reads_known(reader: Reader) -> bool:
     if reader.constant is None:
         return False
     known = ~np.isnan(reader.constant) if reader.mapped is None else ~np.isnan(reader.constant) | reader.mapped
-    return not bool((reader.used.any(1) & ~known).any())
+    return not bool((reader.used.columns_of_rows() & ~known).any())
 
 
 def _is_known(walk: Walk, node: fx.Node, value: Result) -> bool:

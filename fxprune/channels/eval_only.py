@@ -155,7 +155,7 @@ def _read_differently(reader: Reader, twin: Reader | None) -> Mask:
     """Which columns [groups, columns] a reader knows, and the same layer in the train graph knows as something else."""
     if reader.constant is None or twin is None:
         return np.zeros(reader.columns.shape, bool)
-    used = reader.used.any(1)
+    used = reader.used.columns_of_rows()
     known: Mask = ~np.isnan(reader.constant) & used
     if twin.constant is not None:
         known = known & ~np.isclose(reader.constant, twin.constant, _RELATIVE, _ABSOLUTE)

@@ -55,7 +55,7 @@ class Folding:
         for reader, twin in self.coupling.readers():
             if reader.constant is None or reader.folds is None or reader.merges is None or reader.table is None:
                 continue
-            gone = ~self.alive[self.coupling.of(reader.columns)] & reader.used.any(1)
+            gone = ~self.alive[self.coupling.of(reader.columns)] & reader.used.columns_of_rows()
             layer = reader.source.rpartition(".")[0] if reader.source else reader.node.name
             with working_on(reader.node):
                 self._fold(reader, twin, reader.folds & gone, layer)

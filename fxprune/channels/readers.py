@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.positions import PositionMaps
+from fxprune.channels.used_weights import UsedWeights
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -44,7 +45,7 @@ class Reader:
     Attributes:
         rows: output ids, [groups, rows]; None where the output always needs the columns.
         columns: input ids, [groups, columns].
-        used: [groups, rows, columns], weights that are not zero.
+        used: of [groups, rows, columns], the weights that are not zero.
         soft: [groups, columns], columns that are not needed: they are zero, fold or merge.
         constant: [groups, columns], value of the known input channels, NaN elsewhere.
         folds, merges: [groups, columns], non-zero constants that go into the bias, into a representative column.
@@ -61,7 +62,7 @@ class Reader:
     node: fx.Node
     rows: Vector | None
     columns: Vector
-    used: Mask
+    used: UsedWeights
     soft: Mask | None = None
     constant: Floats | None = None
     folds: Mask | None = None

@@ -109,7 +109,7 @@ def _cells(relations: Coupling, live: Liveness, reader: Reader) -> Iterator[_Wri
 def _rows(relations: Coupling, reader: Reader) -> tuple[Vector, Mask]:
     """The rows of a reader, those of a convolution in groups one group after the other."""
     assert reader.rows is not None
-    return relations.of(reader.rows.reshape(-1)), ~reader.used.any(-1).reshape(-1)
+    return relations.of(reader.rows.reshape(-1)), ~reader.used.rows_with().reshape(-1)
 
 
 def _slices(relations: Coupling, name: str, axis: int) -> tuple[Vector, Mask] | None:

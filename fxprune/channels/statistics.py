@@ -25,6 +25,7 @@ from fxprune.channels.edits import Edit, Kept
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.readers import COUNTED, Reader
 from fxprune.channels.shapes import resized
+from fxprune.channels.used_weights import UsedWeights
 from fxprune.channels.values import Value
 from fxprune.channels.walk import Walk
 from fxprune.graph.error_sites import working_on
@@ -51,7 +52,7 @@ def counted(walk: Walk, node: fx.Node, zeros: Value, dim: int, ids: Vector, *, k
     columns = ids.reshape(groups, -1)
     zero: Mask = zeros.zeros.transpose(0, dim).reshape(len(ids), -1).all(1).numpy().reshape(columns.shape)
     rows = columns if groups > 1 else None
-    used = np.ones((groups, 1 if rows is None else columns.shape[1], columns.shape[1]), bool)
+    used = UsedWeights.of(np.ones((groups, 1 if rows is None else columns.shape[1], columns.shape[1]), bool))
     constant = np.where(zero, 0.0, np.nan)
     walk.readers.append(
         Reader(node, rows, columns, used, soft=zero, constant=constant, key=("statistics", key), why=COUNTED)

@@ -87,3 +87,10 @@ def close(reference: Any, value: Any, tolerance: float | None = None) -> bool:
     if tolerance is None:
         tolerance = REDUCED_TOLERANCES.get(getattr(reference, "dtype", torch.float64), _COARSEST)
     return error(reference, value) <= tolerance
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or inf, as far as there are values; without a mark for each."""
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return True
+    return all(bool(end.isfinite()) for end in tensor.detach().aminmax())

@@ -8,7 +8,7 @@ and the module's provenance says that it is a mask. No other file knows these su
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +47,36 @@ def named_by_mask(stored: str) -> str | None:
         'conv.weight'
     """
     return stored.removesuffix(_MASK) if stored.endswith(_MASK) else None
+
+
+class MasksOnDemand(Mapping[str, torch.Tensor]):
+    """Masks by the names of parameters, each made anew whenever it is asked for, so that they are never all held.
+
+    Args:
+        names: of the parameters.
+        make: gives the mask of one.
+
+    Example:
+        >>> MasksOnDemand(["0.weight"], lambda name: torch.ones(2))["0.weight"]
+        tensor([1., 1.])
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], torch.Tensor]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from fxprune.channels.foresight import classes_left, foresee, forget, sizes_left
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
-from fxprune.graph.masks import masked, view
+from fxprune.graph.masks import MasksOnDemand, masked, view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.graph.values import unmasked
@@ -213,9 +213,8 @@ def channels(
         chosen = _in_class(before, limits, lambda: _outcome(before, request, evidence, limits, measure, prices, timing))
     earlier = {**{name: view(before, name).mask for name in chosen.found.masks}, **earlier}
     found = chosen.found.masks
-    driver.insert_masks(
-        traced, {name: found[name] if name in found else _mask_or_ones(before, name) for name in earlier}
-    )
+    wanted = MasksOnDemand(earlier, lambda name: found[name] if name in found else _mask_or_ones(before, name))
+    driver.insert_masks(traced, wanted)
     record(traced, request, chosen.decided, earlier)
     return _report(chosen.grouping, chosen.picked, chosen.lacking, chosen.found, request, chosen.table)
 
@@ -304,14 +303,14 @@ class _Found:
     """A choice of units.
 
     Attributes:
-        masks: those to insert.
+        masks: those to insert, made when they are asked for.
         alive: the classes that the masks leave.
         macs, parameters: what `finalize` leaves of them.
         speedup: measured, None where it was not asked for.
         for_speed: whether units go that sizes did not ask for.
     """
 
-    masks: dict[str, torch.Tensor]
+    masks: Mapping[str, torch.Tensor]
     alive: Mask
     macs: int
     parameters: int
@@ -494,11 +493,16 @@ def _budget(
     return Speed(grouping, ranked.counting.alive, asked["speedup"], speedup_of, ranked.start, sizes)
 
 
-def _masks(traced: TracedModule, grouping: Grouping, alive: Mask) -> dict[str, torch.Tensor]:
+def _masks(traced: TracedModule, grouping: Grouping, alive: Mask) -> MasksOnDemand:
     """The masks to insert: those of what is dead, times what is there."""
     wanted = masks(grouping, alive)
     present = {name: view(traced, name).mask for name in wanted}
-    return {name: mask if (there := present[name]) is None else _both(mask, there) for name, mask in wanted.items()}
+
+    def made(name: str) -> torch.Tensor:
+        there = present[name]
+        return wanted[name] if there is None else _both(wanted[name], there)
+
+    return MasksOnDemand(wanted, made)
 
 
 def _both(mask: torch.Tensor, there: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from fxprune.channels.ids import Vector
 from fxprune.channels.readers import MULTIPLIED, Reader
 from fxprune.channels.registry import Cost, OperatorCall, register
 from fxprune.channels.rules.products import read_product
+from fxprune.channels.used_weights import UsedWeights
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Result, Walk
 
@@ -97,7 +98,8 @@ class Attention(OperatorCall):
             return
         if self.enable_gqa:
             spare = _zero_columns(query, columns) | _zero_columns(key, columns)
-            walk.readers.append(Reader(self.node, None, columns[None], ~spare.numpy()[None, None], why=MULTIPLIED))
+            used = UsedWeights.of(~spare.numpy()[None, None])
+            walk.readers.append(Reader(self.node, None, columns[None], used, why=MULTIPLIED))
         else:
             spare = query.zeros.all(-2) | self._uniform_keys(key)
             read_product(walk, self.node, spare, batch, columns)

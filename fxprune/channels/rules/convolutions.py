@@ -209,7 +209,7 @@ class Convolution(OperatorCall):
             return result
         facts = column_facts(layer.data, layer.dim, layer.groups, layer.column_count)
         usable = facts.known & (~facts.bordered | (facts.value == 0))
-        rows = ~(reader.used & ~usable[:, None]).any(-1) & reader.used.any(-1)
+        rows = ~reader.used.rows_with(~usable) & reader.used.rows_with()
         bias = layer.bias_value
         shape = reduced_shape(result.axes)
         if not rows.any() or (bias is not None and not bias.stored) or shape != [1, rows.size, *[1] * self.space]:

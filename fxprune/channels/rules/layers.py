@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fxprune.channels.axes import Axis
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.readers import Bias, Floats, Reader
+from fxprune.channels.used_weights import NO_WEIGHTS, UsedWeights
 from fxprune.channels.values import Known, Value, beside, settled
 from fxprune.channels.walk import Walk
 
@@ -118,7 +119,7 @@ def read_weight(walk: Walk, layer: Layer) -> RowFacts | None:
         rows = walk.ids.fresh(layer.groups * layer.row_count)
         walk.pin(layer.call, rows, "a single output")
     reader = Reader(
-        layer.call, rows.reshape(shape[0]), columns.reshape(shape[1]), np.zeros((0, 0, 0), bool),
+        layer.call, rows.reshape(shape[0]), columns.reshape(shape[1]), NO_WEIGHTS,
         source=name, row_axes=layer.row_axes, bias=layer.bias,
         key=None if name is None else _layer_key(walk, layer.call, name),
     )  # fmt: skip
@@ -127,7 +128,7 @@ def read_weight(walk: Walk, layer: Layer) -> RowFacts | None:
     if layer.table is None:
         return None
     reader.table = layer.table
-    reader.used = _used(layer.table)
+    reader.used = UsedWeights.of_table(layer.table)
     _note_constants(walk, layer, reader)
     return _known_rows(layer, reader)
 
@@ -135,12 +136,6 @@ def read_weight(walk: Walk, layer: Layer) -> RowFacts | None:
 def _layer_key(walk: Walk, call: fx.Node, name: str) -> tuple[object, ...]:
     axes = walk.parameters.axes[name]
     return (str(call.target), *(None if ids is None else ids.tobytes() for ids in axes))
-
-
-def _used(table: Tensor) -> Mask:
-    nonzero = table.squeeze(-1) != 0 if table.shape[-1] == 1 else (table != 0).any(-1)
-    used: Mask = nonzero.numpy()
-    return used
 
 
 def _note_constants(walk: Walk, layer: Layer, reader: Reader) -> None:
@@ -162,7 +157,7 @@ def _known_rows(layer: Layer, reader: Reader) -> RowFacts | None:
     assert reader.constant is not None
     assert reader.table is not None
     ignored = (reader.constant == 0) | reader.folds
-    known = torch.from_numpy(~(reader.used & ~ignored[:, None, :]).any(-1))
+    known = torch.from_numpy(~reader.used.rows_with(~ignored))
     if not known.any():
         return None
     total = torch.zeros(known.shape).double()

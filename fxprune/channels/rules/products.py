@@ -14,6 +14,7 @@ from fxprune.channels.ids import Vector
 from fxprune.channels.readers import MULTIPLIED, Bias, Reader
 from fxprune.channels.rules.labels import Labels
 from fxprune.channels.rules.layers import NOTHING, Layer, beside_zeros, read_weight
+from fxprune.channels.used_weights import UsedWeights
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Walk
 
@@ -231,10 +232,10 @@ def read_product(walk: Walk, node: fx.Node, spare: Tensor, batch: Sequence[Axis]
         rows = ids if rows is None else walk.ids.product(rows, ids)
     if rows is None:
         used = need.reshape(-1, len(columns)).any(0)[None, None].numpy()
-        walk.readers.append(Reader(node, None, columns[None], used, why=MULTIPLIED))
+        walk.readers.append(Reader(node, None, columns[None], UsedWeights.of(used), why=MULTIPLIED))
     else:
         used = need.reshape(1, len(rows), -1).numpy()
-        walk.readers.append(Reader(node, rows[None], columns[None], used, why=MULTIPLIED))
+        walk.readers.append(Reader(node, rows[None], columns[None], UsedWeights.of(used), why=MULTIPLIED))
 
 
 def _product(walk: Walk, node: fx.Node, labels: Labels, left: Value, right: Value, added: Added) -> Value:

@@ -27,6 +27,7 @@ from fxprune.channels.ids import Ids, Mask
 from fxprune.channels.readers import Reader
 from fxprune.channels.reasons import Pinned, ReadBy, Structural
 from fxprune.channels.solver import Constraint, State
+from fxprune.channels.used_weights import UsedWeights
 
 from .exactness import error, shrink
 
@@ -61,7 +62,7 @@ def node(name: str = "conv") -> fx.Node:
 
 def reader(used: Any, rows: Any, columns: Any, **facts: Any) -> Reader:
     return Reader(
-        node(), None if rows is None else np.array(rows), np.array(columns), np.array(used, bool),
+        node(), None if rows is None else np.array(rows), np.array(columns), UsedWeights.of(np.array(used, bool)),
         **{name: np.array(value) for name, value in facts.items()},
     )  # fmt: skip
 

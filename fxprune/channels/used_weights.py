@@ -1,0 +1,82 @@
+"""Which weights of a layer are not zero, a bit each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fxprune.channels.ids import Mask
+
+_AT_A_TIME = 2**22  # entries of a weight that are compared with zero at once
+
+
+@dataclass(frozen=True, eq=False)
+class UsedWeights:
+    """Which entries of a table [groups, rows, columns] are not zero; made by `of` and `of_table`.
+
+    Attributes:
+        bits: [groups, rows, columns / 8].
+        columns: of each group.
+
+    Example:
+        >>> used = UsedWeights.of(np.array([[[True, False, False], [False, False, True]]]))
+        >>> used.columns_of_rows(np.array([[True, False]]))
+        array([[ True, False, False]])
+        >>> used.rows_with(np.array([[False, True, True]]))
+        array([[False,  True]])
+    """
+
+    bits: NDArray[np.uint8]
+    columns: int
+
+    @classmethod
+    def of(cls, used: Mask) -> UsedWeights:
+        """From a boolean for each entry."""
+        return cls(np.packbits(used, axis=-1), used.shape[-1])
+
+    @classmethod
+    def of_table(cls, table: Tensor) -> UsedWeights:
+        """From a weight [groups, rows, columns, taps], a part of it at a time."""
+        groups, rows, columns, taps = table.shape
+        bits = np.zeros((groups, rows, -(-columns // 8)), np.uint8)
+        if not bits.size:
+            return cls(bits, columns)
+        many = max(1, _AT_A_TIME // (columns * taps))  # rows at once, or whole groups where these are small
+        for group in range(0, groups, max(1, many // rows)):
+            own = slice(group, group + max(1, many // rows))
+            for row in range(0, rows, many):
+                bits[own, row : row + many] = _packed(table[own, row : row + many])
+        return cls(bits, columns)
+
+    def columns_of_rows(self, rows: Mask | None = None) -> Mask:
+        """[groups, columns], the columns that these rows [groups, rows] have weights in; None: any row."""
+        bits = self.bits
+        if rows is not None:
+            bits = bits[:, rows[0]] if len(rows) == 1 else np.where(rows[:, :, None], bits, np.uint8(0))
+        return self._unpacked(np.bitwise_or.reduce(bits, axis=1))
+
+    def columns_of(self, group: int, rows: Mask) -> Mask:
+        """[columns], the columns of a group that these of its rows [rows] have weights in."""
+        return self._unpacked(np.bitwise_or.reduce(self.bits[group, rows], axis=0))
+
+    def rows_with(self, columns: Mask | None = None) -> Mask:
+        """[groups, rows], the rows that have weights in these columns [groups, columns]; None: in any."""
+        bits = self.bits if columns is None else self.bits & np.packbits(columns, axis=-1)[:, None]
+        found: Mask = np.bitwise_or.reduce(bits, axis=-1) != 0
+        return found
+
+    def _unpacked(self, bits: NDArray[np.uint8]) -> Mask:
+        return np.unpackbits(bits, axis=-1, count=self.columns).view(bool)
+
+
+def _packed(table: Tensor) -> NDArray[Any]:
+    """The bits of entries [..., columns, taps]."""
+    nonzero = table.squeeze(-1) != 0 if table.shape[-1] == 1 else (table != 0).any(-1)
+    return np.packbits(nonzero.numpy(), axis=-1)
+
+
+NO_WEIGHTS = UsedWeights.of(np.zeros((0, 0, 0), bool))
