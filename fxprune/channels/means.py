@@ -7,11 +7,12 @@ reads a constant.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from fxprune.channels.axes import Axis, reduced_shape
+from fxprune.channels.values import Move
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,11 @@ class SpaceMeans:
     value: Tensor
     space: tuple[int, ...]
 
+    @property
+    def last(self) -> int:
+        """The last axis of space."""
+        return max(self.space)
+
     def fits(self, axes: Sequence[Axis]) -> bool:
         """Whether a value with these axes holds these channels on axis 1, and nothing is known of its positions."""
         return self.are_over(axes, range(2, len(axes)))
@@ -35,6 +41,10 @@ class SpaceMeans:
     def are_over(self, axes: Sequence[Axis], space: Sequence[int]) -> bool:
         """Whether a value with these axes holds these channels, and these are its axes of space."""
         return reduced_shape(axes) == list(self.where.shape) and list(self.space) == sorted(space)
+
+    def moved(self, move: Move) -> SpaceMeans:
+        """The same after a movement of data, in reduced form, that leaves space where it is."""
+        return replace(self, where=move(self.where), value=move(self.value))
 
     def permuted(self, order: Sequence[int]) -> SpaceMeans:
         """The same with axes in another order."""

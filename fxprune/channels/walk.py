@@ -73,6 +73,7 @@ class Walk:
         env: the value of every node.
         maps: of nodes some of whose channels are constants of positions.
         means: of nodes some of whose channels have a mean over space that is known.
+        means_of_parts: likewise, of nodes with several results.
         ranges: of nodes whose values lie between numbers.
         readers, balances: the contractions met.
         equal: the recurrent layers met. more: those with a projection.
@@ -94,6 +95,7 @@ class Walk:
         self.env: dict[fx.Node, Result] = {}
         self.maps: dict[fx.Node, PositionMaps] = {}
         self.means: dict[fx.Node, SpaceMeans] = {}
+        self.means_of_parts: dict[fx.Node, list[SpaceMeans]] = {}
         self.ranges: dict[fx.Node, Range] = {}
         self.readers: list[Reader] = []
         self.balances: list[Balance] = []
@@ -191,12 +193,19 @@ class Walk:
         if operand in self.means:
             self.means[node] = self.means[operand]
 
-    def note_means(self, node: fx.Node, value: Value, where: Tensor, means: Tensor) -> None:
-        """Note the means over space of a node's channels, where they are finite; both in the value's reduced shape."""
+    def note_means(
+        self, node: fx.Node, value: Value, where: Tensor, means: Tensor, space: Sequence[int] | None = None
+    ) -> None:
+        """Note the means over space of a node's channels, where they are finite; both in the value's reduced shape.
+
+        Args:
+            node, value, where, means: of which channels.
+            space: the axes of space; None where those are all behind axis 1.
+        """
         where = where & means.isfinite()
         if where.any():
             shape = reduced_shape(value.axes)
-            space = tuple(range(2, len(shape)))
+            space = tuple(range(2, len(shape)) if space is None else space)
             self.means[node] = SpaceMeans(where.expand(shape), means.double().expand(shape), space)
 
     def with_means(
@@ -283,6 +292,7 @@ class Walk:
         """Pin everything that `node` touches; nothing is known of its results."""
         self.maps.pop(node, None)
         self.means.pop(node, None)
+        self.means_of_parts.pop(node, None)
         self.ranges.pop(node, None)
         for operand in node.all_input_nodes:
             self.pin_operand(node, operand, why)

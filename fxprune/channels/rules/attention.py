@@ -17,7 +17,7 @@ from fxprune.channels.readers import MULTIPLIED, Reader
 from fxprune.channels.registry import Cost, OperatorCall, register
 from fxprune.channels.rules.products import read_product
 from fxprune.channels.used_weights import UsedWeights
-from fxprune.channels.values import Value, settled
+from fxprune.channels.values import Value, beside, settled
 from fxprune.channels.walk import Result, Walk
 
 aten = torch.ops.aten
@@ -33,6 +33,7 @@ class Attention(OperatorCall):
     value: fx.Node
     attn_mask: fx.Node | None
     dropout_p: float
+    is_causal: bool
     scale: float | None
     enable_gqa: bool
 
@@ -54,7 +55,7 @@ class Attention(OperatorCall):
         )
         self._relate_mask(walk, batch)
         self._read(walk, query, key, batch)
-        return self._passed(value, (*batch, query.axes[-2], value.axes[-1]))
+        return self._passed(self._averaged(walk, query, key, value), (*batch, query.axes[-2], value.axes[-1]))
 
     def _joined(self, walk: Walk, dim: int, *operands: Value) -> tuple[Axis, list[Value]]:
         """An axis of the operands unified, and the operands laid out that way."""
@@ -112,6 +113,16 @@ class Attention(OperatorCall):
             first = key.facts.value[..., :1, :]
             uniform = uniform | (key.facts.inner & (key.facts.value == first)).all(-2)
         return uniform
+
+    def _averaged(self, walk: Walk, query: Value, key: Value, value: Value) -> Value:
+        """The values with what is known of their means, where a head weights all positions alike."""
+        means = walk.means.get(self.value)
+        if means is None or not means.are_over(value.axes, [value.rank - 2]):
+            return value
+        if self.attn_mask is not None or self.is_causal or self.enable_gqa:
+            return value
+        alike = (query.zeros.all(-2) | self._uniform_keys(key)).all(-1)
+        return beside(value, means.where & alike[..., None, None], means.value)
 
     def _passed(self, value: Value, axes: tuple[Axis, ...]) -> Value:
         """Constant channels of the values, which weights that sum to one leave as they are."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.channels.arguments import bound
-from fxprune.channels.axes import sizes_of
+from fxprune.channels.axes import reduced_shape, sizes_of
 from fxprune.channels.ranges import Weights, note_layer
 from fxprune.channels.readers import Bias
 from fxprune.channels.registry import Cost, OperatorCall, Traffic, register
 from fxprune.channels.rules.labels import Equation, Labels
 from fxprune.channels.rules.products import Added, contract, summed_alone
-from fxprune.channels.values import Value
+from fxprune.channels.values import Value, beside
 from fxprune.channels.walk import Result, Walk
 
 aten = torch.ops.aten
@@ -47,21 +47,57 @@ class Contraction(OperatorCall):
             return walk.refuse(self.node, "no product of two operands")
         value = None if self.bias_operand is None else walk.value(self.bias_operand)
         added = Added(value, Bias(self.bias_operand, self.bias_argument), self._scale == 1, self._bias_counts_once)
-        result = contract(walk, self.node, self.labels, walk.value(self.left), walk.value(self.right), added)
-        self._note_range(walk, result)
+        left, right = walk.value(self.left), self._averaged(walk, walk.value(self.left), walk.value(self.right))
+        result = contract(walk, self.node, self.labels, left, right, added)
+        matrix = self._matrix(walk) if self.left in walk.ranges or self.left in walk.means else None
+        if isinstance(result, Value) and matrix is not None:
+            rows, shift = matrix
+            note_layer(walk, self.node, self.left, result, Weights(rows[None, ..., None], -1, shift))
+            self._note_means(walk, left, result, rows, shift)
         return result
 
-    def _note_range(self, walk: Walk, result: Result) -> None:
-        """Note what a product with a stored matrix, plus a stored shift, lies between."""
-        labels, table = self.labels, walk.stored(self.right) if self.left in walk.ranges else None
-        if not isinstance(result, Value) or labels is None or table is None or table.dim() != 2:
-            return
-        if len(labels.contracted) != 1 or labels.left[-1] not in labels.contracted or not self._bias_counts_once:
-            return
+    def _averaged(self, walk: Walk, left: Value, right: Value) -> Value:
+        """The right operand with what is known of its means, where weights that are all the same take them."""
+        means, labels = walk.means.get(self.right), self.labels
+        if means is None or not left.sums or left.facts is None or labels is None or len(labels.contracted) != 1:
+            return right
+        at = labels.right.index(labels.contracted)
+        if not means.are_over(right.axes, [at]) or labels.left[-1] != labels.contracted:
+            return right
+        shape = [1] * right.rank  # weights are the same for what has the batch's axes
+        for dim, label in enumerate(labels.left):
+            if label in labels.batch:
+                shape[labels.right.index(label)] = left.axes[dim].reduced
+            elif left.axes[dim].reduced != 1:
+                return right
+        return beside(right, means.where & left.facts.inner.reshape(shape), means.value)
+
+    def _matrix(self, walk: Walk) -> tuple[Tensor, Tensor | None] | None:
+        """The stored matrix that the last axis meets, rows first, and the stored shift; None of other products."""
+        labels, table = self.labels, walk.stored(self.right)
+        if labels is None or table is None or table.dim() != 2 or not self._bias_counts_once:
+            return None
+        if len(labels.contracted) != 1 or labels.left[-1] not in labels.contracted:
+            return None
         shift = None if self.bias_operand is None else walk.stored(self.bias_operand)
-        if shift is not None or self.bias_operand is None:
-            rows_first = table if labels.right[-1] in labels.contracted else table.T
-            note_layer(walk, self.node, self.left, result, Weights(rows_first[None, ..., None], -1, shift))
+        if shift is None and self.bias_operand is not None:
+            return None
+        return table if labels.right[-1] in labels.contracted else table.T, shift
+
+    def _note_means(self, walk: Walk, data: Value, result: Value, rows: Tensor, shift: Tensor | None) -> None:
+        """The means over axes that the matrix leaves alone are sums of those that it reads."""
+        means, shape = walk.means.get(self.left), reduced_shape(result.axes)
+        if means is None or not means.are_over(data.axes, means.space) or means.last == data.rank - 1:
+            return
+        if data.rank != result.rank or math.prod(shape) != shape[-1] or shape[-1] != len(rows):
+            return
+        where, value = means.where, means.value
+        if where.numel() != rows.shape[1] or (shift is not None and shift.numel() != len(rows)):
+            return
+        known = ~((rows != 0) & ~where.reshape(-1)).any(-1)
+        total = (rows.double() * torch.where(where, value, 0).reshape(-1)).sum(-1)
+        total = total if shift is None else total + shift.double().reshape(-1)
+        walk.note_means(self.node, result, known.reshape(shape), total.reshape(shape), means.space)
 
     @property
     def _scale(self) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -369,7 +369,12 @@ class Softmax(OperatorCall):
         value = walk.value(self.data)
         dim = self.dim % value.rank
         value = walk.blur(self.node, value, [dim], "softmax over it")
-        return Value(value.axes, sums=dim == value.rank - 1 and self.node.target in _SUM_TO_ONE)
+        sums, size = dim == value.rank - 1 and self.node.target in _SUM_TO_ONE, value.axes[dim].size
+        result = Value(value.axes)
+        if sums and value.facts is not None and isinstance(size, int) and value.axes[dim].reduced == 1:
+            alike = value.facts.inner & value.facts.value.isfinite()  # logits that are the same along the axis
+            result = settled(value.axes, alike, torch.tensor(1 / size).double())
+        return replace(result, sums=sums)
 
 
 # `_safe_softmax` gives zeros where everything is masked

@@ -171,6 +171,12 @@ class Split(_Parts):
             for number, (part, end) in enumerate(zip(parts, ends, strict=True))
         ]
         walk.edits += [self._in_parts(walk, dim, parts), DropItems(self.node, parts, results)]
+        means = walk.means.get(self.data)
+        if means is not None and dim not in means.space:
+            walk.means_of_parts[self.node] = [
+                means.moved(functools.partial(torch.narrow, dim=dim, start=int(end) - size, length=size))
+                for end, size in zip(ends, sizes, strict=True)
+            ]
         return results
 
     def _in_parts(self, walk: Walk, dim: int, parts: list[Vector]) -> ReplaceCall:

@@ -68,4 +68,6 @@ class Item(OperatorCall):
         if not isinstance(items, list):
             return None
         walk.shared_storage(self.node, self.results)
+        if self.results in walk.means_of_parts and not walk.is_rewritten(self.results):
+            walk.means[self.node] = walk.means_of_parts[self.results][self.index]
         return items[self.index]

@@ -72,7 +72,10 @@ class View(OperatorCall):
             return Value(tuple(Axis.plain(size) for size in sizes))
         self._resize(walk, value.rank, axes)
         same_last = bool(value.axes and axes and same_size(value.axes[-1].size, axes[-1].size))
-        return value.moved(axes, lambda tensor: tensor.reshape(reduced_shape(axes)), value.sums and same_last)
+        shape, means = reduced_shape(axes), walk.means.get(self.data)
+        if means is not None and means.last < len(shape) and all(map(same_size, value.sizes[: means.last + 1], sizes)):
+            walk.means[self.node] = means.moved(lambda tensor: tensor.reshape(shape))
+        return value.moved(axes, lambda tensor: tensor.reshape(shape), value.sums and same_last)
 
     def _resize(self, walk: Walk, rank: int, axes: list[Axis]) -> None:
         if self.sizes is None:  # flatten and `view_as` state none

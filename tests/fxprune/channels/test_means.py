@@ -81,6 +81,81 @@ def test_so_is_that_of_a_norm_whose_groups_hold_one_channel(kind: str) -> None:
     assert left(model, (5, 9)) == 0
 
 
+def over_tokens(call: Callable[..., Tensor], **modules: Any) -> nn.Module:
+    """`call` on queries, keys and values of positions that are normalized; queries are zero."""
+    model = beside_it(
+        lambda s, x: call(s, *(f(s.groups(x.flatten(2)).transpose(1, 2)) for f in (s.q, s.k, s.v))),
+        norm=nn.Identity(), groups=shifted(nn.GroupNorm(8, 8)),
+        **{**{name: nn.Linear(8, 8) for name in "qkv"}, **modules},
+    )  # fmt: skip
+    zero_rows(model.q, *range(8), bias=True)
+    return model
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2)
+
+
+def by_hand(s: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.softmax(heads(q) @ heads(k).transpose(-1, -2) / 2, -1)
+    return (weights @ heads(v)).transpose(1, 2).flatten(2)[:, 3]
+
+
+def by_torch(s: Any, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    attended = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), **options)
+    return attended.transpose(1, 2).flatten(2)[:, 3]
+
+
+TOKENS: dict[str, Callable[..., nn.Module]] = {
+    "mean of a linear layer": lambda: over_tokens(lambda s, q, k, v: v.mean(1)),
+    "attention by hand": lambda: over_tokens(by_hand),
+    "attention": lambda: over_tokens(by_torch),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_who_weights_all_positions_alike_reads_the_mean(kind: str) -> None:
+    assert left(TOKENS[kind]()) == 0
+
+
+def test_parts_of_channels_have_means_of_their_own() -> None:
+    model = beside_it(
+        lambda s, x: s.last(s.all(s.groups(x.flatten(2)).transpose(1, 2)).chunk(2, -1)[1]).mean(1),
+        norm=nn.Identity(), groups=shifted(nn.GroupNorm(8, 8)), all=nn.Linear(8, 8), last=nn.Linear(4, 8),
+    )  # fmt: skip
+    assert left(model) == 0
+
+
+def one_query(s: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A head whose queries are not zero."""
+    return by_hand(s, q + s.gain * k, k, v)
+
+
+NO_TOKENS: dict[str, Callable[..., nn.Module]] = {
+    "in order": lambda: over_tokens(lambda s, q, k, v: by_torch(s, q, k, v, is_causal=True)),
+    "some positions": lambda: over_tokens(
+        lambda s, q, k, v: by_torch(s, q, k, v, attn_mask=s.mask), mask=nn.Parameter(torch.randn(64, 64))
+    ),
+    "part of the positions": lambda: over_tokens(lambda s, q, k, v: by_torch(s, q[:, :9], k[:, :9], v[:, :9])),
+    "positions for channels": lambda: over_tokens(lambda s, q, k, v: v.mean(2), head=nn.Linear(64, 5)),
+    "queries that are not zero": lambda: over_tokens(one_query, gain=nn.Parameter(torch.randn(8))),
+    "written to": lambda: over_tokens(lambda s, q, k, v: v.relu_().mean(1)),
+    "written to through a part": lambda: over_tokens(
+        lambda s, q, k, v: (lambda parts: (v.relu_(), parts[0].mean(1))[1])(v.tensor_split(2, -1)), head=nn.Linear(4, 5)
+    ),
+}
+
+
+QUICK = ("in order", "queries that are not zero", "written to through a part")
+
+
+@pytest.mark.parametrize(
+    "kind", [*QUICK, *(pytest.param(kind, marks=pytest.mark.slow) for kind in NO_TOKENS if kind not in QUICK)]
+)
+def test_other_weights_of_positions_keep_them(kind: str) -> None:
+    assert left(NO_TOKENS[kind]()) == 8
+
+
 NOT_SPACE: dict[str, Callable[..., nn.Module]] = {
     "two channels a group": lambda: beside_it(lambda s, x: F.group_norm(x, 4).mean((2, 3))),
     "a part of space": lambda: beside_it(lambda s, x: x.mean(2).amax(2)),
