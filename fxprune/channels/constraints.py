@@ -88,7 +88,7 @@ class Demand(Constraint):
             if rows is None or reader.why != MULTIPLIED:
                 read.append(columns.reshape(-1))
                 continue
-            pairs, used = rows.T * self._count + columns, reader.used[0] & alive[rows.T]
+            pairs, used = rows.T * self._count + columns, reader.used.of_group(0) & alive[rows.T]
             spared.append(pairs[~used])
             asked.append(pairs[used])
         found = np.setdiff1d(np.concatenate(spared), np.concatenate(asked))

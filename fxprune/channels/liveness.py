@@ -175,8 +175,8 @@ class Liveness:
         """What is needed, less positions of grids that count for themselves and are not.
 
         Heads by channels are needed for these factors: keys are met by channel, values read by head; but for the pairs
-        that no product has a use for. Where both factors are there for positions alone, as groups of a shuffle are, a
-        position counts for itself.
+        that no product has a use for. Where factors are there for positions alone, or, as groups of a shuffle, whatever
+        reads them, a position counts for itself.
 
         Args:
             singly: what is needed where factors do not make a position needed. state: where they do.
@@ -184,7 +184,8 @@ class Liveness:
         """
         whole, left, right = self._classes.whole, self._classes.left, self._classes.right
         count = self._classes.count
-        by_grid = state.kept_for(Structural.GRID) & ~self._classes.pinned
+        pinned = self._classes.pinned
+        by_grid = state.kept_for(Structural.GRID) & ~pinned
         read = singly[whole]  # positions whose factors, as a pair, somebody reads
         pairs = [left[read] * count + right[read]]
         order = np.argsort(whole, kind="stable")
@@ -193,7 +194,8 @@ class Liveness:
             at = order[np.clip(place, 0, len(order) - 1)] if len(order) else order
             inner = whole[at] == left[read]
             pairs += [factor[at[inner]] * count + right[read][inner] for factor in (left, right)]
-        asked = singly[left] & singly[right] & ~(by_grid[left] & by_grid[right])
+        asked = singly[left] & singly[right] & ~(by_grid[left] & (by_grid | pinned)[right])
+        asked &= ~(pinned[left] & by_grid[right])
         asked &= ~np.isin(left * count + right, spared)
         for_factors = np.zeros(count, bool)
         for_factors[whole[asked | np.isin(left * count + right, np.concatenate(pairs))]] = True

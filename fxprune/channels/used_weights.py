@@ -59,6 +59,10 @@ class UsedWeights:
             bits = bits[:, rows[0]] if len(rows) == 1 else np.where(rows[:, :, None], bits, np.uint8(0))
         return self._unpacked(np.bitwise_or.reduce(bits, axis=1))
 
+    def of_group(self, group: int) -> Mask:
+        """[rows, columns], which weights of a group are not zero."""
+        return self._unpacked(self.bits[group])
+
     def columns_of(self, group: int, rows: Mask) -> Mask:
         """[columns], the columns of a group that these of its rows [rows] have weights in."""
         return self._unpacked(np.bitwise_or.reduce(self.bits[group, rows], axis=0))

@@ -215,6 +215,15 @@ def test_a_live_row_that_nothing_reads_and_that_fills_a_group_is_told() -> None:
     assert found == ["kept so that groups of channels stay equal"]
 
 
+def test_a_live_row_that_completes_the_groups_of_a_shuffle_is_told() -> None:
+    second = nn.Conv2d(8, 4, 1)
+    with torch.no_grad():
+        second.weight[:, [0, 2, 3, 4, 5]] = 0  # reads rows 4, 3 and 7: two of four places in two groups, less one
+    shuffle = nn.ChannelShuffle(2)
+    found = why(lambda s, x: s.second(shuffle(F.relu(s.first(x)))), first=nn.Conv2d(3, 8, 1), second=second)
+    assert found == ["part of a grid whose other channels stay"]
+
+
 def test_diagonals_are_refused_by_name() -> None:
     found = why(
         lambda s, x: torch.einsum("bchh->bc", F.relu(s.first(x))), first=dead(nn.Conv2d(3, 8, 1), 1, 2, bias=True)
