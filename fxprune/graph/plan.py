@@ -90,8 +90,10 @@ class ChannelPlan(Readable):
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """Cut a tensor of the shape that `name` had before (an optimizer's state, a gradient) to what is kept.
 
-        Keys and values in the cache of the module before are cut by their name, as in "past_key_values.0.key".
+        Keys and values in the cache of the module before are cut by their name, as in "past_key_values.0.key". A layout
+        by channels last stays.
         """
+        layout = _layout(tensor)
         for axis, (_, index) in sorted(self.cached.get(name, {}).items()):
             tensor = tensor.index_select(axis, index.to(tensor.device))
         for axis, index in sorted(self.kept.get(name, {}).items()):
@@ -99,7 +101,7 @@ class ChannelPlan(Readable):
                 tensor = self._slice_grouped(name, axis, index, tensor)
             elif len(index) != tensor.shape[axis]:
                 tensor = tensor.index_select(axis, index.to(tensor.device))
-        return tensor.contiguous()
+        return tensor.contiguous(memory_format=layout)
 
     def _slice_grouped(self, name: str, axis: int, index: Tensor, tensor: Tensor) -> Tensor:
         """Each remaining group takes its own columns; axis 0 is cut already."""
@@ -266,3 +268,11 @@ def _pack(index: Tensor, full: int) -> Any:
 
 def _unpack(stored: Any, full: int) -> Tensor:
     return torch.arange(full) if stored is None else torch.tensor(stored, dtype=torch.int64)
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    """By channels last where a tensor is stored so, and not in the order of its axes as well."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    found = formats.get(tensor.dim(), torch.contiguous_format)
+    is_other = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=found)
+    return found if is_other else torch.contiguous_format

@@ -81,6 +81,25 @@ def test_without_shrink_shapes_stay_and_outputs_are_the_same_bits(traced: fxprun
     assert final.get_submodule("stem").weight.shape == (8, 3, 3, 3)
 
 
+def test_weights_and_what_an_optimizer_holds_of_them_stay_by_channels_last() -> None:
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8)
+    traced = fxprune.trace(model, x)
+    fxprune.prune.channels(traced, amount=0.5, round_to=1)
+    optimizer = torch.optim.SGD(traced.parameters(), lr=0.1, momentum=0.9)
+    traced(x).sum().backward()
+    optimizer.step()
+    final = fxprune.finalize(traced, align=1)
+    after = fxprune.optimizer_after(final, optimizer)
+    for name in ("0.weight", "2.weight"):
+        weight = final.get_parameter(name)
+        assert weight.shape[0] < 8
+        for tensor in (weight, after.state[weight]["momentum_buffer"]):
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+            assert not tensor.is_contiguous()
+
+
 @pytest.mark.parametrize("align", [2, 4, 8, "auto"])
 def test_alignment_keeps_multiples(traced: fxprune.TracedModule, align: Any) -> None:
     final = fxprune.finalize(traced, align=align)
