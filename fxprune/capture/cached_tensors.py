@@ -23,17 +23,19 @@ class CachedTensor:
     Attributes:
         name: as in `past_key_values.0.key`; as in `present.0.key` where the graph takes none.
         taken, returned: its places among the flat inputs and outputs; None where it is not taken.
+        is_crossed: whether attention reads an encoder by it.
     """
 
     name: str
     taken: int | None
     returned: int
+    is_crossed: bool = False
 
 
 def cached_tensors(graph: fx.Graph) -> list[CachedTensor]:
     """The keys and values that a captured graph returns for its own next call, in the order of the outputs.
 
-    What an encoder-decoder keeps of its encoder is none of them: the call that reads it did not write it.
+    What an encoder-decoder keeps of its encoder is among them: a call that takes it returns it as it was.
 
     Example:
         >>> cached_tensors(traced.graphs["eval"])[0]
@@ -56,9 +58,8 @@ def cached_tensors(graph: fx.Graph) -> list[CachedTensor]:
         own = [None] * len(cache.layers) if twin is None else twin.places
         path = cache.path if twin is None else twin.path
         found += [
-            CachedTensor(f"{path}.{layer}", taken, returned)
+            CachedTensor(f"{path}.{layer}", taken, returned, cache.is_crossed)
             for layer, taken, returned in zip(cache.layers, own, cache.places, strict=True)
-            if not cache.is_crossed
         ]
     return found
 

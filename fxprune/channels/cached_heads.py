@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,10 +91,13 @@ class CacheNodes:
 
     Attributes:
         taken: by placeholder. returned: with the place among the flat outputs.
+        lent: what is made of an encoder here. The graph that takes it has no weights that wrote it, so what is known
+            of it here is not used: from both go the heads and channels that no weight reads.
     """
 
     taken: Mapping[fx.Node, CachedTensor]
     returned: Mapping[int, CachedTensor]
+    lent: Set[fx.Node]
 
     @classmethod
     def of(cls, graph: fx.Graph) -> CacheNodes:
@@ -108,7 +111,8 @@ class CacheNodes:
             and (cached.taken is None or _holds_heads(placeholders[cached.taken]))
         ]
         taken = {placeholders[cached.taken]: cached for cached in found if cached.taken is not None}
-        return cls(taken, {cached.returned: cached for cached in found})
+        lent = {outputs[cached.returned] for cached in found if cached.is_crossed and cached.taken is None}
+        return cls(taken, {cached.returned: cached for cached in found}, lent)
 
 
 def _holds_heads(node: Any) -> bool:

@@ -153,6 +153,8 @@ def walked(
                 _visit_outputs(walk, node, cached, nodes)
             else:
                 _visit(walk, node)
+            if node in nodes.lent:
+                walk.env[node] = replace(walk.value(node), facts=None)
     return walk
 
 

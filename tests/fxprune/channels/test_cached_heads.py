@@ -180,40 +180,111 @@ def test_a_head_whose_values_are_not_written_as_zero_stays(transformers: Any) ->
     assert not final.plan.cached  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["T5", "Bart"])
-def test_of_an_encoder_decoder_the_heads_that_read_the_encoder_stay(name: str, transformers: Any) -> None:
-    model = decoder(name, transformers, scale=1.5).double()
+def _first(name: str, batch: int, length: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """What an encoder-decoder reads first: six words, or some sound, and the start of what it writes."""
+    read = {key: x.to(dtype) if x.is_floating_point() else x for key, x in encoder_inputs(name, batch, 6).items()}
+    return read | {"decoder_input_ids": tokens(batch, length)}
 
-    def first(batch: int, length: int, read: int) -> dict[str, Any]:
-        return encoder_inputs(name, batch, read) | {"decoder_input_ids": tokens(batch, length)}
 
-    def later(module: nn.Module, batch: int, past: int) -> dict[str, Any]:
-        torch.manual_seed(1)
-        with torch.no_grad():
-            before = module(**first(batch, past, 6))
-        states = transformers.modeling_outputs.BaseModelOutput(before.encoder_last_hidden_state)
-        return {
-            "encoder_outputs": states,
-            "decoder_input_ids": tokens(batch, 2),
-            "past_key_values": before.past_key_values,
-        }
+def _next(outputs: Any, states: Tensor, ids: Tensor, transformers: Any) -> dict[str, Any]:
+    """What it reads next, with the caches that it returned."""
+    encoded = transformers.modeling_outputs.BaseModelOutput(states)
+    return {"encoder_outputs": encoded, "decoder_input_ids": ids, "past_key_values": outputs.past_key_values}
 
-    shapes: dict[str, Any] = {"encoder_outputs": [FREE], "decoder_input_ids": FREE, "past_key_values": FREE_CACHE}
-    traced = _pruned(fxprune.trace(model, later(model, 2, 4), dynamic_shapes=shapes, modes=("eval",)))
-    eager = _masked(traced, model)
-    final = fxprune.finalize(traced, align=1)
-    assert final.plan is not None
-    assert {path.split(".")[2] for path in final.plan.cached} == {"decoder"}
-    start = fxprune.trace(
-        eager, first(2, 4, 6), dynamic_shapes=encoder_shapes(name) | {"decoder_input_ids": FREE}, modes=("eval",)
-    )
-    start = fxprune.finalize(start, align=1)
-    wanted = later(eager, 3, 3)
-    torch.manual_seed(1)
+
+_LATER_SHAPES: dict[str, Any] = {
+    "encoder_outputs": [FREE], "decoder_input_ids": FREE, "past_key_values": FREE_CACHE,
+}  # fmt: skip
+
+
+def _two_graphs(
+    name: str, model: nn.Module, masked: Any, transformers: Any
+) -> tuple[nn.Module, fxprune.TracedModule, fxprune.TracedModule]:
+    """An encoder-decoder that keeps every head, and what is left of its first and of its later steps.
+
+    `masked` puts masks into the later one's graph.
+    """
+    dtype = next(model.parameters()).dtype
     with torch.no_grad():
-        call = wanted | {"past_key_values": start(**first(3, 3, 6)).past_key_values}
-        got, want = final(**call), eager(**copy.deepcopy(wanted))
+        outputs = model(**_first(name, 2, 4, dtype))
+    sample = _next(outputs, outputs.encoder_last_hidden_state, tokens(2, 2), transformers)
+    later = masked(fxprune.trace(model, sample, dynamic_shapes=_LATER_SHAPES, modes=("eval",)))
+    eager = _masked(later, model)
+    shapes = encoder_shapes(name) | {"decoder_input_ids": FREE}
+    first = fxprune.trace(eager, _first(name, 2, 4, dtype), dynamic_shapes=shapes, modes=("eval",))
+    return eager, fxprune.finalize(first, align=1), fxprune.finalize(later, align=1)
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart", pytest.param("Whisper", marks=pytest.mark.slow)])
+def test_of_an_encoder_decoder_both_caches_lose_heads_in_the_first_step_and_in_later_ones(
+    name: str, transformers: Any
+) -> None:
+    model = decoder(name, transformers, scale=1.5).double()
+    eager, first, later = _two_graphs(name, model, _pruned, transformers)
+    assert {path.split(".")[2] for path in later.plan.cached} == {"decoder", "encoder"}  # type: ignore[union-attr]
+    assert {path.split(".")[2] for path in first.plan.cached} == {"decoder", "encoder"}  # type: ignore[union-attr]
+    for batch in (1, 3):
+        call = _first(name, batch, 3)
+        with torch.no_grad():
+            want, got = eager(**call), first(**call)
+            for length in (2, 1, 1):
+                assert _error([want.logits], [got.logits]) < 1e-9
+                states, ids = want.encoder_last_hidden_state, tokens(batch, length)
+                want = eager(**_next(want, states, ids, transformers))
+                got = later(**_next(got, states, ids, transformers))
+        assert _error([want.logits], [got.logits]) < 1e-9
+        whole, rest = (each.past_key_values.cross_attention_cache.layers[1] for each in (want, got))
+        for kind, dense, small in (("key", whole.keys, rest.keys), ("value", whole.values, rest.values)):
+            cut = later.plan.slice(f"past_key_values.1.encoder.{kind}", dense)  # type: ignore[union-attr]
+            assert cut.shape[1] == dense.shape[1] // 2
+            assert torch.allclose(cut, small, rtol=1e-9, atol=1e-9)
+
+
+def test_what_only_the_weights_say_that_wrote_it_leaves_the_encoders_cache_whole_in_both_graphs(
+    transformers: Any,
+) -> None:
+    model = decoder("T5", transformers, scale=1.5).double()
+    with torch.no_grad():  # the values of a head are zero, which the later steps' graph cannot know
+        model.decoder.block[1].layer[1].EncDecAttention.v.weight[8:16] = 0  # type: ignore[index, union-attr]
+    eager, first, later = _two_graphs("T5", model, lambda traced: traced, transformers)
+    assert not first.plan.cached  # type: ignore[union-attr]
+    assert not later.plan.cached  # type: ignore[union-attr]
+    call = _first("T5", 3, 2)
+    with torch.no_grad():
+        want, got, ids = eager(**call), first(**call), tokens(3, 1)
+        states = want.encoder_last_hidden_state
+        want = eager(**_next(want, states, ids, transformers))
+        got = later(**_next(got, states, ids, transformers))
     assert _error([want.logits], [got.logits]) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["T5", "Bart", "Whisper"])
+def test_two_files_with_fewer_heads_write_the_masked_models_tokens(
+    name: str, transformers: Any, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    model = decoder(name, transformers)
+    eager, first, later = _two_graphs(name, model, _pruned, transformers)
+    paths = tmp_path / "first.onnx", tmp_path / "later.onnx"
+    for path, final in zip(paths, (first, later), strict=True):
+        fxprune.export.to_onnx(final, path)
+    shapes = {value.name: value.shape for value in onnxruntime.InferenceSession(str(paths[1])).get_inputs()}
+    for part in ("decoder", "encoder"):  # of four heads in each of two layers
+        assert sum(shapes[f"past_key_values.{layer}.{part}.value"][1] for layer in range(2)) < 8
+    for batch in (1, 3):
+        call = _first(name, batch, 1, torch.float32)
+        written = fxprune.export.generate(paths[1], call, prefill=paths[0], max_new_tokens=64)
+        ids = call["decoder_input_ids"]
+        with torch.no_grad():
+            outputs = eager(**call)
+            states = outputs.encoder_last_hidden_state
+            for _ in range(64):
+                new = outputs.logits[:, -1:].argmax(-1)
+                ids = torch.cat([ids, new], 1)
+                outputs = eager(**_next(outputs, states, new, transformers))
+        assert torch.equal(written, ids)
 
 
 def test_files_have_the_heads_that_are_left_and_write_the_masked_models_tokens(
