@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -24,17 +24,44 @@ class LeftOut(Enum):
     AS_IN_THE_MODEL = "its own values, as far as its neighbours' sizes leave them"
     WITHOUT_WEIGHTS = "zeros in place of matrices"
     EMPTY = "zeros"
+    WHOLE = "its own values and sizes, as parameters need from which the class computes a constant"
 
 
 @dataclass(frozen=True)
 class LeftOver:
-    """A tensor of a layer that left the graph, and the values that it has in the model, cut to its size."""
+    """A tensor of a layer that left the graph.
 
+    Attributes:
+        name, owner: what it is called, and the module that has it.
+        tensor: the copy's.
+        values, channels: what it has in the model, cut to its size, and what of each axis that is.
+        whole: what it has in the model.
+    """
+
+    name: str
+    owner: nn.Module
     tensor: Tensor
     values: Tensor
+    channels: Mapping[int, Tensor]
+    whole: Tensor
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it has not the size that it has in the model."""
+        return self.values.shape != self.whole.shape
+
+    def channels_of(self, state: LeftOut) -> dict[int, Tensor]:
+        """What of each axis it then has."""
+        if state is LeftOut.WHOLE:
+            return {axis: torch.arange(self.whole.shape[axis]) for axis in self.channels}
+        return dict(self.channels)
 
     def set_to(self, state: LeftOut) -> None:
         """Give the tensor its values, or zeros."""
+        if state is LeftOut.WHOLE:
+            self.tensor.data = self.whole.clone()
+            follow_parameters(self.owner)
+            return
         is_weight = self.values.is_floating_point() and self.values.dim() > 1
         is_zero = (state is LeftOut.WITHOUT_WEIGHTS and is_weight) or (
             state is LeftOut.EMPTY and self.values.is_floating_point()
@@ -138,12 +165,14 @@ def _cut_left_out(copy: WorkingCopy, own: dict[str, Tensor], made: dict[int, Ten
             continue
         owner, attribute = locate(copy.root, name)
         values = _cut(plan, name, old)
-        if isinstance(owner, NormBase) and name not in plan.dropped:  # it was folded
+        is_folded = isinstance(owner, NormBase) and name not in plan.dropped
+        if is_folded:
             values.fill_(_identity(owner, attribute))
-        else:
-            left_over.append(LeftOver(values, values.clone()))
         new = nn.Parameter(values, old.requires_grad) if isinstance(old, nn.Parameter) else values
-        setattr(owner, attribute, made.setdefault(id(old), new))
+        new = made.setdefault(id(old), new)
+        setattr(owner, attribute, new)
+        if not is_folded:
+            left_over.append(LeftOver(name, owner, new, values.clone(), plan.kept[name], old.detach()))
         if attribute == "weight" and isinstance(owner, ConvNd):
             _, groups = plan.groups.get(name, (0, 0))
             owner.groups = groups or max(owner.groups * len(values) // len(old), 1)

@@ -172,19 +172,41 @@ def _find_integers(search: Search, left_over: Sequence[LeftOver]) -> None:
     Raises:
         WriteBackError: there are none.
     """
-    for state in LeftOut if left_over else [LeftOut.AS_IN_THE_MODEL]:
+    states = list(LeftOut) if left_over else [LeftOut.AS_IN_THE_MODEL]
+    if not any(left.is_cut for left in left_over):
+        states = [state for state in states if state is not LeftOut.WHOLE]
+    refusal: WriteBackError | None = None
+    for state in states:
         search.zeros.give_up()
         set_left_over(left_over, state)
-        search.run()
-        search.derive()
-        worst = search.rehearsal.difference()
-        if worst and search.run_wider():
-            search.derive()
-            if search.is_smaller():  # else all came back, and nothing is won
-                worst = search.rehearsal.difference()
+        search.zeros.kept.update((left.name, left.channels_of(state)) for left in left_over)
+        try:
+            worst = _difference_found(search)
+        except WriteBackError:
+            if refusal is None:
+                raise
+            break  # what was said first is nearer to what is wrong
         if not worst:
             return
-    raise _other_results(search.copy, search.disagreeing, worst)
+        refusal = _other_results(search.copy, search.disagreeing, worst)
+    assert refusal is not None
+    raise refusal
+
+
+def _difference_found(search: Search) -> float:
+    """How far the copy is from the graph with the integers that are found for it; 0 where it computes the same.
+
+    Raises:
+        WriteBackError: it runs with no integers.
+    """
+    search.run()
+    search.derive()
+    worst = search.rehearsal.difference()
+    if worst and search.run_wider():
+        search.derive()
+        if search.is_smaller():  # else all came back, and nothing is won
+            worst = search.rehearsal.difference()
+    return worst
 
 
 def _watched_run(rehearsal: Rehearsal) -> tuple[Reads, float]:

@@ -324,10 +324,14 @@ class Convolution(OperatorCall):
 
     def costs(self, env: Mapping[fx.Node, Result]) -> Sequence[Cost]:
         """One product a weight, batch entry and position: of the output, transposed of the input."""
-        weight, moved = sizes_of(self.weight), sizes_of(self.data if self.is_transposed else self.node)
+        node = self.data if self.is_transposed else self.node
+        weight, moved, value = sizes_of(self.weight), sizes_of(node), env.get(node)
         positions = math.prod(moved[-self.space :])
         batch = math.prod(moved) // positions // moved[-self.space - 1]
-        return [Cost(float(math.prod(weight) * positions * batch), ())]
+        axes = [*value.axes] if isinstance(value, Value) else []
+        if axes:  # those of space may carry channels of other layers; rows and columns are known by the reader
+            del axes[-self.space - 1]
+        return [Cost(float(math.prod(weight) * positions * batch), (*axes, ONE, ONE))]
 
     @property
     def traffic(self) -> Traffic:

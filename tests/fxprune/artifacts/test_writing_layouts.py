@@ -255,3 +255,30 @@ def test_a_module_that_is_given_one_value_for_all_samples_is_tried_like_others()
     small = fxprune.write_back(fxprune.finalize(fxprune.trace(model, inputs, modes=("eval",)), align=1), model)
     assert (small.shifted.half, small.shifted.first.out_features) == (6, 12)
     torch.testing.assert_close(small(*inputs), model(*inputs))
+
+
+class Balanced(nn.Module):
+    """Two layers whose difference is weighed by what products of parameters alone say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.other, self.down = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.first, self.second = nn.Parameter(torch.randn(5) / 4), nn.Parameter(torch.randn(5) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        balance = torch.exp((self.first * self.second).sum(-1)).type_as(x)
+        y: Tensor = self.down(self.up(x).relu() - balance * self.other(x))
+        return y
+
+
+def test_parameters_that_make_a_constant_come_back_whole() -> None:
+    torch.manual_seed(0)
+    model = Balanced()
+    for layer in (model.up, model.other):
+        zeroed(layer.weight, [1, 4])
+        zeroed(layer.bias, [1, 4])
+    final, small = written(model, torch.randn(2, 6).double())
+    assert final.plan is not None
+    assert {"first", "second"} <= set(final.plan.dropped)
+    assert torch.equal(small.first, model.first)
+    assert small.up.out_features == 6

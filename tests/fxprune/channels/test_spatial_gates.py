@@ -118,10 +118,11 @@ def test_the_channels_are_groups_with_both_halves(form: str) -> None:
     traced = fxprune.trace(model, torch.randn(2, TOKENS, 6).double())
     (group,) = [g for g in fxprune.channel_groups(traced) if "ups.0.weight" in str(g)]
     assert (group.size, group.reason) == (HIDDEN, None)
-    fxprune.prune.channels(traced, macs=0.6, kinds="width", round_to=1)
+    report = fxprune.prune.channels(traced, macs=0.6, kinds="width", round_to=1)
     final = fxprune.finalize(traced.eval(), align=1)
     assert_equal(traced.eval(), final)
     assert final.plan is not None
+    assert report.macs == final.plan.macs
     before, after = final.plan.macs
     assert 0.5 < after / before <= 0.6
     with FlopCounterMode(display=False) as counter, torch.no_grad():
