@@ -34,6 +34,9 @@ def scale(node: fx.Node, batch: Batch) -> float:
 def _measured(node: fx.Node, sizes: Mapping[Any, int]) -> float:
     def empty(operand: fx.Node) -> Any:
         value = operand.meta.get("val")
+        owner = operand.graph.owning_module
+        if value is None and operand.op == "get_attr" and owner is not None:
+            return owner.get_submodule(str(operand.target))  # a graph within, as of `torch.autocast` in a forward
         if isinstance(value, torch.SymInt):
             return evaluated(value, sizes)
         if not isinstance(value, Tensor):

@@ -67,3 +67,28 @@ def test_a_budget_is_reached_exactly(build: Callable[[], nn.Module], shape: tupl
         x = torch.randn(batch, *shape, dtype=torch.float64)
         with torch.no_grad():
             assert error(traced(x), final(x)) < 1e-9
+
+
+class Precise(nn.Module):
+    """A product that is computed without autocast, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.hidden, self.down = nn.Linear(6, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        with torch.autocast(device_type="cpu", enabled=False):
+            x = x @ (x.transpose(1, 2) @ x)
+        y: Tensor = self.down(self.hidden(x).relu())
+        return y
+
+
+def test_products_without_autocast_count() -> None:
+    torch.manual_seed(0)
+    traced = fxprune.trace(Precise().eval(), torch.randn(2, 5, 6), modes=("eval",))
+    report = fxprune.prune.channels(traced, macs=0.9)
+    final = fxprune.finalize(traced)
+    assert final.plan is not None
+    assert report.macs == final.plan.macs
+    assert report.macs[0] == 5 * (6 * 32 + 32 * 32 + 32 * 3) + 2 * 5 * 32 * 32
