@@ -67,8 +67,8 @@ def pytorchcv_model(_torchvision_operators: object) -> Callable[..., nn.Module]:
     return build
 
 
-@pytest.fixture(scope="session")
-def shared_translations() -> Iterator[None]:
+@pytest.fixture(scope="session", autouse=True)
+def _shared_translations() -> Iterator[None]:
     """One table of ONNX translations, and one of composite operators, for all exports.
 
     torch builds them anew in each, which is three quarters of a small one.

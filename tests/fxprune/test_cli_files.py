@@ -15,8 +15,6 @@ import torch
 import fxprune
 from fxprune import cli
 
-pytestmark = pytest.mark.usefixtures("shared_translations")
-
 MODELS = """
 import torch
 from torch import nn
@@ -64,7 +62,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def files(folder: Path, shared_translations: None) -> dict[str, str]:
+def files(folder: Path) -> dict[str, str]:
     """Written by the command line itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -22,7 +22,6 @@ from fxprune.demo.measuring import eager_twin
 from fxprune.demo.results import accuracy_failures
 
 pytest.importorskip("sklearn")
-pytestmark = pytest.mark.usefixtures("shared_translations")
 TIMES = {"seconds", "latency_ms", "latency", "output"}
 
 
@@ -59,7 +58,7 @@ def _few_digits(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory, shared_translations):
+def short(tmp_path_factory):
     """One run too short to learn, on few digits: everything but the accuracy holds."""
     folder = tmp_path_factory.mktemp("demo") / "made" / "by it"
     out, err = io.StringIO(), io.StringIO()

@@ -19,8 +19,6 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError, Expor
 from fxprune.export import Session, bench, to_onnx, to_program, to_torchscript
 from fxprune.passes import RemoveChannels
 
-pytestmark = pytest.mark.usefixtures("shared_translations")
-
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
@@ -33,7 +31,7 @@ def traced_with_dead_rows() -> fxprune.TracedModule:
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory, shared_translations: None) -> Path:
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return to_onnx(traced_with_dead_rows(), tmp_path_factory.mktemp("names") / "model.onnx", verify=False).path
 
 

@@ -22,8 +22,6 @@ from fxprune.prune.latency import LatencyCurve, LatencyTable
 from fxprune.recipes import Outcome
 from fxprune.reports import Readable, change, columns, counted, first_of, number, plain
 
-pytestmark = pytest.mark.usefixtures("shared_translations")
-
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LINES, WIDTH = 10, 300
 
@@ -80,7 +78,7 @@ def _results(folder: Path) -> dict[str, Readable]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, shared_translations: None) -> dict[str, Readable]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Readable]:
     return _results(tmp_path_factory.mktemp("results"))
 
 

@@ -183,43 +183,36 @@ def test_a_module_in_place_of_its_schedule_is_refused() -> None:
 
 PACKAGES = ("lightning", "transformers", "accelerate")
 IMPORTS = """
-import importlib, sys
+import importlib, importlib.util, sys
 import fxprune.callbacks
 found = {name.partition(".")[0] for name in sys.modules}
 assert not found & {"lightning", "pytorch_lightning", "transformers", "accelerate"}, found
-BEFORE
-for name in ("lightning", "transformers", "accelerate"):
-    try:
-        importlib.import_module(f"fxprune.callbacks.{name}")
-    except fxprune.FxpruneError as error:
-        print(error)
+find = importlib.util.find_spec
+hidden = {"lightning", "pytorch_lightning", "transformers", "accelerate"}
+for broken in (False, True):
+    if broken:
+        importlib.util.find_spec = find
+        sys.path.insert(0, sys.argv[1])
+    else:
+        importlib.util.find_spec = lambda name, package=None: None if name in hidden else find(name, package)
+    for name in ("lightning", "transformers", "accelerate"):
+        try:
+            importlib.import_module(f"fxprune.callbacks.{name}")
+        except fxprune.FxpruneError as error:
+            print(error)
 """
 
 
-def told_by_imports(before: str) -> list[str]:
-    """What the three adapters say, imported in a process of their own."""
-    command = [sys.executable, "-c", IMPORTS.replace("BEFORE", before)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-
-
-def test_fxprune_imports_no_trainer_and_a_missing_one_is_named_with_its_extra() -> None:
-    told = told_by_imports(
-        "import importlib.util\n"
-        "find = importlib.util.find_spec\n"
-        "hidden = {'lightning', 'pytorch_lightning', 'transformers', 'accelerate'}\n"
-        "importlib.util.find_spec = lambda name, package=None: None if name in hidden else find(name, package)"
-    )
-    for line, name in zip(told, PACKAGES, strict=True):
-        assert line == f"this needs {name}, which is not installed: pip install 'fxprune[{name}]'."
-
-
-def test_a_broken_library_is_named_with_its_error(tmp_path: Path) -> None:
+def test_fxprune_imports_no_trainer_and_a_missing_or_broken_one_is_named_with_its_extra(tmp_path: Path) -> None:
     for name in PACKAGES:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')\n")
-    told = told_by_imports(f"sys.path.insert(0, {str(tmp_path)!r})")
-    assert len(told) == 3
-    for line, name in zip(told, PACKAGES, strict=True):
+    command = [sys.executable, "-c", IMPORTS, str(tmp_path)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    missing, broken = told[:3], told[3:]
+    for line, name in zip(missing, PACKAGES, strict=True):
+        assert line == f"this needs {name}, which is not installed: pip install 'fxprune[{name}]'."
+    for line, name in zip(broken, PACKAGES, strict=True):
         assert line.startswith(name)
         assert "is installed and cannot be imported: RuntimeError: operator nms does not exist." in line
         assert f"'fxprune[{name}]'" in line

@@ -317,6 +317,7 @@ assert torch.equal(written, model.generate(prompt, do_sample=False, max_new_toke
 """
 
 
+@pytest.mark.slow
 def test_a_cache_that_the_library_itself_registered_is_written_to_onnx(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _FOREIGN, str(tmp_path / "decoder.onnx")],

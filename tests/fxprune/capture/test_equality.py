@@ -164,7 +164,6 @@ def test_finalized_in_float64_is_the_masked_model_and_has_the_keys_of_the_dense_
     ["lstm", *(pytest.param(name, marks=pytest.mark.slow) for name in (QUICK_CNN, *NETWORKS) if name != "lstm")],
     indirect=True,
 )
-@pytest.mark.usefixtures("shared_translations")
 def test_onnxruntime_computes_what_the_masked_model_computes(fresh: Pair, tmp_path: Any) -> None:
     final = fxprune.finalize(fresh.traced.eval())
     path = tmp_path / "model.onnx"

@@ -19,8 +19,6 @@ from fxprune.export import Session, bench, to_onnx, to_program, to_torchscript
 from fxprune.export.judging import Tolerance
 from fxprune.graph.calls import as_call, as_calls, each_call
 
-pytestmark = pytest.mark.usefixtures("shared_translations")
-
 X, Y = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.full((3, 4), 2.0)
 FORMS: dict[str, Any] = {
     "tuple": (X, Y), "dict": {"x": X, "y": Y}, "dict in another order": {"y": Y, "x": X}, "both": Call((X,), {"y": Y}),
@@ -49,7 +47,7 @@ def final(model: Adds) -> fxprune.TracedModule:
 
 
 @pytest.fixture(scope="module")
-def file(final: fxprune.TracedModule, tmp_path_factory: pytest.TempPathFactory, shared_translations: None) -> Path:
+def file(final: fxprune.TracedModule, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return to_onnx(final, tmp_path_factory.mktemp("calls") / "model.onnx").path
 
 

@@ -30,8 +30,6 @@ from fxprune.errors import (
 )
 from tests.beginners import IMAGES, L1, LABELS, LOADER, Case, Tokens, refused, small, state_of, unchanged
 
-pytestmark = pytest.mark.usefixtures("shared_translations")
-
 
 class Bare(nn.Module):
     def __init__(self) -> None:

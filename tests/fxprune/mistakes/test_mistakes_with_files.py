@@ -25,9 +25,6 @@ from fxprune.errors import (
 )
 from tests.beginners import IMAGES, LABELS, LOADER, Case, Tokens, refused, small, smaller, unchanged
 
-pytestmark = pytest.mark.usefixtures("shared_translations")
-
-
 FILES: dict[str, Case] = {
     "the order of torch.onnx": (
         lambda f: fxprune.export.to_onnx(f, IMAGES, "m.onnx"), ArgumentTypeError, "3 arguments by position: too many",

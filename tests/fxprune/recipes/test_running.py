@@ -71,20 +71,30 @@ def test_every_stage_runs_and_the_files_hold_what_is_left(whole: tuple[Path, rec
     assert scores == [pytest.approx(score(network())), pytest.approx(score(final), rel=1e-5)]
 
 
-@pytest.mark.parametrize("stage", STAGES[1:])
+@pytest.mark.parametrize(
+    "killed",
+    [
+        pytest.param(STAGES[1:], id="at each stage in turn"),
+        *(pytest.param([stage], id=stage, marks=pytest.mark.slow) for stage in STAGES[1:]),
+    ],
+)
 def test_a_run_that_was_killed_goes_on_to_the_same_result_bit_for_bit(
-    whole: tuple[Path, recipes.Outcome], tmp_path: Path, stage: str
+    whole: tuple[Path, recipes.Outcome], tmp_path: Path, killed: list[str]
 ) -> None:
-    def killing(name: str, place: int, count: int) -> None:
-        assert count == len(STAGES)
-        if name == stage:
-            raise Killed
+    recipe, began = recipes.parsed(TABLES), list[str]()
+    for stage in killed:
 
-    recipe, began = recipes.parsed(TABLES), []
-    with pytest.raises(Killed):
-        recipes.run(recipe, tmp_path, step=killing)
+        def killing(name: str, place: int, count: int, last: str = stage) -> None:
+            assert count == len(STAGES)
+            if name == last:
+                raise Killed
+            began.append(name)
+
+        with pytest.raises(Killed):
+            recipes.run(recipe, tmp_path, step=killing)
+        assert began == STAGES[: STAGES.index(stage)]
     outcome = recipes.run(recipe, tmp_path, step=lambda name, *_: began.append(name))
-    assert began == STAGES[STAGES.index(stage) :]
+    assert began == STAGES
     assert told(outcome) == told(whole[1])
     wanted, found = (fxprune.load(folder / "model.fxp").state_dict() for folder in (whole[0], tmp_path))
     assert wanted.keys() == found.keys()
