@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 SECONDS = 120  # longer than any test, shorter than a suite that hangs
+METHOD = "forkserver"  # of starting processes: what they all import is imported once
+multiprocessing.set_forkserver_preload(["fxprune", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
 
 
 def in_processes(count: int, function: Callable[..., Any], *args: Any, seconds: float = SECONDS) -> list[Any]:
@@ -26,7 +28,7 @@ def in_processes(count: int, function: Callable[..., Any], *args: Any, seconds: 
         seconds: the time-out of the group.
     """
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_process, (count, folder, function, args, seconds), nprocs=count)
+        multiprocessing.start_processes(_process, (count, folder, function, args, seconds), count, start_method=METHOD)
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(count)]
 
 
@@ -36,7 +38,7 @@ def survivors(count: int, lost: int, function: Callable[..., Any], *args: Any, s
     Raises:
         AssertionError: another one did not return, or that one did.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(METHOD)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (count, folder, function, args, seconds)
         started = [context.Process(target=_process, args=(rank, *arguments)) for rank in range(count)]
