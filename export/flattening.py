@@ -17,6 +17,7 @@ from fxprune.errors import ArgumentTypeError, ExportError, FinalizeError
 from fxprune.graph.calls import Call
 from fxprune.graph.codegen import CodeGen
 from fxprune.graph.editing import erase_dead
+from fxprune.graph.equality import is_finite
 from fxprune.graph.expressions import evaluate
 from fxprune.graph.metadata import parameter_of, untag
 from fxprune.graph.requirements import require_eval
@@ -43,7 +44,7 @@ def check_source(module: object, function: str) -> None:
         )
     require_eval(module, function, ExportError)
     # a buffer may hold -inf on purpose (an attention mask), never NaN
-    bad = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
+    bad = [name for name, parameter in module.named_parameters() if not is_finite(parameter)]
     bad += [name for name, buffer in module.named_buffers() if buffer.isnan().any()]
     if bad:
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""

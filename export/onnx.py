@@ -179,10 +179,11 @@ def to_onnx(
         draft = Draft(file, path)
         stale = side_files(path)
         translation = _translate(request)
-        save(translation.program, file)
         with draft.usable():
+            save(translation.program, file)
             written = _convert(request, draft)
-            onnx.checker.check_model(os.fspath(file))
+            if written.is_rewritten:
+                onnx.checker.check_model(os.fspath(file))
             verification = (
                 _verify(request, draft, translation.exported)
                 if request.proof.is_wanted
@@ -276,10 +277,16 @@ class _Translation:
 
 @dataclass(frozen=True)
 class _Written:
-    """The file in its final precision: bytes before weights were stored sparse, and what that came to."""
+    """The file in its final precision.
+
+    Attributes:
+        dense_size: its bytes before weights were stored sparse. notes: what that came to.
+        is_rewritten: whether it is another one than was saved.
+    """
 
     dense_size: int
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    is_rewritten: bool = True
 
 
 @dataclass(frozen=True)
@@ -379,7 +386,7 @@ def _convert(request: _Request, draft: Draft) -> _Written:
         rewrite(draft, lambda model: int8(draft.file, _feeds(request, draft)))
     dense_size = draft.size
     if not request.sparse:
-        return _Written(dense_size, ())
+        return _Written(dense_size, is_rewritten=request.precision != "float32")
     rewrite(draft, sparse_initializers)
     count = len(onnx.load(draft.file, load_external_data=False).graph.sparse_initializer)
     note = (

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import onnx_ir
 from google.protobuf.message import DecodeError
 from torch.onnx import ONNXProgram
 
@@ -18,14 +19,94 @@ from .verification import Draft
 SINGLE_FILE_BYTES = 1536 * 2**20  # weights beyond it go to a file beside: protobuf ends at 2 GiB
 
 
+# of protobuf's messages in a file: the number of a field, and that its length comes first
+_GRAPH_OF_MODEL, _INITIALIZER_OF_GRAPH, _RAW_DATA_OF_TENSOR = (bytes([number << 3 | 2]) for number in (7, 5, 9))
+
+
 def save(program: ONNXProgram, file: Path) -> None:
-    """Write what torch made."""
+    """Write what torch made, and check it; of the weights one at a time is held.
+
+    Raises:
+        onnx.checker.ValidationError: it is no valid model.
+    """
     constants = [value.const_value for value in program.model.graph.initializers.values()]
-    external = sum(constant.nbytes for constant in constants if constant is not None) > SINGLE_FILE_BYTES
+    if sum(constant.nbytes for constant in constants if constant is not None) <= SINGLE_FILE_BYTES:
+        _save_in_one_file(program, file)
+        return
     # the exporter calls the side file like the main one; a fresh name keeps an older pair whole until it is replaced
-    draft = file.with_name(_fresh(file, ".onnx")) if external else file
-    program.save(draft, external_data=external)
+    draft = file.with_name(_fresh(file, ".onnx"))
+    program.save(draft, external_data=True)
+    onnx.checker.check_model(os.fspath(draft))
     draft.rename(file)
+
+
+def _save_in_one_file(program: ONNXProgram, file: Path) -> None:
+    """Write a model whose weights are within.
+
+    As one message they would be held three times, as tensors, as a message and as its bytes, and twice again where the
+    file is checked. So the file is put together from the bytes of smaller messages, as protobuf's encoding has it
+    (https://protobuf.dev/programming-guides/encoding/), and checked with one entry of each weight.
+    """
+    model, weights = _without_numbers(program)
+    heads = [*model.graph.initializer]
+    model.graph.ClearField("initializer")
+    begun = [_begun(head, weight) for head, weight in zip(heads, weights, strict=True)]
+    onnx.checker.check_model(_with_single_entries(model, heads))
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    size = len(graph) + sum(len(start) + weight.nbytes for start, weight in zip(begun, weights, strict=True))
+    with file.open("wb") as written:
+        written.write(model.SerializeToString() + _GRAPH_OF_MODEL + _varint(size) + graph)
+        for start, weight in zip(begun, weights, strict=True):
+            written.write(start)
+            written.write(weight.tobytes())
+
+
+def _without_numbers(program: ONNXProgram) -> tuple[onnx.ModelProto, list[onnx_ir.TensorProtocol]]:
+    """The model as a message whose initializers have no values, and these."""
+    values = [(value, value.const_value) for value in program.model.graph.initializers.values()]
+    known = [(value, weight) for value, weight in values if weight is not None]
+    try:
+        for value, weight in known:
+            value.const_value = onnx_ir.ExternalTensor(
+                "elsewhere", 0, weight.nbytes, weight.dtype, shape=onnx_ir.Shape(weight.shape), name=str(weight.name),
+                doc_string=weight.doc_string, metadata_props=dict(weight.metadata_props),
+            )  # fmt: skip
+        model = program.model_proto
+    finally:
+        for value, weight in known:
+            value.const_value = weight
+    for head in model.graph.initializer:
+        head.ClearField("external_data")
+        head.ClearField("data_location")
+    return model, [weight for _, weight in known]
+
+
+def _begun(head: onnx.TensorProto, weight: onnx_ir.TensorProtocol) -> bytes:
+    """What stands in a file before the numbers of an initializer."""
+    before: bytes = head.SerializeToString() + _RAW_DATA_OF_TENSOR + _varint(weight.nbytes)
+    return _INITIALIZER_OF_GRAPH + _varint(len(before) + weight.nbytes) + before
+
+
+def _with_single_entries(model: onnx.ModelProto, heads: list[onnx.TensorProto]) -> onnx.ModelProto:
+    """A copy of a model with initializers of one entry each, zero."""
+    small = onnx.ModelProto()
+    small.CopyFrom(model)
+    for head in heads:
+        tensor = small.graph.initializer.add()
+        tensor.CopyFrom(head)
+        tensor.dims[:] = [1] * len(head.dims)
+        tensor.raw_data = bytes(16)  # that of the widest type
+    return small
+
+
+def _varint(number: int) -> bytes:
+    """A length as protobuf has it: seven bits a byte, the lowest first, the highest bit set where more follow."""
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
 
 
 def rewrite(draft: Draft, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:

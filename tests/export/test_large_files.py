@@ -1,4 +1,4 @@
-"""Files whose weights lie beside them are verified without a copy of these."""
+"""Files with many weights are written one weight at a time, and verified without a copy where these lie beside."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from onnx import load
+from onnx.checker import check_model
 from torch import nn
+from torch.onnx import ONNXProgram
 
 import fxprune
 from fxprune.export import onnx, onnx_files
@@ -18,10 +21,15 @@ from fxprune.export.session import Session
 LAYERS, WIDTH = 3, 1024
 
 
+def _resident(kind: str) -> int:
+    """What this process holds in memory, in bytes, as Linux says it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024
+
+
 def _private_bytes() -> int:
     """What this process holds alone; files that are mapped are not among it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+    return _resident("RssAnon")
 
 
 def _let_go_of_what_is_free() -> None:
@@ -81,3 +89,62 @@ def test_weights_within_a_file_are_packed_as_they_will_be(tmp_path: Path, monkey
     traced = fxprune.trace(nn.Linear(4, 2), (torch.randn(2, 4),), modes=("eval",))
     fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
     assert packed == [True]
+
+
+class _Branches(nn.Module):
+    """Weights of several types and sizes, some within the bodies of a branch, one that two layers share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(300, 16)
+        self.inner, self.outer = nn.Linear(16, 16), nn.Linear(16, 300, bias=False)
+        self.outer.weight = self.table.weight
+        self.register_buffer("index", torch.arange(200).flip(0))
+        self.register_buffer("narrow", torch.rand(3, 16).half())
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(self.index[ids])
+        x = torch.cond(x.sum() > 0, lambda x: self.inner(x), lambda x: x * 2.0, (x,))
+        return self.outer(x + self.narrow.sum(0).float())
+
+
+def test_a_file_that_is_put_together_is_what_protobuf_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    programs = []
+
+    def saved(program: ONNXProgram, path: Path) -> None:
+        programs.append(program)
+        onnx_files.save(program, path)
+
+    monkeypatch.setattr(onnx, "save", saved)
+    traced = fxprune.trace(_Branches(), (torch.arange(6).reshape(2, 3),), modes=("eval",))
+    path = tmp_path / "model.onnx"
+    report = fxprune.export.to_onnx(traced, path)
+    assert report.comparison is not None
+    assert report.comparison.ok
+    (program,) = programs
+    expected, found = program.model_proto, load(path)
+    assert len(found.graph.initializer) > 4
+    assert found == expected
+    assert path.stat().st_size == expected.ByteSize()
+    check_model(path, full_check=True)
+
+
+def test_a_file_in_one_holds_one_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 12 * WIDTH * WIDTH * 4
+    traced = fxprune.trace(
+        nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(12))), (torch.randn(2, WIDTH),),
+        modes=("eval",),
+    )  # fmt: skip
+    held = []
+
+    def saved(program: ONNXProgram, path: Path) -> None:
+        _let_go_of_what_is_free()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _resident("VmRSS")
+        onnx_files.save(program, path)
+        held.append((_resident("VmHWM") - before) / size)
+
+    monkeypatch.setattr(onnx, "save", saved)
+    fxprune.export.to_onnx(traced, tmp_path / "model.onnx", verify=False)
+    assert held[0] < 0.5  # a message, and its bytes, of one weight
