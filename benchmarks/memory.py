@@ -1,8 +1,8 @@
 """Peak memory of each step above what was there before it, over the bytes of the parameters, on a Llama of any size.
 
-A thread reads the memory of the process that no other has, every 5 ms; files that are mapped do not count. Weights are
-random. With `--plot` the memory over time is drawn as SVG, a mark at the start of each step. A file of bfloat16 is
-not run: onnxruntime has no kernels for that on the CPU.
+A process beside reads the memory that no other has, every 5 ms, whatever this one is at; files that are mapped do not
+count. Weights are random. With `--plot` the memory over time is drawn as SVG, a mark at the start of each step. A file
+of bfloat16 is not run: onnxruntime has no kernels for that on the CPU.
 
 Run: python benchmarks/memory.py [--width 1024] [--layers 8] [--vocabulary 16000] [--dtype float32] [--plot FILE]
 """
@@ -13,9 +13,11 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -59,13 +61,21 @@ def llama(width: int, layers: int, vocabulary: int, dtype: torch.dtype) -> nn.Mo
         torch.set_default_dtype(before)
 
 
-def private_bytes() -> int:
-    """What this process holds alone, in bytes: pages that it wrote, not those of files."""
-    return next(int(line.split()[1]) for line in _status() if line.startswith("RssAnon")) * 1024
+def private_bytes(process: int | str = "self") -> int:
+    """What a process holds alone, in bytes: pages that it wrote, not those of files."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
-def _status() -> list[str]:
-    return Path("/proc/self/status").read_text().splitlines()
+# of the process beside: (time, bytes) for each sample, in the clock that all processes share
+_SAMPLES = """
+import sys, time
+while True:
+    with open(f"/proc/{sys.argv[1]}/status") as status:
+        held = next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+    print(time.perf_counter(), held * 1024, flush=True)
+    time.sleep(0.005)
+"""
 
 
 @dataclass
@@ -78,20 +88,17 @@ class Watch:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Sample in a thread while the block runs."""
-        done = threading.Event()
-
-        def sample() -> None:
-            while not done.wait(0.005):
-                self.samples.append((time.perf_counter() - self.start, private_bytes()))
-
-        thread = threading.Thread(target=sample, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+        """Sample while the block runs; a thread would see nothing of calls that hold the interpreter's lock."""
+        with tempfile.TemporaryFile("w+") as told:
+            sampler = subprocess.Popen([sys.executable, "-c", _SAMPLES, str(os.getpid())], stdout=told)
+            try:
+                yield
+            finally:
+                sampler.kill()
+                sampler.wait()
+                told.seek(0)
+                pairs = (line.split() for line in told.read().splitlines(keepends=True) if line.endswith("\n"))
+                self.samples += [(float(at) - self.start, int(held)) for at, held in pairs]
 
     def step(self, name: str, call: Callable[[], Any], weights: int) -> Any:
         """The result of a call, whose peak and time are printed."""
