@@ -438,7 +438,7 @@ def finalize(
         verify: compare the outputs on the sample inputs in eval mode, and count MACs on the way.
         keep_for_training: whether channels stay that are constant in eval mode alone, so that train mode computes the
             same, too: behind a batch norm, whose running statistics make a constant of a masked row that its statistics
-            of a batch make another one of.
+            of a batch make another one of. Those stay as well that only ranges of values make constant.
         keep_for_write_back: whether channels stay that are constant but for the border that zero padding makes, as they
             do with `align="auto"`. Without them a map is added to the result of the layer that read them, for which a
             class has no place: `write_back` refuses it.

@@ -52,7 +52,8 @@ def analyze(
         align: "auto" keeps dead channels where counts at convolutions then run faster, `traced.decided` axes aside, and
             constants of positions, which cost less time than a map that is added, and what only ranges of values make
             constant; an integer n, multiples of n.
-        keep_for_training: whether what is constant in eval mode alone stays.
+        keep_for_training: whether what is constant in eval mode alone stays, and what ranges of values make constant,
+            which training may change.
         keep_for_write_back: whether what is constant but for the border stays, whatever `align` is.
         refused: names of nodes whose channels stay, and why, whatever is known of their operators.
 
@@ -71,10 +72,9 @@ def analyze(
         {'0.weight': {0: 3}, '0.bias': {0: 3}, '2.weight': {1: 3}}
     """
     require_eval(traced, "removing channels")
-    relations = couple(traced, traced.graphs, refused=refused, ranges=align != "auto")
-    for reader in relations.walks["eval"].readers:
-        if keep_for_write_back or align == "auto":
-            reader.without_maps()
+    keep_maps = keep_for_write_back or align == "auto"
+    ranges = align != "auto" and not keep_for_training
+    relations = _coupled(traced, refused, ranges=ranges, keep_maps=keep_maps)
     fixed, reached = constants.find(relations)
     live = Liveness(relations, align, reached, traced.decided)
     passing = eval_only.find(relations, live.alive, reached, fixed)
@@ -90,7 +90,26 @@ def analyze(
     fill_in(relations, live.alive, plan)
     plan.stayed = dead_that_stay(relations, live)
     plan.refused = dict(relations.stored.refused)
+    if relations.walks["eval"].by_range:
+        fewer = _coupled(traced, refused, ranges=False, keep_maps=keep_maps)
+        plan.by_range = _more_gone(plan, fewer, Liveness(fewer, align, constants.find(fewer)[1], traced.decided).alive)
     return Analysis(traced, plan, relations, live.alive, frozenset(relations.parameters))
+
+
+def _coupled(traced: TracedModule, refused: Mapping[str, str] | None, *, ranges: bool, keep_maps: bool) -> Coupling:
+    relations = couple(traced, traced.graphs, refused=refused, ranges=ranges)
+    for reader in relations.walks["eval"].readers:
+        if keep_maps:
+            reader.without_maps()
+    return relations
+
+
+def _more_gone(plan: ChannelPlan, relations: Coupling, alive: Mask) -> dict[str, int]:
+    """By the name of a parameter how many more of its rows go than by other relations."""
+    other = ChannelPlan()
+    fill_in(relations, alive, other)
+    more = {name: len(axes[0]) - len(plan.kept[name][0]) for name, axes in other.kept.items() if axes}
+    return {name: count for name, count in more.items() if count > 0}
 
 
 def parameter_count(traced: TracedModule) -> int:

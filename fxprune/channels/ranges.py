@@ -94,7 +94,10 @@ def _activated(walk: Walk, node: fx.Node, result: Value, target: Any, operand: R
     if target not in _SATURATING or not where.any() or not _broadcasts(where, shape):
         return result
     fresh = where if result.facts is None else where & ~result.facts.where
-    return beside(result, fresh.expand(shape), found.low.expand(shape)) if fresh.any() else result
+    if not fresh.any():
+        return result
+    walk.by_range.add(node)
+    return beside(result, fresh.expand(shape), found.low.expand(shape))
 
 
 def _broadcasts(tensor: Tensor, shape: Sequence[int]) -> bool:

@@ -63,7 +63,11 @@ def remove(
     folding = Folding(traced, relations, analysis.alive)
     with on_cpu():
         folding.run()
-    plan = ChannelPlan(stayed=list(analysis.plan.stayed), eval_only=dict(analysis.plan.eval_only))
+    plan = ChannelPlan(
+        stayed=list(analysis.plan.stayed),
+        eval_only=dict(analysis.plan.eval_only),
+        by_range=dict(analysis.plan.by_range),
+    )
     plan.refused = dict(analysis.plan.refused)
     if outputs is not None:
         before = None

@@ -75,6 +75,7 @@ class Walk:
         means: of nodes some of whose channels have a mean over space that is known.
         means_of_parts: likewise, of nodes with several results.
         ranges: of nodes whose values lie between numbers.
+        by_range: the nodes of which that makes entries constant.
         readers, balances: the contractions met.
         equal: the recurrent layers met. more: those with a projection.
         edits: what removal changes in the graph.
@@ -97,6 +98,7 @@ class Walk:
         self.means: dict[fx.Node, SpaceMeans] = {}
         self.means_of_parts: dict[fx.Node, list[SpaceMeans]] = {}
         self.ranges: dict[fx.Node, Range] = {}
+        self.by_range: set[fx.Node] = set()
         self.readers: list[Reader] = []
         self.balances: list[Balance] = []
         self.equal: list[EqualCounts] = []

@@ -36,6 +36,8 @@ class ChannelPlan(Readable):
             compared; (0, 0) where they were not.
         eval_only: module of a batch norm -> its channels that went, and were constant in eval mode alone: in train mode
             they were another constant, or none.
+        by_range: parameter -> how many of its rows went only since what comes in lies between numbers, which the
+            weights that there were made one number of.
         counting: module (or node outside of modules) -> (channels that its statistics count, those of them that there
             are): the others are zero.
         rescaled: gain of a normalization by the root mean square that counts channels which went -> (eps before,
@@ -68,6 +70,7 @@ class ChannelPlan(Readable):
     parameters: tuple[int, int] = (0, 0)
     sample: str = ""
     eval_only: dict[str, list[int]] = field(default_factory=dict)
+    by_range: dict[str, int] = field(default_factory=dict)
     counting: dict[str, tuple[int, int]] = field(default_factory=dict)
     rescaled: dict[str, tuple[float, float]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -190,6 +193,11 @@ class ChannelPlan(Readable):
             "keep_for_training)"
             for norm, index in self.eval_only.items()
         ]
+        lines += [
+            f"  {name}: {n} dead by the range of what comes in; training could have revived them (finalize has "
+            "keep_for_training)"
+            for name, n in self.by_range.items()
+        ]
         lines += [f"  {node}: channels stayed: {why}" for node, why in self.refused.items()]
         if self.dropped:
             lines.append(f"  dropped, nothing reads them: {', '.join(self.dropped)}")
@@ -209,8 +217,8 @@ class ChannelPlan(Readable):
                 "format": FORMAT, "kept": kept, "groups": self.groups, "shapes": self.shapes, "dropped": self.dropped,
                 "added": self.added, "folded": self.folded, "merged": self.merged, "constants": self.constants,
                 "stayed": self.stayed, "macs": self.macs, "parameters": self.parameters, "sample": self.sample,
-                "eval_only": self.eval_only, "counting": self.counting, "rescaled": self.rescaled,
-                "positions": self.positions, "refused": self.refused, "chosen": self.chosen,
+                "eval_only": self.eval_only, "by_range": self.by_range, "counting": self.counting,
+                "rescaled": self.rescaled, "positions": self.positions, "refused": self.refused, "chosen": self.chosen,
                 "held": self.held,
                 "cached": {
                     name: {str(a): [size, index.tolist()] for a, (size, index) in axes.items()}
@@ -247,6 +255,7 @@ class ChannelPlan(Readable):
             plan.macs, plan.parameters = tuple(data["macs"]), tuple(data["parameters"])
             plan.sample = data.get("sample", "")  # files of earlier versions have none of these
             plan.eval_only = {name: list(index) for name, index in data.get("eval_only", {}).items()}
+            plan.by_range = dict(data.get("by_range", {}))
             plan.counting = {name: (n, left) for name, (n, left) in data.get("counting", {}).items()}
             plan.rescaled = {name: (old, new) for name, (old, new) in data.get("rescaled", {}).items()}
             plan.positions = {name: (a, b, n) for name, (a, b, n) in data.get("positions", {}).items()}

@@ -49,8 +49,8 @@ def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> to
 
     Warns:
         FxpruneWarning: training goes on differently, and why: a live constant was folded away (names the layers),
-            channels went that were constant in eval mode alone, masked entries stayed and have no mask now, or a
-            parameter that a norm computed starts with fresh state.
+            channels went that were constant in eval mode alone, or dead by ranges of values alone, masked entries
+            stayed and have no mask now, or a parameter that a norm computed starts with fresh state.
 
     Example:
         >>> final = fxprune.finalize(traced)
@@ -213,6 +213,8 @@ def _changes(
         "batch norms were folded into weights, which changed their scale": _folded_norms(final, plan, sources, heirs),
         "constant in eval mode alone, so that train mode computes something else without them (finalize has "
         "keep_for_training=True)": [] if plan is None or "train" not in final.graphs else list(plan.eval_only),
+        "dead by the range of what comes in, from where training could have brought them back (finalize has "
+        "keep_for_training=True)": [] if plan is None else list(plan.by_range),
         "constants that training would have changed were folded into biases": _live_constants(plan),
     }
     return [f"{', '.join(names)}: {why}" for why, names in reasons.items() if names]

@@ -189,6 +189,34 @@ def test_live_constants_that_were_folded_are_named_and_the_new_bias_joins_its_la
     _step(final, after, torch.randn(5, 6).double(), torch.randint(4, (5,)))
 
 
+def test_what_was_dead_by_the_values_of_weights_is_named_and_can_be_kept() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    with torch.no_grad():
+        model[2].weight[0], model[2].bias[0] = -0.01, -0.001
+    x = torch.randn(8, 4).double()
+    traced = fxprune.trace(model, x)
+    optimizer = torch.optim.SGD(traced.parameters(), lr=0.1, momentum=0.9)
+    traced(x).sum().backward()
+    optimizer.step()
+    optimizer.state[model[2].bias]["momentum_buffer"][0] = -1.0  # brings it back
+    gone = fxprune.finalize(traced, align=1)
+    assert gone.plan is not None
+    assert set(gone.plan.by_range) == {"2.weight", "2.bias"}
+    assert fxprune.ChannelPlan.from_json(gone.plan.to_json()).by_range == gone.plan.by_range
+    with pytest.warns(fxprune.FxpruneWarning, match=r"2\.weight, 2\.bias: dead by the range"):
+        fxprune.optimizer_after(gone, optimizer)
+    final = fxprune.finalize(traced, align=1, keep_for_training=True).train()
+    after = fxprune.optimizer_after(final, optimizer)
+    for _ in range(3):
+        for module, its in ((traced, optimizer), (final, after)):
+            its.zero_grad()
+            module(x).square().sum().backward()
+            its.step()
+    assert torch.equal(traced(x), final(x))
+    assert traced(x).ne(gone(x)).any()
+
+
 def test_masked_entries_that_stay_are_named_and_go_on_under_the_same_masks(
     pruned: dict[str, fxprune.TracedModule],
 ) -> None:
