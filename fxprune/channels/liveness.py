@@ -165,41 +165,45 @@ class Liveness:
         self.alive: Mask = self._state.alive
 
     def _needed(self, state: State, grids: Grids, demand: Demand) -> Mask:
-        """What the readers of a demand need, and what is alive at first."""
-        state.settle([Grids(self._classes, complete=False), demand])
-        singly = state.alive.copy()
+        """What the readers of a demand need, and what is alive at first: positions that complete grids as well."""
+        factors = Grids(self._classes, complete=False)
+        state.settle([factors, demand])
+        while state.keep(self._read_by_factors(state, demand.spared(state.alive)), Structural.GRID):
+            state.settle([factors, demand])
+        needed = state.alive.copy()
         state.settle([grids, demand])
-        return self._told_apart(singly, state, demand.spared(singly))
+        found: Mask = state.alive & (needed | ~state.kept_for(Structural.GRID) | self._classes.pinned)
+        return found
 
-    def _told_apart(self, singly: Mask, state: State, spared: Vector) -> Mask:
-        """What is needed, less positions of grids that count for themselves and are not.
+    def _read_by_factors(self, state: State, spared: Vector) -> Vector:
+        """Positions of grids that are needed since their factors are.
 
         Heads by channels are needed for these factors: keys are met by channel, values read by head; but for the pairs
         that no product has a use for. Where factors are there for positions alone, or, as groups of a shuffle, whatever
         reads them, a position counts for itself.
 
         Args:
-            singly: what is needed where factors do not make a position needed. state: where they do.
+            state: where factors do not make a position needed.
             spared: such pairs, as left * classes + right.
         """
         whole, left, right = self._classes.whole, self._classes.left, self._classes.right
-        count = self._classes.count
-        pinned = self._classes.pinned
+        alive, pinned, count = state.alive, self._classes.pinned, self._classes.count
         by_grid = state.kept_for(Structural.GRID) & ~pinned
-        read = singly[whole]  # positions whose factors, as a pair, somebody reads
-        pairs = [left[read] * count + right[read]]
+        read = alive[whole]  # positions whose factors, as a pair, somebody reads
+        pairs = [(left[read], right[read])]
         order = np.argsort(whole, kind="stable")
         for side in ("left", "right"):  # heads that share keys and values are such positions themselves
             place = np.searchsorted(whole[order], left[read], side=side) - (side == "right")
             at = order[np.clip(place, 0, len(order) - 1)] if len(order) else order
             inner = whole[at] == left[read]
-            pairs += [factor[at[inner]] * count + right[read][inner] for factor in (left, right)]
-        asked = singly[left] & singly[right] & ~(by_grid[left] & (by_grid | pinned)[right])
-        asked &= ~(pinned[left] & by_grid[right])
+            pairs += [(factor[at[inner]], right[read][inner]) for factor in (left, right)]
+            pairs += [(left[at[inner]], right[at[inner]])]
+        keys = [one * count + other for pair in pairs for one, other in (pair, pair[::-1])]  # a shuffle exchanges them
+        asked = alive[left] & alive[right] & ~(by_grid[left] & by_grid[right])
+        nested = np.isin(left, whole) | np.isin(right, whole)
+        asked &= nested | ~((pinned[left] & by_grid[right]) | (by_grid[left] & pinned[right]))
         asked &= ~np.isin(left * count + right, spared)
-        for_factors = np.zeros(count, bool)
-        for_factors[whole[asked | np.isin(left * count + right, np.concatenate(pairs))]] = True
-        found: Mask = state.alive & (singly | ~by_grid | for_factors)
+        found: Vector = whole[asked | np.isin(left * count + right, np.concatenate(keys))]
         return found
 
     def why(self, index: int) -> Reason:
