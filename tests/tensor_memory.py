@@ -1,8 +1,11 @@
-"""Memory of tensors, counted apart from what is tested: the bytes of all storages that are alive behind an operator."""
+"""Memory, counted apart from what is tested: of all storages that are alive behind an operator, and of the process."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,3 +48,20 @@ class TensorMemory(TorchDispatchMode):
         """The bytes that are alive now."""
         self._made = {key: entry for key, entry in self._made.items() if not entry[0].expired()}
         return sum(size for _, size in self._made.values())
+
+
+def resident(kind: str) -> int:
+    """What this process holds in memory, in bytes, as Linux says it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024
+
+
+def private_bytes() -> int:
+    """What this process holds alone; files that are mapped are not among it."""
+    return resident("RssAnon")
+
+
+def let_go_of_what_is_free() -> None:
+    """Give freed memory back, so that what is needed next has to be asked for."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +15,9 @@ from torch.onnx import ONNXProgram
 import fxprune
 from fxprune.export import onnx, onnx_files
 from fxprune.export.session import Session
+from tests.tensor_memory import let_go_of_what_is_free, private_bytes, resident
 
 LAYERS, WIDTH = 3, 1024
-
-
-def _resident(kind: str) -> int:
-    """What this process holds in memory, in bytes, as Linux says it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024
-
-
-def _private_bytes() -> int:
-    """What this process holds alone; files that are mapped are not among it."""
-    return _resident("RssAnon")
-
-
-def _let_go_of_what_is_free() -> None:
-    """Give freed memory back, so that what is needed next has to be asked for."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _watched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
@@ -73,11 +55,11 @@ def test_weights_beside_a_file_are_read_where_they_are(written: tuple[Path, list
     x = torch.randn(3, 5, WIDTH)
     held, results = {}, {}
     for packs in (True, False):
-        _let_go_of_what_is_free()
-        before = _private_bytes()
+        let_go_of_what_is_free()
+        before = private_bytes()
         session = Session(path, threads=1, packs=packs)
         results[packs] = session.run(x)["output"]
-        held[packs] = (_private_bytes() - before) / (LAYERS * WIDTH * WIDTH * 4)
+        held[packs] = (private_bytes() - before) / (LAYERS * WIDTH * WIDTH * 4)
         del session
     assert torch.allclose(results[True], results[False], rtol=1e-5, atol=1e-5)
     assert held[False] < 0.3
@@ -139,11 +121,11 @@ def test_a_file_in_one_holds_one_weight_at_a_time(tmp_path: Path, monkeypatch: p
     held = []
 
     def saved(program: ONNXProgram, path: Path) -> None:
-        _let_go_of_what_is_free()
+        let_go_of_what_is_free()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         onnx_files.save(program, path)
-        held.append((_resident("VmHWM") - before) / size)
+        held.append((resident("VmHWM") - before) / size)
 
     monkeypatch.setattr(onnx, "save", saved)
     fxprune.export.to_onnx(traced, tmp_path / "model.onnx", verify=False)

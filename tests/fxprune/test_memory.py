@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxprune
-from tests.tensor_memory import TensorMemory
+from tests.tensor_memory import TensorMemory, let_go_of_what_is_free, private_bytes
 
 
 class _Blocks(nn.Module):
@@ -75,6 +77,28 @@ def test_finalize_holds_its_weights_once(traced: fxprune.TracedModule) -> None:
     assert (final(x) - traced(x)).abs().max() < 1e-5
     kept = {tensor.untyped_storage().data_ptr() for tensor in (*final.parameters(), *final.buffers())}
     assert kept.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in (*traced.parameters(), *traced.buffers()))
+
+
+def test_weights_that_are_mapped_stay_in_their_file_while_channels_are_planned(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = _Blocks(width=384, hidden=1536, count=8), torch.randn(2, 384)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    traced = fxprune.trace(model, (x,), modes=("eval",))
+    expected = fxprune.prune.channels(traced, macs=0.7).removed
+    let_go_of_what_is_free()
+    before = private_bytes()
+    with torch.device("meta"):
+        mapped = _Blocks(width=384, hidden=1536, count=8)
+    mapped.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    planned = fxprune.trace(mapped, (x,), modes=("eval",))
+    groups = fxprune.channel_groups(planned)
+    let_go_of_what_is_free()
+    held = (private_bytes() - before) / weights
+    assert len(groups) == len(fxprune.channel_groups(traced)) > 8
+    assert held < 0.3
+    assert fxprune.prune.channels(planned, macs=0.7).removed == expected
+    assert torch.equal(fxprune.finalize(planned)(x), fxprune.finalize(traced)(x))
 
 
 def test_finalize_without_shrinking_holds_a_copy(traced: fxprune.TracedModule) -> None:
