@@ -219,9 +219,19 @@ def test_a_live_row_that_completes_the_groups_of_a_shuffle_is_told() -> None:
     second = nn.Conv2d(8, 4, 1)
     with torch.no_grad():
         second.weight[:, [0, 2, 3, 4, 5]] = 0  # reads rows 4, 3 and 7: two of four places in two groups, less one
-    shuffle = nn.ChannelShuffle(2)
-    found = why(lambda s, x: s.second(shuffle(F.relu(s.first(x)))), first=nn.Conv2d(3, 8, 1), second=second)
-    assert found == ["part of a grid whose other channels stay"]
+    model = Net(lambda s, x: s.second(s.shuffle(F.relu(s.first(x)))), first=nn.Conv2d(3, 8, 1), second=second)
+    model.shuffle = nn.ChannelShuffle(2)
+    plan = finalized(model.double().eval(), torch.randn(2, 3, 6, 6).double())
+    assert plan.stayed == [("first.weight", 0, [0], "part of a grid whose other channels stay")]
+
+
+def test_what_consecutive_shuffles_of_pixels_read_is_not_told() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.PixelShuffle(2), nn.AvgPool2d(2), nn.Conv2d(2, 8, 3), nn.PixelShuffle(2),
+        nn.Conv2d(2, 4, 1),
+    )  # fmt: skip
+    assert finalized(model.double().eval(), torch.randn(2, 3, 6, 6).double()).stayed == []
 
 
 def test_diagonals_are_refused_by_name() -> None:
