@@ -123,8 +123,11 @@ class Search:
     def ways_to_fill_up(self, module: nn.Module) -> Iterator[Channels]:
         """The channels that a module could take back as zeros."""
         head_sizes = [slot.before for slot in self.slots[module] if slot.before > 1]
-        path = self.copy.paths(module)[0]
-        yield from ways_to_fill_up(path, self.zeros.kept, self.copy.shapes, head_sizes, self.zeros.numbers)
+        path, chosen = self.copy.paths(module)[0], self.copy.plan.chosen
+        zeros, in_parts = self.zeros, self._takes_parts(module)
+        yield from ways_to_fill_up(
+            path, zeros.kept, self.copy.shapes, head_sizes, zeros.numbers, chosen, in_parts=in_parts
+        )
 
     def not_in_graph(self, module: nn.Module, outputs: Any, given: Sequence[Tensor]) -> int:
         """How many of a module's results are no value that it has in the graph, nor one that it was given.

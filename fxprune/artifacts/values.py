@@ -103,7 +103,7 @@ def put_values(copy: WorkingCopy, flags: dict[str, bool]) -> list[LeftOver]:
     """
     own = tensors_of(copy.root)
     made: dict[int, Tensor] = {}  # by the id of the tensor that it stands for: what is shared stays shared
-    _put_stored(copy, flags, made)
+    _put_stored(copy, own, flags, made)
     left_over = _cut_left_out(copy, own, made)
     _put_groups(copy)
     for module in copy.root.modules():
@@ -111,13 +111,13 @@ def put_values(copy: WorkingCopy, flags: dict[str, bool]) -> list[LeftOver]:
     return left_over
 
 
-def _put_stored(copy: WorkingCopy, flags: dict[str, bool], made: dict[int, Tensor]) -> None:
+def _put_stored(copy: WorkingCopy, own: dict[str, Tensor], flags: dict[str, bool], made: dict[int, Tensor]) -> None:
     for name, value in tensors_of(copy.final).items():
         try:
             owner, attribute = locate(copy.root, name)
         except AttributeError:
             continue  # a constant that the graph alone names
-        if _is_cut_by_its_reads(copy, name, value):
+        if _is_cut_by_its_reads(copy, own.get(name), name, value):
             continue
         if attribute in owner._parameters:
             parameter = nn.Parameter(value.detach().clone(), flags.get(name, value.requires_grad))
@@ -130,13 +130,13 @@ def _put_stored(copy: WorkingCopy, flags: dict[str, bool], made: dict[int, Tenso
             )
 
 
-def _is_cut_by_its_reads(copy: WorkingCopy, name: str, value: Tensor) -> bool:
+def _is_cut_by_its_reads(copy: WorkingCopy, own: Tensor | None, name: str, value: Tensor) -> bool:
     """Whether a buffer of numbers or flags is cut to what the graph reads of it, as positions are to the sample's.
 
     The class reads more of it for longer inputs. Axes that others share are channels, and numbers that shifted are
     those of channels.
     """
-    kept, own = copy.plan.kept.get(name, {}), tensors_of(copy.root).get(name)
+    kept = copy.plan.kept.get(name, {})
     if own is None or value.is_floating_point() or isinstance(value, nn.Parameter) or own.shape == value.shape:
         return False
     if not torch.equal(ChannelPlan({name: kept}).slice(name, own), value):

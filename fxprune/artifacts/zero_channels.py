@@ -42,11 +42,15 @@ def ways_to_fill_up(
     shapes: Mapping[str, tuple[int, ...]],
     head_sizes: Sequence[int],
     numbers: Mapping[tuple[str, int], int] | None = None,
+    decided: Collection[tuple[str, int]] = (),
+    *,
+    in_parts: bool = False,
 ) -> Iterator[Channels]:
     """Channels that the module at `path` could take back, the fewest first.
 
-    Only channels that stay within the module, or go from it to its siblings. Those that give all heads the same size,
-    for each size that a head may have had, heads as they were, or equal parts where there are no heads, and everything.
+    Only channels that stay within the module, or go from it to its siblings. All of what lost some that nobody chose;
+    those that give all heads the same size, for each size that a head may have had, heads as they were, or equal parts
+    where there are no heads; and everything.
 
     Args:
         path: of the module, "" for the root.
@@ -54,6 +58,9 @@ def ways_to_fill_up(
         shapes: of the tensors, before any channel went.
         head_sizes: numbers of channels that may have made a head.
         numbers: as from `same_channels`; without, axes hold the same channels where as many, and the same, are left.
+        decided: tensors and axes that hold channels which were chosen.
+        in_parts: whether the module itself cuts channels into parts: then also those of a width that halves, thirds
+            or quarters of some layers make, each width by itself.
 
     Returns:
         For each way, the channels that are there afterwards, of the axes that change.
@@ -63,7 +70,11 @@ def ways_to_fill_up(
     own = {layer: axes for layer, axes in layers.items() if any(axis.tensor.startswith(below) for axis in axes)}
     inner = {layer: axes for layer, axes in own.items() if all(axis.tensor.startswith(siblings) for axis in axes)}
     if inner:
-        yield from sorted(_ways(own, inner, head_sizes), key=_count)
+        unchosen = _unchosen(inner, decided) if decided else {}
+        yield from sorted(
+            [*_whole(unchosen), *(_cut_in_parts(inner) if in_parts else ()), *_ways(own, inner, head_sizes)],
+            key=_count,
+        )
 
 
 def lost_by_themselves(
@@ -78,13 +89,23 @@ def lost_by_themselves(
         kept, shapes, numbers: as for `ways_to_fill_up`.
         decided: tensors and axes that hold channels which were chosen.
     """
-    layers = _layers(kept, shapes, numbers)
-    own = {
+    own = _unchosen(_layers(kept, shapes, numbers), decided)
+    return next(_whole(own), {})
+
+
+def _unchosen(layers: Mapping[_Layer, list[_Axis]], decided: Collection[tuple[str, int]]) -> dict[_Layer, list[_Axis]]:
+    """Those that lost channels which nobody chose."""
+    return {
         layer: axes
         for layer, axes in layers.items()
         if not any((place.tensor, place.axis) in decided for place in axes)
     }
-    return _by_name({layer: torch.arange(layer.full) for layer in own}, own)
+
+
+def _whole(layers: Mapping[_Layer, list[_Axis]]) -> Iterator[Channels]:
+    """All channels of some layers, where there are any."""
+    if layers:
+        yield _by_name({layer: torch.arange(layer.full) for layer in layers}, layers)
 
 
 def _count(channels: Channels) -> int:
@@ -105,7 +126,19 @@ def _ways(
         if size > 1 and not head_sizes:
             most = max(len(part) for layer in inner if layer.full % size == 0 for part in _parts(layer, size))
             yield _by_name({layer: _even_parts(layer, size, most) for layer in inner if layer.full % size == 0}, inner)
-    yield _by_name({layer: torch.arange(layer.full) for layer in inner}, inner)
+    yield from _whole(inner)
+
+
+def _cut_in_parts(inner: dict[_Layer, list[_Axis]]) -> Iterator[Channels]:
+    """Equal parts of the layers of one width, for each width and number of parts."""
+    for full, parts in sorted({(layer.full, parts) for layer in inner for parts in _PARTS}):
+        size = full // parts
+        if full % parts or size < 2:
+            continue
+        layers = [layer for layer in inner if layer.full == full]
+        most = max(len(part) for layer in layers for part in _parts(layer, size))
+        if most < size or len(layers) < len(inner):
+            yield _by_name({layer: _even_parts(layer, size, most) for layer in layers}, inner)
 
 
 def _prefix(path: str) -> str:

@@ -282,3 +282,32 @@ def test_parameters_that_make_a_constant_come_back_whole() -> None:
     assert {"first", "second"} <= set(final.plan.dropped)
     assert torch.equal(small.first, model.first)
     assert small.up.out_features == 6
+
+
+class Latents(nn.Module):
+    """An autoencoder whose layer in the middle gives means and variances; nothing reads the variances."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tile = 16  # a number that is none of a size, as of a configuration
+        self.encode, self.moments = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 8, 1)
+        self.decode, self.out = nn.Conv2d(4, 32, 3, padding=1), nn.Conv2d(32, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 4 * self.tile:
+            x = x[..., : 4 * self.tile]
+        means, _ = self.moments(self.encode(x).relu()).chunk(2, 1)
+        y: Tensor = self.out(self.decode(means).relu())
+        return y
+
+
+def test_a_part_that_nothing_reads_comes_back_without_the_channels_of_other_layers() -> None:
+    torch.manual_seed(0)
+    model, x = Latents().double().eval(), torch.randn(2, 3, 8, 8).double()
+    traced = fxprune.trace(model, x, modes=("eval",))
+    fxprune.prune.channels(traced, macs=0.7, runnable=model, round_to=1)
+    small = write_back(fxprune.finalize(traced, align=1), model)
+    assert small.moments.out_channels == 8
+    assert small.encode.out_channels + small.decode.out_channels < 50
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), traced(x), rtol=0, atol=1e-9)
