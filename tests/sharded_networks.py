@@ -22,6 +22,7 @@ from torch.nn.utils import prune as torch_prune
 import fxprune
 from fxprune import borrowing
 from fxprune.checkpoints import in_parts
+from fxprune.graph import spread_modules
 from fxprune.graph.spread_modules import hollow_copy
 
 
@@ -288,6 +289,25 @@ def finalized(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], ho
     fxprune.save(final, f"{folder}/network.fxp")
     found["loaded"] = values(fxprune.load(f"{folder}/network.fxp"))
     return found
+
+
+def saved_in_one(
+    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], path: str
+) -> tuple[int, list[borrowing.Counts]]:
+    """Write a masked network to one file; the bytes of its tensors, and what was borrowed meanwhile."""
+    module = spread(traced())
+    P.l1_unstructured(module, "*.weight", 0.3)
+    keep_nothing_whole()
+    counts = []
+
+    class Watched(borrowing.Loans):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            counts.append(self.counts)
+
+    spread_modules.Loans = Watched  # type: ignore[misc]
+    fxprune.save(module, path)
+    return sum(tensor.nbytes for tensor in module.state_dict().values()), counts
 
 
 def pruned(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> fxprune.TracedModule:

@@ -29,7 +29,7 @@ from fxprune.checkpoints.stored_graphs import written_graph
 from fxprune.checkpoints.streamed_tensors import StreamedTensors
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, SuffixError
 from fxprune.files import atomic
-from fxprune.graph.spread_modules import by_first, is_spread
+from fxprune.graph.spread_modules import is_spread, lent_to_first
 from fxprune.graph.traced import TracedModule
 
 # what save does not write, and what does
@@ -89,7 +89,7 @@ def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool =
         )
 
 
-@by_first
+@lent_to_first()
 def _save_whole(traced: TracedModule, path: str | os.PathLike[str], programs: bool) -> None:
     try:
         with warnings.catch_warnings():

@@ -132,6 +132,22 @@ def test_what_finalize_leaves_is_that_of_one_process_on_any_mesh(
 
 
 @pytest.mark.slow
+def test_one_file_of_two_processes_is_that_of_one_and_one_tensor_is_whole_at_a_time(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.fxp", tmp_path / "two.fxp"
+    module = networks.plain(networks.traced())
+    fxprune.prune.l1_unstructured(module, "*.weight", 0.3)
+    fxprune.save(module, one)
+    largest = max(tensor.nbytes for tensor in module.state_dict().values())
+    found = in_processes(2, networks.saved_in_one, networks.by_fsdp, str(two))
+    assert two.read_bytes() == one.read_bytes()
+    for size, (counts,) in found:
+        assert size > 3 * largest
+        assert 0 < counts.gathered < 3 * size
+        assert counts.sent == counts.parts == 0
+    assert largest <= found[0][1][0].wholes <= 2 * largest
+
+
+@pytest.mark.slow
 def test_what_two_processes_save_in_parts_three_and_one_load(tmp_path: Path) -> None:
     want = in_processes(2, networks.saved_in_parts, networks.by_fsdp, str(tmp_path))[0]
     found = in_processes(3, networks.loaded_in_parts, networks.by_fsdp, str(tmp_path))
