@@ -48,11 +48,11 @@ class Data(_Table):
     batch: Annotated[int, Field(ge=1)] = 32
     """Samples in a batch."""
     shape: list[int] | None = None
-    """Of an image: channels (1 or 3), height and width; None: what a timm model says."""
+    """Of an image: channels (1 or 3), height and width; None: what timm or the model's folder says."""
     mean: list[float] | None = None
-    """Taken from each channel of an image, whose values are 0 to 1; None: what a timm model says, else 0.5."""
+    """Taken from each channel of an image, whose values are 0 to 1; None: what the model's library says, else 0.5."""
     std: list[float] | None = None
-    """Each channel of an image is divided by; None: what a timm model says, else 0.5."""
+    """Each channel of an image is divided by; None: what the model's library says, else 0.5."""
     tokenizer: str | None = None
     """A folder with a tokenizer of transformers, for text; None: the model's."""
     length: Annotated[int, Field(ge=2)] = 64

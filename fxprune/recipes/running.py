@@ -73,6 +73,10 @@ def run(
             outcome.failure = str(problem)
             _report(folder, outcome)
             return outcome
+        except Exception:
+            if not outcome.stages:  # nothing to go on from
+                shutil.rmtree(folder / _STATE)
+            raise
         outcome.stages[name] = plain(record | {"seconds": time.perf_counter() - begin})
         kept = folder / _STATE / f"{name}.fxp"
         save(work.now, kept)
@@ -96,6 +100,8 @@ def _prepared(folder: Path, recipe: Recipe, overwrite: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"'{folder}' was to be the folder for the files; it is a file. Name another.")
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if _STATE in present and not (folder / _STATE / "state.json").exists():
+        present.remove(_STATE)  # of a run that was killed before its first stage was finished
     if present and _recipe_of(folder / _STATE / "state.json") != recipe:
         foreign = [name for name in present if name not in (*FILES, _STATE)]
         if foreign or not overwrite:

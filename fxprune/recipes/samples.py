@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,19 +132,45 @@ def _images(folder: Path, data: Data, model: Model) -> Tensor:
     return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
+@dataclass(frozen=True)
+class _Preparation:
+    """What images are before a model sees them."""
+
+    shape: Sequence[int] | None = None
+    mean: Sequence[float] = (0.5,)
+    std: Sequence[float] = (0.5,)
+
+
+def _said_by_library(source: str) -> _Preparation:
+    """How the library of a model prepares images."""
+    if sources.is_of("timm", source):
+        says = sources.library("timm", source).get_pretrained_cfg(source.partition(":")[2])
+        return _Preparation() if says is None else _Preparation(says.input_size, says.mean, says.std)
+    if sources.is_of("ultralytics", source):
+        return _Preparation(None, (0.0,), (1.0,))
+    path = Path(sources.folder_of(source), "preprocessor_config.json")
+    if not path.is_file():
+        return _Preparation()
+    says = json.loads(path.read_text(encoding="utf-8"))
+    size = says.get("crop_size") if says.get("do_center_crop") else says.get("size")
+    side = (size or {}).get("shortest_edge")
+    height, width = ((size or {}).get(name, side) for name in ("height", "width"))
+    mean, std = says.get("image_mean") or (0.5,) * 3, says.get("image_std") or (0.5,) * 3
+    shape = None if height is None or width is None else (len(mean), height, width)
+    if not says.get("do_normalize", True):
+        mean, std = (0.0,), (1.0,)
+    return _Preparation(shape, mean, std)
+
+
 def _preparation(data: Data, model: Model) -> tuple[Sequence[int], Sequence[float], Sequence[float]]:
     """The shape of images, and what is taken from them and what they are divided by, for each channel."""
-    shape, mean, std = data.shape, data.mean, data.std
-    if sources.is_timm(model.source):
-        says = sources.library("timm", model.source).get_pretrained_cfg(model.source.partition(":")[2])
-        if says is not None:
-            shape, mean, std = shape or list(says.input_size), mean or list(says.mean), std or list(says.std)
+    said = _said_by_library(model.source)
+    shape, mean, std = data.shape or said.shape, data.mean or said.mean, data.std or said.std
     if shape is None or len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1:
         raise ArgumentError(
             f"shape={shape}: images need the size that the model takes: channels (1 or 3), height and width, as in "
             "3x224x224."
         )
-    mean, std = mean or [0.5], std or [0.5]
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, shape[0]):
             raise ArgumentError(f"{name}={values}: one value is needed, or one for each of {shape[0]} channels.")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib
 import importlib.util
 import operator
 import os
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import safetensors.torch
 from torch import nn
 
 from fxprune.checkpoints.checkpoint import load
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, FxpruneWarning
 from fxprune.reports import first_of
 
 KINDS = (
@@ -59,19 +62,23 @@ def function(name: str, what: str) -> Callable[..., Any]:
 def model(source: str, weights: str | None = None) -> nn.Module:
     """The model that a source names.
 
+    Warns where a library gives the model random weights, and none are named.
+
     Args:
-        source: package.module:factory; timm:NAME; transformers:NAME, or a folder with config.json;
-            ultralytics:NAME.yaml; a file of `fxprune.save`, or an exported program.
+        source: package.module:factory; timm:NAME, with the weights of timm's where it has their tag, as in
+            timm:resnet18.a1_in1k; transformers:NAME, or a folder with config.json; ultralytics:NAME.yaml; a file of
+            `fxprune.save`, or an exported program.
         weights: a .safetensors file that is loaded into it; all its names and all the model's must agree.
 
     Raises:
-        ArgumentError: there is no such model, its library is not installed, or the weights are another model's.
+        ArgumentError: there is no such model, its library is not installed or cannot build it, or the weights are
+            another model's.
         ArtifactError: a file that cannot be loaded.
 
     Example:
         >>> model("nets:trained")
     """
-    found = _built(source)
+    found = _built(source, weights is None)
     if not isinstance(found, nn.Module):
         raise ArgumentError(f"'{source}' returns a {type(found).__name__}; a torch.nn.Module is needed.")
     if weights is not None:
@@ -79,9 +86,9 @@ def model(source: str, weights: str | None = None) -> nn.Module:
     return found
 
 
-def is_timm(source: str) -> bool:
-    """Whether a model is one of timm, which says how images are prepared."""
-    return source.startswith("timm:")
+def is_of(library: str, source: str) -> bool:
+    """Whether a model is one of a library by its name, as in timm:resnet18."""
+    return source.startswith(f"{library}:")
 
 
 def folder_of(source: str) -> str:
@@ -89,39 +96,82 @@ def folder_of(source: str) -> str:
     return source.removeprefix("transformers:")
 
 
-def _built(source: str) -> Any:
+def _built(source: str, is_whole: bool) -> Any:
+    """The model, with weights where there are to be no others."""
     owner, colon, name = source.partition(":")
     if Path(source).suffix in (".fxp", ".pt2"):
         return load(source)
     if Path(source).suffix in (".pt", ".pth", ".ckpt", ".bin"):
         raise ArgumentError(
             f"'{source}' was to be read as a model. Such a file is a pickle, which runs what it says when it is read. "
-            "Name a function that builds the model, package.module:factory, and give its weights as .safetensors."
+            "Name a function that reads it, package.module:factory, or store its weights as .safetensors."
         )
     if Path(source, "config.json").is_file() or owner == "transformers":
-        return _of_transformers(folder_of(source))
+        return _of_transformers(source)
     if owner == "timm" and colon:
-        return library("timm", source).create_model(name)
+        return _of_timm(source, name, is_whole)
     if owner == "ultralytics" and colon:
         if Path(name).suffix not in (".yaml", ".yml"):
             raise ArgumentError(f"'{source}': ultralytics models are built from a NAME.yaml; weights are .safetensors.")
         os.environ.setdefault("YOLO_OFFLINE", "1")
-        return library("ultralytics", source).YOLO(name).model
+        with _building("ultralytics", source):
+            built = library("ultralytics", source).YOLO(name).model
+        if is_whole:
+            _warn_of_random(source)
+        return built
     if not colon:
         found = "is a folder without config.json" if Path(source).is_dir() else "is no such model"
         raise ArgumentError(f"'{source}' {found}; one of these is needed: {KINDS}.")
     return function(source, "a model")()
 
 
-def _of_transformers(name: str) -> nn.Module:
-    transformers = library("transformers", name)
-    config = transformers.AutoConfig.from_pretrained(name)
+def _of_transformers(source: str) -> Any:
+    name, transformers = folder_of(source), library("transformers", source)
+    with _building("transformers", source):
+        config = transformers.AutoConfig.from_pretrained(name)
     if not config.architectures:
         raise ArgumentError(
             f"'{name}': its config.json names no architecture. Name a function: package.module:factory."
         )
-    built: nn.Module = getattr(transformers, config.architectures[0]).from_pretrained(name)
-    return built
+    with _building("transformers", source):
+        return getattr(transformers, config.architectures[0]).from_pretrained(name)
+
+
+def _of_timm(source: str, name: str, is_whole: bool) -> Any:
+    timm = library("timm", source)
+    architecture, tag = timm.models.split_model_name_tag(name)
+    if "/" not in name and not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        raise ArgumentError(
+            f"'{source}': timm has no {architecture}" + (f"; it has {', '.join(near)}." if near else ".")
+        )
+    if is_whole and not tag:
+        _warn_of_random(source, f", or a tag of timm's: {source}.TAG")
+    with _building("timm", source):
+        return timm.create_model(name, pretrained=is_whole and bool(tag))
+
+
+@contextlib.contextmanager
+def _building(name: str, source: str) -> Iterator[None]:
+    """An error of a library, whatever it is, tells of the source."""
+    try:
+        yield
+    except ArgumentError:
+        raise
+    except Exception as error:
+        raise ArgumentError(
+            f"'{source}' cannot be built by {name}: {type(error).__name__}: {first_of(str(error).splitlines())}. Name "
+            "a model or a file that is there."
+        ) from error
+
+
+def _warn_of_random(source: str, others: str = "") -> None:
+    warnings.warn(
+        f"'{source}' has random weights: what is chosen of it says nothing of a trained network. Give its weights as a "
+        f".safetensors file{others}.",
+        FxpruneWarning,
+        stacklevel=4,
+    )
 
 
 def library(name: str, source: str) -> Any:

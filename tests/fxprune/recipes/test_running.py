@@ -118,6 +118,17 @@ def test_a_folder_with_other_files_is_refused_and_stays_as_it_is(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_first_stage_that_fails_or_is_killed_leaves_the_folder_to_any_recipe(tmp_path: Path) -> None:
+    broken = PLAIN | {"model": {"source": "tests.recipe_networks:broken", "inputs": ["2x1x8x8"]}}
+    with pytest.raises(RuntimeError, match="no weights at hand"):
+        recipes.run(recipes.parsed(broken), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".stages").mkdir()
+    (tmp_path / ".stages" / "trace.fxp").write_bytes(b"half")
+    assert recipes.run(recipes.parsed(PLAIN), tmp_path).failure is None
+    assert not (tmp_path / ".stages").exists()
+
+
 def test_a_finished_folder_is_replaced_where_that_is_asked_for(tmp_path: Path) -> None:
     recipes.run(recipes.parsed(PLAIN), tmp_path)
     with pytest.raises(ArgumentError, match="ask to overwrite it"):
