@@ -166,7 +166,7 @@ def _cut_left_out(copy: WorkingCopy, own: dict[str, Tensor], made: dict[int, Ten
         owner, attribute = locate(copy.root, name)
         values = _cut(plan, name, old)
         is_folded = isinstance(owner, NormBase) and name not in plan.dropped
-        if is_folded:
+        if isinstance(owner, NormBase) and is_folded:
             values.fill_(_identity(owner, attribute))
         new = nn.Parameter(values, old.requires_grad) if isinstance(old, nn.Parameter) else values
         new = made.setdefault(id(old), new)
