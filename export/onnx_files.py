@@ -69,8 +69,8 @@ def _without_numbers(program: ONNXProgram) -> tuple[onnx.ModelProto, list[onnx_i
     try:
         for value, weight in known:
             value.const_value = onnx_ir.ExternalTensor(
-                "elsewhere", 0, weight.nbytes, weight.dtype, shape=onnx_ir.Shape(weight.shape.numpy()), name=str(weight.name),
-                doc_string=weight.doc_string, metadata_props=dict(weight.metadata_props),
+                "elsewhere", 0, weight.nbytes, weight.dtype, shape=onnx_ir.Shape(weight.shape.numpy()),
+                name=str(weight.name), doc_string=weight.doc_string, metadata_props=dict(weight.metadata_props),
             )  # fmt: skip
         model = program.model_proto
     finally:
