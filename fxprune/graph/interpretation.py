@@ -32,7 +32,7 @@ def converted(value: Any, dtype: torch.dtype | None, *, halves: bool = False) ->
 
 
 class Interpreter(fx.Interpreter):
-    """torch's interpreter, which computes what is float32 or float64 as `dtype`.
+    """torch's interpreter, which computes what is float32 or float64 as `dtype`: what is stored, where it is read.
 
     What a node writes into is a copy: the tensors that it reads, and the inputs, stay as they are.
 
@@ -79,9 +79,11 @@ class Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """One node; what came from outside is converted."""
         value = super().run_node(n)
-        if n.op in ("placeholder", "get_attr"):
-            value = self._converted(value)
         is_written = any(map(may_write, n.users)) if n.op == "get_attr" else n.op == "placeholder" and self._writes
+        # what is stored each reader converts, so that it is not all converted at once; unless `env` is to have it
+        is_shared = n.op == "get_attr" and (is_written or not self.garbage_collect_values)
+        if n.op in ("placeholder", "output") or is_shared:
+            value = pytree.tree_map(self._converted, value)
         if is_written and isinstance(value, Tensor):
             value = value.clone()
         if self.watch is not None:

@@ -79,6 +79,13 @@ def test_finalize_holds_its_weights_once(traced: fxprune.TracedModule) -> None:
     assert kept.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in (*traced.parameters(), *traced.buffers()))
 
 
+def test_the_check_of_outputs_widens_one_weight_at_a_time(traced: fxprune.TracedModule) -> None:
+    fxprune.prune.ln_structured(traced, "rise.0.weight", amount=0.5, n=2, dim=0)
+    final, peak = _peak(traced, lambda: fxprune.finalize(traced))
+    assert final.plan.removed["rise.0.weight"] == {0: 128}
+    assert peak < 1.4  # what is left, and a weight in float64
+
+
 def test_weights_that_are_mapped_stay_in_their_file_while_channels_are_planned(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = _Blocks(width=384, hidden=1536, count=8), torch.randn(2, 384)
