@@ -16,12 +16,10 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor import DTensor
 
 from fxprune.errors import ShardingError
-from fxprune.sharding import check_values, device_of, part, sent_as, sent_object, whole
+from fxprune.sharding import Layout, check_values, device_of, part, sent_as, sent_object, whole
 from fxprune.torch_internals import storage_users, untouched_by_torch_function
 
 SMALL = 2**16  # bytes: a tensor of fewer is kept whole
@@ -245,7 +243,8 @@ class Counts:
     """Bytes of tensors, on one process.
 
     Attributes:
-        gathered: of whole tensors that came together. sent: of whole tensors whose parts went out.
+        gathered: that went to the first process when it read a tensor; there, that came.
+        sent: that came when the first process had made a tensor; there, that went.
         parts: at the most, of parts that were held beside those of the module.
         wholes: on the first process, at the most, of whole tensors that were kept between operators.
     """
@@ -271,10 +270,8 @@ class Loans:
         check_values(*tensors)
         self._rank = rank
         self._parts: dict[int, Tensor] = dict(enumerate(tensors))
-        self._layouts: list[tuple[DeviceMesh, Sequence[Placement], torch.Size]] = [
-            (each.device_mesh, each.placements, each.shape) for each in tensors if isinstance(each, DTensor)
-        ]
-        self.device = device_of(self._layouts[0][0]) if self._layouts else torch.device("cpu")
+        self._layouts = [Layout.of(each) for each in tensors if isinstance(each, DTensor)]
+        self.device = device_of(self._layouts[0].mesh) if self._layouts else torch.device("cpu")
         self._numbers = itertools.count(len(tensors))
         self._users: dict[int, int] = {}
         self._released: list[int] = []
@@ -310,11 +307,7 @@ class Loans:
         if cell.held is None:
             assert cell.number is not None
             self._make_room(cell.form.nbytes)
-            self._order("gather", cell.number)
-            held = self._parts[cell.number]
-            found = self._together(lambda: self._gathered(cell.number or 0).to(self.device))
-            is_own = found.untyped_storage().data_ptr() == part(held).untyped_storage().data_ptr()  # of a copy
-            cell.hold(found.clone() if is_own else found)
+            cell.hold(self._called_in(cell.number))
         self._use(cell)
         assert cell.held is not None
         return cell.held
@@ -357,6 +350,11 @@ class Loans:
         self._here.clear()
         self._order("end", told)
 
+    @property
+    def are_lost(self) -> bool:
+        """Whether the others cannot be told anything: one is gone, or waits for something else."""
+        return self._lost is not None
+
     def _use(self, cell: _Cell) -> None:
         self._here.pop(id(cell), None)
         self._here[id(cell)] = weakref.ref(cell)
@@ -390,10 +388,28 @@ class Loans:
             return
         assert cell.held is not None
         values, number = cell.held, next(self._numbers)
+        layout = self._layouts[cell.like].with_form(values.shape, values.dtype)
+        pieces = layout.pieces(values.detach().to(self.device)) if layout.is_simple else []
         self._order("put", number, cell.like, tuple(values.shape), values.dtype)
-        self._together(lambda: self._take(number, values, cell.like, values.shape, values.dtype))
+        self._together(lambda: self._take(number, layout, values, pieces))
         self._users[number] = 1
         cell.number = number
+
+    def _called_in(self, number: int) -> Tensor:
+        """The whole of what is held in parts."""
+        held = self._parts[number]
+        layout = Layout.of(held)  # type: ignore[arg-type]
+        if not layout.is_simple:
+            self._order("gather", number)
+            found: Tensor = self._together(lambda: whole(held))
+            self.counts.gathered += found.nbytes - part(held).nbytes
+            is_own = found.untyped_storage().data_ptr() == part(held).untyped_storage().data_ptr()  # of a copy
+            return found.clone() if is_own else found.to(self.device)
+        room = layout.room()
+        pieces = layout.pieces(room)
+        self._order("gather", number)
+        self.counts.gathered += self._together(lambda: layout.collect(part(held), room, pieces))
+        return room
 
     def _forget_number(self, cell: _Cell) -> None:
         cell.digest = None
@@ -411,8 +427,10 @@ class Loans:
             raise self._lost
         try:
             return work()
-        except ShardingError as error:
-            self._lost = error
+        except BaseException as error:  # such as what a user interrupts: the others wait for the rest of it
+            self._lost = ShardingError(f"the processes could not go on together: {type(error).__name__}: {error}")
+            if isinstance(error, ShardingError):
+                self._lost = error
             raise
 
     # on all
@@ -424,27 +442,32 @@ class Loans:
             self._drop(released)
             match order:
                 case ("gather", number):
-                    self._gathered(number)
+                    self._give(number)
                 case ("put", number, like, shape, dtype):
-                    self._take(number, None, like, torch.Size(shape), dtype)
+                    self._take(number, self._layouts[like].with_form(torch.Size(shape), dtype), None, [])
                 case ("end", told):
                     return told
 
-    def _gathered(self, number: int) -> Tensor:
-        found = whole(self._parts[number])
-        self.counts.gathered += found.nbytes
-        return found
+    def _give(self, number: int) -> None:
+        held = self._parts[number]
+        layout = Layout.of(held)  # type: ignore[arg-type]
+        if layout.is_simple:
+            self.counts.gathered += layout.collect(part(held), None, [])
+        else:
+            self.counts.gathered += whole(held).nbytes - part(held).nbytes
 
     def _drop(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             found = self._parts.pop(number)
             self._added -= part(found).nbytes if number >= len(self._layouts) else 0
 
-    def _take(self, number: int, values: Tensor | None, like: int, shape: torch.Size, dtype: torch.dtype) -> None:
-        mesh, placements, shape_before = self._layouts[like]
-        if shape != shape_before:
-            placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0) if len(shape) else Replicate()]
-        self._parts[number] = found = sent_as(values, shape, dtype, mesh, placements, self._rank)
-        self.counts.sent += found.nbytes
+    def _take(self, number: int, layout: Layout, values: Tensor | None, pieces: Sequence[Tensor]) -> None:
+        if layout.is_simple:
+            found, moved = layout.deal(pieces)
+        else:
+            found = sent_as(values, layout.shape, layout.dtype, layout.mesh, layout.placements, self._rank)
+            moved = found.nbytes
+        self._parts[number] = found
+        self.counts.sent += moved
         self._added += part(found).nbytes
         self.counts.parts = max(self.counts.parts, self._added)

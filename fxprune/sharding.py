@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -256,6 +257,124 @@ def device_of(mesh: DeviceMesh) -> torch.device:
     if mesh.device_type == "cpu":
         return torch.device("cpu")
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor is spread over all processes of the default group, and how its pieces come and go one by one.
+
+    The first process is the first one of the mesh. What may fail on one process alone, for lack of memory, is done in
+    `room` and `pieces`, before others wait for it.
+
+    Attributes:
+        mesh, placements: as of a DTensor. shape: of the whole. dtype: of it.
+    """
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: DTensor) -> Layout:
+        """That of a tensor."""
+        return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape, tensor.dtype)
+
+    def with_form(self, shape: torch.Size, dtype: torch.dtype) -> Layout:
+        """The same for another tensor; one of another shape is cut along its first axis."""
+        cut: Placement = Shard(0) if len(shape) else Replicate()
+        along_first = *[Replicate()] * (self.mesh.ndim - 1), cut
+        return Layout(self.mesh, self.placements if shape == self.shape else along_first, shape, dtype)
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether each process holds one piece, of those that `torch.chunk` gives; others come and go as a whole."""
+        cut = [each for each in self.placements if not each.is_replicate()]
+        return len(cut) <= 1 and all(type(each) is Shard for each in cut)
+
+    def room(self) -> Tensor:
+        """Memory for the whole."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device_of(self.mesh))
+
+    def pieces(self, whole: Tensor) -> list[Tensor]:
+        """The pieces of the whole, views of it where they lie in one stretch."""
+        return [each.contiguous() for each in self._chunks(whole)]
+
+    def collect(self, own: Tensor, whole: Tensor | None, pieces: Sequence[Tensor]) -> int:
+        """Bring the pieces to the first process; a collective.
+
+        Args:
+            own: what this process holds. whole: there, `room()`. pieces: there, the pieces of that.
+
+        Returns:
+            How many bytes this process got, or gave.
+        """
+        rank, moved, works = dist.get_rank(), 0, []
+        with communicating("gathering a parameter"):
+            for number, ranks in enumerate(self._holders()):
+                if whole is None and rank == ranks[0] and own.numel():
+                    dist.send(own.to(device_of(self.mesh)).contiguous(), self._first)
+                    moved += own.nbytes
+                elif whole is not None and number < len(pieces):
+                    if rank in ranks:
+                        pieces[number].copy_(own)
+                    else:
+                        works.append(dist.irecv(pieces[number], ranks[0]))
+                        moved += pieces[number].nbytes
+            for work in works:
+                work.wait()  # type: ignore[union-attr]
+        if whole is not None:
+            for view, piece in zip(self._chunks(whole), pieces, strict=True):
+                if view.data_ptr() != piece.data_ptr():
+                    view.copy_(piece)
+        return moved
+
+    def deal(self, pieces: Sequence[Tensor]) -> tuple[Tensor, int]:
+        """Bring the pieces that the first process has to those that hold them; a collective.
+
+        Returns:
+            The tensor, spread; and how many bytes this process gave, or got.
+        """
+        rank, moved = dist.get_rank(), 0
+        numbers = [number for number, ranks in enumerate(self._holders()) if rank in ranks]
+        forms = self._chunks(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        form = forms[numbers[0]] if numbers[0] < len(forms) else forms[0].narrow(self._cut[1], 0, 0)
+        own = torch.empty_like(form, device=device_of(self.mesh), memory_format=torch.contiguous_format)
+        with communicating("sending a tensor"):
+            for number, ranks in enumerate(self._holders()[: len(forms)]):
+                for other in ranks:
+                    if rank == self._first:
+                        if other == rank:
+                            own.copy_(pieces[number])
+                        else:
+                            dist.send(pieces[number], other)
+                            moved += pieces[number].nbytes
+                    elif other == rank:
+                        dist.recv(own, self._first)
+                        moved += own.nbytes
+        stride = torch.empty(self.shape, device="meta").stride()
+        found = DTensor.from_local(own, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride)
+        return found, moved
+
+    @property
+    def _first(self) -> int:
+        return int(self.mesh.mesh.flatten()[0])
+
+    @property
+    def _cut(self) -> tuple[int, int]:
+        """The axis of the mesh and that of the tensor; (-1, 0) where there are copies alone."""
+        return next(((i, each.dim) for i, each in enumerate(self.placements) if isinstance(each, Shard)), (-1, 0))
+
+    def _chunks(self, whole: Tensor) -> list[Tensor]:
+        axis, dim = self._cut
+        return [whole] if axis < 0 else [*whole.chunk(self.mesh.size(axis), dim)]
+
+    def _holders(self) -> list[list[int]]:
+        """By piece the processes that hold it."""
+        axis, ranks = self._cut[0], self.mesh.mesh
+        return (
+            [ranks.flatten().tolist()] if axis < 0 else ranks.movedim(axis, 0).reshape(ranks.shape[axis], -1).tolist()
+        )
 
 
 def first_rank(reference: Tensor) -> int:

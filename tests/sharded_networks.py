@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import errno
 import gc
-import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
@@ -21,7 +18,6 @@ from torch.nn.utils import prune as torch_prune
 
 import fxprune
 from fxprune import borrowing
-from fxprune.checkpoints import in_parts
 from fxprune.graph import spread_modules
 from fxprune.graph.spread_modules import hollow_copy
 
@@ -347,7 +343,7 @@ def loaded_in_parts(
     return found
 
 
-def _failures(calls: dict[str, Callable[[], Any]]) -> dict[str, str]:
+def failures(calls: dict[str, Callable[[], Any]]) -> dict[str, str]:
     """What each call raises."""
     found = {}
     for what, call in calls.items():
@@ -359,62 +355,6 @@ def _failures(calls: dict[str, Callable[[], Any]]) -> dict[str, str]:
     return found
 
 
-def left_by_one(when: str, folder: str, lost: int | None = None) -> dict[str, str]:
-    """What is raised where a process, the last, ends in the middle: of gathering parameters, or of writing parts."""
-    module = by_fsdp(traced())
-    keep_nothing_whole()
-    if when == "reconstruct":
-        P.l1_unstructured(module, "*er.weight", 0.3)
-    if dist.get_rank() == (dist.get_world_size() - 1 if lost is None else lost):
-        _leave_after(3 if when in {"masks", "channels", "save"} else 20, when)
-    calls: dict[str, Callable[[], Any]] = {
-        "masks": lambda: P.l1_unstructured(module, "*.weight", 0.3),
-        "channels": lambda: P.channels(module, macs=0.5),
-        "reconstruct": lambda: fxprune.reconstruct(module, batches()),
-        "save": lambda: fxprune.save(module, f"{folder}/network.fxp"),
-        "parts": lambda: fxprune.save(module, f"{folder}/parts", parts=True),
-    }
-    return _failures({when: calls[when]}) | {"masked": str(fxprune.prune.is_pruned(module))}
-
-
-def _leave_after(count: int, when: str) -> None:
-    """Let this process end at a collective: the first of a save in parts after its tensors, else at the `count`-th."""
-    left = [count]
-
-    def leaving(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] <= 0:
-                os._exit(9)
-            return real(*args, **kwargs)
-
-        return call
-
-    if when == "parts":
-        left[0] = 1
-        in_parts.save_state = leaving(in_parts.save_state)
-    else:
-        DTensor.full_tensor = leaving(DTensor.full_tensor)  # type: ignore[method-assign]
-
-
-def _full(*given: Any, **options: Any) -> Any:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def with_a_full_disk(folder: str) -> dict[str, str]:
-    """What is raised where the disk is full for one process, the last, and what is there then."""
-    module = by_fsdp(traced())
-    fxprune.save(module, f"{folder}/parts", parts=True)
-    before = values(module)
-    P.l1_unstructured(module, "*.weight", 0.3)
-    if dist.get_rank() == dist.get_world_size() - 1:
-        FileSystem.create_stream = _full  # type: ignore[method-assign]
-    found = _failures({"parts": lambda: fxprune.save(module, f"{folder}/parts", parts=True)})
-    again = values(fxprune.load(f"{folder}/parts"))
-    is_whole = before.keys() == again.keys() and all(torch.equal(before[name], again[name]) for name in before)
-    return found | {"what was there": str(is_whole), "files": str(sorted(os.listdir(folder)))}
-
-
 def other_folders(folder: str) -> dict[str, str]:
     """What is raised where processes see other checkpoints under one name, none, and parts that were cut short."""
     own = f"{folder}/{dist.get_rank()}"
@@ -422,7 +362,7 @@ def other_folders(folder: str) -> dict[str, str]:
     for number in range(dist.get_world_size()):
         fxprune.save(module, f"{folder}/{number}", parts=True)
         P.l1_unstructured(module, "head.weight", 0.3)
-    return _failures(
+    return failures(
         {
             "others": lambda: fxprune.load(own, spread=by_fsdp),
             "none": lambda: fxprune.load(folder if dist.get_rank() else own, spread=by_fsdp),
@@ -445,7 +385,7 @@ def some_without_values() -> dict[str, str]:
     module, hollow = by_fsdp(traced()), by_fsdp(hollow_copy(traced()))
     if dist.get_rank() == dist.get_world_size() - 1:
         module = hollow
-    return _failures({"channels": lambda: P.channels(module, macs=0.5), "finalize": lambda: fxprune.finalize(module)})
+    return failures({"channels": lambda: P.channels(module, macs=0.5), "finalize": lambda: fxprune.finalize(module)})
 
 
 def late() -> dict[str, str]:
@@ -454,9 +394,7 @@ def late() -> dict[str, str]:
     if dist.get_rank():
         time.sleep(20)
         return {}
-    return _failures(
-        {"late": lambda: P.global_unstructured(module, "*.weight", torch_prune.L1Unstructured, amount=0.3)}
-    )
+    return failures({"late": lambda: P.global_unstructured(module, "*.weight", torch_prune.L1Unstructured, amount=0.3)})
 
 
 def wrong_input(folder: str) -> dict[str, str]:
@@ -472,7 +410,7 @@ def wrong_input(folder: str) -> dict[str, str]:
     unwritable = f"{folder}/missing/parts" if is_first else f"{folder}/parts"
     state = {name: value + dist.get_rank() for name, value in values(module).items()}
     method = torch_prune.L1Unstructured
-    found = _failures(
+    found = failures(
         {
             "partial sums": lambda: P.global_unstructured(partial, "*.weight", method, amount=0.3),
             "one loader fails": lambda: P.channels(module, importance="obs", loader=_failing(is_first)),
@@ -490,7 +428,7 @@ def wrong_input(folder: str) -> dict[str, str]:
         }
     )
     dist.destroy_process_group()
-    return found | _failures(
+    return found | failures(
         {
             "no group, masks": lambda: P.l1_unstructured(module, "head.weight", 0.3),
             "no group, channels": lambda: P.channels(module, macs=0.5),

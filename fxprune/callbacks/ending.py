@@ -11,8 +11,9 @@ from typing import Any
 
 from fxprune import driver, export
 from fxprune.checkpoints.checkpoint import save
-from fxprune.errors import ArgumentError, ArgumentTypeError
+from fxprune.errors import ArgumentError, ArgumentTypeError, ShardingError
 from fxprune.graph.calls import Call
+from fxprune.graph.spread_modules import is_spread
 from fxprune.graph.traced import TracedModule
 from fxprune.reports import Readable, change, plain
 
@@ -111,8 +112,15 @@ class Ending:
         """
         if self.finalize is None:
             return None
+        is_shared = is_spread(traced)
+        if is_shared and self.compare is not None:
+            raise ShardingError(
+                "compare was asked for of a module that is spread over processes; it is for one that one process has "
+                "whole. Leave it out: onnx=True has the file compared before it is written, whoever writes it."
+            )
+        write |= is_shared  # the first process writes, and the others give it their parts
         # a trainer may have put a forward of another precision on the module: a copy has its own
-        masked = copy.deepcopy(traced).eval()
+        masked = traced if is_shared else copy.deepcopy(traced).eval()
         final = driver.finalize(masked, **self.finalize).eval()
         files: dict[str, Path] = {}
         comparison = None

@@ -90,17 +90,21 @@ def _put(folder: Path, target: Path) -> None:
 
 def _together(work: Callable[[], Any], rank: int, path: Any, *, everywhere: bool = False) -> Any:
     """What the first process gets from `work`; raises on every process what was raised on any that worked."""
-    found, failure = None, None
+    found, failure, own = None, None, None
     if everywhere or dist.get_rank() == rank:
         try:
             found = work()
         except ShardingError:  # the others cannot be told
             raise
-        except (FxpruneError, OSError) as error:
-            failure = f"'{path}' could not be written by process {dist.get_rank()}: {error}"
+        except BaseException as error:  # whatever it is, the others wait
+            own = None if isinstance(error, FxpruneError | OSError) else error
+            text = f"{type(error).__name__}: {error}" if own else str(error)
+            failure = f"'{path}' could not be written by process {dist.get_rank()}: {text}"
     failures = gathered_objects(failure, rank)
     told = next((text for text in failures if text), None) if failures is not None else None
     found, told = sent_object((found, told), rank)
+    if own is not None:
+        raise own
     if told is not None:
         raise ExportError(f"{told} What stood there before is unchanged.")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -64,19 +65,6 @@ def hollow_copy(traced: TracedModule) -> TracedModule:
     return _copied(traced, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
 
-def whole_copy(traced: TracedModule, *, here: bool = True) -> TracedModule | None:
-    """A copy with whole tensors on the CPU where `here`, None elsewhere; a collective, one tensor after the other."""
-    masked(traced)
-    found: dict[int, Tensor] = {}
-    for tensor in tensors_of(traced).values():
-        if id(tensor) not in found:
-            gathered = whole(tensor)
-            if here:
-                found[id(tensor)] = gathered.cpu() if gathered is not tensor else gathered.cpu().clone()
-            del gathered
-    return _on_cpu(_copied(traced, lambda tensor: found[id(tensor)])) if here else None
-
-
 def _on_cpu(module: TracedModule) -> TracedModule:
     """A module whose tensors are on the CPU, with what its graphs and samples say of devices, in place."""
     samples = pytree.tree_leaves((module.example_args, module.example_kwargs))
@@ -95,8 +83,11 @@ def _copied(traced: TracedModule, value_of: Callable[[Tensor], Tensor]) -> Trace
     return TracedModule.__deepcopy__(traced, memo)
 
 
-def lent_copy(traced: TracedModule, rank: int) -> tuple[Loans, TracedModule | None]:
-    """A copy on the process of this rank whose values stay in parts with all; a collective, which others serve then.
+def lent_copy(traced: TracedModule, rank: int) -> tuple[Loans, Callable[[], TracedModule]]:
+    """Make ready to lend the values of a module, which stay in parts with all; a collective.
+
+    Returns:
+        What the others serve; and for the process of this rank, what gives it the copy, and sends nothing.
 
     Raises:
         ShardingError: a parameter has no values; on every process.
@@ -114,9 +105,7 @@ def lent_copy(traced: TracedModule, rank: int) -> tuple[Loans, TracedModule | No
             gathered = whole(tensor)
             if here:
                 small[key] = gathered if gathered is not tensor else gathered.clone()
-    if not here:
-        return loans, None
-    return loans, _copied(
+    return loans, lambda: _copied(
         traced, lambda tensor: small[id(tensor)] if id(tensor) in small else loans.lent(numbers[id(tensor)])
     )
 
@@ -161,19 +150,22 @@ def by_loans(
     Raises:
         FxpruneError: on every process what was raised on the first one. ShardingError: a process is gone.
     """
-    loans, copied = lent_copy(traced, first_of_all(traced))
-    if copied is None:
-        told, error = loans.serve()
+    rank = first_of_all(traced)
+    loans, lend = lent_copy(traced, rank)
+    if dist.get_rank() != rank:
+        told, error = pickle.loads(loans.serve())
         if error is not None:
             raise error
         return told, [], loans
     try:
-        result = work(copied)
+        result = work(lend())
         told = tell(result, loans)
-    except Exception as error:
-        loans.end((None, _plain(error)))
+        pickled = pickle.dumps((told, None))
+    except BaseException as error:  # whatever it is, the others wait
+        if not loans.are_lost:
+            loans.end(pickle.dumps((None, _plain(error))))
         raise
-    loans.end((told, None))
+    loans.end(pickled)
     return told, [result], loans
 
 
@@ -211,21 +203,8 @@ def on_first(
     Raises:
         FxpruneError: on every process what was raised on the first one. ShardingError: a process is gone.
     """
-    rank = first_of_all(traced)
-    copied = whole_copy(traced, here=dist.get_rank() == rank)
-    if copied is None:
-        told, error = sent_object(None, rank)
-        if error is not None:
-            raise error
-        return told, []
-    try:
-        result = work(copied)
-        told = tell(result)
-    except Exception as error:
-        sent_object((None, _plain(error)), rank)
-        raise
-    sent_object((told, None), rank)
-    return told, [result]
+    told, made, _ = by_loans(traced, lambda copied: work(in_whole(copied)), lambda result, _: tell(result))
+    return told, made
 
 
 def by_first(function: Callable[Given, Result]) -> Callable[Given, Result]:
@@ -268,26 +247,35 @@ def lent_to_first(*batches: str) -> Callable[[Callable[Given, Result]], Callable
     return decorate
 
 
-def with_all_batches(traced: TracedModule, options: Mapping[str, Any], batches: Iterable[str]) -> dict[str, Any]:
+def with_all_batches(
+    traced: TracedModule, options: Mapping[str, Any], batches: Iterable[str], *, most: int | None = None,
+    one_call: tuple[type, ...] = (Tensor, Mapping, tuple),
+) -> dict[str, Any]:  # fmt: skip
     """The arguments of a call beside its module, with the batches of all processes on the first one; a collective.
 
     What goes wrong with those of one is raised by the first process when it reads them.
+
+    Args:
+        traced: the module.
+        options: all arguments, the module first.
+        batches: names of those that are batches.
+        most: how many are taken of each process.
+        one_call: types of what is one batch by itself.
     """
     rank, found = first_of_all(traced), dict(options)
     del found[next(iter(found))]
     for name in batches:
         own = found.get(name)
         try:
-            single = isinstance(own, Tensor | Mapping | tuple)
-            found[name] = all_batches([own] if single else own, None, rank)
-        except Exception as error:
+            found[name] = all_batches([own] if isinstance(own, one_call) else own, most, rank)
+        except BaseException as error:
             if dist.get_rank() != rank:
                 raise
             found[name] = _raising(error)
     return found
 
 
-def _raising(error: Exception) -> Iterable[Any]:
+def _raising(error: BaseException) -> Iterable[Any]:
     raise error
     yield
 
@@ -326,7 +314,7 @@ def first_of_all(traced: TracedModule) -> int:
     return first_rank(reference)
 
 
-def _plain(error: Exception) -> Exception:
+def _plain(error: BaseException) -> Exception:
     """An error that can be sent to another process."""
     text = str(error)
     try:
@@ -347,20 +335,25 @@ def all_batches(batches: Any, most: int | None, rank: int) -> Any:
     Raises:
         ShardingError: on that process, where the batches of one raise an error.
     """
-    own: list[Any] | str = []
+    own: list[Any] = []
     device = torch.device("cpu")
     try:
         if isinstance(batches, Iterable) and not isinstance(batches, Dataset):
             there = [*itertools.islice(batches, most)]
             device = next((each.device for each in pytree.tree_leaves(there) if isinstance(each, Tensor)), device)
             own = pytree.tree_map_only(Tensor, Tensor.cpu, there)
-    except Exception as error:  # the caller's own
-        own = f"{type(error).__name__}: {error}"
-    found = gathered_objects(own, rank)
-    if found is None:
+        pickled: bytes | str = pickle.dumps(own)
+    except BaseException as error:  # the caller's own; the others wait
+        pickled = f"{type(error).__name__}: {error}"
+        if not isinstance(error, Exception):  # such as an interruption
+            gathered_objects(pickled, rank)
+            raise
+    told = gathered_objects(pickled, rank)
+    if told is None:
         return None
-    if failed := {i: each for i, each in enumerate(found) if isinstance(each, str)}:
+    if failed := {i: each for i, each in enumerate(told) if isinstance(each, str)}:
         raise ShardingError(f"the loader of process {min(failed)} failed: {failed[min(failed)]}")
+    found = [pickle.loads(each) for each in told]
     if not any(found):
         return batches
     together = []

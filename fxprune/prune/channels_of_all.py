@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
 from fxprune import driver
 from fxprune.borrowing import Loans
 from fxprune.graph.masks import masked_views
 from fxprune.graph.spread_modules import (
-    all_batches,
     by_loans,
-    first_of_all,
     is_spread,
     numbers_of,
     sent_masks,
+    with_all_batches,
 )
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_report import ChannelReport
@@ -37,19 +35,12 @@ def chosen_for_all(function: Callable[..., ChannelReport]) -> Callable[..., Chan
     def call(traced: Any, *args: Any, **kwargs: Any) -> ChannelReport:
         if not is_spread(traced):
             return function(traced, *args, **kwargs)
-        options = dict(signature.bind(traced, *args, **kwargs).arguments)
-        del options["traced"]
-        rank, failure = first_of_all(traced), None
-        try:
-            options["loader"] = all_batches(options.get("loader"), options.pop("max_batches", None), rank)
-        except Exception as error:
-            if dist.get_rank() != rank:
-                raise
-            failure = error
+        given = dict(signature.bind(traced, *args, **kwargs).arguments)
+        most = given.pop("max_batches", None)
+        one_call = (Tensor, Mapping, tuple) if given.get("importance") == "obs" else ()
+        options = with_all_batches(traced, given, ["loader"], most=most, one_call=one_call)
 
         def work(copied: TracedModule) -> tuple[TracedModule, ChannelReport]:
-            if failure is not None:
-                raise failure
             report = function(copied, **options)
             copied.decide(copied.decided, kept_here(copied.decided_by))
             return copied, report

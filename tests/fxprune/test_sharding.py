@@ -10,7 +10,7 @@ import torch
 
 import fxprune
 from tests import sharded_networks as networks
-from tests.processes import in_processes, survivors
+from tests.processes import in_processes
 
 Spread = Callable[[fxprune.TracedModule], fxprune.TracedModule]
 State = dict[str, torch.Tensor]
@@ -162,36 +162,6 @@ def test_what_two_processes_save_in_parts_three_and_one_load(tmp_path: Path) -> 
     next((tmp_path / "final").glob("shard-00002*")).unlink()
     with pytest.raises(fxprune.errors.ArtifactError):
         fxprune.load(tmp_path / "final")
-
-
-@pytest.mark.parametrize(
-    "when", ["masks", *(pytest.param(when, marks=pytest.mark.slow) for when in ("channels", "save", "parts"))]
-)
-def test_a_process_that_ends_in_the_middle_leaves_a_named_error_and_no_file(when: str, tmp_path: Path) -> None:
-    for found in survivors(2, 1, networks.left_by_one, when, str(tmp_path), seconds=20):
-        assert found[when].startswith("ShardingError: "), found
-        assert found["masked"] == "False"
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["channels", "reconstruct", "parts"])
-@pytest.mark.parametrize("lost", [0, 1])
-def test_whichever_process_is_lost_the_others_end_with_a_named_error(when: str, lost: int, tmp_path: Path) -> None:
-    for found in survivors(3, lost, networks.left_by_one, when, str(tmp_path), lost, seconds=20):
-        assert found[when].startswith("ShardingError: "), found
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
-    for path in tmp_path.iterdir():  # what a lost process leaves
-        with pytest.raises(fxprune.errors.ArtifactError):
-            fxprune.load(path)
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_for_one_process_is_told_to_all_and_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
-    for found in in_processes(2, networks.with_a_full_disk, str(tmp_path)):
-        assert found["parts"].startswith("ExportError: "), found
-        assert found["what was there"] == "True"
-        assert found["files"] == "['parts']"
 
 
 @pytest.mark.slow

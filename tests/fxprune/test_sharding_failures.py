@@ -1,0 +1,81 @@
+"""A process that fails or is lost while several work on one module: the others are told, and nothing is half done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import fxprune
+from tests import sharded_failures as failures
+from tests.processes import SECONDS, in_processes, survivors
+
+
+@pytest.mark.parametrize(
+    "when", ["masks", *(pytest.param(when, marks=pytest.mark.slow) for when in ("channels", "save", "parts"))]
+)
+def test_a_process_that_ends_in_the_middle_leaves_a_named_error_and_no_file(when: str, tmp_path: Path) -> None:
+    for found in survivors(2, 1, failures.left_by_one, when, str(tmp_path), seconds=20):
+        assert found[when].startswith("ShardingError: "), found
+        assert found["masked"] == "False"
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["channels", "reconstruct", "save", "parts"])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_whichever_process_is_lost_the_others_end_with_a_named_error(when: str, lost: int, tmp_path: Path) -> None:
+    for found in survivors(3, lost, failures.left_by_one, when, str(tmp_path), lost, seconds=20):
+        assert found[when].startswith("ShardingError: "), found
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+    for path in tmp_path.iterdir():  # what a lost process leaves
+        with pytest.raises(fxprune.errors.ArtifactError):
+            fxprune.load(path)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_is_told_to_all_and_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
+    for found in in_processes(2, failures.with_a_full_disk, str(tmp_path)):
+        assert found["parts"].startswith("ExportError: "), found
+        assert found["what was there"] == "True"
+        assert found["files"] == "['parts']"
+
+
+FAILED_ALONE = {
+    "memory of the whole": "MemoryError: no room",
+    "memory of what goes": "MemoryError: no room",
+    "a defect": "LookupError: a defect",
+    "interrupted": "KeyboardInterrupt: ",
+    "interrupted loader": "KeyboardInterrupt: ",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", FAILED_ALONE)
+def test_what_fails_on_the_first_process_alone_is_told_to_the_others_at_once(what: str, tmp_path: Path) -> None:
+    first, other = in_processes(2, failures.failing_alone, what, str(tmp_path))
+    assert first["raised"] == FAILED_ALONE[what]
+    assert other["raised"] == f"ShardingError: on the first process: {FAILED_ALONE[what]}"
+    for found in (first, other):
+        assert float(found["seconds"]) < SECONDS / 2  # they do not wait for the time-out
+        assert found["masked"] == "False"
+        assert found["again"].startswith("NameLookupError: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_batches_that_cannot_be_sent_are_told_to_all(failing: int, tmp_path: Path) -> None:
+    for found in in_processes(2, failures.failing_alone, "no pickle", str(tmp_path), failing):
+        assert found["raised"].startswith(f"ShardingError: the loader of process {failing} failed: ")
+        assert "pickle" in found["raised"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "failing"), [("file, full", 0), ("parts, memory", 0), ("parts, memory", 1)])
+def test_what_fails_while_one_writes_is_told_to_all_and_leaves_no_file(what: str, failing: int, tmp_path: Path) -> None:
+    for rank, found in enumerate(in_processes(2, failures.failing_alone, what, str(tmp_path), failing)):
+        told = found["raised"]
+        assert "no room" in told if what == "parts, memory" else told.startswith("ExportError: "), (rank, told)
+        assert float(found["seconds"]) < SECONDS / 2
+        assert found["again"].startswith("NameLookupError: ")
+    assert [path.name for path in tmp_path.iterdir()] == []
