@@ -7,9 +7,7 @@ import importlib
 import importlib.util
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import pytest
 
 import fxprune
 from tests.pages import ROOT
+from tests.sites import built
 
 DOCS = ROOT / "docs"
 MODULES = [
@@ -100,17 +99,7 @@ def test_there_are_two_notebooks() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly where no request gets out."""
-    for module in ("mkdocs", "material", "mkdocstrings"):
-        pytest.importorskip(module)
-    target = tmp_path_factory.mktemp("built") / "site"
-    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(target)]
-    built = subprocess.run(
-        command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True, check=False, timeout=250
-    )
-    assert built.returncode == 0, built.stderr
-    return target
+    return built(tmp_path_factory.mktemp("built"))
 
 
 def test_the_site_has_every_public_name(site: Path) -> None:
