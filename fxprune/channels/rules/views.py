@@ -284,6 +284,7 @@ class RepeatInterleave(OperatorCall):
     data: fx.Node
     repeats: Any
     dim: int | None = None
+    output_size: Any = None
 
     def relate(self, walk: Walk) -> Any:
         if not isinstance(self.repeats, int) or self.dim is None:
@@ -291,7 +292,10 @@ class RepeatInterleave(OperatorCall):
         value, count = walk.value(self.data), self.repeats
         dim = self.dim % value.rank
         ids = walk.ids.fresh(count)
-        walk.edits.append(SetArguments(self.node, {"repeats": Count(ids)}))
+        changes: dict[str, Any] = {"repeats": Count(ids)}
+        if self.output_size is not None:  # it follows from the count
+            changes["output_size"] = None
+        walk.edits.append(SetArguments(self.node, changes))
         axes = value.replaced_axis(dim, Axis((*value.axes[dim].factors, Factor(count, ids))))
         facts = None if value.facts is None else replace(value.facts, stored=False)
         return replace(value, facts=facts).moved(axes, lambda tensor: tensor.repeat_interleave(count, dim))

@@ -176,7 +176,7 @@ SHAPES = {
     "expand_as": image(lambda x: x.mean(3, keepdim=True).expand_as(x)),
     "repeat": image(lambda x: x.repeat(1, 2, 1, 1)),
     "tile": image(lambda x: x.tile(1, 2, 1, 1)),
-    "repeat_interleave.self_int": image(lambda x: x.repeat_interleave(2, 1)),
+    "repeat_interleave.self_int": image(lambda x: x.repeat_interleave(2, 1, output_size=16)),
     "repeat_interleave.self_Tensor": image(
         lambda x, counts: torch.repeat_interleave(x, counts, 1, output_size=16),
         lambda: torch.full((8,), 2),
