@@ -75,6 +75,7 @@ __all__ = [
     "has_forward",
     "is_erased",
     "is_inside_step",
+    "is_step_of_vmap",
     "load_pt2",
     "name_pruning_method",
     "no_new_guards",
@@ -449,6 +450,11 @@ def _sharded(parameter: nn.Parameter, places: list[tuple[nn.Module, str]], like:
         parameter, info, like.mesh_info, group.post_forward_mesh_info, group.device, None, group.mp_policy,
         group.offload_policy,
     )  # fmt: skip
+
+
+def is_step_of_vmap(target: Any) -> bool:
+    """Whether a function of a graph is one of those that torch.vmap runs in; some act, and return nothing."""
+    return getattr(target, "__module__", None) == "torch._functorch.predispatch"
 
 
 def sharding_options(module: nn.Module) -> dict[str, Any] | None:

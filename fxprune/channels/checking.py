@@ -26,6 +26,7 @@ from fxprune.graph.error_sites import working_on
 from fxprune.graph.interpretation import run
 from fxprune.graph.macs import NodeMacs
 from fxprune.graph.names import tensor_at
+from fxprune.graph.seeding import seeded
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import FakeTensorMode
@@ -73,12 +74,12 @@ class Before:
         precision = _Precision.of(self)
         inputs = without_dead(self.inputs, coupling.walks["eval"].graph, coupling.cached, kept)
         try:
-            found, macs = _counted(self.graph, self.read, inputs, precision)
+            found, macs = _counted(self.graph, self.read, inputs, precision, self.root)
         except RuntimeError:  # some operators have no float64
             if precision == _AS_IT_IS:
                 raise
             precision = _AS_IT_IS
-            found, macs = _counted(self.graph, self.read, inputs, precision)
+            found, macs = _counted(self.graph, self.read, inputs, precision, self.root)
         left = _what_stays_of_outputs(found, self, coupling, kept)
         return Outputs(left, macs, precision, str(Batch.of(self.graph)))
 
@@ -104,7 +105,8 @@ class Outputs:
         Raises:
             OutputsDifferError: the eval graph gives other outputs now.
         """
-        found, macs = _counted(traced.graphs["eval"], partial(tensor_at, traced), _inputs(traced), self.precision)
+        read = partial(tensor_at, traced)
+        found, macs = _counted(traced.graphs["eval"], read, _inputs(traced), self.precision, traced)
         if not all(close(want, got, self.precision.tolerance) for want, got in zip(self.values, found, strict=True)):
             raise OutputsDifferError("outputs differ; the removal that keeps what was there says where")
         return self.macs, macs
@@ -156,7 +158,8 @@ def macs_without_values(traced: TracedModule) -> int:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
         inputs = [empty(each) for each in _inputs(traced)]
-        return _counted(traced.graphs["eval"], lambda name: empty(tensor_at(traced, name)), inputs, _AS_IT_IS)[1]
+        read = partial(tensor_at, traced)
+        return _counted(traced.graphs["eval"], lambda name: empty(read(name)), inputs, _AS_IT_IS, traced)[1]
 
 
 def _inputs(traced: TracedModule) -> list[Any]:
@@ -164,10 +167,10 @@ def _inputs(traced: TracedModule) -> list[Any]:
 
 
 def _counted(
-    graph: fx.Graph, tensors: Callable[[str], Any], inputs: list[Any], precision: _Precision
+    graph: fx.Graph, tensors: Callable[[str], Any], inputs: list[Any], precision: _Precision, root: nn.Module
 ) -> tuple[list[Any], int]:
     """The outputs of a graph, and its multiply-accumulates of one sample."""
-    with NodeMacs() as counted:
+    with seeded(root), NodeMacs() as counted:
         outputs = run(graph, tensors, inputs, precision.dtype, counted.watch, halves=precision.halves)
     return outputs, macs_of_one_sample(graph, counted.macs, Batch.of(graph))
 
@@ -194,8 +197,8 @@ def macs_verified(before: Before, traced: TracedModule, coupling: Coupling, kept
         return tensor_at(traced, name)
 
     def both(precision: _Precision) -> _Runs:
-        first = _counted(before.graph, before.read, given, precision)
-        second = _counted(graph, tensors, left, precision)
+        first = _counted(before.graph, before.read, given, precision, before.root)
+        second = _counted(graph, tensors, left, precision, traced)
         return _Runs(_what_stays_of_outputs(first[0], before, coupling, kept), second[0], (first[1], second[1]))
 
     precision = _Precision.of(before)
@@ -234,10 +237,11 @@ def _first_difference(
 ) -> fx.Node | None:  # fmt: skip
     """The first node of `graph` whose value is not what was left of it."""
     seen: dict[str, Any] = {}
-    run(
-        before.graph, before.read, inputs[0], precision.dtype,
-        lambda node, value: seen.update({before.origin.get(node, node).name: value}), halves=precision.halves,
-    )  # fmt: skip
+    with seeded(before.root):
+        run(
+            before.graph, before.read, inputs[0], precision.dtype,
+            lambda node, value: seen.update({before.origin.get(node, node).name: value}), halves=precision.halves,
+        )  # fmt: skip
     nodes = {node.name: node for node in before.origin.values()}
     differing: list[fx.Node] = []
 
@@ -250,7 +254,8 @@ def _first_difference(
         if not close(reference, value, precision.tolerance):
             differing.append(node)
 
-    run(graph, tensors, inputs[1], precision.dtype, compare, halves=precision.halves)
+    with seeded(before.root):
+        run(graph, tensors, inputs[1], precision.dtype, compare, halves=precision.halves)
     return differing[0] if differing else None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fxprune.channels.arguments import bound
 from fxprune.channels.axes import ONE, Axis, Factor, Size, reduced_shape, same_size
 from fxprune.channels.edits import Edit, Reindex
 from fxprune.channels.ids import Ids, Vector
@@ -19,6 +20,9 @@ from fxprune.channels.readers import Balance, EqualCounts, MoreCells, Reader
 from fxprune.channels.values import Known, Stack, Value, beside, settled
 from fxprune.graph.mutation import is_mutating, written
 from fxprune.graph.text import describe
+
+# why channels stay: with fewer of them, the generator gives other numbers to those that are left
+DRAWS = "draws at random in eval mode, too"
 
 # of a node: a tensor's value, those of several tensors, or None for what is no tensor
 Result: TypeAlias = "Value | list[Value] | None"
@@ -289,6 +293,14 @@ class Walk:
             self.readers, self.balances, self.equal, self.more, self.edits, self.reindexed, self.aligned,
             self.nonempty, self.normalized, self.equal_groups,
         )  # fmt: skip
+
+    def draws(self, node: fx.Node) -> bool:
+        """Whether a call draws random numbers that must stay as they are; of another size it would draw others."""
+        if not self.facts or self.training or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            return False
+        given = bound(node)
+        is_off = given.get("train", given.get("training")) is False
+        return not is_off and 0 not in (given.get("p"), given.get("dropout_p"))
 
     def refuse(self, node: fx.Node, why: str) -> Result:
         """Pin everything that `node` touches; nothing is known of its results."""

@@ -93,10 +93,16 @@ class Batch:
 
 
 def evaluated(size: Any, values: Mapping[Any, int]) -> int:
-    """A size as a number by those of its symbols; with a symbol that no input has, the size that was captured."""
+    """A size as a number by those of its symbols; with a symbol that no input has, the size that was captured.
+
+    What values decide, such as how many there are that are not zero, no capture knows: it counts as one.
+    """
     fixed = fixed_size(size)
     if fixed is not None:
         return fixed
     numbers = {symbol: sympy.Integer(value) for symbol, value in values.items()}
     result = size_expression(size).xreplace(numbers)
-    return int(result) if result.is_number else int(size.node.hint)
+    if result.is_number:
+        return int(result)
+    hint = size.node.hint
+    return int(result.xreplace(dict.fromkeys(result.free_symbols, sympy.Integer(1))) if hint is None else hint)

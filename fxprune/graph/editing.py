@@ -13,6 +13,7 @@ from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure
 from fxprune.graph.metadata import tag, tag_of
 from fxprune.graph.mutation import is_mutating, written
+from fxprune.torch_internals import is_step_of_vmap
 
 _aten = torch.ops.aten
 
@@ -89,6 +90,8 @@ def erase_dead(graph: fx.Graph, removed: Callable[[str], bool] = lambda target: 
 def _has_no_effect(node: fx.Node, removed: Callable[[str], bool]) -> bool:
     if targets := written(node):
         return _writes_removed_only(targets, removed)
+    if is_step_of_vmap(node.target):
+        return False
     return not node.is_impure() or any(n.op == "get_attr" and removed(str(n.target)) for n in closure(node))
 
 

@@ -108,9 +108,14 @@ def run(
     halves: bool = False,
 ) -> list[Any]:
     """Run a graph without gradients on its flat inputs; returns its flat outputs. The arguments are `Interpreter`'s."""
-    interpreter = Interpreter(graph, tensors, dtype, watch, halves=halves)
+    # torch's counter of operations hangs hooks on what is given to branches of control flow and requires a gradient
+    interpreter = Interpreter(graph, lambda name: _without_gradient(tensors(name)), dtype, watch, halves=halves)
     with torch.no_grad():
-        return pytree.tree_leaves(interpreter.run(*inputs, enable_io_processing=False))
+        return pytree.tree_leaves(interpreter.run(*map(_without_gradient, inputs), enable_io_processing=False))
+
+
+def _without_gradient(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 def run_nodes(nodes: Sequence[fx.Node], tensors: Callable[[str], Any]) -> dict[fx.Node, Any]:

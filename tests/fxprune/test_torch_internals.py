@@ -579,3 +579,16 @@ def test_any_recurrent_length_leaves_the_length_free_and_torch_as_it_was(layer: 
     assert torch.equal(found[0], expected[0])
     (result,) = [node.meta["val"] for node in program.graph.nodes if node.name == "getitem"]
     assert isinstance(result.shape[0], torch.SymInt)
+
+
+def test_is_step_of_vmap_tells_what_enters_and_leaves_it_from_operators() -> None:
+    class Mapped(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.vmap(torch.relu)(x)
+
+    graph = torch.export.export(Mapped(), (torch.ones(2, 3),), strict=False).graph
+    steps = [node for node in graph.nodes if internals.is_step_of_vmap(node.target)]
+    assert any(not node.users for node in steps)
+    assert [node.target for node in graph.nodes if node.op == "call_function" and node not in steps] == [
+        aten.relu.default
+    ]

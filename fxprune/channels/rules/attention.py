@@ -18,7 +18,7 @@ from fxprune.channels.registry import Cost, OperatorCall, register
 from fxprune.channels.rules.products import read_product
 from fxprune.channels.used_weights import UsedWeights
 from fxprune.channels.values import Value, beside, settled
-from fxprune.channels.walk import Result, Walk
+from fxprune.channels.walk import DRAWS, Result, Walk
 
 aten = torch.ops.aten
 
@@ -37,7 +37,9 @@ class Attention(OperatorCall):
     scale: float | None
     enable_gqa: bool
 
-    def relate(self, walk: Walk) -> Value:
+    def relate(self, walk: Walk) -> Result:
+        if walk.draws(self.node):
+            return walk.refuse(self.node, DRAWS)
         query, key, value = (walk.value(operand) for operand in (self.query, self.key, self.value))
         rank = query.rank
         batch: list[Axis] = []

@@ -13,7 +13,7 @@ from fxprune.channels.axes import Axis
 from fxprune.channels.edits import Extent, SetArguments
 from fxprune.channels.registry import OperatorCall, register
 from fxprune.channels.values import Value, settled
-from fxprune.channels.walk import Result, Walk
+from fxprune.channels.walk import DRAWS, Result, Walk
 
 aten = torch.ops.aten
 # longer axes hold no channels
@@ -43,7 +43,9 @@ class Creation(OperatorCall):
     size: list[Any]
     fill_value: Any = None
 
-    def relate(self, walk: Walk) -> Value:
+    def relate(self, walk: Walk) -> Result:
+        if walk.draws(self.node):
+            return walk.refuse(self.node, DRAWS)
         axes = tuple(
             Axis.of(walk.ids.fresh(size)) if type(size) is int and 1 < size <= _MOST_IDS else Axis.plain(size)
             for size in walk.shape(self.node)
@@ -62,7 +64,9 @@ class CreationLike(OperatorCall):
     data: fx.Node
     fill_value: Any = None
 
-    def relate(self, walk: Walk) -> Value:
+    def relate(self, walk: Walk) -> Result:
+        if walk.draws(self.node):
+            return walk.refuse(self.node, DRAWS)
         return _filled(walk, self.node, walk.value(self.data).axes, self.fill_value)
 
 

@@ -16,7 +16,7 @@ from fxprune.channels.evaluation import run
 from fxprune.channels.means import has_space
 from fxprune.channels.registry import REGISTRY, OperatorCall, register
 from fxprune.channels.values import Known, Value, settled, widened
-from fxprune.channels.walk import Walk
+from fxprune.channels.walk import DRAWS, Result, Walk
 
 aten = torch.ops.aten
 
@@ -32,7 +32,9 @@ class Pointwise(OperatorCall):
 
     is_pointwise: ClassVar[bool] = True
 
-    def relate(self, walk: Walk) -> Value:
+    def relate(self, walk: Walk) -> Result:
+        if walk.draws(self.node):
+            return walk.refuse(self.node, DRAWS)
         operands = [node for node in self.node.all_input_nodes if isinstance(walk.env.get(node), Value)]
         axes, laid = walk.broadcast(self.node, [walk.value(node) for node in operands])
         if not walk.facts or len(operands) < len(self.node.all_input_nodes):
@@ -165,14 +167,17 @@ _SAME_MEMORY = (aten.detach.default, aten.detach_.default, aten.alias.default, a
 @register(aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout)
 @dataclass(frozen=True, eq=False)
 class Dropout(OperatorCall):
-    """In eval mode the identity, else what is known is lost."""
+    """In eval mode the identity, else what is known is lost; one that is on in eval mode, too, keeps its channels."""
 
     data: fx.Node
+    p: float
     train: bool
 
-    def relate(self, walk: Walk) -> Value:
+    def relate(self, walk: Walk) -> Result:
+        if walk.draws(self.node):
+            return walk.refuse(self.node, DRAWS)
         value = walk.viewed(self.node, self.data)
-        if self.train and not walk.training:
+        if self.train and self.p and not walk.training:
             return Value(value.axes)
         walk.pass_maps(self.data, self.node)
         return value.without_source()

@@ -16,6 +16,7 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 from fxprune.graph.masks import view
 from fxprune.graph.names import tensor_at
 from fxprune.graph.requirements import require_eval
+from fxprune.graph.seeding import seeded
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import working
@@ -34,7 +35,6 @@ from fxprune.prune.repair.pieces import Pieces
 from fxprune.prune.repair.references import References
 from fxprune.prune.repair.refitting_of_all import refitted_for_all
 from fxprune.prune.repair.report import ReaderRepair, ReconstructionReport
-from fxprune.prune.repair.seeding import seeded
 from fxprune.prune.repair.shelf import Shelf, State
 from fxprune.prune.repair.stacks import in_single_layers
 from fxprune.prune.repair.states import find_states

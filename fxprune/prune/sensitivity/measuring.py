@@ -17,12 +17,12 @@ from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 from fxprune.graph.calls import each_call
 from fxprune.graph.requirements import require_eval, require_traced
+from fxprune.graph.seeding import seeded
 from fxprune.graph.spread_modules import lent_to_first
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_request import chosen_among, listed
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence, Importance
 from fxprune.prune.repair.batches import Batches
-from fxprune.prune.repair.seeding import seeded
 from fxprune.prune.repair.stacks import in_single_layers
 from fxprune.prune.sensitivity.analysis import measure
 from fxprune.prune.sensitivity.distances import Distance, OutputDistance

@@ -1,4 +1,4 @@
-"""The random generator while a module is measured or refitted: the same draws each time, and nothing of it left."""
+"""The random generator while a module is compared, measured or refitted: the same draws, and nothing of it left."""
 
 from __future__ import annotations
 
