@@ -373,7 +373,7 @@ class Softmax(OperatorCall):
         result = Value(value.axes)
         if sums and value.facts is not None and isinstance(size, int) and value.axes[dim].reduced == 1:
             alike = value.facts.inner & value.facts.value.isfinite()  # logits that are the same along the axis
-            result = settled(value.axes, alike, torch.tensor(1 / size).double())
+            result = settled(value.axes, alike, torch.tensor(1 / size, dtype=torch.float64))
         return replace(result, sums=sums)
 
 
