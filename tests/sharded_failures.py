@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
 import fxprune
+from fxprune.callbacks import masks_from_states
 from fxprune.checkpoints import in_parts
 from fxprune.sharding import Layout
 from tests import sharded_networks as networks
@@ -136,3 +137,15 @@ def _interrupted_loader(fails: bool) -> Iterator[torch.Tensor]:
     yield networks.inputs()
     if fails:
         raise KeyboardInterrupt
+
+
+def unequal_masks() -> dict[str, str]:
+    """What is raised where a state dict has other masks on another process."""
+    masked, unmasked = networks.by_fsdp(networks.traced()), networks.by_fsdp(networks.traced())
+    P.l1_unstructured(masked, "head.weight", 0.3)
+    state = networks.values(masked)
+    state["head.weight_mask"][: dist.get_rank()] = 0
+    masks_from_states(unmasked)
+    return networks.failures(
+        {"masked": lambda: masked.load_state_dict(state), "unmasked": lambda: unmasked.load_state_dict(state)}
+    )

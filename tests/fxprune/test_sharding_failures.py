@@ -79,3 +79,12 @@ def test_what_fails_while_one_writes_is_told_to_all_and_leaves_no_file(what: str
         assert float(found["seconds"]) < SECONDS / 2
         assert found["again"].startswith("NameLookupError: ")
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+@pytest.mark.slow
+def test_other_masks_on_other_processes_are_refused_by_all() -> None:
+    for found in in_processes(2, failures.unequal_masks):
+        for told in found.values():
+            assert told.startswith(
+                "ShardingError: 'head.weight_mask' of the state dict is not the same on every process"
+            )
