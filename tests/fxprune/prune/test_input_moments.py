@@ -70,7 +70,6 @@ def test_wide_inputs_are_summed_in_parts_to_the_same(columns: int) -> None:
         found.add(part, [], [], shift)
     shifted = rows - shift[:, None]
     torch.testing.assert_close(found.square, shifted.transpose(1, 2) @ shifted)
-    assert torch.equal(found.square, found.square.transpose(1, 2))
     torch.testing.assert_close(found.mean_squares, rows.square().mean(1))
 
 
