@@ -19,7 +19,7 @@ from torch.onnx import ONNXProgram
 
 import fxprune
 from fxprune.errors import CompareError, ExportError
-from fxprune.export import Call, compare, to_onnx, to_program, to_torchscript
+from fxprune.export import Call, compare, onnx_files, to_onnx, to_program, to_torchscript
 from fxprune.export.node_values import GraphValues
 from tests.chains import lengthen
 from tests.networks import NETWORKS
@@ -123,13 +123,13 @@ def test_the_script_for_an_onnx_file_runs_its_piece(
 
 
 def test_verification_names_the_node(files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = ONNXProgram.save
+    save = onnx_files.save
 
-    def corrupt(self: ONNXProgram, path: Path, **options: Any) -> None:
-        save(self, path, **options)
+    def corrupt(program: ONNXProgram, path: Path) -> None:
+        save(program, path)
         edit(path, "inner.weight")
 
-    monkeypatch.setattr(ONNXProgram, "save", corrupt)
+    monkeypatch.setattr("fxprune.export.onnx.save", corrupt)
     with pytest.raises(
         ExportError, match=r"node `batch_norm_1` \(aten\.batch_norm\.default in inner_norm; there Conv\)"
     ):

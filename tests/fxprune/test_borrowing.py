@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from fxprune import borrowing
 from fxprune.borrowing import Borrowed, Loans, lent_as
 from fxprune.errors import ShardingError
+from fxprune.sharding import Layout
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +162,7 @@ def test_a_lost_process_is_told_at_every_later_use(mesh: DeviceMesh, monkeypatch
         raise ShardingError("a process is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(borrowing, "whole", lost)
+        patch.setattr(Layout, "collect", lost)
         with pytest.raises(ShardingError, match="gone"):
             tensors[0].sum()
     with pytest.raises(ShardingError, match="gone"):
