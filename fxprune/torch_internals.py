@@ -73,6 +73,7 @@ __all__ = [
     "gathered_like",
     "guards_ignored",
     "has_forward",
+    "is_composite",
     "is_erased",
     "is_inside_step",
     "is_step_of_vmap",
@@ -112,6 +113,11 @@ LOGGERS_OF_FAILED_CAPTURES = (
 def schema_of(target: object) -> torch.FunctionSchema | None:
     """The schema of an operator overload, which tells names, aliases and writes; None of anything else."""
     return target._schema if isinstance(target, OpOverload) else None
+
+
+def is_composite(target: OpOverload) -> bool:
+    """Whether torch computes an operator by calling others, so that its schema does not say what shares memory."""
+    return bool(target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
 
 
 def functional_twin(target: OpOverload) -> OpOverload | OpOverloadPacket | None:

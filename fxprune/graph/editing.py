@@ -12,7 +12,7 @@ from torch import fx, nn
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure
 from fxprune.graph.metadata import tag, tag_of
-from fxprune.graph.mutation import is_mutating, written
+from fxprune.graph.mutation import may_share_memory, written
 from fxprune.torch_internals import is_step_of_vmap
 
 _aten = torch.ops.aten
@@ -88,27 +88,44 @@ def erase_dead(graph: fx.Graph, removed: Callable[[str], bool] = lambda target: 
 
 
 def _has_no_effect(node: fx.Node, removed: Callable[[str], bool]) -> bool:
-    if targets := written(node):
-        return _writes_removed_only(targets, removed)
+    if written(node):
+        return _writes_what_nothing_reads(node, removed)
     if is_step_of_vmap(node.target):
         return False
     return not node.is_impure() or any(n.op == "get_attr" and removed(str(n.target)) for n in closure(node))
 
 
-def _writes_removed_only(targets: list[fx.Node], removed: Callable[[str], bool]) -> bool:
-    """Whether every buffer that the written values are views of is removed.
+def _writes_what_nothing_reads(write: fx.Node, removed: Callable[[str], bool]) -> bool:
+    """Whether the memory that a node writes to is that of removed buffers, or of fresh values that nothing else reads.
 
-    A fresh value that only dead code sees may be written to as well.
+    What reads them behind the node and is dead itself has been erased before.
     """
-    seen, pending = set(targets), list(targets)
+    fresh = set()
+    for root in _roots(write):
+        if root.op == "placeholder" or (root.op == "get_attr" and not removed(str(root.target))):
+            return False
+        if root.op != "get_attr":
+            fresh.add(root)
+    family, pending = {write, *fresh}, [*fresh]
+    while pending:
+        for user in pending.pop().users:
+            if user not in family:
+                if not written(user) and not may_share_memory(user):
+                    return False
+                family.add(user)
+                pending.append(user)
+    return True
+
+
+def _roots(write: fx.Node) -> set[fx.Node]:
+    """The nodes whose memory a node writes to, through whatever may be a view of it."""
+    targets = written(write)
+    seen, pending, roots = {write, *targets}, list(targets), set()
     while pending:
         node = pending.pop()
-        if node.op == "placeholder" or (node.op == "get_attr" and not removed(str(node.target))):
-            return False
-        if node.op == "get_attr":
-            continue
-        viewed = written(node) or ([] if is_mutating(node) else node.all_input_nodes[:1])
-        fresh = [source for source in viewed if source not in seen]
-        seen.update(fresh)
-        pending += fresh
-    return True
+        sources = written(node) or (node.all_input_nodes if may_share_memory(node) else [])
+        if not sources:
+            roots.add(node)
+        pending += [source for source in sources if source not in seen]
+        seen.update(sources)
+    return roots

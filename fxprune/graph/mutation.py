@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxprune.torch_internals import schema_of
+from fxprune.torch_internals import OpOverload, is_composite, schema_of
 
 # In train mode they update the running statistics, which their schemas do not say.
 _UNDECLARED = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
@@ -43,6 +43,18 @@ def written_state(graph: fx.Graph) -> list[str]:
             if target.op == "get_attr":
                 found[str(target.target)] = None
     return list(found)
+
+
+def may_share_memory(node: fx.Node) -> bool:
+    """Whether what a node gives may lie in the memory of an operand, as its schema says, or where that is not said.
+
+    Operators that torch composes of others may give an operand back, as dropout does in eval mode.
+    """
+    if node.op != "call_function":
+        return False
+    if not isinstance(node.target, OpOverload):
+        return True
+    return _returns_memory_of_operand(node) or is_composite(node.target)
 
 
 def _returns_memory_of_operand(node: fx.Node) -> bool:

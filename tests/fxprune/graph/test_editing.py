@@ -48,6 +48,28 @@ def test_a_write_to_an_input_stays_and_one_to_a_fresh_value_goes() -> None:
     assert [str(node.target) for node in graph.nodes] == ["x", "aten.alias.default", "aten.relu_.default", "output"]
 
 
+@pytest.mark.parametrize(
+    "view", [(aten.slice.Tensor, (1, 0, 2)), (aten.dropout.default, (0.5, False)), (aten.alias.default, ())]
+)
+def test_a_write_to_a_fresh_value_that_is_read_stays(view: tuple[object, tuple[object, ...]]) -> None:
+    graph = fx.Graph()
+    fresh = graph.call_function(aten.zeros.default, ([2, 4],))
+    part = graph.call_function(view[0], (fresh, *view[1]))  # type: ignore[arg-type]
+    graph.call_function(aten.add_.Tensor, (part, 1.0))
+    graph.output(graph.call_function(aten.neg.default, (fresh,)))
+    before = text(graph)
+    assert not erase_dead(graph)
+    assert text(graph) == before
+
+
+def test_a_value_computed_from_a_removed_buffer_keeps_what_is_written_to_it() -> None:
+    graph = fx.Graph()
+    value = graph.call_function(aten.linear.default, (graph.get_attr("queries"), graph.get_attr("weight")))
+    graph.call_function(aten.relu_.default, (graph.call_function(aten.slice.Tensor, (value, 1, 0, 2)),))
+    graph.output(value)
+    assert not erase_dead(graph, lambda target: target == "queries")
+
+
 @pytest.mark.parametrize("removed", [True, False])
 def test_a_random_value_goes_with_the_buffer_it_is_drawn_for(removed: bool) -> None:
     graph, _ = _graph([(aten.rand_like.default, ())])

@@ -1,0 +1,70 @@
+"""Values that forward makes and writes into, whole or in part: traced and finalized modules have what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.graph.equality import error
+
+
+def numbered(x: Tensor) -> Tensor:
+    found = torch.arange(4.0, dtype=x.dtype).expand(5, 4).clone()
+    found[:, :2].add_(x[0, :, :2])
+    return found * x
+
+
+def blank(x: Tensor) -> Tensor:
+    found = torch.zeros(4, dtype=x.dtype)
+    found[1:] = x[0, 0, 1:]
+    found.mul_(2.0)
+    return found + x
+
+
+def filled(x: Tensor) -> Tensor:
+    found = torch.full((5, 4), 0.5, dtype=x.dtype)
+    found[0].copy_(x[0, 0])
+    torch.nn.functional.dropout(found, 0.5, False)[1].sub_(1.0)
+    return found + x
+
+
+class Writing(nn.Module):
+    """Two layers, and a function of what they give."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.function = nn.Linear(6, 8), nn.Linear(8, 4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.down(self.up(x).relu()))
+
+
+class Boxes(nn.Module):
+    """Queries that depend on no input give points, to which a part of what layers give is added, as detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.points = nn.Parameter(torch.randn(5, 6)), nn.Linear(6, 2)
+        self.mix, self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries.unsqueeze(0).repeat(x.shape[0], 1, 1)
+        hidden = torch.zeros_like(queries) + self.mix(queries) + x
+        found = self.down(self.up(hidden).relu())
+        found[..., :2] += self.points(queries).sigmoid().transpose(0, 1).transpose(0, 1)
+        return found.sigmoid()
+
+
+@pytest.mark.parametrize("build", [lambda: Writing(numbered), lambda: Writing(blank), lambda: Writing(filled), Boxes])
+def test_what_is_written_to_a_value_of_its_own_is_there(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = build().double().eval(), torch.randn(2, 5, 6, dtype=torch.float64)
+    traced = fxprune.trace(model, x, modes=("eval",)).eval()
+    assert torch.equal(model(x), traced(x))
+    fxprune.prune.channels(traced, macs=0.7, round_to=1)
+    masked = traced(x)
+    assert error(masked, fxprune.finalize(traced, align=1)(x)) < 1e-12
