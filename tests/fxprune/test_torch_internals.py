@@ -124,10 +124,9 @@ def test_pytree_info_is_what_the_graph_was_given(program: torch.export.ExportedP
 
 
 def test_is_composite_tells_dropout_which_gives_its_operand_back() -> None:
-    x = torch.zeros(2)
-    assert internals.is_composite(torch.ops.aten.dropout.default)
-    assert torch.ops.aten.dropout.default(x, 0.5, False).data_ptr() == x.data_ptr()
-    assert not internals.is_composite(torch.ops.aten.add.Tensor)
+    dropout, x = torch.ops.aten.dropout.default, torch.zeros(2)
+    assert dropout(x, 0.5, False).data_ptr() == x.data_ptr()
+    assert internals.is_composite(dropout) and not internals.is_composite(torch.ops.aten.add.Tensor)  # noqa: PT018
 
 
 def test_is_erased_follows_erase_node() -> None:
