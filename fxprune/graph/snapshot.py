@@ -13,6 +13,8 @@ from torch import nn
 def preserved(module: nn.Module) -> Iterator[None]:
     """Leave a module as it is found: modes of all submodules, values and objects of buffers, and random generators.
 
+    A buffer that is given another size meanwhile keeps what it is given.
+
     The generators are torch's of the CPU and of the CUDA devices that the module's tensors are on; seed them inside.
 
     Example:
