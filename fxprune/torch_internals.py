@@ -39,7 +39,7 @@ from torch.nn.utils.parametrizations import _Orthogonal as Orthogonal
 from torch.nn.utils.parametrizations import _WeightNorm as WeightNormParametrization
 from torch.nn.utils.prune import BasePruningMethod, PruningContainer
 from torch.nn.utils.prune import _validate_pruning_amount_init as validate_pruning_amount
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._sympy import functions
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "WeightNormParametrization",
     "any_recurrent_length",
     "calls_kept",
+    "conversions_checked",
     "convert_tensors",
     "decomposes_itself",
     "derived_dimension",
@@ -371,6 +372,31 @@ def pruning_methods(method: BasePruningMethod) -> tuple[BasePruningMethod, ...]:
 def convert_tensors(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace every parameter and buffer in place by what `convert` makes of it, whatever the class does besides."""
     nn.Module._apply(module, convert)
+
+
+@contextlib.contextmanager
+def conversions_checked() -> Iterator[None]:
+    """Let `module.to(...)` and its kin do nothing in a capture where no tensor changes, which torch.export refuses.
+
+    Where one changes, they raise TypeError, which names it.
+    """
+    before = nn.Module._apply
+
+    def apply(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        for name, tensor in [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]:
+            with _disable_current_modes():
+                plain = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+                converted = convert(plain)
+            if converted is not plain:
+                kinds = [f"{each.dtype} on {each.device}" for each in (plain, converted)]
+                raise TypeError(f"forward converts {name!r} of a {type(module).__name__} from {' to '.join(kinds)}")
+        return module
+
+    nn.Module._apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = before  # type: ignore[method-assign]
 
 
 def flat_weight_names(module: nn.Module) -> list[str]:

@@ -39,6 +39,9 @@ _ON_PACKED = (
     "give recurrent layers padded tensors instead of packed sequences, which no graph can hold since their lengths are "
     "values, and mask what lies behind the last step of each."
 )
+_ON_CONVERSIONS = (
+    "convert the module before the capture, as one run of the model does for good: forward then converts nothing."
+)
 _ON_OTHERS = "trace the submodules around it, or rewrite that line by tensor operations."
 
 # what torch says of values that are not known at the capture: by the name of the error's class, and by its text
@@ -77,6 +80,8 @@ def _advice(error: Exception, sizes_given: bool) -> str:
         return _ON_OUTPUTS
     if "Inference tensors" in text:
         return _ON_INFERENCE
+    if "forward converts" in text:
+        return _ON_CONVERSIONS
     if kind in _VALUE_CLASSES or any(part in text for part in _VALUE_TEXTS):
         return _ON_VALUES
     if sizes_given and ("dynamic_shapes" in text or "Constraint" in kind or "constraint" in text):

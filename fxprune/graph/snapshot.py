@@ -11,7 +11,8 @@ from torch import nn
 
 @contextlib.contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
-    """Leave a module as it is found: modes of all submodules, values and objects of buffers, and random generators.
+    """Leave a module as it is found: modes of all submodules, values and objects of buffers, dtypes of
+    parameters, and random generators.
 
     A buffer that is given another size meanwhile keeps what it is given.
 
@@ -26,11 +27,15 @@ def preserved(module: nn.Module) -> Iterator[None]:
         (part._buffers, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None
     ]
     values = {id(buffer): buffer.detach().clone() for _, _, buffer in slots}
+    contents = [(parameter, parameter.data) for parameter in module.parameters()]
     devices = {t.device.index for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
             yield
         finally:
+            for parameter, content in contents:
+                if parameter.dtype != content.dtype:  # a forward has converted the module
+                    parameter.data = content
             for buffers, name, buffer in slots:
                 buffers[name] = buffer
                 if buffer.shape != values[id(buffer)].shape:  # who runs it has given it another size, as trials do

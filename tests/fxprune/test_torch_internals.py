@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrizations, prune
 
 from fxprune import torch_internals as internals
-from tests.fxprune import test_torch_internals_of_shards
+from tests.fxprune import test_torch_internals_of_captures, test_torch_internals_of_shards
 
 aten = torch.ops.aten
 
@@ -33,7 +33,8 @@ def program() -> torch.export.ExportedProgram:
 
 
 def test_every_name_has_a_test() -> None:
-    tested = {name for name in (*globals(), *vars(test_torch_internals_of_shards)) if name.startswith("test_")}
+    files = globals(), vars(test_torch_internals_of_captures), vars(test_torch_internals_of_shards)
+    tested = {name for names in files for name in names if name.startswith("test_")}
     missing = [name for name in internals.__all__ if not any(test.startswith(f"test_{name}") for test in tested)]
     assert missing == []
 
@@ -566,25 +567,6 @@ def test_untouched_by_torch_function_lets_operators_reach_the_dispatch_of_a_clas
     tensor = torch.Tensor._make_wrapper_subclass(Watched, (2,))  # type: ignore[attr-defined]
     assert torch.sum(tensor) == 1
     assert reached == [aten.sum.default]
-
-
-@pytest.mark.filterwarnings("ignore:.*were assigned during export:UserWarning")
-@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
-@pytest.mark.parametrize(
-    "layer", [nn.LSTM(4, 3, 2, bidirectional=True), nn.GRU(4, 3), nn.RNN(4, 3), nn.LSTM(4, 5, proj_size=3)]
-)
-def test_any_recurrent_length_leaves_the_length_free_and_torch_as_it_was(layer: nn.RNNBase) -> None:
-    operators = (torch.ops.aten.lstm.input, torch.ops.aten.gru.input, torch.ops.aten.rnn_tanh.input)
-    before = [dict(operator.py_kernels) for operator in operators]
-    free = ({0: torch.export.Dim.DYNAMIC},)
-    with internals.any_recurrent_length():
-        program = torch.export.export(layer, (torch.randn(7, 2, 4),), dynamic_shapes=free, strict=False)
-    assert [dict(operator.py_kernels) for operator in operators] == before
-    x = torch.randn(9, 2, 4)
-    expected, found = layer(x), program.module()(x)
-    assert torch.equal(found[0], expected[0])
-    (result,) = [node.meta["val"] for node in program.graph.nodes if node.name == "getitem"]
-    assert isinstance(result.shape[0], torch.SymInt)
 
 
 def test_is_step_of_vmap_tells_what_enters_and_leaves_it_from_operators() -> None:

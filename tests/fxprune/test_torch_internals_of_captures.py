@@ -1,0 +1,73 @@
+"""What is private of torch, and changed while a capture runs, still behaves as the library relies on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune import torch_internals as internals
+from fxprune.errors import CaptureError
+
+
+class Router(nn.Module):
+    """Converts a layer of its own before it calls it, as routers of experts do."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(4, 3, dtype=kind), nn.BatchNorm1d(3, dtype=kind))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.layer = self.layer.to(torch.float32)
+        return torch.softmax(self.layer(x.float()), -1)
+
+
+def test_conversions_checked_lets_pass_what_changes_nothing_and_names_what_changes() -> None:
+    layer, before = nn.Linear(2, 2), nn.Module._apply
+    with internals.conversions_checked():
+        assert layer.to("cpu").float() is layer
+        with pytest.raises(TypeError, match=r"'weight' of a Linear from torch.float32 on cpu to torch.float64 on cpu"):
+            layer.double()
+    assert nn.Module._apply is before
+    assert layer.weight.dtype == torch.float32
+    assert layer.double().weight.dtype == torch.float64
+
+
+def test_a_layer_that_forward_converts_to_what_it_is_keeps_its_parameters_and_trains() -> None:
+    model, x = Router(torch.float32), torch.randn(5, 4)
+    parameters = list(model.parameters())
+    traced = fxprune.trace(model, x)
+    assert all(one is other for one, other in zip(traced.parameters(), parameters, strict=True))
+    assert torch.equal(traced.eval()(x), model.eval()(x))
+    small = fxprune.write_back(fxprune.finalize(traced), model)
+    assert torch.equal(small(x), model(x))
+    assert torch.equal(traced.train()(x), model.train()(x))
+
+
+def test_a_layer_that_forward_converts_to_another_dtype_is_named_and_stays() -> None:
+    model, x = Router(torch.bfloat16).eval(), torch.randn(5, 4)
+    with pytest.raises(CaptureError, match=r"'0.weight' of a Sequential from torch.bfloat16 .* one run of the model"):
+        fxprune.trace(model, x)
+    assert model.layer[0].weight.dtype == torch.bfloat16
+    expected = model(x)
+    assert torch.equal(fxprune.trace(model, x).eval()(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*were assigned during export:UserWarning")
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize(
+    "layer", [nn.LSTM(4, 3, 2, bidirectional=True), nn.GRU(4, 3), nn.RNN(4, 3), nn.LSTM(4, 5, proj_size=3)]
+)
+def test_any_recurrent_length_leaves_the_length_free_and_torch_as_it_was(layer: nn.RNNBase) -> None:
+    operators = (torch.ops.aten.lstm.input, torch.ops.aten.gru.input, torch.ops.aten.rnn_tanh.input)
+    before = [dict(operator.py_kernels) for operator in operators]
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    with internals.any_recurrent_length():
+        program = torch.export.export(layer, (torch.randn(7, 2, 4),), dynamic_shapes=free, strict=False)
+    assert [dict(operator.py_kernels) for operator in operators] == before
+    x = torch.randn(9, 2, 4)
+    expected, found = layer(x), program.module()(x)
+    assert torch.equal(found[0], expected[0])
+    (result,) = [node.meta["val"] for node in program.graph.nodes if node.name == "getitem"]
+    assert isinstance(result.shape[0], torch.SymInt)
