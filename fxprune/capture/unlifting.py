@@ -13,7 +13,7 @@ from fxprune.errors import CaptureError
 from fxprune.graph.codegen import CodeGen
 from fxprune.graph.containers import Container
 from fxprune.graph.editing import inline_no_grad_regions
-from fxprune.graph.mutation import is_mutating, written
+from fxprune.graph.mutation import written_into
 from fxprune.torch_internals import PyTreeInfo
 
 _READ = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -40,6 +40,9 @@ def unlift(
         CaptureError: the program reads or returns something that is no tensor.
     """
     graph: fx.Graph = program.graph
+    for part in program.graph_module.modules():
+        if isinstance(part, fx.GraphModule):
+            _complete_users(part.graph)
     _read_inputs_of_state(graph, program, keep_constant)
     if any(spec.kind not in _RETURNED for spec in program.graph_signature.output_specs):
         raise CaptureError("the model returns something else than tensors and constants.")
@@ -50,6 +53,13 @@ def unlift(
     spec = program.call_spec
     graph.set_codegen(CodeGen(PyTreeInfo(list(names), spec.in_spec, spec.out_spec)))
     return graph
+
+
+def _complete_users(graph: fx.Graph) -> None:
+    """Let every node know what reads it: where torch.export has made regions of nodes, it may have lost readers."""
+    for node in graph.nodes:
+        for operand in node.all_input_nodes:
+            operand.users.setdefault(node)
 
 
 def _read_inputs_of_state(
@@ -99,7 +109,7 @@ def _write_assigned(graph: fx.Graph) -> None:
     """
     for write in _writes_of_assignments(graph):
         read, value = write.all_input_nodes[0], write.all_input_nodes[-1]
-        if _written_into(value) is read:
+        if written_into(value) is read:
             graph.erase_node(write)
         elif _is_read_beside(read, write):
             with graph.inserting_after(read):
@@ -118,13 +128,6 @@ def _writes_of_assignments(graph: fx.Graph) -> list[fx.Node]:
         found.append(node)
         node = node.prev
     return found
-
-
-def _written_into(value: fx.Node) -> fx.Node:
-    """What in-place operators that end in `value` wrote into."""
-    while is_mutating(value):
-        value = written(value)[0]
-    return value
 
 
 def _is_read_beside(read: fx.Node, write: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from torch import fx, nn
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure
 from fxprune.graph.metadata import tag, tag_of
-from fxprune.graph.mutation import may_share_memory, written
+from fxprune.graph.mutation import may_share_memory, written, written_into
 from fxprune.torch_internals import is_step_of_vmap
 
 _aten = torch.ops.aten
@@ -36,19 +36,19 @@ def inline_no_grad_regions(graph: fx.Graph, submodules: nn.Module) -> None:
     """Replace `wrap_with_set_grad_enabled` regions by their nodes, gradients cut by `detach` at the entry.
 
     Inside a region without gradients every value is detached from what it was computed from, so detaching what
-    enters it is the same; buffers enter as they are, which keeps their updates visible as nodes that write them.
+    enters it is the same; buffers enter as they are, which keeps their updates visible as nodes that write them. What a
+    region writes into is behind it what was before, with its gradients: as eager, which writes and records nothing.
     """
     region = torch.ops.higher_order.wrap_with_set_grad_enabled
     for node in list(graph.find_nodes(op="call_function", target=region)):
         enabled, body, *operands = node.args
         inner = getattr(submodules, str(body.target))
+        entering = dict(zip(inner.graph.find_nodes(op="placeholder"), operands, strict=True))
         with graph.inserting_before(node):
-            if not enabled:
-                operands = [_detached(graph, operand, submodules) for operand in operands]
-            values = dict(zip(inner.graph.find_nodes(op="placeholder"), operands, strict=True))
+            values = entering if enabled else {n: _detached(graph, v, submodules) for n, v in entering.items()}
             for step in inner.graph.nodes:
                 if step.op == "output":
-                    outputs = fx.node.map_arg(step.args[0], values.__getitem__)
+                    outputs = fx.node.map_arg(step.args[0], lambda n, e=entering, v=values: _left(n, e, v))  # type: ignore[misc]
                 elif step.op != "placeholder":
                     values[step] = graph.node_copy(step, values.__getitem__)
         for user in list(node.users):
@@ -58,6 +58,13 @@ def inline_no_grad_regions(graph: fx.Graph, submodules: nn.Module) -> None:
         graph.erase_node(node)
         if not body.users:
             graph.erase_node(body)
+
+
+def _left(value: fx.Node, entering: dict[fx.Node, Any], values: dict[fx.Node, Any]) -> Any:
+    """What a region leaves of a value: where that is one that entered and was written into, it as it entered."""
+    base = written_into(value)
+    was_cut = base in entering and entering[base] is not values[base]
+    return entering[base] if was_cut else values[value]
 
 
 def _detached(graph: fx.Graph, operand: Any, root: nn.Module) -> Any:

@@ -33,6 +33,19 @@ def written(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def written_into(value: fx.Node) -> fx.Node:
+    """The tensor that `value` is, through in-place operators, which return what they wrote into."""
+    while _returns_what_it_wrote(value):
+        value = written(value)[0]
+    return value
+
+
+def _returns_what_it_wrote(node: fx.Node) -> bool:
+    schema = schema_of(node.target)
+    results = schema.returns if schema is not None else []
+    return len(results) == 1 and results[0].alias_info is not None and bool(results[0].alias_info.is_write)
+
+
 def written_state(graph: fx.Graph) -> list[str]:
     """The names of the buffers that a graph writes into, through views as well."""
     found: dict[str, None] = {}

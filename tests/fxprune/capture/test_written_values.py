@@ -1,7 +1,8 @@
-"""Values that forward makes and writes into, whole or in part: traced and finalized modules have what is written."""
+"""What forward writes into values, whole or in part: traced and finalized modules have it, and their gradients."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -68,3 +69,56 @@ def test_what_is_written_to_a_value_of_its_own_is_there(build: Callable[[], nn.M
     fxprune.prune.channels(traced, macs=0.7, round_to=1)
     masked = traced(x)
     assert error(masked, fxprune.finalize(traced, align=1)(x)) < 1e-12
+
+
+def scaled(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x.mul_(2.0)
+    return x
+
+
+def part_blanked(x: Tensor) -> Tensor:
+    found = x.clone()
+    with torch.no_grad():
+        found[:, 0] = 0.0
+        found.add_(1.0).clamp_(-2.0, 2.0)
+    return found * 3.0
+
+
+def numbered_pieces(x: Tensor) -> Tensor:
+    found = x.clone()
+    found.unbind(1)
+    with torch.no_grad():
+        for number, piece in enumerate(found.unbind(1)):
+            piece.add_(number)
+    return found * 2.0
+
+
+class Decaying(nn.Module):
+    """A parameter that forward makes smaller, beside the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gain = nn.Linear(6, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.gain.mul_(0.9)
+        return self.layer(x) * self.gain
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: Writing(scaled), lambda: Writing(part_blanked), lambda: Writing(numbered_pieces), Decaying]
+)
+def test_what_is_written_without_gradients_keeps_those_of_what_was_there(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(2, 5, 6)
+    eager, traced = copy.deepcopy(model), fxprune.trace(model, x)
+    for mode in (True, False, True):
+        for module in (eager, traced.train(mode)):
+            module.train(mode)(x).square().sum().backward()
+    for (name, expected), (_, found) in zip(eager.named_parameters(), traced.named_parameters(), strict=True):
+        assert torch.equal(found, expected), name
+        assert expected.grad is not None
+        assert found.grad is not None
+        assert torch.equal(found.grad, expected.grad), name
