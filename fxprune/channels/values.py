@@ -164,9 +164,13 @@ class Stack(Value):
 
     @property
     def common(self) -> Value:
-        """The stack as one value: known is what is zero in every part."""
-        where = torch.stack([part.zeros for part in self.parts]).all(0)
-        return settled(self.axes, where[None], torch.zeros(()))
+        """The stack as one value: known is what is the same in every part."""
+        parts = [part.facts for part in self.parts if part.facts is not None]
+        if len(parts) < len(self.parts):
+            return Value(self.axes)
+        shape = reduced_shape(self.parts[0].axes)
+        same = torch.stack([(part.inner & (part.value == parts[0].value)).expand(shape) for part in parts]).all(0)
+        return settled(self.axes, same[None], parts[0].value.expand(shape)[None])
 
 
 def _loses_ids(before: Factor, after: Factor) -> bool:

@@ -1,13 +1,8 @@
-"""Hidden units of recurrent layers: one layer in one direction, and which of its units are zero at every step.
+"""Hidden units of recurrent layers: one layer in one direction, what its units relate to and who reads them.
 
 A unit is a row of every gate, an entry of both biases of every gate, a column of the weight that reads the state, and
-an entry of the state. It is zero behind every step where the one gate that adds to it, the candidate, gives zero, and
-where what it carries on starts at zero: c = f * c + i * tanh(0) and h = o * tanh(c) of an LSTM, which carries c;
-h = (1 - z) * tanh(0) + z * h of a GRU; h = tanh(0) or relu(0) of an RNN, which carries nothing. The candidate may read
-units that are zero in the same way, and start at zero: all steps follow by induction.
-
-With a projection the state h is computed from o * tanh(c) by a further weight. Then there are two kinds of units: those
-of the cell c, and those of h.
+an entry of the state. With a projection the state h is computed from o * tanh(c) by a further weight. Then there are
+two kinds of units: those of the cell c, and those of h.
 """
 
 from __future__ import annotations
@@ -17,36 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxprune.channels.axes import Axis
-from fxprune.channels.ids import Mask, Vector
-from fxprune.channels.readers import Bias
+from fxprune.channels.ids import Vector
+from fxprune.channels.readers import Bias, Floats
+from fxprune.channels.rules.constant_units import Kind, Weights, constant_units
 from fxprune.channels.rules.initial_states import State
 from fxprune.channels.rules.layers import Layer, column_facts, read_weight
 from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Walk
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a unit computes.
-
-    Attributes:
-        gates: how many rows of each weight belong to a unit.
-        candidate: the gate that adds to the state.
-        adds_biases: whether the candidate sees the sum of the two biases; else each must be zero, since a GRU scales
-            one.
-        carries: whether a unit carries what it was before on: c of an LSTM, h of a GRU.
-    """
-
-    gates: int
-    candidate: int
-    adds_biases: bool
-    carries: bool
-
-
-LSTM, GRU, RNN = Kind(4, 2, True, True), Kind(3, 2, False, True), Kind(1, 0, True, False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,28 +52,27 @@ class Units:
 
     Attributes:
         cells, states: ids.
-        zero_cells, zero_states: which are zero behind every step.
-        silent: which states are zero at the start as well.
+        constant_cells, constant_states: those that are the same behind every step, NaN for the others.
     """
 
     cells: Vector
     states: Vector
-    zero_cells: Mask
-    zero_states: Mask
-    silent: Mask
+    constant_cells: Floats
+    constant_states: Floats
 
     def state(self, batch: Sequence[Axis]) -> Value:
         """The state h, or a sequence of them, behind these axes."""
-        return _of_units(batch, self.states, self.zero_states)
+        return _of_units(batch, self.states, self.constant_states)
 
     def cell(self, batch: Sequence[Axis]) -> Value:
         """The state c."""
-        return _of_units(batch, self.cells, self.zero_cells)
+        return _of_units(batch, self.cells, self.constant_cells)
 
 
-def _of_units(batch: Sequence[Axis], ids: Vector, zero: Mask) -> Value:
-    where = torch.from_numpy(zero).reshape([1] * len(batch) + [-1])
-    return settled((*batch, units_axis(ids)), where, torch.zeros((), dtype=torch.float64))
+def _of_units(batch: Sequence[Axis], ids: Vector, numbers: Floats) -> Value:
+    """A value of units behind these axes; NaN stands for what is not known."""
+    values = torch.from_numpy(numbers).reshape([1] * len(batch) + [-1])
+    return settled((*batch, units_axis(ids)), ~values.isnan(), values.nan_to_num())
 
 
 def units_axis(ids: Vector) -> Axis:
@@ -108,8 +82,8 @@ def units_axis(ids: Vector) -> Axis:
 
 def beside(units: Sequence[Units], batch: Sequence[Axis]) -> Value:
     """The states of several directions, one behind the other on the last axis."""
-    ids, zero = ([getattr(each, name) for each in units] for name in ("states", "zero_states"))
-    return _of_units(batch, np.concatenate(ids), np.concatenate(zero))
+    ids = np.concatenate([each.states for each in units])
+    return _of_units(batch, ids, np.concatenate([each.constant_states for each in units]))
 
 
 def relate_direction(
@@ -137,12 +111,13 @@ def relate_direction(
             _tie(walk, node, bias, np.tile(cells, kind.gates))
     if projection is not None:
         _tie(walk, node, projection, states)
-    units = Units(cells, states, *_zero_units(walk, kind, direction, data, start))
+    constant_states, constant_cells = _constants(walk, kind, direction, data, start)
     _read(walk, node, direction.inputs, data, direction.input_bias)
-    _read(walk, node, direction.states, _of_units((), states, units.silent), None)
+    carried = np.where((constant_states == 0) & start[0].zeros, 0.0, np.nan)
+    _read(walk, node, direction.states, _of_units((), states, carried), None)
     if projection is not None:
-        _read(walk, node, projection, units.cell(()), None)
-    return units
+        _read(walk, node, projection, _of_units((), cells, np.where(constant_cells == 0, 0.0, np.nan)), None)
+    return Units(cells, states, constant_cells, constant_states)
 
 
 def _columns(walk: Walk, node: fx.Node, weight: fx.Node) -> Vector:
@@ -181,35 +156,22 @@ def _read(walk: Walk, node: fx.Node, weight_node: fx.Node, data: Value, bias_nod
     read_weight(walk, layer)
 
 
-def _zero_units(
+def _constants(
     walk: Walk, kind: Kind, direction: Direction, data: Value, start: Sequence[State]
-) -> tuple[Mask, Mask, Mask]:
-    """Which units are zero, of the cell, of the state, and of the state at the start too: the most by induction."""
-    cells, states = len(start[-1].zeros), len(start[0].zeros)
+) -> tuple[Floats, Floats]:
+    """`constant_units` of a layer; NaN where constants are not followed."""
     if not walk.facts:
-        return np.zeros(cells, bool), np.zeros(states, bool), np.zeros(states, bool)
+        return np.full(len(start[0].zeros), np.nan), np.full(len(start[-1].zeros), np.nan)
 
-    def stored(operand: fx.Node) -> np.ndarray:
+    def stored(operand: fx.Node) -> Tensor:
         facts = walk.value(operand).facts
         assert facts is not None
-        return facts.value.numpy()
+        return facts.value.double()
 
-    candidate = slice(kind.candidate * cells, (kind.candidate + 1) * cells)
-    inputs = stored(direction.inputs)
-    columns = column_facts(data, data.rank - 1, 1, inputs.shape[1])
-    silent = columns.known[0] & (columns.value[0] == 0)
-    zero_cells = ~((inputs[candidate] != 0) & ~silent).any(1)
-    if kind.carries:
-        zero_cells &= start[-1].zeros
-    biases = [stored(bias)[candidate] for bias in (direction.input_bias, direction.state_bias) if bias is not None]
-    for bias in [sum(biases)] if kind.adds_biases and biases else biases:
-        zero_cells &= bias == 0
-    reads = stored(direction.states)[candidate] != 0
-    projects = None if direction.projection is None else stored(direction.projection) != 0
-    while True:
-        zero_states = zero_cells if projects is None else ~(projects & ~zero_cells).any(1)
-        silent = zero_states & start[0].zeros
-        left = zero_cells & ~(reads & ~silent).any(1)
-        if (left == zero_cells).all():
-            return zero_cells, zero_states, silent
-        zero_cells = left
+    inputs, states = stored(direction.inputs), stored(direction.states)
+    biases = [stored(bias) for bias in (direction.input_bias, direction.state_bias) if bias is not None]
+    projection = None if direction.projection is None else stored(direction.projection)
+    found = column_facts(data, data.rank - 1, 1, inputs.shape[1])
+    columns = np.where(found.known[0] & ~(found.bordered[0] & (found.value[0] != 0)), found.value[0], np.nan)
+    weights = Weights(kind, inputs, states, biases, projection)
+    return constant_units(weights, columns, [state.zeros for state in start])

@@ -16,7 +16,8 @@ from fxprune.channels.axes import Axis, sizes_of
 from fxprune.channels.edits import Pending, SetArguments
 from fxprune.channels.readers import EqualCounts, MoreCells
 from fxprune.channels.registry import REGISTRY, Cost, OperatorCall, register
-from fxprune.channels.rules.hidden_units import GRU, LSTM, RNN, Direction, Kind, Units, beside, relate_direction
+from fxprune.channels.rules.constant_units import GRU, LSTM, RELU, TANH, Kind
+from fxprune.channels.rules.hidden_units import Direction, Units, beside, relate_direction
 from fxprune.channels.rules.initial_states import InitialStates
 from fxprune.channels.values import Stack, Value
 from fxprune.channels.walk import Result, Walk
@@ -24,8 +25,8 @@ from fxprune.channels.walk import Result, Walk
 aten = torch.ops.aten
 
 _KINDS: Mapping[Any, Kind] = {
-    aten.lstm: LSTM, aten.gru: GRU, aten.rnn_tanh: RNN, aten.rnn_relu: RNN,
-    aten.lstm_cell: LSTM, aten.gru_cell: GRU, aten.rnn_tanh_cell: RNN, aten.rnn_relu_cell: RNN,
+    aten.lstm: LSTM, aten.gru: GRU, aten.rnn_tanh: TANH, aten.rnn_relu: RELU,
+    aten.lstm_cell: LSTM, aten.gru_cell: GRU, aten.rnn_tanh_cell: TANH, aten.rnn_relu_cell: RELU,
 }  # fmt: skip
 
 
