@@ -26,9 +26,9 @@ SMALL = 2**16  # bytes: a tensor of fewer is kept whole
 ROOM = 2**25  # bytes of whole tensors that are kept for the next operator; twice the largest one, where that is more
 
 aten = torch.ops.aten
-_View = Callable[[Tensor], Tensor]
+View = Callable[[Tensor], Tensor]
 _SERIALS = itertools.count(1)
-_SHARING = {aten.detach.default, aten.alias.default}
+SHARING = {aten.detach.default, aten.alias.default}
 _ALIKE = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
 
@@ -68,12 +68,12 @@ class Borrowed(Tensor):
     """
 
     _cell: _Cell
-    _views: tuple[_View, ...]
+    _views: tuple[View, ...]
     _form: Tensor  # on the device "meta"
     __torch_function__ = untouched_by_torch_function  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, cell: _Cell, views: tuple[_View, ...] = (), form: Tensor | None = None) -> Borrowed:
+    def __new__(cls, cell: _Cell, views: tuple[View, ...] = (), form: Tensor | None = None) -> Borrowed:
         form = cell.form if form is None else form
         made: Borrowed = Tensor._make_wrapper_subclass(
             cls,
@@ -94,12 +94,12 @@ class Borrowed(Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         first: Any = args[0] if args else None
-        if func in _SHARING:
+        if func in SHARING:
             return cls(first._cell, first._views, first._form)
         if func is aten.clone.default and not first._views:
             return cls(first._cell.loans.copied(first._cell))
-        if isinstance(first, Borrowed) and _is_view(func):
-            own: _View = lambda tensor: func(tensor, *args[1:], **(kwargs or {}))  # noqa: E731
+        if isinstance(first, Borrowed) and is_view(func):
+            own: View = lambda tensor: func(tensor, *args[1:], **(kwargs or {}))  # noqa: E731
             return cls(first._cell, (*first._views, own), own(first._form))
         return _computed(func, args, dict(kwargs or {}))
 
@@ -173,7 +173,7 @@ class Borrowed(Tensor):
         return f"Borrowed({tuple(self.shape)}, {self.dtype})"
 
 
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
     """Whether an operator gives one tensor that shares the memory of its first argument, and writes to none."""
     results, given = func._schema.returns, func._schema.arguments
     shares = len(results) == 1 and isinstance(results[0].type, torch.TensorType) and results[0].alias_info is not None

@@ -40,6 +40,7 @@ from fxprune.graph.equality import FOLDED_TOLERANCES, error, is_finite
 from fxprune.graph.error_sites import node_of, step_of
 from fxprune.graph.masks import masked_views, named_by_mask
 from fxprune.graph.names import canonical, has_parametrization, locate, one_name, tensors_of
+from fxprune.graph.on_demand import own_tensors
 from fxprune.graph.provenance import provenance_of, set_provenance
 from fxprune.graph.reparametrizations import computed_names, hook_state, reparametrized
 from fxprune.graph.requirements import require_eval, require_parameter, require_traced
@@ -263,20 +264,10 @@ def _sharing_tensors(traced: TracedModule) -> TracedModule:
     return copy.deepcopy(traced, {id(tensor): tensor for tensor in tensors_of(traced).values()})
 
 
-def _finalize_anew() -> list[Pass]:
+def _finalize_anew(*, on_demand: bool = False) -> list[Pass]:
     """The passes of `FINALIZE` for a module that shares its tensors."""
-    return [replace(step, anew=True) if isinstance(step, FoldReparametrizations) else step for step in FINALIZE]
-
-
-def _own_tensors(final: TracedModule, traced: TracedModule) -> None:
-    """Copy what a module still shares with another one; what is tied, or overlaps, is so in the copy."""
-    shared = {id(tensor) for tensor in tensors_of(traced).values()}
-    memo: dict[int, Any] = {}
-    for module in final.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if id(tensor) in shared:
-                    held[name] = copy.deepcopy(tensor, memo)  # type: ignore[assignment]
+    fold = FoldReparametrizations(anew=True, on_demand=on_demand)
+    return [fold if isinstance(step, FoldReparametrizations) else step for step in FINALIZE]
 
 
 def without_norms(traced: TracedModule, names: Collection[str]) -> TracedModule:
@@ -481,8 +472,9 @@ def finalize(
         return _finalized_by_first(traced, options, whole=whole)
     for text in traced.told_unused():
         warnings.warn(text, FxpruneWarning, stacklevel=3)
-    steps = _finalize_anew()
-    if shrink or plan is not None:
+    cuts = shrink or plan is not None
+    steps = _finalize_anew(on_demand=cuts and after is None)  # `after` may keep what it sees
+    if cuts:
         steps.append(RemoveChannels(align, plan, verify, keep_for_training, keep_for_write_back, lean=True))
     if fold_batch_norm:
         steps.append(FoldBatchNorm())
@@ -552,7 +544,7 @@ def _run_or_refuse(traced: TracedModule, steps: Sequence[Pass], after: Callback 
             with torch.inference_mode(False):  # what is made trains on
                 final = run_passes(_sharing_tensors(traced), tried, after).graph_module
                 assert isinstance(final, TracedModule)
-                _own_tensors(final, traced)
+                own_tensors(final, traced)
         except OutputsDifferError:
             lean = False
             continue

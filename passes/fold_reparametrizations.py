@@ -20,6 +20,7 @@ from fxprune.graph.expressions import closure, evaluate
 from fxprune.graph.masks import ParameterView, masked, original_name, view
 from fxprune.graph.metadata import parameter_of, tag_of, tagged, untag
 from fxprune.graph.names import ModulePaths, exists, tensor_at
+from fxprune.graph.on_demand import Latest, masked_on_demand
 from fxprune.graph.reparametrizations import computed_names, remove_state, reparametrized
 from fxprune.graph.traced import TracedModule
 from fxprune.graph.values import under_mask
@@ -39,12 +40,15 @@ class FoldReparametrizations(Pass):
     parametrization: a new Parameter, so the other uses keep their values; (3) a masked parameter that no graph
     reads: the product is stored. What a parameter is computed from (a mask under a norm) is folded with it. (4) With
     `keep_masks`, a mask on what a norm or a parametrization computes stays: the parameter is then one that a mask
-    alone changes; other masks are left as they are. (5) With `anew`, a new Parameter in case (1), too.
+    alone changes; other masks are left as they are. (5) With `anew`, a new Parameter in case (1), too. (6) With
+    `on_demand`, what masks alone change is computed whenever it is read, so that it is never all held: for what is cut.
 
     Args:
         parameters: qualified names; None folds all.
         keep_masks: whether to fold what masks act on, in place of the masked values.
         anew: whether another module holds the parameters as well, which is to keep its values.
+        on_demand: whether large products are not stored; the parameters are only to be read then, while what they are
+            computed from stays as it is.
 
     Example:
         >>> FoldReparametrizations()(traced).modified
@@ -54,6 +58,7 @@ class FoldReparametrizations(Pass):
     parameters: tuple[str, ...] | None = None
     keep_masks: bool = False
     anew: bool = False
+    on_demand: bool = False
     name: ClassVar[str] = "fold-reparametrizations"
 
     def run(self, traced: TracedModule) -> bool:
@@ -62,6 +67,9 @@ class FoldReparametrizations(Pass):
         holders = Counter(id(p) for module in traced.modules() for p in module._parameters.values())
         if self.anew:  # (5)
             holders = Counter({number: 2 * count for number, count in holders.items()})
+        originals = [view(traced, name).original for name in places] if self.on_demand else []
+        sizes = [original.nbytes for original in originals if original is not None]
+        latest = Latest(max(sizes)) if sizes else None
         replaced = set()  # what is stored under these names now, other nodes do not mean
         for name, nodes in places.items():
             with working_on(nodes[0]) if nodes else contextlib.nullcontext():
@@ -69,7 +77,7 @@ class FoldReparametrizations(Pass):
                     _fold_under_mask(traced, name, nodes)
                     replaced.add(original_name(name))
                 else:
-                    _fold(traced, name, nodes, holders)
+                    _fold(traced, name, nodes, holders, latest)
         for graph in order:
             erase_dead(graph, lambda target: target in replaced or not exists(traced, target))
         return bool(places)
@@ -135,10 +143,13 @@ def _parameter(node: fx.Node) -> str:
     return name
 
 
-def _fold(traced: TracedModule, name: str, nodes: list[fx.Node], holders: Counter[int]) -> None:
+def _fold(
+    traced: TracedModule, name: str, nodes: list[fx.Node], holders: Counter[int], latest: Latest | None
+) -> None:  # fmt: skip
     found = view(traced, name)
     owner, attribute = found.owner, found.attribute
-    value, trained = _own_value(traced, found, nodes)
+    product = None if latest is None else _product(found, nodes, latest)
+    value, trained = _own_value(traced, found, nodes) if product is None else product
     original = None if found.mask is None else found.original
     remove_state(traced, name)
     if original is not None and holders[id(original)] == 1:  # (1)
@@ -161,6 +172,18 @@ def _fold_under_mask(traced: TracedModule, name: str, nodes: list[fx.Node]) -> N
     restore_order(found.owner)
     for node in nodes:
         _read_instead(node, original_name(name))
+
+
+def _product(found: ParameterView, nodes: list[fx.Node], latest: Latest) -> tuple[torch.Tensor, bool] | None:
+    """What `_own_value` gives, computed when it is read; None of what is more than a mask times a parameter."""  # (6)
+    original, mask = found.original, found.mask
+    if original is None or mask is None or not nodes or is_sharded(original) or is_sharded(mask):
+        return None
+    if any(node.target is not torch.ops.aten.mul.Tensor or len(closure(node)) != 3 for node in nodes):
+        return None
+    if mask.dtype != original.dtype or mask.device != original.device:
+        return None
+    return masked_on_demand(original.detach(), mask.detach, latest), original.requires_grad
 
 
 def _own_value(traced: TracedModule, found: ParameterView, nodes: list[fx.Node]) -> tuple[torch.Tensor, bool]:

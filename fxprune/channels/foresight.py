@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from fxprune.channels.groups import Grouping
 from fxprune.channels.ids import Mask
 from fxprune.channels.removal import remove
 from fxprune.graph.names import locate, tensors_of
+from fxprune.graph.on_demand import Latest, masked_on_demand
 from fxprune.graph.traced import TracedModule
 
 
@@ -24,13 +26,19 @@ def foresee(
 ) -> Analysis:  # fmt: skip
     """The analysis that `finalize` will make by default; `plain` is only read, and shared where no mask is.
 
+    Masked weights are computed whenever they are read, so that they are never all held.
+
     Args:
         plain: a module without reparametrizations.
         masks: by the names of parameters.
         decided: the axes whose counts are decided.
     """
     tensors = tensors_of(plain)
-    masked = {id(tensors[name]): tensors[name].detach() * mask.to(tensors[name].device) for name, mask in masks.items()}
+    latest = Latest(max((tensors[name].nbytes for name in masks), default=0))
+    masked = dict[int, torch.Tensor]()
+    for name in masks:
+        stored = tensors[name].detach()
+        masked[id(tensors[name])] = masked_on_demand(stored, partial(_on, masks, name, stored.device), latest)
     parameters = {key: nn.Parameter(value, requires_grad=False) for key, value in masked.items()}
     candidate = copy.deepcopy(plain, {id(tensor): tensor for tensor in tensors.values()})
     for name, tensor in tensors.items():
@@ -39,6 +47,10 @@ def foresee(
             owner._parameters[attribute] = parameters[id(tensor)]
     candidate.decide(decided)
     return analyze(candidate)
+
+
+def _on(masks: Mapping[str, torch.Tensor], name: str, device: torch.device) -> torch.Tensor:
+    return masks[name].to(device)
 
 
 @dataclass(frozen=True)

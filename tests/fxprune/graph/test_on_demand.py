@@ -1,0 +1,125 @@
+"""Tensors that are computed whenever they are read act as plain ones, and masked weights are never all held."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.errors import AnalysisWarning
+from fxprune.graph import on_demand
+from fxprune.graph.on_demand import Latest, OnDemand, masked_on_demand
+from tests.random_networks import network
+
+VALUES = torch.arange(12.0).reshape(3, 4) - 5
+KEPT = torch.tensor([[True], [False], [True]]).expand(3, 4)
+
+
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_demand, "LEAST", 0)
+
+
+def made(latest: Latest | None = None, values: torch.Tensor = VALUES) -> OnDemand:
+    found = masked_on_demand(values, lambda: KEPT, latest or Latest(values.nbytes))
+    assert isinstance(found, OnDemand)
+    return found
+
+
+def test_operators_give_what_they_give_of_plain_tensors() -> None:
+    own, want = made(), VALUES * KEPT
+    assert own.sum() == want.sum()
+    assert torch.equal(torch.ones(2, 4) @ own.T, torch.ones(2, 4) @ want.T)
+    assert torch.equal(own.movedim(1, 0)[1:].flatten(), want.movedim(1, 0)[1:].flatten())
+    assert own.tolist() == want.tolist()
+    assert np.array_equal(own.numpy(), want.numpy())
+    assert np.array_equal(np.asarray(own[:, 1]), want[:, 1].numpy())
+    assert torch.equal(own.view(torch.int32).clone(), want.view(torch.int32))
+    assert torch.equal(torch.stack(own.unbind(1)), want.T)
+    assert type(own.double()) is torch.Tensor
+
+
+def test_it_is_a_parameter_that_gradients_reach() -> None:
+    own = nn.Parameter(made())
+    assert isinstance(own, nn.Parameter)
+    (own * 2).sum().backward()
+    assert own.grad is not None
+    assert torch.equal(own.grad, torch.full((3, 4), 2.0))
+    copied = copy.deepcopy(own)
+    assert type(copied) is nn.Parameter
+    assert torch.equal(copied, VALUES * KEPT)
+
+
+def test_what_others_look_at_is_not_written_over() -> None:
+    latest = Latest(VALUES.nbytes)
+    first, second = made(latest), made(latest, VALUES + 100)
+    rows = first.values_now()[2]
+    assert torch.equal(first + second, (2 * VALUES + 100) * KEPT)
+    assert torch.equal(torch.cat([second, first]), torch.cat([(VALUES + 100) * KEPT, VALUES * KEPT]))
+    assert torch.equal(rows, VALUES[2])
+    place = first.values_now().data_ptr()  # nobody looks at it any more
+    assert second.values_now().data_ptr() == place
+
+
+def test_layouts_are_those_of_parameters() -> None:
+    values = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    kept = torch.ones(2, 1, 1, 1, dtype=torch.bool).expand(2, 3, 4, 5)
+    own = masked_on_demand(values, lambda: kept, Latest(values.nbytes))
+    assert own.stride() == own.clone().stride() == (values * kept).stride() == values.stride()
+    assert torch.equal(own.flatten(1), values.flatten(1))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_finalize_gives_the_same_bits(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = network(seed, words=seed % 2 == 1)
+    traced = fxprune.trace(model, (inputs(2),), modes=("eval",))
+    for name, parameter in dict(traced.named_parameters()).items():
+        if parameter.dim() > 1:
+            fxprune.prune.custom_from_mask(traced, name, parameter != 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what cannot be told apart by values
+        one, two = (_finalized(traced, monkeypatch, least) for least in (0, 2**40))
+    assert one.plan is not None
+    assert two.plan is not None
+    assert one.plan.to_json() == two.plan.to_json()
+    assert one.state_dict().keys() == two.state_dict().keys()
+    for name, value in one.state_dict().items():
+        assert type(value) is torch.Tensor
+        assert torch.equal(value, two.state_dict()[name])
+        assert value.stride() == two.state_dict()[name].stride()
+
+
+def _finalized(traced: fxprune.TracedModule, monkeypatch: pytest.MonkeyPatch, least: int) -> fxprune.TracedModule:
+    monkeypatch.setattr(on_demand, "LEAST", least)
+    return fxprune.finalize(traced, align=1)
+
+
+def test_what_stays_whole_is_a_plain_copy() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    traced = fxprune.trace(model, torch.randn(2, 4))
+    fxprune.prune.l1_unstructured(traced, "0.weight", 0.3)
+    seen: list[type] = []
+    final = fxprune.finalize(traced)
+    fxprune.finalize(traced, after=lambda step, module, *_: seen.extend(map(type, module.parameters())))
+    assert {*map(type, final.parameters()), *seen} == {nn.Parameter}
+    with torch.no_grad():
+        traced.get_parameter("0.weight_orig").zero_()
+    assert final.get_parameter("0.weight").any()
+
+
+def test_finalize_that_finds_a_wrong_rule_still_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxprune.channels import folding
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 3)).eval()
+    traced = fxprune.trace(model, torch.randn(2, 4))
+    fxprune.prune.ln_structured(traced, "0.weight", 2, n=2, dim=0)
+    monkeypatch.setattr(folding.Folding, "run", lambda self: None)
+    with pytest.warns(AnalysisWarning, match="linear_1"):
+        final = fxprune.finalize(traced)
+    x = torch.randn(3, 4)
+    assert torch.allclose(final(x), traced(x), atol=1e-6)
