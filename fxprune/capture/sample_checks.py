@@ -158,7 +158,11 @@ def _misfit(
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     room = sum(parameter.kind in kinds for parameter in signature.parameters.values())
     if len(args) <= room:
-        return f"the sample inputs do not fit: {error}; {taken}. Give the inputs that it needs, by these names."
+        named = [*([f"{len(args)} by position"] if args else []), *map(str, kwargs)]
+        return (
+            f"the sample inputs do not fit: {error}; {taken}, and was given {', '.join(named)}. Give the inputs that "
+            "it needs, by these names."
+        )
     given = f"{len(args)} inputs were given by position; {taken}"
     if all(isinstance(arg, int) for arg in args):
         return f"{given}. For a shape, give a tensor of it: fxprune.trace(model, (torch.randn{args},))."

@@ -8,7 +8,7 @@ import torch
 
 from fxprune.errors import ArgumentError
 from fxprune.graph.calls import Call
-from fxprune.recipes.samples import NAMELESS, call_of, tensors_of_file
+from fxprune.recipes.samples import NAMELESS, TENSOR_FILES, call_of, tensors_of_file
 
 
 def call_of_texts(given: Sequence[str]) -> Call:
@@ -29,7 +29,7 @@ def call_of_texts(given: Sequence[str]) -> Call:
     kwargs: dict[str, torch.Tensor] = {}
     for text in given:
         try:
-            call = call_of(tensors_of_file(text) if text.endswith((".npz", ".safetensors")) else _described(text))
+            call = call_of(tensors_of_file(text) if text.endswith(TENSOR_FILES) else _described(text))
         except Exception as error:  # of the readers, of torch, or of int
             raise ArgumentError(
                 f"input '{text}' cannot be used: {type(error).__name__}: {error}. Give a shape (2x3x32x32, x=2x3, "

@@ -20,6 +20,7 @@ from fxprune.recipes.recipe import Data, Model
 from fxprune.reports import counted, first_of
 
 NAMELESS = "arr_"  # as numpy begins the name of an array without one
+TENSOR_FILES = (".npz", ".safetensors")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
 
 
@@ -58,7 +59,7 @@ def samples(data: Data, model: Model) -> Samples:
         found = Samples(as_calls(sources.function(data.source, "batches")(), error=ArgumentError))
     elif path.is_dir():
         found = Samples(_cut({f"{NAMELESS}0": _images(path, data, model)}, data))
-    elif path.suffix in (".npz", ".safetensors"):
+    elif path.suffix in TENSOR_FILES:
         found = Samples(_cut(tensors_of_file(data.source), data))
     elif path.suffix == ".txt" and path.is_file():
         found = Samples(_cut(_tokens(path, data, model), data), _attention_mask)
@@ -78,6 +79,14 @@ def tensors_of_file(path: str) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     with np.load(path, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def names_of_file(path: str) -> str:
+    """A sentence for errors: which tensors an .npz or .safetensors file has, and how they are given to a model."""
+    return (
+        f"'{path}' holds {', '.join(tensors_of_file(path))}: tensors are given by these names, those that begin with "
+        f"{NAMELESS}, as numpy calls arrays without a name, by position. Save inputs alone, under the model's names."
+    )
 
 
 def call_of(tensors: dict[str, Tensor]) -> Call:

@@ -14,13 +14,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxprune.capture.front_end import trace
-from fxprune.errors import ArgumentError
+from fxprune.errors import ArgumentError, SampleError
 from fxprune.graph.calls import Call
 from fxprune.graph.traced import TracedModule
 from fxprune.recipes import sources
 from fxprune.recipes.inputs import call_of_texts
 from fxprune.recipes.recipe import Recipe
-from fxprune.recipes.samples import Samples, samples
+from fxprune.recipes.samples import TENSOR_FILES, Samples, names_of_file, samples
 
 _TRACED_WITH = 2  # samples: one alone would let the batch look like a constant
 
@@ -85,7 +85,13 @@ class Work:
         model = copy.deepcopy(self.model)
         if isinstance(model, TracedModule):
             return model
-        return trace(model, self.call.args, self.call.kwargs, modes=modes).eval()
+        try:
+            return trace(model, self.call.args, self.call.kwargs, modes=modes).eval()
+        except SampleError as error:
+            source = None if self.recipe.data is None or self.recipe.model.inputs else self.recipe.data.source
+            if source is None or not source.endswith(TENSOR_FILES):
+                raise
+            raise SampleError(f"{error} {names_of_file(source)}") from error
 
     def outputs(self, module: nn.Module, found: Samples) -> list[Any]:
         """What a module gives for each batch of samples."""

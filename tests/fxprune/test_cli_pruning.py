@@ -69,6 +69,18 @@ def test_an_error_is_one_line_and_a_traceback_where_it_is_asked_for(
         cli.main(["--traceback", *map(str, given)])
 
 
+@pytest.mark.parametrize("command", ["prune", "sensitivity"])
+def test_arrays_of_other_names_than_the_inputs_are_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    np.savez(tmp_path / "digits.npz", images=images().numpy(), labels=np.arange(48))
+    out = ("--macs", 0.5, "--out", tmp_path / "out") if command == "prune" else ()
+    code, _, told = outcome(capsys, command, NETWORK, "--data", tmp_path / "digits.npz", *out)
+    assert code == 1
+    for part in ("forward takes (input), and was given images, labels", "digits.npz' holds images, labels: tensors"):
+        assert part in told
+
+
 def test_a_budget_is_needed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, _, told = outcome(capsys, "prune", NETWORK, *PLAIN, "--out", tmp_path / "out")
     assert code == 1
