@@ -102,6 +102,7 @@ class Ladder:
         gone: for each group which of its units are masked; these go first.
         started: whether what is gone was chosen by an earlier budget: what is left of its multiple follows at once, so
             that groups are cut one after the other, not all of them a little.
+        within: the classes that may go; None: all of them.
 
     Attributes:
         units: [steps, width], the units that go with each step, filled up with -1.
@@ -121,6 +122,7 @@ class Ladder:
         lean: float = 0.0,
         gone: Sequence[Mask] = (),
         started: bool = False,
+        within: Mask | None = None,
     ) -> None:
         self._groups = groups
         dead = gone or [np.zeros(len(score), bool) for score in scores]
@@ -139,6 +141,9 @@ class Ladder:
         for rounding in roundings:
             own = self._steps_taken(rounding, lean if leans and not self.taken else 0.0)
             self.taken.append(np.maximum(own, self.taken[-1].max()) if self.taken else own)
+        if within is not None:
+            most = max(self.gone, self.level_of(~within))
+            self.taken = [np.minimum(own, most) for own in self.taken]
         ends = self.taken[0][self.taken[0] >= self.gone]
         self.first = int(ends.min()) if started and self.gone and self.is_blocked and len(ends) else 0
         self.taken[0][: self.first] = self.first
@@ -148,6 +153,11 @@ class Ladder:
         """The units that go when so many steps are taken."""
         taken = self.units[:level].reshape(-1)
         return taken if self._parts == 1 else taken[taken >= 0]
+
+    def level_of(self, alive: Mask) -> int:
+        """How many steps, from the first on, are taken where these classes are left."""
+        taken = ~(alive[self.units] & (self.units >= 0)).any(1)
+        return int(np.logical_and.accumulate(taken).sum())
 
     def _left_of(self, groups: Sequence[ChannelGroup]) -> Vector:
         """[steps + 1, groups], the units of each group that are left."""
@@ -207,6 +217,7 @@ def _is_unblocked(group: ChannelGroup, count: int) -> bool:
 def ladders(
     groups: Sequence[ChannelGroup], scores: Sequence[Scores], round_to: int | Sequence[int | str], most: float,
     least: int, timed: bool = False, gone: Sequence[Mask] = (), started: Sequence[bool] = (),
+    within: Mask | None = None,
 ) -> list[Ladder]:  # fmt: skip
     """The ladders of the groups, one for those that must be cut together; checks scores and rounding.
 
@@ -217,7 +228,7 @@ def ladders(
         most, least: as in `Rounding`.
         timed: under the first rounding, if it is "auto", a group whose MACs take more time than the average ends a
             multiple below the nearest, one whose take less a multiple above it: the same MACs in less time.
-        gone, started: for each group, as in `Ladder`.
+        gone, started: for each group, as in `Ladder`. within: as there.
 
     Raises:
         PruningError: a score is NaN or infinite.
@@ -236,7 +247,8 @@ def ladders(
         own = [groups[i] for i in index]
         lean = math.copysign(1, average - _slowness(own)) if timed and phases[0] == "auto" else 0.0
         own_scores, own_gone = [scores[i] for i in index], [gone[i] for i in index if gone]
-        found.append(Ladder(own, own_scores, roundings, lean, own_gone, any(started[i] for i in index if started)))
+        is_started = any(started[i] for i in index if started)
+        found.append(Ladder(own, own_scores, roundings, lean, own_gone, is_started, within))
     return found
 
 

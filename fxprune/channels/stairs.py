@@ -13,7 +13,7 @@ import numpy as np
 from fxprune.channels.alignment import BLOCK, FINEST
 from fxprune.channels.budget import Ladder
 from fxprune.channels.groups import Scores
-from fxprune.channels.ids import Vector
+from fxprune.channels.ids import Mask, Vector
 
 # the score that the last stair may have at most, relative to the stair whose place it takes
 ALIKE = 1.5
@@ -120,6 +120,10 @@ class Staircase(Steps):
     def units_at(self, levels: Vector) -> Vector:
         """The units that go with so many steps of each ladder."""
         return np.concatenate([x.units_at(int(n)) for x, n in zip(self.ladders, levels, strict=True)])
+
+    def waste(self, alive: Mask) -> float:
+        """What runs for nothing where these classes are left, in MACs."""
+        return sum(ladder.waste(ladder.level_of(alive)) for ladder in self.ladders)
 
     def latest(self, stairs: int) -> list[int]:
         """The ladders of the first stairs, by their last one, the latest first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -139,6 +140,17 @@ class Size(Budget):
         self.limit = limit_of(value, self.dense)
         self.least = self.dense
 
+    @property
+    def whole(self) -> float:
+        """The share of the limit that the dense model is."""
+        return share_of(self.dense, self.limit)
+
+    def scaled(self, factor: float) -> Size:
+        """With a limit that is so many times as large."""
+        other = copy.copy(self)
+        other.limit = self.limit * factor
+        return other
+
     def left(self, units: Vector) -> int:
         """What is left without the units."""
         count = self.grouping.macs if self.name == "macs" else self.grouping.parameters
@@ -187,6 +199,15 @@ class Sizes(Budget):
     def __init__(self, sizes: Sequence[Size]) -> None:
         self.sizes = sizes
         self.unreached = sizes[0]
+
+    @property
+    def whole(self) -> float:
+        """The share of its limit that the dense model is, of the size that binds."""
+        return max(size.whole for size in self.sizes)
+
+    def scaled(self, factor: float) -> Sizes:
+        """With limits that are so many times as large."""
+        return Sizes([size.scaled(factor) for size in self.sizes])
 
     def fit(self, stairs: Steps) -> Choice | None:
         units = stairs.land(Limit(self.used, 1.0, SPENT))

@@ -31,6 +31,7 @@ class Ranked:
         curves: what is lost with the units, where that is known; scores are made of them.
         prices: what the units save in time, where latencies say so. start: the share of the MACs to try first then.
         levels: the only choices that there are, where a configuration says all widths by one number.
+        within: the classes that may go: those of a choice for a smaller budget, of which a part is to stay; None: all.
     """
 
     scores: list[Scores]
@@ -42,6 +43,7 @@ class Ranked:
     prices: LatencyPrices | None = None
     start: float | None = None
     levels: Sequence[Level] = ()
+    within: Mask | None = None
 
     def corrected(self, stays: Mask, lost: Mask) -> Ranked:
         """The same, where some classes stay whatever is chosen, and others are gone."""
@@ -59,8 +61,13 @@ def staircase(
     if not isinstance(request.round_to, str):
         roundings = (request.round_to, 1)
     most, least = request.max_per_group, request.at_least
-    steps = ladders(picked, ranked.scores, roundings, most, least, timed, ranked.gone, ranked.started)
+    steps = ladders(picked, ranked.scores, roundings, most, least, timed, ranked.gone, ranked.started, ranked.within)
     return Staircase(steps, request.scope)
+
+
+def stairs_of(budget: Budget, picked: Sequence[ChannelGroup], ranked: Ranked, request: ChannelRequest) -> Staircase:
+    """The steps of the groups as a budget takes them."""
+    return staircase(budget.roundings, budget.timed, picked, ranked, request)
 
 
 def landed(budget: Budget, picked: Sequence[ChannelGroup], ranked: Ranked, request: ChannelRequest) -> Choice | None:
@@ -68,4 +75,7 @@ def landed(budget: Budget, picked: Sequence[ChannelGroup], ranked: Ranked, reque
     if ranked.levels:
         ranks = [score - gone * (np.ptp(score) + 1) for score, gone in zip(ranked.scores, ranked.gone, strict=True)]
         return budget.fit(Levels(ranked.levels, picked, ranks, request.max_per_group, request.at_least))
-    return budget.fit(staircase(budget.roundings, budget.timed, picked, ranked, request))
+    choice = budget.fit(stairs_of(budget, picked, ranked, request))
+    if choice is None and ranked.within is not None:  # of a budget that is smaller than it was, as `finalize` counts
+        return landed(budget, picked, replace(ranked, within=None), request)
+    return choice
