@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxprune.capture.lifting import lift_tensors, lifted_program
 from fxprune.errors import ExportError
 from fxprune.graph.codegen import CodeGen
-from fxprune.graph.mutation import is_mutating, may_write
+from fxprune.graph.mutation import may_write
 from fxprune.graph.names import tensor_at
 from fxprune.torch_internals import (
     FakeTensor,
@@ -99,13 +99,8 @@ def _check(module: fx.GraphModule, graph: fx.Graph) -> None:
             raise ExportError(f"{node.target} is no tensor")
         if node.op == "placeholder" and node.users and not isinstance(node.meta.get("val"), FakeTensor):
             raise ExportError(f"{node.name} is no tensor")
-        if is_mutating(node) or _updates_statistics(node):
+        if may_write(node):
             raise ExportError(f"{node.target} writes")
-
-
-def _updates_statistics(node: fx.Node) -> bool:
-    """Whether a norm is called as in train mode: its schema does not say that it writes then."""
-    return may_write(node) and not is_mutating(node) and bool(node.args[5])  # of both operators
 
 
 def _erase_unread(graph: fx.Graph) -> None:

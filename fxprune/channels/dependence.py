@@ -6,7 +6,7 @@ recurrent layer over constants has other ones at every step. What it computes fr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import fx
 
 from fxprune.channels.arguments import bound
 from fxprune.channels.axes import reduced_shape
+from fxprune.channels.fixed_channels import FixedChannels
+from fxprune.channels.ids import Vector
 from fxprune.channels.readers import Reader
 from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.recurrent import Recurrent, RecurrentCell
@@ -25,18 +27,28 @@ from fxprune.graph.mutation import is_mutating, may_write, written
 aten = torch.ops.aten
 
 
-def fixed_nodes(walk: Walk) -> set[fx.Node]:
-    """The nodes of an eval graph that give the same for every input of given sizes, parameters and buffers aside."""
-    fixed: set[fx.Node] = set()
+def fixed_nodes(walk: Walk, of: Callable[[Vector], Vector]) -> set[fx.Node]:
+    """The nodes of an eval graph that give the same for every input of given sizes, parameters and buffers aside.
+
+    Args:
+        walk: of the graph.
+        of: from ids to classes.
+    """
+    fixed, channels = set[fx.Node](), FixedChannels(walk, of)
     readers: dict[fx.Node, list[Reader]] = {}
     for reader in walk.readers:
         readers.setdefault(reader.node, []).append(reader)
     for node in walk.graph.nodes:
-        computed = node.op == "call_function" and _is_fixed(walk, node, fixed, readers.get(node, ()))
+        own = readers.get(node, ())
+        computed = node.op == "call_function" and (
+            _is_fixed(walk, node, fixed, own) or channels.are_all(node, fixed, own)
+        )
         if computed or (node.op == "get_attr" and not walk.is_written(node)):
             fixed.add(node)
         elif node.op == "call_function" and may_write(node):
-            fixed.difference_update(other for target in _changed(node) for other in walk.sharing(target))
+            written_over = {other for target in _changed(node) for other in walk.sharing(target)}
+            fixed -= written_over
+            channels.forget(written_over)
     return fixed
 
 

@@ -150,7 +150,7 @@ class Liveness:
         for rows_of_units in whole.equal:
             units[rows_of_units] = True
         costs[units] = 1 - costs[units]  # of those kept for their number the ones with weights: masks hide the others
-        self.fixed = fixed_nodes(coupling.walks["eval"]) & reached
+        self.fixed = fixed_nodes(coupling.walks["eval"], coupling.of) & reached
         useful = useful_nodes(coupling.walks["eval"], reached, self.fixed)
         pinned = self._classes.pinned
         needing = self._classes.pinned_by(lambda by: by is None or by in useful)

@@ -7,8 +7,11 @@ from torch import fx
 
 from fxprune.torch_internals import OpOverload, is_composite, schema_of
 
-# In train mode they update the running statistics, which their schemas do not say.
-_UNDECLARED = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
+# They update running statistics where this argument is true, which their schemas do not say.
+_UNDECLARED = {
+    torch.ops.aten.batch_norm.default: "training",
+    torch.ops.aten.instance_norm.default: "use_input_stats",
+}
 
 
 def is_mutating(node: fx.Node) -> bool:
@@ -19,7 +22,16 @@ def is_mutating(node: fx.Node) -> bool:
 
 def may_write(node: fx.Node) -> bool:
     """Whether running the operator can change one of its arguments, declared or not."""
-    return is_mutating(node) or node.target in _UNDECLARED
+    return is_mutating(node) or _updates_statistics(node)
+
+
+def _updates_statistics(node: fx.Node) -> bool:
+    """Whether a norm may write running statistics."""
+    schema = schema_of(node.target)
+    if node.target not in _UNDECLARED or schema is None:
+        return False
+    at = [argument.name for argument in schema.arguments].index(_UNDECLARED[node.target])
+    return node.kwargs.get(_UNDECLARED[node.target], node.args[at] if at < len(node.args) else None) is not False
 
 
 def written(node: fx.Node) -> list[fx.Node]:

@@ -256,6 +256,66 @@ def test_what_a_result_that_is_the_same_for_every_input_reads_is_called_that() -
     )
 
 
+def test_what_leads_to_batch_norms_whose_results_nothing_needs_is_told() -> None:
+    torch.manual_seed(0)
+    last = nn.Linear(4, 5)
+    with torch.no_grad():
+        last.weight.zero_()
+
+    def attend(s: Any, x: Tensor) -> Tensor:
+        y = torch.softmax(s.q(x) @ s.k(x).transpose(1, 2), -1) @ s.v(x)
+        return s.last(s.norm(y.transpose(1, 2)).transpose(1, 2))  # type: ignore[no-any-return]
+
+    model = Net(attend, q=nn.Linear(3, 4), k=nn.Linear(3, 4), v=nn.Linear(3, 4), norm=nn.BatchNorm1d(4), last=last)
+    plan = finalized(model.double().eval(), torch.randn(2, 5, 3).double())
+    told = {(name, i) for name, axis, indices, _ in plan.stayed if axis == 0 for i in indices}
+    assert {(f"{name}.weight", i) for name in "qk" for i in plan.kept["q.weight"][0].tolist()} <= told
+
+
+@pytest.mark.parametrize(
+    ("kind", "reads"),
+    [*((kind, reads) for kind in ("lstm", "gru", "rnn") for reads in ("all", "mean", "both")), ("cell", "last")],
+)
+def test_what_hidden_units_give_that_only_biases_move_is_called_the_same_for_every_input(kind: str, reads: str) -> None:
+    torch.manual_seed(0)
+    layers = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+    both, options = reads == "both", {"num_layers": 2, "batch_first": True}
+    rnn: Any = nn.GRUCell(6, 5) if kind == "cell" else layers[kind](6, 5, bidirectional=both, **options)
+    with torch.no_grad():
+        for name, p in rnn.named_parameters():
+            if "weight" in name:
+                units = p.view(-1, 5, p.shape[1])
+                units[:, 2:] = 0  # a unit of an RNN is another number at every step where it reads another one
+                if "hh" in name:
+                    units[:, 2, 3] = units[:, 3, 4] = units[:, 4, 3] = 0.5
+    width = 10 if both else 5
+    between, last = nn.Linear(width, 4), nn.Linear(4, 3)
+    with torch.no_grad():
+        between.weight.view(4, -1, 5)[..., :2] = 0
+
+    def read(s: Any, x: Tensor) -> Tensor:
+        y = s.first(x)
+        if kind == "cell":
+            state = y.new_zeros(2, 5)
+            for step in y.unbind(1):
+                state = s.rnn(step, state)
+            return state
+        output, states = s.rnn(y)
+        states = states[0] if kind == "lstm" else states
+        if reads == "both":
+            return torch.cat([states[-2], states[-1]], -1)
+        result: Tensor = output if reads == "all" else states.mean(0)
+        return result
+
+    model = Net(
+        lambda s, x: s.last(s.between(read(s, x)).relu()),
+        first=nn.Linear(3, 6), rnn=rnn, between=between, last=last,
+    ).double().eval()  # fmt: skip
+    plan = finalized(model, torch.randn(2, 7, 3).double())
+    told = {(name, i) for name, axis, indices, _ in plan.stayed if axis == 0 for i in indices}
+    assert {("between.weight", i) for i in range(4)} <= told
+
+
 def test_a_query_of_a_head_whose_key_is_zero_is_told_though_its_head_and_its_channel_are_needed() -> None:
     torch.manual_seed(0)
     q, k, v, out = (nn.Linear(6, 6) for _ in range(4))
@@ -302,9 +362,10 @@ def test_what_is_random_or_written_over_is_not_the_same_for_every_input() -> Non
         traced = fxprune.trace(
             model.double().eval(), (torch.randn(2, 3).double(),), modes=("eval",), dynamic_shapes=None
         )
-        walk = couple(traced, traced.graphs).walks["eval"]
+        coupling = couple(traced, traced.graphs)
+        walk = coupling.walks["eval"]
         (last,) = next(node for node in walk.graph.nodes if node.op == "output").all_input_nodes
-        assert last not in fixed_nodes(walk)
+        assert last not in fixed_nodes(walk, coupling.of)
 
 
 def test_columns_of_an_embedding_that_stay_are_told() -> None:
