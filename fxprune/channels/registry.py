@@ -168,6 +168,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._rules: dict[Operator, Rule] = {}
+        self._named: dict[str, Rule] = {}
         self._models: dict[Operator, Operator] = {}
         self._pointwise: Rule | None = None
 
@@ -178,6 +179,10 @@ class Registry:
         self._rules[operator] = rule
         if model is not None:
             self._models[operator] = self.model(model)
+
+    def add_named(self, name: str, rule: Rule) -> None:
+        """The rule of a library's operator, "library.name", which is there once the library is imported."""
+        self._named[name] = rule
 
     def set_pointwise(self, rule: Rule) -> None:
         """The rule of operators that torch tags as pointwise and that have no other."""
@@ -206,6 +211,8 @@ class Registry:
         for operator in (packet, twin, getattr(twin, "overloadpacket", None)):
             if operator is not None and operator in self._rules:
                 return self._rules[operator]
+        if str(packet) in self._named:
+            return self._named[str(packet)]
         if torch.Tag.pointwise in {*target.tags, *getattr(twin, "tags", ())}:
             return self._pointwise
         return None
@@ -253,6 +260,16 @@ def register(*operators: Operator) -> Callable[[_Class], _Class]:
     def decorate(rule: _Class) -> _Class:
         for operator in operators:
             REGISTRY.add(operator, rule)
+        return rule
+
+    return decorate
+
+
+def register_named(name: str) -> Callable[[_Class], _Class]:
+    """Register a class for an operator that a library defines when it is imported, "library.name"."""
+
+    def decorate(rule: _Class) -> _Class:
+        REGISTRY.add_named(name, rule)
         return rule
 
     return decorate

@@ -20,9 +20,13 @@ _ATTENTION = (
 def flop_counter() -> FlopCounterMode:
     """torch's counter of floating-point operations, with a formula for attention on every device.
 
-    torch has none for CPUs, and in some versions none for heads that share keys and values.
+    torch has none for CPUs, and in some versions none for heads that share keys and values. Products by groups, as the
+    experts of transformers have them, are counted once transformers has defined them.
     """
-    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_ATTENTION, _attention_flops))
+    formulas: dict[Any, Any] = dict.fromkeys(_ATTENTION, _attention_flops)
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        formulas[torch.ops.transformers.grouped_mm_fallback] = _grouped_flops
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def counted_macs(counter: FlopCounterMode) -> int:
@@ -58,4 +62,10 @@ class NodeMacs(contextlib.AbstractContextManager["NodeMacs"]):
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Two operations for each query, key and channel of both products; shapes are [..., positions, channels]."""
     operations: int = 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+    return operations
+
+
+def _grouped_flops(rows: Any, matrices: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Two operations for each row, and each entry of the one matrix that it meets."""
+    operations: int = 2 * math.prod(rows) * matrices[-1]
     return operations

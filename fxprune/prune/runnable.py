@@ -10,6 +10,9 @@ import numpy as np
 
 from fxprune.channels.groups import ChannelGroup, Grouping, Kind
 from fxprune.channels.ids import Mask, Vector
+from fxprune.channels.registry import REGISTRY
+from fxprune.channels.rules.grouped_products import GroupedProduct
+from fxprune.channels.values import Value
 from fxprune.graph.configurations import Axis, Configuration, unread_tensors
 from fxprune.prune.alike_sizes import alike_sizes
 from fxprune.prune.class_limits import ClassLimits, parts_of_axes
@@ -17,6 +20,7 @@ from fxprune.prune.configured_levels import gives_all, is_rounded, is_said_by, l
 
 _PARTS = ("aten.chunk.default", "aten.split.Tensor")
 _LONGER = 8  # than the longest axis, what all lengths divide
+_LINE = 16  # bytes
 _STEPS = (2, 4, 8)  # units that go together where one cannot
 _GIVEN = "its size follows from the configuration of {}, together with sizes that stay"
 _HEADS = "its class says the size of all heads together by another width: what is in each goes"
@@ -39,7 +43,7 @@ def runnable_groups(
     """
     model = limits.model
     sizes = alike_sizes(grouping, model)
-    rows = [*_parts(grouping), *sizes.rows, *limits.alike]
+    rows = [*_parts(grouping), *_whole_lines(grouping), *sizes.rows, *limits.alike]
     staying = [(heads, _HEADS) for heads in sizes.heads]
     configuration = Configuration.of(model, unread_tensors(model, grouping.plain.graphs.values()))
     if configuration is None or configuration.by_keywords:  # such name hardly any size of a layer
@@ -72,6 +76,18 @@ def _parts(grouping: Grouping) -> Iterator[Vector]:
     for node, classes in parts_of_axes(grouping):
         if str(node.target) in _PARTS and len(classes) > 1 and len({len(own) for own in classes}) == 1:
             yield np.stack(classes)
+
+
+def _whole_lines(grouping: Grouping) -> Iterator[Vector]:
+    """The classes of groups that products by groups read, [lanes, n]: torch's take rows of whole lines of bytes."""
+    walk = grouping.found.walks["eval"]
+    for call in REGISTRY.calls(walk.graph):
+        if not isinstance(call, GroupedProduct) or not isinstance(rows := walk.env[call.data], Value):
+            continue
+        lanes = _LINE // call.data.meta["val"].dtype.itemsize
+        ids = rows.axes[-1].ids
+        if ids is not None and len(ids) % lanes == 0:
+            yield grouping.found.of(ids).reshape(lanes, -1)
 
 
 class _Numbers:
