@@ -18,7 +18,7 @@ from torch import nn
 import fxprune
 from fxprune.callbacks import Pruning
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, FxpruneWarning
-from tests.training_runs import assert_same_state, channel_schedule, examples, traced_network
+from tests.training_runs import assert_same_state, channel_schedule, examples, small_network, traced_network
 
 images, labels = examples()
 
@@ -72,6 +72,54 @@ def test_a_run_that_stops_goes_on_to_the_same_bits(stopped_at: int) -> None:
     assert theirs is not None
     assert ours.macs == theirs.macs
     assert torch.equal(ours.final(images), theirs.final(images))
+
+
+def _scaled_step(
+    module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, step: int, limit: float = 0.0
+) -> bool:
+    """A step in float16, clipped by hand where there is a limit; returns whether the scaler let the optimizer step."""
+    batch, scale = slice(step % 4 * 8, step % 4 * 8 + 8), scaler.get_scale()
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        logits = module(images[batch])
+    loss = nn.functional.cross_entropy(logits.float(), labels[batch]) * (float("inf") if step == 9 else 1.0)
+    scaler.scale(loss).backward()
+    if limit:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(module.parameters(), limit)
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= scale
+
+
+def test_float16_with_a_scaler_that_skips_steps_is_torchs_own_training_with_clipping_and_masks_to_the_bit() -> None:
+    method = torch.nn.utils.prune.L1Unstructured
+    schedule = fxprune.Schedule(traced_network(), ["0.weight", "3.weight"], method, 0.6, start=2, stop=8, every=2)
+    pruning, eager = Pruning(schedule), small_network().train()
+    ours, theirs = (torch.optim.AdamW(module.parameters(), lr=1e-2) for module in (pruning.traced, eager))
+    clip = fxprune.clip_gradients(ours, max_norm=0.1)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=6) for _ in range(2)]
+    skipped = []
+    for step in range(18):
+        last = clip.total_norm
+        stepped = _scaled_step(pruning.traced, ours, scalers[0], step)
+        assert stepped == _scaled_step(eager, theirs, scalers[1], step, limit=0.1)
+        if not stepped:
+            skipped.append(step)
+            assert clip.total_norm is last
+            continue
+        pruning.step()
+        for place in (0, 3):  # as many entries as are masked now, chosen by torch of the values after the step
+            mask = dict(pruning.traced.named_buffers()).get(f"{place}.weight_mask")
+            masked = 0 if mask is None else int((mask == 0).sum())
+            there = getattr(eager[place], "weight_mask", torch.ones(()))
+            if more := masked - int((there == 0).sum()):
+                values = getattr(eager[place], "weight_orig", eager[place].weight)
+                torch.nn.utils.prune.l1_unstructured(eager[place], "weight", more, importance_scores=values)
+    assert skipped[0] == 0  # the first scale is too large for float16
+    assert 9 in skipped
+    assert pruning.schedule.reached == pytest.approx(0.6, abs=0.01)
+    assert_same_state(pruning.traced, eager)
 
 
 def test_figures_are_what_an_independent_count_finds() -> None:
