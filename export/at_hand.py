@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxprune.borrowing import addressed
 from fxprune.capture.lifting import lift_tensors, lifted_program
 from fxprune.errors import ExportError
 from fxprune.graph.codegen import CodeGen
@@ -69,7 +70,7 @@ def program_at_hand(module: fx.GraphModule) -> AtHandProgram:
     _erase_unread(graph)
     mode = _mode(graph)
     reads = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-    tensors = {path: tensor_at(module, path).detach() for path in reads}
+    tensors = {path: addressed(tensor_at(module, path).detach()) for path in reads}
     examples = {path: fake_like(mode, tensor) for path, tensor in tensors.items()}
     paths = lift_tensors(graph, examples)
     _record(graph, mode)

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxprune.graph.calls import cloned
 from fxprune.graph.traced import TracedModule
-from fxprune.torch_internals import TorchDispatchMode, convert_tensors
+from fxprune.torch_internals import TorchDispatchMode
 
 from .runners import ModuleRunner, Runner
 
@@ -89,21 +89,13 @@ def _float64_copy(module: nn.Module, *, shared: bool) -> nn.Module:
     memo: dict[int, Any] = {id(value): value.detach() for value in computed}
     if shared:
         memo |= {id(own): nn.Parameter(own.detach(), requires_grad=False) for own in module.parameters()}
-    wide = copy.deepcopy(module, memo)
-    if shared:
-        _widen_buffers(wide)
     else:
-        convert_tensors(wide, _widened)  # a traced module's own refuses types that its graph names
+        memo |= {id(own): nn.Parameter(_widened(own.detach()), own.requires_grad) for own in module.parameters()}
+    memo |= {id(own): _widened(own.detach().clone()) for own in module.buffers()}
+    wide = copy.deepcopy(module, memo)
     if isinstance(wide, TracedModule):
         wide.set_examples(*pytree.tree_map(_widened, (wide.example_args, wide.example_kwargs)))
     return wide
-
-
-def _widen_buffers(module: nn.Module) -> None:
-    """Buffers in float64: what is written into them stays there."""
-    for part in module.modules():
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = _widened(buffer)
 
 
 @contextlib.contextmanager

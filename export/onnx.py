@@ -23,7 +23,7 @@ from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call, as_calls
 from fxprune.graph.masks import masked
 from fxprune.graph.mutation import written_state
-from fxprune.graph.spread_modules import by_first
+from fxprune.graph.spread_modules import lent_to_first, with_wholes
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import shown
 from fxprune.reports import counted
@@ -82,7 +82,7 @@ class ExportReport(FileReport):
 
 
 @named_arguments
-@by_first
+@lent_to_first()
 @shown("write ONNX")
 def to_onnx(
     final: TracedModule,
@@ -356,6 +356,7 @@ def _translation_at_hand(request: _Request, module: fx.GraphModule) -> _Translat
 
 
 def _translation_of_a_capture(request: _Request, module: fx.GraphModule, sample: Call) -> _Translation:
+    module = with_wholes(module)
     with translating("translate the model to ONNX"):
         exported = torch.export.export(module, *sample, dynamic_shapes=request.dynamic_shapes, strict=False)
         return _translation_of(request, exported)

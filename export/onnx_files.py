@@ -13,10 +13,13 @@ import onnx_ir
 from google.protobuf.message import DecodeError
 from torch.onnx import ONNXProgram
 
+from fxprune.borrowing import Borrowed
+
 from .node_values import ORIGIN
 from .verification import Draft
 
 SINGLE_FILE_BYTES = 1536 * 2**20  # weights beyond it go to a file beside: protobuf ends at 2 GiB
+MAPPED_BYTES = 32 * 2**20  # the same of a sharded module, which no process is to hold whole
 
 
 # of protobuf's messages in a file: the number of a field, and that its length comes first
@@ -30,7 +33,9 @@ def save(program: ONNXProgram, file: Path) -> None:
         onnx.checker.ValidationError: it is no valid model.
     """
     constants = [value.const_value for value in program.model.graph.initializers.values()]
-    if sum(constant.nbytes for constant in constants if constant is not None) <= SINGLE_FILE_BYTES:
+    is_sharded = any(isinstance(getattr(constant, "raw", None), Borrowed) for constant in constants)
+    most = MAPPED_BYTES if is_sharded else SINGLE_FILE_BYTES
+    if sum(constant.nbytes for constant in constants if constant is not None) <= most:
         _save_in_one_file(program, file)
         return
     # the exporter calls the side file like the main one; a fresh name keeps an older pair whole until it is replaced

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.errors import ExportError
+from fxprune.errors import ExportError, ShardingError
 
 from .grouped_products import NAME, grouped_product
 from .quiet import quiet
@@ -39,16 +39,19 @@ def translating(task: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        chain = _chain(error)
+        causes = _causes(error)
+        if lost := [cause for cause in causes if isinstance(cause, ShardingError)]:  # of what another process holds
+            raise lost[0] from error
+        chain = [_COLOR.sub("", f"{type(cause).__name__}: {cause}") for cause in causes]
         told = "; ".join(chain[1:] or chain)  # the first of several only says where to report
         raise ExportError(f"torch cannot {task}: {told}") from error
 
 
-def _chain(error: Exception) -> list[str]:
-    """An error and its causes, each as a line of plain text."""
-    chain: list[str] = []
+def _causes(error: Exception) -> list[BaseException]:
+    """An error and its causes."""
+    found: list[BaseException] = []
     cause: BaseException | None = error
     while cause:
-        chain.append(_COLOR.sub("", f"{type(cause).__name__}: {cause}"))
+        found.append(cause)
         cause = cause.__cause__
-    return chain
+    return found

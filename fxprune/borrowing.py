@@ -11,15 +11,16 @@ import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fxprune.errors import ShardingError
-from fxprune.sharding import Layout, check_values, device_of, part, sent_as, sent_object, whole
+from fxprune.sharding import Layout, check_values, device_of, failed_somewhere, part, sent_as, sent_object, whole
 from fxprune.torch_internals import storage_users, untouched_by_torch_function
 
 SMALL = 2**16  # bytes: a tensor of fewer is kept whole
@@ -27,6 +28,7 @@ ROOM = 2**25  # bytes of whole tensors that are kept for the next operator; twic
 
 aten = torch.ops.aten
 View = Callable[[Tensor], Tensor]
+_Ready = TypeVar("_Ready")
 _SERIALS = itertools.count(1)
 SHARING = {aten.detach.default, aten.alias.default}
 _ALIKE = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
@@ -173,6 +175,19 @@ class Borrowed(Tensor):
         return f"Borrowed({tuple(self.shape)}, {self.dtype})"
 
 
+class _Addressed(Borrowed):
+    """One whose whole is read by its address, before any other one is read."""
+
+    def data_ptr(self) -> int:
+        """The address of the whole."""
+        return self.whole().data_ptr()
+
+
+def addressed(tensor: Tensor) -> Tensor:
+    """A tensor for what reads memory by its address, one tensor at a time."""
+    return _Addressed(tensor._cell, tensor._views, tensor._form) if isinstance(tensor, Borrowed) else tensor
+
+
 def is_view(func: Any) -> bool:
     """Whether an operator gives one tensor that shares the memory of its first argument, and writes to none."""
     results, given = func._schema.returns, func._schema.arguments
@@ -278,6 +293,7 @@ class Loans:
         self._here: dict[int, weakref.ref[_Cell]] = {}  # cells with wholes, the one used last at the end
         self._room = max([ROOM, *(2 * each.nbytes for each in tensors)])
         self._lost: ShardingError | None = None
+        self.failure: BaseException | None = None  # on this process, while it served; the first one knows
         self._added = 0  # bytes of parts, beside those that were there
         self.counts = Counts()
 
@@ -391,7 +407,8 @@ class Loans:
         layout = self._layouts[cell.like].with_form(values.shape, values.dtype)
         pieces = layout.pieces(values.detach().to(self.device)) if layout.is_simple else []
         self._order("put", number, cell.like, tuple(values.shape), values.dtype)
-        self._together(lambda: self._take(number, layout, values, pieces))
+        own = self._agreed(layout.incoming)
+        self._together(lambda: self._take(number, layout, own, values, pieces))
         self._users[number] = 1
         cell.number = number
 
@@ -401,6 +418,7 @@ class Loans:
         layout = Layout.of(held)  # type: ignore[arg-type]
         if not layout.is_simple:
             self._order("gather", number)
+            self._agreed(lambda: layout.outgoing(part(held)))
             found: Tensor = self._together(lambda: whole(held))
             self.counts.gathered += found.nbytes - part(held).nbytes
             is_own = found.untyped_storage().data_ptr() == part(held).untyped_storage().data_ptr()  # of a copy
@@ -408,7 +426,8 @@ class Loans:
         room = layout.room()
         pieces = layout.pieces(room)
         self._order("gather", number)
-        self.counts.gathered += self._together(lambda: layout.collect(part(held), room, pieces))
+        own = self._agreed(lambda: layout.outgoing(part(held)))
+        self.counts.gathered += self._together(lambda: layout.collect(own, room, pieces))
         return room
 
     def _forget_number(self, cell: _Cell) -> None:
@@ -444,26 +463,67 @@ class Loans:
                 case ("gather", number):
                     self._give(number)
                 case ("put", number, like, shape, dtype):
-                    self._take(number, self._layouts[like].with_form(torch.Size(shape), dtype), None, [])
+                    self._get(number, like, torch.Size(shape), dtype)
                 case ("end", told):
                     return told
 
     def _give(self, number: int) -> None:
-        held = self._parts[number]
-        layout = Layout.of(held)  # type: ignore[arg-type]
+        def prepared() -> tuple[Layout, Tensor]:
+            held = self._parts[number]
+            layout = Layout.of(held)  # type: ignore[arg-type]
+            return layout, layout.outgoing(part(held))
+
+        ready = self._agreed(prepared)
+        if ready is None:
+            return
+        layout, own = ready
         if layout.is_simple:
-            self.counts.gathered += layout.collect(part(held), None, [])
+            self.counts.gathered += layout.collect(own, None, [])
         else:
-            self.counts.gathered += whole(held).nbytes - part(held).nbytes
+            self.counts.gathered += whole(self._parts[number]).nbytes - own.nbytes
+
+    def _get(self, number: int, like: int, shape: torch.Size, dtype: torch.dtype) -> None:
+        def prepared() -> tuple[Layout, Tensor]:
+            layout = self._layouts[like].with_form(shape, dtype)
+            return layout, layout.incoming()
+
+        if (ready := self._agreed(prepared)) is not None:
+            layout, own = ready
+            self._take(number, layout, own, None, [])
+
+    def _agreed(self, prepare: Callable[[], _Ready]) -> Any:
+        """What a process needs for a transfer, made before others wait for it; a collective.
+
+        Returns:
+            What `prepare` gave; None on all but the first process where it failed on one.
+
+        Raises:
+            ShardingError: on the first process, where it failed on another one.
+        """
+        ready, failure = None, None
+        try:
+            ready = prepare()
+        except BaseException as error:  # whatever it is, the others wait
+            failure = error
+        if dist.get_rank() == self._rank:
+            told = self._together(lambda: failed_somewhere(failure, self.device, self._rank))
+            if failure is not None:
+                raise failure
+            if told is not None:
+                raise ShardingError(told)
+            return ready
+        told = failed_somewhere(failure, self.device, self._rank)
+        self.failure = failure if failure is not None else self.failure
+        return ready if told is None else None
 
     def _drop(self, numbers: Sequence[int]) -> None:
         for number in numbers:
             found = self._parts.pop(number)
             self._added -= part(found).nbytes if number >= len(self._layouts) else 0
 
-    def _take(self, number: int, layout: Layout, values: Tensor | None, pieces: Sequence[Tensor]) -> None:
+    def _take(self, number: int, layout: Layout, own: Tensor, values: Tensor | None, pieces: Sequence[Tensor]) -> None:
         if layout.is_simple:
-            found, moved = layout.deal(pieces)
+            found, moved = layout.deal(pieces, own)
         else:
             found = sent_as(values, layout.shape, layout.dtype, layout.mesh, layout.placements, self._rank)
             moved = found.nbytes

@@ -264,7 +264,7 @@ class Layout:
     """How a tensor is spread over all processes of the default group, and how its pieces come and go one by one.
 
     The first process is the first one of the mesh. What may fail on one process alone, for lack of memory, is done in
-    `room` and `pieces`, before others wait for it.
+    `room`, `pieces`, `outgoing` and `incoming`, before others wait for it.
 
     Attributes:
         mesh, placements: as of a DTensor. shape: of the whole. dtype: of it.
@@ -300,11 +300,27 @@ class Layout:
         """The pieces of the whole, views of it where they lie in one stretch."""
         return [each.contiguous() for each in self._chunks(whole)]
 
+    def outgoing(self, own: Tensor) -> Tensor:
+        """What this process holds, as it is sent."""
+        if not self.is_simple:
+            self.room()  # for the whole, which comes to all
+            return own
+        return own.to(device_of(self.mesh)).contiguous()
+
+    def incoming(self) -> Tensor:
+        """Memory for what this process is to hold."""
+        if not self.is_simple:
+            return self.room()
+        forms = self._chunks(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        number = next(number for number, ranks in enumerate(self._holders()) if dist.get_rank() in ranks)
+        form = forms[number] if number < len(forms) else forms[0].narrow(self._cut[1], 0, 0)
+        return torch.empty_like(form, device=device_of(self.mesh), memory_format=torch.contiguous_format)
+
     def collect(self, own: Tensor, whole: Tensor | None, pieces: Sequence[Tensor]) -> int:
         """Bring the pieces to the first process; a collective.
 
         Args:
-            own: what this process holds. whole: there, `room()`. pieces: there, the pieces of that.
+            own: `outgoing` of what this process holds. whole: there, `room()`. pieces: there, the pieces of that.
 
         Returns:
             How many bytes this process got, or gave.
@@ -313,7 +329,7 @@ class Layout:
         with communicating("gathering a parameter"):
             for number, ranks in enumerate(self._holders()):
                 if whole is None and rank == ranks[0] and own.numel():
-                    dist.send(own.to(device_of(self.mesh)).contiguous(), self._first)
+                    dist.send(own, self._first)
                     moved += own.nbytes
                 elif whole is not None and number < len(pieces):
                     if rank in ranks:
@@ -329,19 +345,19 @@ class Layout:
                     view.copy_(piece)
         return moved
 
-    def deal(self, pieces: Sequence[Tensor]) -> tuple[Tensor, int]:
+    def deal(self, pieces: Sequence[Tensor], own: Tensor) -> tuple[Tensor, int]:
         """Bring the pieces that the first process has to those that hold them; a collective.
+
+        Args:
+            pieces: there, those of the whole. own: `incoming()`.
 
         Returns:
             The tensor, spread; and how many bytes this process gave, or got.
         """
         rank, moved = dist.get_rank(), 0
-        numbers = [number for number, ranks in enumerate(self._holders()) if rank in ranks]
-        forms = self._chunks(torch.empty(self.shape, dtype=self.dtype, device="meta"))
-        form = forms[numbers[0]] if numbers[0] < len(forms) else forms[0].narrow(self._cut[1], 0, 0)
-        own = torch.empty_like(form, device=device_of(self.mesh), memory_format=torch.contiguous_format)
+        count = len(self._chunks(torch.empty(self.shape, device="meta")))
         with communicating("sending a tensor"):
-            for number, ranks in enumerate(self._holders()[: len(forms)]):
+            for number, ranks in enumerate(self._holders()[:count]):
                 for other in ranks:
                     if rank == self._first:
                         if other == rank:
@@ -389,6 +405,24 @@ def gathered_objects(own: Any, rank: int) -> list[Any] | None:
     with communicating("gathering what each process has"):
         dist.gather_object(own, found, dst=rank)
     return found
+
+
+def failed_somewhere(failure: BaseException | None, device: torch.device, rank: int) -> str | None:
+    """What failed on one process, told to that of this rank, to others only that something did; a collective.
+
+    Args:
+        failure: on this process. device: that this process computes on.
+
+    Returns:
+        None where nothing failed.
+    """
+    failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
+    with communicating("making ready to send"):
+        dist.all_reduce(failed)
+    if not failed.item():
+        return None
+    told = gathered_objects(None if failure is None else f"{type(failure).__name__}: {failure}", rank)
+    return next((f"process {number} failed: {text}" for number, text in enumerate(told or []) if text), "")
 
 
 def sent_object(own: Any, rank: int) -> Any:

@@ -60,7 +60,6 @@ __all__ = [
     "any_recurrent_length",
     "calls_kept",
     "conversions_checked",
-    "convert_tensors",
     "decomposes_itself",
     "derived_dimension",
     "dimension_hint",
@@ -367,11 +366,6 @@ def pruning_methods(method: BasePruningMethod) -> tuple[BasePruningMethod, ...]:
 
 
 # ---- modules
-
-
-def convert_tensors(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace every parameter and buffer in place by what `convert` makes of it, whatever the class does besides."""
-    nn.Module._apply(module, convert)
 
 
 @contextlib.contextmanager

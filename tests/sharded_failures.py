@@ -37,6 +37,7 @@ def left_by_one(when: str, folder: str, lost: int | None = None) -> dict[str, st
         "channels": lambda: P.channels(module, macs=0.5),
         "reconstruct": lambda: fxprune.reconstruct(module, networks.batches()),
         "save": lambda: fxprune.save(module, f"{folder}/network.fxp"),
+        "onnx": lambda: fxprune.export.to_onnx(module.eval(), f"{folder}/network.onnx"),
         "parts": lambda: fxprune.save(module, f"{folder}/parts", parts=True),
     }
     return networks.failures({when: calls[when]}) | {"masked": str(fxprune.prune.is_pruned(module))}
@@ -110,6 +111,9 @@ def failing_alone(what: str, folder: str, failing: int = 0) -> dict[str, str]:
 _FAILING: dict[str, tuple[Any, str, BaseException]] = {
     "memory of the whole": (Layout, "room", MemoryError("no room")),
     "memory of what goes": (Layout, "pieces", MemoryError("no room")),
+    "memory of what leaves": (Layout, "outgoing", MemoryError("no room")),
+    "memory of what comes": (Layout, "incoming", MemoryError("no room")),
+    "interrupted transfer": (Layout, "outgoing", KeyboardInterrupt()),
     "a defect": (Layout, "with_form", LookupError("a defect")),
     "file, full": (zipfile.ZipFile, "open", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
     "parts, memory": (FileSystem, "create_stream", MemoryError("no room")),

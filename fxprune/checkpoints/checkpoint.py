@@ -27,7 +27,7 @@ from fxprune.checkpoints.refitting import refitted
 from fxprune.checkpoints.restoring import restored
 from fxprune.checkpoints.stored_graphs import written_graph
 from fxprune.checkpoints.streamed_tensors import StreamedTensors
-from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, SuffixError
+from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, ShardingError, SuffixError
 from fxprune.files import atomic
 from fxprune.graph.spread_modules import is_spread, lent_to_first
 from fxprune.graph.traced import TracedModule
@@ -95,7 +95,7 @@ def _save_whole(traced: TracedModule, path: str | os.PathLike[str], programs: bo
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch deprecates what it calls itself
             header, tensors, graphs = _members(traced, programs)
-    except MemoryError:
+    except (MemoryError, ShardingError):
         raise
     except Exception as error:  # torch's writers have errors that derive from nothing narrower
         raise ArtifactError(

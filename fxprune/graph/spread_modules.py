@@ -41,6 +41,7 @@ from fxprune.torch_internals import sharding_options, take_parameters
 Result = TypeVar("Result")
 Told = TypeVar("Told")
 Given = ParamSpec("Given")
+Part = TypeVar("Part", bound=nn.Module)
 
 
 _NONE = object()  # in the place of a batch
@@ -155,7 +156,7 @@ def by_loans(
     if dist.get_rank() != rank:
         told, error = pickle.loads(loans.serve())
         if error is not None:
-            raise error
+            raise loans.failure or error
         return told, [], loans
     try:
         result = work(lend())
@@ -171,15 +172,30 @@ def by_loans(
 
 def in_whole(module: TracedModule) -> TracedModule:
     """The module on the CPU, with plain tensors in the place of those that are borrowed, in place."""
+
+    def plain(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, Borrowed):
+            return tensor.whole().cpu().clone()
+        return tensor if tensor.device.type == "cpu" else tensor.detach().cpu()
+
+    return _on_cpu(_replaced(module, plain))
+
+
+def with_wholes(module: Part) -> Part:
+    """Any module with plain tensors in the place of those that are borrowed, in place."""
+    return _replaced(module, lambda tensor: tensor.whole().clone() if isinstance(tensor, Borrowed) else tensor)
+
+
+def _replaced(module: Part, value_of: Callable[[Tensor], Tensor]) -> Part:
+    """A module with other tensors, in place; one by one."""
     for key, tensor in {id(tensor): tensor for tensor in tensors_of(module).values()}.items():
-        if isinstance(tensor, Borrowed) or tensor.device.type != "cpu":
-            plain = tensor.whole().cpu().clone() if isinstance(tensor, Borrowed) else tensor.detach().cpu()
-            value = nn.Parameter(plain, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain
+        if (value := value_of(tensor)) is not tensor:
+            value = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
             for owner in module.modules():
                 held: Any
                 for held in (owner._parameters, owner._buffers):
                     held.update({name: value for name, own in held.items() if own is not None and id(own) == key})
-    return _on_cpu(module)
+    return module
 
 
 def numbers_of(tensors: Mapping[str, Tensor], loans: Loans) -> dict[str, int]:

@@ -167,3 +167,22 @@ def test_a_lost_process_is_told_at_every_later_use(mesh: DeviceMesh, monkeypatch
             tensors[0].sum()
     with pytest.raises(ShardingError, match="gone"):
         tensors[1].sum()
+
+
+@pytest.mark.parametrize("made", ["outgoing", "incoming"])
+def test_what_fails_before_others_wait_loses_nothing(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    tensors, loans = lent(mesh)
+
+    def full(*given: object) -> None:
+        raise MemoryError("no room")
+
+    twice = tensors[0] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Layout, made, full)
+        with pytest.raises(MemoryError, match="no room"):
+            (loans.number_of(twice), tensors[1].sum())
+    assert not loans.are_lost
+    assert torch.equal(loans.part(loans.number_of(twice)).full_tensor(), VALUES[0] * 2)  # type: ignore[attr-defined]
+    assert torch.equal(tensors[1].whole(), VALUES[1])

@@ -22,7 +22,7 @@ def test_a_process_that_ends_in_the_middle_leaves_a_named_error_and_no_file(when
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["channels", "reconstruct", "save", "parts"])
+@pytest.mark.parametrize("when", ["channels", "reconstruct", "save", "onnx", "parts"])
 @pytest.mark.parametrize("lost", [0, 1])
 def test_whichever_process_is_lost_the_others_end_with_a_named_error(when: str, lost: int, tmp_path: Path) -> None:
     for found in survivors(3, lost, failures.left_by_one, when, str(tmp_path), lost, seconds=20):
@@ -58,6 +58,24 @@ def test_what_fails_on_the_first_process_alone_is_told_to_the_others_at_once(wha
     assert other["raised"] == f"ShardingError: on the first process: {FAILED_ALONE[what]}"
     for found in (first, other):
         assert float(found["seconds"]) < SECONDS / 2  # they do not wait for the time-out
+        assert found["masked"] == "False"
+        assert found["again"].startswith("NameLookupError: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("memory of what leaves", "MemoryError: no room"),
+        ("memory of what comes", "MemoryError: no room"),
+        ("interrupted transfer", "KeyboardInterrupt: "),
+        ("a defect", "LookupError: a defect"),
+    ],
+)
+def test_what_fails_on_another_process_alone_is_told_to_all_at_once(what: str, told: str, tmp_path: Path) -> None:
+    for rank, found in enumerate(in_processes(3, failures.failing_alone, what, str(tmp_path), 1)):
+        assert found["raised"] == (told if rank == 1 else f"ShardingError: process 1 failed: {told}")
+        assert float(found["seconds"]) < SECONDS / 2
         assert found["masked"] == "False"
         assert found["again"].startswith("NameLookupError: ")
 

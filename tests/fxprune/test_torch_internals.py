@@ -482,18 +482,6 @@ def test_fuses_in_eval_says_when_eager_takes_the_fused_kernel(heads: int, kdim: 
     assert ("aten::_native_multi_head_attention" in kernels) is internals.fuses_in_eval(attention) is fused
 
 
-def test_convert_tensors_passes_by_what_the_class_does_besides() -> None:
-    class Refuses(nn.Linear):
-        def _apply(self, *_: object, **__: object) -> nn.Module:
-            raise AssertionError
-
-    layer = nn.Sequential(Refuses(2, 2))
-    weight = layer[0].weight
-    internals.convert_tensors(layer[0], torch.Tensor.double)
-    assert layer[0].weight is weight
-    assert {p.dtype for p in layer.parameters()} == {torch.float64}
-
-
 def test_register_named_tuple_gives_a_class_a_name_in_stored_specifications() -> None:
     class Found(NamedTuple):
         value: int

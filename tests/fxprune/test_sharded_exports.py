@@ -1,0 +1,33 @@
+"""Files of sharded modules: those of one process, written weight by weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import sharded_exports as exports
+from tests import sharded_networks as networks
+from tests.processes import in_processes
+
+
+@pytest.mark.slow
+def test_weights_come_one_at_a_time_to_the_file_of_one_process(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    module = networks.traced()
+    largest = max(tensor.nbytes for tensor in module.state_dict().values())
+    want, _ = exports.exported(networks.plain, str(tmp_path / "one"))
+    (got, counts), _ = in_processes(2, exports.exported, networks.by_fsdp, str(tmp_path / "two"))
+    assert got.keys() == want.keys()
+    for what, weights in want.items():
+        assert got[what].keys() == weights.keys(), what
+        for name, value in weights.items():
+            assert torch.allclose(got[what][name].double(), value.double(), rtol=0, atol=1e-6), f"{what}: {name}"
+    beside = {path.name.partition("-")[0] for path in (tmp_path / "two").glob("*.onnx.data")}
+    assert {"masked", "normed"} <= beside
+    assert not [*(tmp_path / "one").glob("*.onnx.data")]
+    for own in counts[:2]:
+        assert largest <= own.wholes <= 2 * largest
+        assert own.gathered > largest

@@ -1,0 +1,78 @@
+"""What is exported of a sharded network, and what the first process holds meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fxprune
+from fxprune import borrowing
+from fxprune.export import onnx_files
+from fxprune.graph import spread_modules
+from tests import sharded_networks as networks
+
+Found = dict[str, dict[str, torch.Tensor]]
+
+
+class Counting(nn.Module):
+    """Writes into a buffer at each call, so that its graph is captured once more where it is exported."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 9), nn.Linear(9, 4)
+        self.register_buffer("calls", torch.zeros(9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return self.outer(self.inner(x) + self.calls)
+
+
+def initializers(path: str) -> dict[str, torch.Tensor]:
+    """The weights in an ONNX file and beside it."""
+    found = onnx.load(path).graph.initializer
+    return {weight.name: torch.from_numpy(onnx.numpy_helper.to_array(weight).copy()) for weight in found}
+
+
+def exported(
+    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], folder: str
+) -> tuple[Found, list[borrowing.Counts]]:
+    """By form of the module the weights in the file; and what was borrowed, by form."""
+    torch.manual_seed(0)
+    masked = spread(networks.traced())
+    networks.P.l1_unstructured(masked, "*er.weight", 0.3)
+    normed = spread(networks.traced())
+    fxprune.weight_norm(normed, "inner.weight")
+    counting = spread(fxprune.trace(Counting().eval(), (torch.ones(3, 6),)))
+    forms: dict[str, tuple[fxprune.TracedModule, dict[str, Any]]] = {
+        "masked": (masked, {}),
+        "normed": (normed, {"opset": 20}),
+        "half": (masked, {"precision": "float16"}),
+        "sparse": (masked, {"sparse": True}),
+        "captured again": (counting, {}),
+    }
+    networks.keep_nothing_whole()
+    onnx_files.MAPPED_BYTES = 0
+    counts = []
+
+    class Watched(borrowing.Loans):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            counts.append(self.counts)
+
+    spread_modules.Loans = Watched  # type: ignore[misc]
+    found = {}
+    for what, (module, options) in forms.items():
+        path = f"{folder}/{what}.onnx"
+        report = fxprune.export.to_onnx(module.eval(), path, **options)
+        assert report.comparison is not None
+        assert report.comparison.ok
+        if not dist.is_initialized() or not dist.get_rank():
+            found[what] = initializers(path)
+    return found, counts
