@@ -105,12 +105,13 @@ def to_onnx(
     """Write the eval graph of a traced module as an ONNX file, through `torch.onnx.export(dynamo=True)`.
 
     The file is checked by onnx, run in onnxruntime on the sample inputs, again for every free size at another value
-    (a free batch also at 1), and compared with `final` in eval mode; only then it is renamed to `path`. Initializers
-    have the names of the state dict. Weights beyond 1.5 GiB go to `<stem>-<random>.onnx.data` beside it; that of a
-    file that is replaced is removed. `final` stays as it is, its mode included. Attention is written as products and
-    a softmax, of any rank and without a mask that hides nothing; that of four axes is ONNX's own operator where `opset`
-    is 23 or more. The graph is captured again only where `dynamic_shapes` are others, or where it writes into tensors,
-    has branches, or holds what torch translates of a capture alone.
+    (a free batch also at 1), and compared with `final` in eval mode; only then it is renamed to `path`.
+    Initializers have the names of the state dict. Weights beyond 1.5 GiB, of a sharded module beyond 32 MiB, go to
+    `<stem>-<random>.onnx.data` beside it; that of a file that is replaced is removed. `final` stays as it is, its
+    mode included. Attention is written as products and a softmax, of any rank and without a mask that hides
+    nothing; that of four axes is ONNX's own operator where `opset` is 23 or more. The graph is captured again only
+    where `dynamic_shapes` are others, or where it writes into tensors, has branches, or holds what torch translates
+    of a capture alone.
 
     The file says in its metadata which version wrote it, in which precision, from what (a SHA-256 over graph and
     state), and what `final.plan` removed; each node names the traced node it computes as `fxprune.node`.
