@@ -95,8 +95,9 @@ class FixedChannels:
         operands = node.all_input_nodes
         moving = [operand for operand in operands if operand not in fixed]
         if node.target in _JOINS:
-            changing = [each[~self._known(o, fixed, each)] for o in operands for each in [self._classes(o)]]
-            return np.setdiff1d(self._classes(node), np.concatenate(changing))
+            classes = np.concatenate([self._classes(operand) for operand in operands])
+            known = np.concatenate([self._known(operand, fixed, self._classes(operand)) for operand in operands])
+            return np.intersect1d(self._classes(node), np.setdiff1d(classes[known], classes[~known]))
         if node.target in _MOVES or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             found = self._classes(node)
             for operand in moving:
