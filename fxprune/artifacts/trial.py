@@ -63,6 +63,12 @@ class Search:
             if not self.run_wider():
                 raise
 
+    def begin_again(self) -> None:
+        """Undo what was found."""
+        self.zeros.give_up()
+        self.filling_up.clear()
+        self.calls_left = _CALLS
+
     def run_wider(self) -> bool:
         """Run the copy again, modules on trial too that cut tensors into parts; False where there are none of them.
 

@@ -58,15 +58,13 @@ class LeftOver:
 
     def set_to(self, state: LeftOut) -> None:
         """Give the tensor its values, or zeros."""
-        if state is LeftOut.WHOLE:
-            self.tensor.data = self.whole.clone()
-            follow_parameters(self.owner)
-            return
         is_weight = self.values.is_floating_point() and self.values.dim() > 1
         is_zero = (state is LeftOut.WITHOUT_WEIGHTS and is_weight) or (
             state is LeftOut.EMPTY and self.values.is_floating_point()
         )
-        self.tensor.copy_(torch.zeros_like(self.values) if is_zero else self.values)
+        values = self.whole if state is LeftOut.WHOLE else self.values
+        self.tensor.data = (torch.zeros_like(values) if is_zero else values.clone()).to(self.tensor.dtype)
+        follow_parameters(self.owner)
 
 
 def check_same_model(copy: WorkingCopy) -> None:

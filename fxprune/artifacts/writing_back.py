@@ -97,8 +97,10 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     return written_with_zeros(final, model)[0]
 
 
-def written_with_zeros(final: TracedModule, model: nn.Module) -> tuple[nn.Module, list[str]]:
+def written_with_zeros(final: TracedModule, model: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
     """What `write_back` returns, and the paths of modules that took channels back as zeros.
+
+    Where some did, last the path of the first module that computed something else before, if one did.
 
     Raises:
         WriteBackError: as `write_back`.
@@ -110,7 +112,7 @@ def written_with_zeros(final: TracedModule, model: nn.Module) -> tuple[nn.Module
         copied = WorkingCopy(written, final)
         unread = unread_tensors(written, final.graphs.values()) - copied.plan.kept.keys()
         configuration = Configuration.of(model, unread)
-        is_said, filling_up = _write(copied, flags, configuration)
+        is_said, search = _write(copied, flags, configuration)
         forget_kept_tensors(written)
         if configuration is not None:
             restore_weight_norms(written, model)
@@ -119,7 +121,10 @@ def written_with_zeros(final: TracedModule, model: nn.Module) -> tuple[nn.Module
     modes = {path: module.training for path, module in model.named_modules()}
     for path, module in written.named_modules():
         module.training = modes[path]
-    return written, filling_up
+    if not search.zeros.any_taken:
+        return written, [], []
+    first = search.disagreeing
+    return written, [copied.paths(m)[0] for m in search.filling_up], [] if first is None else copied.paths(first)[:1]
 
 
 def _way_to_both(final: object, model: object) -> str:
@@ -132,11 +137,11 @@ def _way_to_both(final: object, model: object) -> str:
     return ""
 
 
-def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configuration | None) -> tuple[bool, list[str]]:
+def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configuration | None) -> tuple[bool, Search]:
     """Give the copy values, sizes and the integers that follow, and check what it computes.
 
     Returns:
-        Whether a configuration says the sizes, and the paths of modules that took channels back.
+        Whether a configuration says the sizes, and the search for integers with what it found.
 
     Raises:
         WriteBackError: as `write_back`.
@@ -156,21 +161,31 @@ def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configurati
 
     is_said = is_configured()
     if not is_said:
-        _find_integers(search, left_over)
+        refusal = _find_integers(search, left_over)
+        if refusal is not None:
+            search.begin_again()
+            if rehearsal.return_to_own_precision():
+                # what code rounds to float32 in any case, as angles of positions, is not what is computed in float64
+                refusal = _find_integers(search, left_over)
+        if refusal is not None:
+            raise refusal
         is_said = is_configured()
     follow_other_forms(search, forms, lambda: rehearsal.run_copy(rehearsal.inputs))
     if rehearsal.return_to_own_precision() and (worst := rehearsal.difference_on_samples()):
         raise WriteBackError(f"an output differs by {worst:.1e} relative in the model's own precision.")
     if "train" in copy.final.graphs:
         rehearsal.run_copy(rehearsal.inputs, train=True)
-    return is_said, [copy.paths(module)[0] for module in search.filling_up] if search.zeros.any_taken else []
+    return is_said, search
 
 
-def _find_integers(search: Search, left_over: Sequence[LeftOver]) -> None:
+def _find_integers(search: Search, left_over: Sequence[LeftOver]) -> WriteBackError | None:
     """Find the integers with which a copy computes what the graph does, and channels that its class needs as zeros.
 
+    Returns:
+        What to raise where it runs with some, but computes something else with all.
+
     Raises:
-        WriteBackError: there are none.
+        WriteBackError: it runs with none.
     """
     states = list(LeftOut) if left_over else [LeftOut.AS_IN_THE_MODEL]
     if not any(left.is_cut for left in left_over):
@@ -187,10 +202,9 @@ def _find_integers(search: Search, left_over: Sequence[LeftOver]) -> None:
                 raise
             break  # what was said first is nearer to what is wrong
         if not worst:
-            return
+            return None
         refusal = _other_results(search.copy, search.disagreeing, worst)
-    assert refusal is not None
-    raise refusal
+    return refusal
 
 
 def _difference_found(search: Search) -> float:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxprune.channels.arguments import bound
 from fxprune.channels.axes import ONE, Axis, Factor, Size, reduced_shape, same_size
 from fxprune.channels.edits import Edit, Reindex
 from fxprune.channels.ids import Ids, Vector
@@ -18,7 +17,7 @@ from fxprune.channels.means import SpaceMeans
 from fxprune.channels.positions import PositionMaps
 from fxprune.channels.readers import Balance, EqualCounts, MoreCells, Reader
 from fxprune.channels.values import Known, Stack, Value, beside, settled
-from fxprune.graph.mutation import is_mutating, written
+from fxprune.graph.mutation import draws, is_mutating, written
 from fxprune.graph.text import describe
 
 # why channels stay: with fewer of them, the generator gives other numbers to those that are left
@@ -296,11 +295,7 @@ class Walk:
 
     def draws(self, node: fx.Node) -> bool:
         """Whether a call draws random numbers that must stay as they are; of another size it would draw others."""
-        if not self.facts or self.training or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-            return False
-        given = bound(node)
-        is_off = given.get("train", given.get("training")) is False
-        return not is_off and 0 not in (given.get("p"), given.get("dropout_p"))
+        return self.facts and not self.training and draws(node)
 
     def refuse(self, node: fx.Node, why: str) -> Result:
         """Pin everything that `node` touches; nothing is known of its results."""
@@ -368,7 +363,8 @@ class Walk:
         first = present[0]
         if len(present) == 1 or not any(axis.carries for axis in present):
             return first
-        if not all(_same_factors(axis, first) for axis in present):
+        # of one factor each they are of one size, though symbols may spell it in several ways
+        if not all(len(axis) == 1 for axis in present) and not all(_same_factors(axis, first) for axis in present):
             return self.join(node, [Axis.carrying(axis.size, self.vector(node, axis)) for axis in present])
         return Axis(tuple(self._joined(node, factors) for factors in zip(*present, strict=True)))
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure
 from fxprune.graph.metadata import tag, tag_of
-from fxprune.graph.mutation import may_share_memory, written, written_into
+from fxprune.graph.mutation import draws, may_share_memory, written, written_into
 from fxprune.torch_internals import is_step_of_vmap
 
 _aten = torch.ops.aten
@@ -99,7 +99,11 @@ def _has_no_effect(node: fx.Node, removed: Callable[[str], bool]) -> bool:
         return _writes_what_nothing_reads(node, removed)
     if is_step_of_vmap(node.target):
         return False
-    return not node.is_impure() or any(n.op == "get_attr" and removed(str(n.target)) for n in closure(node))
+    if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        is_pure = not draws(node)
+    else:
+        is_pure = not node.is_impure()
+    return is_pure or any(n.op == "get_attr" and removed(str(n.target)) for n in closure(node))
 
 
 def _writes_what_nothing_reads(write: fx.Node, removed: Callable[[str], bool]) -> bool:

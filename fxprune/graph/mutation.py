@@ -1,4 +1,4 @@
-"""Which operators write into what they are given."""
+"""Which operators write into what they are given, and which draw random numbers."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ def _updates_statistics(node: fx.Node) -> bool:
         return False
     at = [argument.name for argument in schema.arguments].index(_UNDECLARED[node.target])
     return node.kwargs.get(_UNDECLARED[node.target], node.args[at] if at < len(node.args) else None) is not False
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a call draws random numbers: one that can, and that is not off, as a dropout in eval mode is."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    schema = schema_of(node.target)
+    assert schema is not None, node
+    given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    is_off = given.get("train", given.get("training")) is False
+    return not is_off and 0 not in (given.get("p"), given.get("dropout_p"))
 
 
 def written(node: fx.Node) -> list[fx.Node]:

@@ -69,13 +69,13 @@ def failure_in_class(
         warnings.simplefilter("ignore")  # said again when it is done
         try:
             final = driver.finalize(candidate)
-            written, filling_up = written_with_zeros(final, model)
+            written, filling_up, cause = written_with_zeros(final, model)
         except WriteBackError as failure:
             return failure
     if not filling_up:
         return None
     if _entries(written) >= _entries(model) > _entries(final):
-        return WriteBackError("everything came back as zeros.", filling_up)
+        return WriteBackError("everything came back as zeros.", [*cause, *filling_up])
     return WriteBackError(f"{first_of(filling_up, 3)} took channels back as zeros.", filling_up, runs=True)
 
 

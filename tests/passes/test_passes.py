@@ -145,9 +145,13 @@ def test_dead_code_goes_and_writes_stay(traced: fxprune.TracedModule) -> None:
     with graph.inserting_before(next(iter(graph.find_nodes(op="output")))):
         graph.call_function(torch.ops.aten.neg.default, (bias,))
         graph.call_function(torch.ops.aten.add_.Tensor, (bias, 1))
+        graph.call_function(torch.ops.aten.dropout.default, (bias, 0.5, True))
+        graph.call_function(torch.ops.aten.feature_dropout.default, (bias, 0.5, False))  # which draws nothing
     assert EliminateDeadCode()(traced).modified
     targets = [n.target for n in graph.nodes]
     assert torch.ops.aten.neg.default not in targets
+    assert torch.ops.aten.feature_dropout.default not in targets
+    assert torch.ops.aten.dropout.default in targets
     assert torch.ops.aten.add_.Tensor in targets
     assert not EliminateDeadCode()(traced).modified
 

@@ -311,3 +311,33 @@ def test_a_part_that_nothing_reads_comes_back_without_the_channels_of_other_laye
     assert small.encode.out_channels + small.decode.out_channels < 50
     with torch.no_grad():
         torch.testing.assert_close(small(x), traced(x), rtol=0, atol=1e-9)
+
+
+class Angles(nn.Module):
+    """Positions turned by angles that are computed in float32, whatever the model is in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * 1e4 ** torch.linspace(0, 1, x.shape[2])
+        return x * angles.cos().to(x.dtype)
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles, self.first, self.second = Angles(), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.parts = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.angles(x)).unflatten(2, (self.parts, -1)).relu()
+        return self.second(x.flatten(2))
+
+
+def test_code_that_rounds_to_float32_in_any_case_comes_back() -> None:
+    torch.manual_seed(0)
+    model, x = Turned().eval(), torch.randn(2, 50, 8)
+    traced = fxprune.trace(model, x, modes=("eval",))
+    fxprune.prune.channels(traced, 0.5, targets="first.*")
+    final = fxprune.finalize(traced)
+    small = write_back(final, model)
+    assert small.first.out_features < 16
+    torch.testing.assert_close(small(x), final(x), rtol=1e-5, atol=1e-5)

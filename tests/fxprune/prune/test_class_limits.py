@@ -60,6 +60,40 @@ class OneWidth(nn.Module):
         return self.last(x)
 
 
+class ByRoot(nn.Module):
+    """Products that are divided by the root of a number of channels, which the class reads where it is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 24
+        self.other = nn.Linear(24, self.size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = self.other(x).unflatten(2, (1, self.size))
+        products = torch.einsum("bnhc,bmhc->bnm", x.unflatten(2, (1, self.size)), other)
+        return x * (products / self.size**0.5).amax(2, keepdim=True).sigmoid()
+
+
+class AroundRoot(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.root, self.last = nn.Linear(6, 24), ByRoot(), nn.Linear(32, 4)
+        self.second, self.other, self.width = nn.Linear(24, 32), nn.Linear(6, 32), 32
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.root(self.first(x).relu())) + self.other(x)
+        return self.last(y.relu().unflatten(2, (1, self.width)).flatten(2))
+
+
+def test_only_what_computes_something_else_stays_where_all_would_come_back_as_zeros() -> None:
+    torch.manual_seed(0)
+    model, x = AroundRoot(), torch.randn(2, 5, 6)
+    traced, small = cut(model, x, macs=0.6)
+    assert small.root.other.out_features == 24
+    assert small.second.out_features == small.width < 32
+    assert_same(traced, small, x)
+
+
 def cut(model: nn.Module, x: Tensor, **options: object) -> tuple[fxprune.TracedModule, nn.Module]:
     """The traced model with its masks, and the model of its class that is left."""
     traced = fxprune.trace(model.eval(), x, modes=("eval",))
