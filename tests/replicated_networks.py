@@ -79,3 +79,13 @@ def whole_way(folder: str) -> dict[str, dict[str, torch.Tensor]]:
 def all_ways(folder: str) -> dict[str, Any]:
     """Both."""
     return {"masks": masks(), "way": whole_way(folder)}
+
+
+def all_ways_offloaded(folder: str) -> dict[str, Any]:
+    """The same where FSDP2 offloads to the CPU."""
+    return {
+        "masks": networks.masks(by_offload),
+        "channels": networks.channels(by_offload),
+        "trained": networks.trained(by_offload),
+        "final": networks.finalized(by_offload, "spread", folder),
+    }

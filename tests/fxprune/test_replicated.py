@@ -47,27 +47,25 @@ def test_a_network_under_ddp_is_trained_finalized_and_written_as_without(
 
 
 @pytest.mark.slow
-def test_the_whole_way_of_four_processes_under_ddp_is_that_of_one(tmp_path: Path) -> None:
-    want = replicated.whole_way(folder(tmp_path, "one"))
-    for got in in_processes(4, replicated.whole_way, folder(tmp_path, "ddp")):
-        assert_close(want, got)
-
-
-@pytest.mark.slow
-def test_masks_channels_and_the_whole_way_under_ddp_are_those_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, 4])
+def test_masks_channels_and_the_whole_way_under_ddp_are_those_of_one_process(processes: int, tmp_path: Path) -> None:
     masks, way = replicated.masks(), replicated.whole_way(folder(tmp_path, "one"))
-    for got in in_processes(2, replicated.all_ways, folder(tmp_path, "ddp")):
+    for got in in_processes(processes, replicated.all_ways, folder(tmp_path, "ddp")):
         assert_same(masks, got["masks"])
         assert_close(way, got["way"])
 
 
 @pytest.mark.slow
-def test_masks_and_channels_are_those_of_one_process_under_cpu_offload() -> None:
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_whole_way_under_cpu_offload_is_that_of_one_process(processes: int, tmp_path: Path) -> None:
     masks, channels = networks.masks(networks.plain), networks.channels(networks.plain)
-    for got in in_processes(2, networks.masks, replicated.by_offload):
-        assert_same(masks, got)
-    for got in in_processes(2, networks.channels, replicated.by_offload):
-        assert_same(channels, got)
+    trained = networks.trained(networks.plain)
+    final = networks.finalized(networks.plain, "spread", folder(tmp_path, "one"))
+    for got in in_processes(processes, replicated.all_ways_offloaded, folder(tmp_path, "offload")):
+        assert_same(masks, got["masks"])
+        assert_same(channels, got["channels"])
+        assert_close(trained, got["trained"])
+        assert_close(final, got["final"])
 
 
 def test_training_and_finalize_under_cpu_offload_end_as_without(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -140,6 +140,15 @@ def by_trainer(folder: str) -> Found:
 
 def by_accelerate(folder: str) -> Found:
     """A loop of Accelerate, with its clipping."""
+    return _accelerated(folder, shards=False)
+
+
+def by_accelerate_over_shards(folder: str) -> Found:
+    """The same over a module that FSDP2 shards, which Accelerate is not given to prepare."""
+    return _accelerated(folder, shards=dist.get_world_size() > 1)
+
+
+def _accelerated(folder: str, *, shards: bool) -> Found:
     own = _own_batch()
     import accelerate
 
@@ -147,9 +156,12 @@ def by_accelerate(folder: str) -> Found:
 
     accelerator = accelerate.Accelerator(cpu=True)
     traced = fxprune.trace(Network(), images[:4]).train()
+    if shards:
+        by_fsdp(traced)
     optimizer = torch.optim.SGD(traced.parameters(), lr=0.1, momentum=0.9)
     batches = DataLoader(TensorDataset(images, labels), batch_size=own)
-    model, optimizer, batches = accelerator.prepare(traced, optimizer, batches)
+    optimizer, batches = accelerator.prepare(optimizer, batches)
+    model = traced if shards else accelerator.prepare(traced)
     pruning = AcceleratedPruning(accelerator, channel_schedule(traced, 10), folder=Path(folder), onnx=True)
     for _ in range(EPOCHS):
         for inputs, wanted in batches:

@@ -21,6 +21,7 @@ from tests.processes import in_processes
         (loops.by_lightning, "lightning"),
         (loops.by_trainer, "accelerate"),
         (loops.by_accelerate, "accelerate"),
+        (loops.by_accelerate_over_shards, "accelerate"),
         (loops.by_shards, "torch"),
     ],
 )
@@ -32,7 +33,8 @@ def test_two_processes_prune_clip_and_end_as_one(
     (tmp_path / "two").mkdir()
     (want,) = in_processes(1, loop, str(tmp_path / "one"))
     for rank, got in enumerate(in_processes(2, loop, str(tmp_path / "two"))):
-        assert got["figures"]["files"] == (2 if not rank or loop is loops.by_shards else 0)
+        on_all = loop in (loops.by_shards, loops.by_accelerate_over_shards)
+        assert got["figures"]["files"] == (2 if not rank or on_all else 0)
         assert got["steps"][""] == want["steps"][""] == 4 * loops.EPOCHS
         for what in ("state", "final", "output"):
             assert got[what].keys() == want[what].keys()
