@@ -4,7 +4,8 @@ A process beside reads the memory that no other has, every 5 ms, whatever this o
 count. Weights are random. With `--plot` the memory over time is drawn as SVG, a mark at the start of each step. A file
 of bfloat16 is not run: onnxruntime has no kernels for that on the CPU.
 
-Run: python benchmarks/memory.py [--width 1024] [--layers 8] [--vocabulary 16000] [--dtype float32] [--plot FILE]
+Run: python benchmarks/memory.py [--width 1024] [--layers 8] [--vocabulary 16000] [--dtype float32] [--compact-masks]
+    [--plot FILE]
 """
 
 from __future__ import annotations
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=16000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--macs", type=float, default=0.7)
+    parser.add_argument("--compact-masks", action="store_true", help="as fxprune.prune.channels has it")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -179,9 +181,10 @@ def main() -> None:
     watch.steps.clear()
     sample: dict[str, Any] = {"dynamic_shapes": shapes, "modes": ("eval",)}
     traced = watch.step("trace", partial(fxprune.trace, model, (), {"input_ids": ids}, **sample), weights)
-    watch.step("channels", partial(fxprune.prune.channels, traced, macs=options.macs), weights)
+    choose = partial(fxprune.prune.channels, traced, macs=options.macs, compact_masks=options.compact_masks)
+    watch.step("channels", choose, weights)
     final = watch.step("finalize", partial(fxprune.finalize, traced), weights)
-    del traced, model
+    del traced, model, choose
     kept = sum(parameter.nbytes for parameter in final.parameters())
     print(f"  {kept / weights:.2f} of the parameters' bytes are left; {final.plan.explain().splitlines()[0]}")
     watch.step("save", partial(fxprune.save, final, folder / "model.fxp"), weights)

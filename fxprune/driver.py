@@ -73,9 +73,9 @@ def run(traced: TracedModule, *pipeline: Pass) -> None:
         run_passes(traced, pipeline)
 
 
-def insert_masks(traced: TracedModule, masks: Mapping[str, torch.Tensor]) -> None:
+def insert_masks(traced: TracedModule, masks: Mapping[str, torch.Tensor], *, compact: bool = False) -> None:
     """Insert or replace the masks of several parameters."""
-    run(traced, InsertMasks(masks))
+    run(traced, InsertMasks(masks, compact))
 
 
 def insert_norms(traced: TracedModule, steps: Sequence[InsertParametrization]) -> None:

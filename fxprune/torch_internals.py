@@ -43,6 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._sympy import functions
 
 __all__ = [
+    "ASKED_BEFORE_BROADCAST",
     "LOGGERS_OF_FAILED_CAPTURES",
     "ConvNd",
     "ConvTransposeNd",
@@ -105,6 +106,9 @@ __all__ = [
 LOGGERS_OF_FAILED_CAPTURES = (
     "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils",
 )  # fmt: skip
+
+# The attribute of a module that DistributedDataParallel looks for before it sends parameters and buffers to all.
+ASKED_BEFORE_BROADCAST = "_ddp_params_and_buffers_to_ignore"
 
 
 # ---- graphs

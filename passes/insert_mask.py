@@ -32,6 +32,8 @@ class InsertMasks(Pass):
 
     Args:
         masks: by qualified name, such as "conv1.weight", a tensor of the parameter's shape; kept in its dtype.
+        compact: whether masks that are expanded vectors (`Tensor.expand`) are stored as such; else, and where a norm
+            computes the parameter, each has an entry of memory for each of the parameter's, as torch's have.
 
     Example:
         >>> InsertMasks({"0.weight": torch.ones(2, 4)})(traced).modified
@@ -39,6 +41,7 @@ class InsertMasks(Pass):
     """
 
     masks: Mapping[str, torch.Tensor]
+    compact: bool = False
     name: ClassVar[str] = "insert-mask"
 
     def requires(self, traced: TracedModule) -> None:
@@ -67,7 +70,7 @@ class InsertMasks(Pass):
         for parameter, mask in self.masks.items():
             found = view(traced, parameter)
             if found.mask is not None:  # (2)
-                modified |= found.replace_mask(mask)
+                modified |= found.replace_mask(mask, compact=self.compact)
                 continue
             modified = True
             if found.original_is_computed:  # (3)
@@ -76,7 +79,7 @@ class InsertMasks(Pass):
                     self._multiply_computed(traced, graph, parameter)
                 continue
             reads = reads or [(graph, ParameterReads(traced, graph)) for graph in traced.graphs.values()]  # (1)
-            found.insert_mask(mask)
+            found.insert_mask(mask, compact=self.compact)
             for graph, own in reads:
                 self._multiply(graph, own, parameter)
         return modified

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import nn
 
 from fxprune.errors import ArgumentError, ArgumentTypeError, NameLookupError, PruningError
-from fxprune.graph.masks import named_by_original
+from fxprune.graph.expanded import by_vectors
+from fxprune.graph.masks import expanded_masks, hold_in_full, named_by_original
 from fxprune.graph.parts import Part
 from fxprune.graph.provenance import Provenance, provenance_of, set_provenance
 
@@ -40,6 +41,20 @@ class ReadByName(nn.Module):
                 f"and the qualified name: fxprune.prune.l1_unstructured(traced, 'conv1.{plain}', amount=0.3)."
             )
         super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        hold_in_full(self, [name for name in expanded_masks(self) if prefix + name in state_dict])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        vectors = expanded_masks(self)
+        self._buffers.update(dict.fromkeys(vectors))  # torch would give them all entries
+        try:
+            result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            vectors = {name: by_vectors(fn, mask) for name, mask in vectors.items()}
+        finally:
+            self._buffers.update(vectors)
+        return result
 
     def __len__(self) -> NoReturn:
         """Raises ArgumentTypeError: as for items."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fxprune.graph.computed import NORM_SUFFIXES, legacy_norms, parametrized
+from fxprune.graph.expanded import by_vectors, is_expanded
 from fxprune.graph.names import join, locate
 from fxprune.graph.provenance import provenance_of, set_provenance
 from fxprune.sharding import by_parts, equal, is_sharded, spread, whole
@@ -149,10 +150,11 @@ class ParameterView:
             return any(_is_written(each, _COMPUTED_VERSION) for each in _computing(self.owner, self.attribute))
         return _is_written(self.original, _VERSION)
 
-    def insert_mask(self, values: torch.Tensor) -> None:
+    def insert_mask(self, values: torch.Tensor, *, compact: bool = False) -> None:
         """Store the parameter, which carries no mask, as a masked one, the same object; graphs are the caller's.
 
-        One that is computed gets the mask beside what it is computed from.
+        One that is computed gets the mask beside what it is computed from. With `compact` values that are an expanded
+        vector are stored as one; not those of what is computed.
         """
         assert self.mask is None, self.name
         if self.original_is_computed:
@@ -165,13 +167,14 @@ class ParameterView:
         assert self.original is not None, self.name
         del self.owner._parameters[self.attribute]
         self.owner.register_parameter(original_name(self.attribute), self.original)
-        self.owner.register_buffer(mask_name(self.attribute), _like(self.original, values))
+        self.owner.register_buffer(mask_name(self.attribute), _like(self.original, values, compact))
         vars(self.original)[_VERSION] = self.original._version
 
-    def replace_mask(self, values: torch.Tensor) -> bool:
-        """Give the masked parameter another mask, a new tensor; returns whether any value changed."""
+    def replace_mask(self, values: torch.Tensor, *, compact: bool = False) -> bool:
+        """Give the masked parameter another mask, a new tensor, as above; returns whether any value changed."""
         assert self.mask is not None, self.name
-        replacement = _like(self.mask, values)
+        like = self.original if is_expanded(self.mask) and self.original is not None else self.mask
+        replacement = _like(like, values, compact and self.original is not None)
         self.owner._buffers[mask_name(self.attribute)] = replacement
         return not equal(self.mask, replacement)
 
@@ -181,7 +184,10 @@ class ParameterView:
         return next((spread(values, each) for each in alike), whole(values))
 
 
-def _like(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _like(tensor: torch.Tensor, values: torch.Tensor, compact: bool = False) -> torch.Tensor:
+    if compact and is_expanded(values) and not is_sharded(tensor):
+        of_its_own: torch.Tensor = by_vectors(lambda part: part.to(tensor, copy=True), values.detach())
+        return of_its_own
     # in the memory format of the parameter, which decides that of the product
     return torch.empty_like(tensor, requires_grad=False).copy_(spread(values.detach(), tensor))
 
@@ -253,6 +259,27 @@ def masked_attributes(owner: nn.Module) -> list[str]:
     """The names, within `owner`, of its own parameters that carry a mask."""
     names = [name for stored in owner._buffers if (name := named_by_mask(stored)) is not None]
     return [name for name in names if _view(name, owner, name).mask is not None]
+
+
+def expanded_masks(owner: nn.Module) -> dict[str, torch.Tensor]:
+    """The masks of a module's own parameters that are expanded vectors, by the names of their buffers."""
+    buffers = {name: buffer for name, buffer in owner._buffers.items() if buffer is not None and is_expanded(buffer)}
+    plain = {name: named_by_mask(name) for name in buffers}
+    return {
+        name: buffers[name]
+        for name, attribute in plain.items()
+        if attribute is not None and _view("", owner, attribute).mask is buffers[name]
+    }
+
+
+def hold_in_full(owner: nn.Module, names: Iterable[str]) -> None:
+    """Let masks of a module's own parameters, by the names of their buffers, have an entry of memory for each."""
+    for name in names:
+        attribute = named_by_mask(name)
+        assert attribute is not None, name
+        own = _view("", owner, attribute)
+        assert own.mask is not None, name
+        owner._buffers[name] = _like(own.mask if own.original is None else own.original, own.mask)
 
 
 def masked_views(root: nn.Module) -> Iterator[ParameterView]:

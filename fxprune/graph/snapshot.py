@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from fxprune.graph.expanded import by_vectors
+
 
 @contextlib.contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
@@ -26,7 +28,7 @@ def preserved(module: nn.Module) -> Iterator[None]:
     slots = [
         (part._buffers, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None
     ]
-    values = {id(buffer): buffer.detach().clone() for _, _, buffer in slots}
+    values = {id(buffer): by_vectors(torch.clone, buffer.detach()) for _, _, buffer in slots}
     contents = [(parameter, parameter.data) for parameter in module.parameters()]
     devices = {t.device.index for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
     with torch.random.fork_rng(devices=sorted(devices)):

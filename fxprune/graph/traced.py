@@ -20,6 +20,7 @@ from fxprune.graph.arguments import InputCheck
 from fxprune.graph.attributes import absent, check_unseen
 from fxprune.graph.calls import cloned
 from fxprune.graph.containers import Container, ReadByName, share_contents
+from fxprune.graph.masks import expanded_masks, hold_in_full
 from fxprune.graph.names import join
 from fxprune.graph.parts import adopt, refuse_replacement
 from fxprune.graph.plan import ChannelPlan
@@ -30,7 +31,7 @@ from fxprune.graph.spellings import respelled
 from fxprune.graph.states import check_state
 from fxprune.graph.switching import is_frozen, read_option, set_option, switch
 from fxprune.sharding import gathered, is_managed, spread_state
-from fxprune.torch_internals import calls_kept, state_of_generated_code
+from fxprune.torch_internals import ASKED_BEFORE_BROADCAST, calls_kept, state_of_generated_code
 
 # The order in which graphs are kept and worked on: what is decided by the eval graph, the train graph follows.
 MODES = ("eval", "train")
@@ -245,6 +246,9 @@ class TracedModule(ReadByName, fx.GraphModule):
         return value
 
     def __getattr__(self, name: str) -> Any:
+        if name == ASKED_BEFORE_BROADCAST:  # which writes into buffers
+            for module in self.modules():
+                hold_in_full(module, expanded_masks(module))
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -467,7 +471,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         dtypes, devices = self._dtypes(), self._devices()
         for dtype in dtypes:
             self._refuse_written(dtype, fn(torch.empty(0, dtype=dtype)).dtype)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         has_moved = self._devices() != devices
         if has_moved and len(devices) == len(self._devices()) == 1:
             self._move_constants(devices.pop(), self._devices().pop())

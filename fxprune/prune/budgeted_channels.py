@@ -22,6 +22,7 @@ from fxprune.channels.foresight import classes_left, foresee, forget, sizes_left
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
+from fxprune.graph.expanded import by_vectors
 from fxprune.graph.masks import MasksOnDemand, masked, view
 from fxprune.graph.requirements import require_traced
 from fxprune.graph.traced import TracedModule
@@ -104,6 +105,7 @@ def channels(
     providers: Sequence[str] = ("CPUExecutionProvider",),
     prices: str | LatencyTable = "auto",
     runnable: nn.Module | None = None,
+    compact_masks: bool = False,
 ) -> ChannelReport:
     """Mask whole channels, by groups of slices that stand or fall together, so that `finalize` removes them exactly.
 
@@ -166,6 +168,10 @@ def channels(
             back. What is chosen is then written back for a trial: where the class
             does not run with it, or needs zeros in its place, the module that fails gets less freedom, and channels
             are chosen again.
+        compact_masks: whether a mask of rows or of columns alone holds one vector, expanded to the shape of the
+            parameter, in place of an entry for each of the parameter's: for a network that fills the memory. Names,
+            shapes, types and values are the same. torch refuses to write into such a mask in place; `load_state_dict`
+            and `DistributedDataParallel(traced)` first let it have all entries. For a module in one process.
 
     Returns:
         A `ChannelReport`, which prints as a summary.
@@ -200,6 +206,8 @@ def channels(
         loader = list(itertools.islice(loader, max_batches))
     evidence = Evidence(loader, loss, max_batches, seed, weight)
     check_evidence(importance, evidence)
+    if not isinstance(compact_masks, bool):
+        raise ArgumentTypeError(f"compact_masks={compact_masks!r}: True or False is needed.")
     timing = Timing(threads, batch, tuple(providers))
     check_prices(prices, request, timing)
     before, earlier = undone(traced, request)
@@ -214,7 +222,7 @@ def channels(
     earlier = {**{name: view(before, name).mask for name in chosen.found.masks}, **earlier}
     found = chosen.found.masks
     wanted = MasksOnDemand(earlier, lambda name: found[name] if name in found else _mask_or_ones(before, name))
-    driver.insert_masks(traced, wanted)
+    driver.insert_masks(traced, wanted, compact=compact_masks)
     record(traced, request, chosen.decided, earlier)
     return _report(chosen.grouping, chosen.picked, chosen.lacking, chosen.found, request, chosen.table)
 
@@ -295,7 +303,10 @@ def _cheap(request: ChannelRequest) -> ChannelRequest:
 
 def _mask_or_ones(traced: TracedModule, name: str) -> torch.Tensor:
     own = view(traced, name)
-    return torch.ones_like(unmasked(traced, own)) if own.mask is None else own.mask
+    if own.mask is not None:
+        return own.mask
+    values = unmasked(traced, own)
+    return torch.ones((), dtype=values.dtype, device=values.device).expand(values.shape)
 
 
 @dataclass(frozen=True)
@@ -507,10 +518,13 @@ def _masks(traced: TracedModule, grouping: Grouping, alive: Mask) -> MasksOnDema
 
 def _both(mask: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     """A boolean mask on top of one that is there; boolean where that holds nothing but zeros and ones."""
-    mask, kept = mask.to(there.device), there != 0
-    if torch.equal(there, kept.to(there.dtype)):
-        return mask & kept
-    return mask.to(there) * there
+
+    def both(mask: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        kept = there != 0
+        return mask & kept if torch.equal(there, kept.to(there.dtype)) else mask.to(there) * there
+
+    found: torch.Tensor = by_vectors(both, mask.to(there.device), there)
+    return found
 
 
 def _binding(grouping: Grouping, request: ChannelRequest, found: _Found) -> str:

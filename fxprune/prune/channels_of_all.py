@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxprune import driver
 from fxprune.borrowing import Loans
+from fxprune.errors import ShardingError
 from fxprune.graph.masks import masked_views
 from fxprune.graph.spread_modules import (
     by_loans,
@@ -36,6 +37,11 @@ def chosen_for_all(function: Callable[..., ChannelReport]) -> Callable[..., Chan
         if not is_spread(traced):
             return function(traced, *args, **kwargs)
         given = dict(signature.bind(traced, *args, **kwargs).arguments)
+        if given.get("compact_masks"):
+            raise ShardingError(
+                "compact_masks=True was asked for a module that is spread over processes, whose masks are spread as "
+                "its parameters are. Leave it out: each process holds its part."
+            )
         most = given.pop("max_batches", None)
         one_call = (Tensor, Mapping, tuple) if given.get("importance") == "obs" else ()
         options = with_all_batches(traced, given, ["loader"], most=most, one_call=one_call)

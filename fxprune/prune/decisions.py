@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fxprune.borrowing import Borrowed
+from fxprune.graph.expanded import by_vectors
 from fxprune.graph.masks import masked_views, view
 from fxprune.graph.names import locate
 from fxprune.graph.reparametrizations import computed_names
@@ -51,7 +52,7 @@ def undone(traced: TracedModule, request: ChannelRequest) -> tuple[TracedModule,
     for name, mask in decision.masks.items():
         own = view(before, name)
         assert own.mask is not None, name
-        own.replace_mask(torch.ones_like(own.mask) if mask is None else mask)
+        own.replace_mask(by_vectors(torch.ones_like, own.mask) if mask is None else mask, compact=True)
     return before, decision.masks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -70,3 +71,22 @@ def test_take_parameters_lets_fsdp_gather_what_stands_under_the_name_of_one(shar
     layer._parameters["weight"] = nn.Parameter(torch.ones_like(layer.weight))
     internals.take_parameters(sharded)
     assert torch.allclose(sharded(x) - layer.bias, x.sum(1, keepdim=True).expand(5, 2))
+
+
+def test_ASKED_BEFORE_BROADCAST_is_looked_for_before_buffers_are_written() -> None:
+    class Asked(nn.Linear):
+        def __getattr__(self, name: str) -> Any:
+            if name == internals.ASKED_BEFORE_BROADCAST:
+                self.register_buffer("shared", self.shared.clone())  # else torch refuses to write
+            return super().__getattr__(name)
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layers = [Asked(2, 2), nn.Linear(2, 2)]
+        for layer in layers:
+            layer.register_buffer("shared", torch.ones(2, 1).expand(2, 3))
+        nn.parallel.DistributedDataParallel(layers[0])
+        with pytest.raises(RuntimeError, match="single memory location"):
+            nn.parallel.DistributedDataParallel(layers[1])
+    finally:
+        torch.distributed.destroy_process_group()
