@@ -18,7 +18,7 @@ from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.artifacts.zero_channels import ZeroChannels, lost_by_themselves
 from fxprune.errors import ConfigurationWarning, WriteBackError
 from fxprune.graph.arguments import Arguments
-from fxprune.graph.configuration_numbers import Number, build, configuration_of, put_into, put_numbers
+from fxprune.graph.configuration_numbers import Number, build, configuration_of, put_into, put_numbers, refusal
 from fxprune.graph.configurations import Axis, Configuration, Shapes, sizes_of
 from fxprune.graph.equality import close
 from fxprune.reports import first_of
@@ -76,6 +76,17 @@ def _is_made(written: nn.Module, model: nn.Module, numbers: Mapping[str, Number]
         return not rehearsal.difference(rebuilt.eval())
     except (RuntimeError, WriteBackError):
         return False
+
+
+def warn_of_refusal(written: nn.Module, found: Configuration) -> None:
+    """Warn that transformers does not save the configuration of a shrunk model, where it saves that of the model.
+
+    Warns:
+        ConfigurationWarning: it does not.
+    """
+    why = refusal(configuration_of(written))
+    if why is not None and refusal(configuration_of(found.model)) is None:
+        _warn(found, f"save_pretrained refuses the one that does ({why})", [])
 
 
 def warn_of_sizes(written: nn.Module, found: Configuration, inputs: Arguments) -> None:

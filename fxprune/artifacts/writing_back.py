@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxprune.artifacts.attribute_reads import Reads, recorded_reads
 from fxprune.artifacts.effort import Effort
-from fxprune.artifacts.following_configurations import sizes_as_configured, warn_of_sizes
+from fxprune.artifacts.following_configurations import sizes_as_configured, warn_of_refusal, warn_of_sizes
 from fxprune.artifacts.other_forms import follow_other_forms, other_forms
 from fxprune.artifacts.plain_copy import plain_copy
 from fxprune.artifacts.rehearsal import Rehearsal
@@ -116,7 +116,9 @@ def written_with_zeros(final: TracedModule, model: nn.Module) -> tuple[nn.Module
         forget_kept_tensors(written)
         if configuration is not None:
             restore_weight_norms(written, model)
-            if not is_said:
+            if is_said:
+                warn_of_refusal(written, configuration)
+            else:
                 warn_of_sizes(written, configuration, (final.example_args, final.example_kwargs))
     modes = {path: module.training for path, module in model.named_modules()}
     for path, module in written.named_modules():

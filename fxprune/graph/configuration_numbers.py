@@ -41,6 +41,18 @@ def build(kind: type[nn.Module], config: Any) -> nn.Module:
     return kind(**vars(config)) if isinstance(config, Keywords) else kind(config)
 
 
+def refusal(config: Any) -> str | None:
+    """Why transformers neither saves nor loads a configuration, or one within it; None where it does."""
+    parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
+    checks = [getattr(part, "validate_architecture", None) for part in parts]
+    try:
+        for check in filter(callable, checks):
+            check()
+    except (TypeError, ValueError, AttributeError) as error:  # numbers that do not fit
+        return str(error).strip().rstrip(".")
+    return None
+
+
 def put_into(model: Any, numbers: Mapping[str, Number]) -> Callable[[], None]:
     """Set numbers of a model's configuration, by their names; returns what undoes it."""
     config = configuration_of(model)

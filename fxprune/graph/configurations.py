@@ -25,6 +25,7 @@ from fxprune.graph.configuration_numbers import (
     configuration_of,
     entries,
     put_numbers,
+    refusal,
 )
 from fxprune.graph.names import tensors_of
 
@@ -76,17 +77,21 @@ class Configuration:
         shapes: of its other parameters and buffers.
     """
 
-    def __init__(self, model: nn.Module, unread: Collection[str] = ()) -> None:
+    def __init__(self, model: nn.Module, unread: Collection[str] = (), *, valid: bool = False) -> None:
         self.model, self._config = model, configuration_of(model)
+        self._valid = valid and self._config is not None and refusal(self._config) is None
         self.by_keywords = isinstance(self._config, Keywords)
         self.unread = frozenset(unread)
         self.shapes: Shapes = self.read(sizes_of(model))
         self._built: dict[tuple[tuple[str, Number], ...], Built | None] = {}
 
     @classmethod
-    def of(cls, model: nn.Module, unread: Collection[str] = ()) -> Configuration | None:
-        """That of a model; None where it has none from which it can be built."""
-        found = cls(model, unread)
+    def of(cls, model: nn.Module, unread: Collection[str] = (), *, valid: bool = False) -> Configuration | None:
+        """That of a model; None where it has none from which it can be built.
+
+        With `valid`, numbers with which it could not be saved make nothing, where it can be saved as it is.
+        """
+        found = cls(model, unread, valid=valid)
         return found if found._config is not None and found.built({}) == found.shapes else None
 
     def read(self, shapes: Shapes) -> Shapes:
@@ -164,6 +169,8 @@ class Configuration:
         config = copy.deepcopy(self._config)
         try:
             put_numbers(config, numbers)
+            if self._valid and refusal(config) is not None:
+                return None
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return Built.of(build(type(self.model), config), self.unread)

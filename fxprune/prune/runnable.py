@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fxprune.channels.groups import ChannelGroup, Grouping, Kind
+from fxprune.channels.groups import WHOLE_KINDS, ChannelGroup, Grouping, Kind
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.grouped_products import GroupedProduct
@@ -45,7 +45,7 @@ def runnable_groups(
     sizes = alike_sizes(grouping, model)
     rows = [*_parts(grouping), *_whole_lines(grouping), *sizes.rows, *limits.alike]
     staying = [(heads, _HEADS) for heads in sizes.heads]
-    configuration = Configuration.of(model, unread_tensors(model, grouping.plain.graphs.values()))
+    configuration = Configuration.of(model, unread_tensors(model, grouping.plain.graphs.values()), valid=True)
     if configuration is None or configuration.by_keywords:  # such name hardly any size of a layer
         found = Grouping(grouping.plain, rows, staying, for_class=True) if rows else grouping
         found.groups = limits.limited(found.groups)
@@ -148,11 +148,13 @@ class _Numbers:
 
     def _times(self, group: ChannelGroup, free: frozenset[str]) -> int | None:
         """How many steps a group has, None where its units can go one by one, or not at all."""
-        if group.kind not in (Kind.CHANNEL, Kind.MLP_UNIT) or self._goes(group, free, group.size):
+        kinds = Kind.CHANNEL, Kind.MLP_UNIT, Kind.HEAD, Kind.KEY_VALUE_GROUP
+        if group.kind not in kinds or self._goes(group, free, group.size):
             return None
         axis = group.members[0].parameter, group.members[0].axis
         numbers = [self._configuration.numbers[name] for name in sorted(self._saying(axis) & free)]
-        for times in (*numbers, *(group.size // size for size in _STEPS)):
+        halves = (2,) if group.kind in WHOLE_KINDS else ()  # of heads, of which a width is to be a multiple
+        for times in (*numbers, *(group.size // size for size in _STEPS), *halves):
             is_whole = type(times) is int and times > 1 and group.size % times == 0
             if is_whole and self._goes(group, free, int(times)):
                 return int(times)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import CaptureError, InputError, WriteBackError
+from fxprune.errors import CaptureError, ConfigurationWarning, InputError, WriteBackError
 from tests.decoders import decoder, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -239,3 +239,44 @@ def test_a_class_that_has_changed_since_is_refused(changed: Any, told: str, tran
     with pytest.raises(WriteBackError, match=told):
         fxprune.write_back(fxprune.finalize(traced), other)
     assert all(torch.equal(state[name], tensor) for name, tensor in other.state_dict().items())
+
+
+def llama(transformers: Any, heads: int, groups: int) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **SIZES | {"num_attention_heads": heads}, num_key_value_heads=groups, head_dim=8, vocab_size=40,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (8, 4)])
+def test_heads_are_chosen_in_numbers_that_the_configuration_takes(
+    heads: int, groups: int, tmp_path: Path, transformers: Any
+) -> None:
+    model = llama(transformers, heads, groups)
+    kind = "attention head" if heads == groups else "key-value group"
+    traced, small = pruned(model, {**WORDS, "use_cache": False}, macs=None, amount=0.5, kinds=kind)
+    assert small.config.num_attention_heads == heads // 2
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path).eval()
+    assert torch.equal(again(**WORDS, use_cache=False).logits, small(**WORDS, use_cache=False).logits)
+    assert torch.allclose(small(**WORDS).logits, traced(**WORDS, use_cache=False).logits, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("default")
+def test_heads_that_the_configuration_refuses_come_back_with_a_warning(tmp_path: Path, transformers: Any) -> None:
+    model = llama(transformers, 4, 4)
+    traced = fxprune.trace(model, {**WORDS, "use_cache": False}, modes=("eval",))
+    for layer in ("model.layers.0.self_attn", "model.layers.1.self_attn"):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            mask = torch.ones_like(traced.get_parameter(f"{layer}.{name}.weight"))
+            mask[8:16] = 0
+            fxprune.prune.custom_from_mask(traced, f"{layer}.{name}.weight", mask)
+        fxprune.prune.custom_from_mask(
+            traced, f"{layer}.o_proj.weight", torch.ones(32, 32).index_fill(1, torch.arange(8, 16), 0)
+        )
+    with pytest.warns(ConfigurationWarning, match=r"save_pretrained refuses .*32.* not a multiple .*heads"):
+        small: Any = fxprune.write_back(fxprune.finalize(traced, align=1), model)
+    assert small.config.num_attention_heads == 3
+    assert torch.allclose(small(**WORDS).logits, traced(**WORDS, use_cache=False).logits, atol=1e-6)
