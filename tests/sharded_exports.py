@@ -17,6 +17,7 @@ from fxprune.graph import spread_modules
 from tests import sharded_networks as networks
 
 Found = dict[str, dict[str, torch.Tensor]]
+Spread = Callable[[fxprune.TracedModule], fxprune.TracedModule]
 
 
 class Counting(nn.Module):
@@ -40,9 +41,7 @@ def initializers(path: str) -> dict[str, torch.Tensor]:
     return {weight.name: torch.from_numpy(onnx.numpy_helper.to_array(weight).copy()) for weight in found}
 
 
-def exported(
-    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], folder: str
-) -> tuple[Found, list[borrowing.Counts]]:
+def exported(spread: Spread, folder: str) -> tuple[Found, list[borrowing.Counts]]:
     """By form of the module the weights in the file; and what was borrowed, by form."""
     torch.manual_seed(0)
     masked = spread(networks.traced())
@@ -76,3 +75,26 @@ def exported(
         if not dist.is_initialized() or not dist.get_rank():
             found[what] = initializers(path)
     return found, counts
+
+
+def over_tensor_parallel(spread: Spread, folder: str) -> Found:
+    """Channels chosen, files and what is left of weights that were tensor-parallel before they were sharded."""
+    module = spread(networks.traced())
+    networks.P.channels(module, macs=0.5)
+    if dist.is_initialized():
+        networks.keep_nothing_whole()
+        refused = networks.failures({"spread": lambda: fxprune.finalize(module)})["spread"]
+        assert refused.startswith("ShardingError: the module is sharded by FSDP over weights that are spread already")
+    report = fxprune.export.to_onnx(module.eval(), f"{folder}/network.onnx")
+    fxprune.save(module, f"{folder}/network.fxp")
+    final = fxprune.finalize(module, whole=dist.is_initialized())
+    assert report.comparison is not None
+    assert report.comparison.ok
+    if dist.is_initialized() and dist.get_rank():
+        return {}
+    return {
+        "final": networks.values(final),
+        "output": {"": final.eval()(networks.inputs(2)).detach()},
+        "written": initializers(f"{folder}/network.onnx"),
+        "saved": networks.values(fxprune.load(f"{folder}/network.fxp")),
+    }

@@ -13,13 +13,16 @@ from tests.processes import in_processes
 
 
 @pytest.mark.slow
-def test_weights_come_one_at_a_time_to_the_file_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "spread"), [(2, networks.by_fsdp), (4, networks.by_replicas)])
+def test_weights_come_one_at_a_time_to_the_file_of_one_process(
+    processes: int, spread: exports.Spread, tmp_path: Path
+) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     module = networks.traced()
     largest = max(tensor.nbytes for tensor in module.state_dict().values())
     want, _ = exports.exported(networks.plain, str(tmp_path / "one"))
-    (got, counts), _ = in_processes(2, exports.exported, networks.by_fsdp, str(tmp_path / "two"))
+    (got, counts), *_ = in_processes(processes, exports.exported, spread, str(tmp_path / "two"))
     assert got.keys() == want.keys()
     for what, weights in want.items():
         assert got[what].keys() == weights.keys(), what
@@ -31,3 +34,15 @@ def test_weights_come_one_at_a_time_to_the_file_of_one_process(tmp_path: Path) -
     for own in counts[:2]:
         assert largest <= own.wholes <= 2 * largest
         assert own.gathered > largest
+
+
+@pytest.mark.slow
+def test_what_is_left_of_tensor_parallel_weights_is_whole_and_written_as_in_one_process(tmp_path: Path) -> None:
+    for name in ("one", "four"):
+        (tmp_path / name).mkdir()
+    want = exports.over_tensor_parallel(networks.plain, str(tmp_path / "one"))
+    found = in_processes(4, exports.over_tensor_parallel, networks.by_tensor_parallel, str(tmp_path / "four"))
+    for what, state in want.items():
+        assert found[0][what].keys() == state.keys(), what
+        for name, value in state.items():
+            assert torch.allclose(found[0][what][name], value, rtol=0, atol=1e-6), f"{what}: {name}"
