@@ -15,6 +15,7 @@ from torch import nn
 
 import fxprune
 from fxprune import demo as demo_
+from fxprune import progress
 from fxprune.commands import pruning
 from fxprune.errors import ArgumentError
 from fxprune.files import check_suffix
@@ -44,12 +45,14 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the ONNX files and report.json.")] = Path("fxprune-demo"),
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of data split, weights and batches.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="For each network; few leave accuracy behind.")] = demo_.EPOCHS,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    quiet: _Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, all else to stderr.")] = False,
 ) -> None:
     """Train, prune, finalize, export and compare a residual network on scikit-learn's digits.
 
     Exits with 1 when accuracy, equality or export fail.
+
+    Example: fxprune demo --output fxprune-demo
     """
     errors = Console(stderr=True)
     with demo_.progress(errors, quiet) as step:
@@ -70,6 +73,7 @@ _Inputs = Annotated[
         "of tensors by name, .npz or .safetensors. Repeat it for several inputs."
     ),
 ]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 _Model = Annotated[str, typer.Argument(help="package.module:factory, or a file: .onnx, .pt2, .pt.")]
 
@@ -82,11 +86,16 @@ def compare(
     rtol: Annotated[float | None, typer.Option(help="Relative to an output's largest value.")] = None,
     atol: Annotated[float | None, typer.Option()] = None,
     reproduce: Annotated[Path | None, typer.Option(help="Write a script that shows the first difference.")] = None,
+    quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
-    """Run models and files on the same inputs and compare all outputs. Exits with 1 when they differ."""
+    """Run models and files on the same inputs and compare all outputs. Exits with 1 when they differ.
+
+    Example: fxprune compare nets:trained small.onnx --inputs 2x1x8x8
+    """
     items = [_model_or_file(name) for name in (reference, *candidates)]
-    report = fxprune.compare(*items, inputs=call_of_texts(inputs), rtol=rtol, atol=atol)
+    with progress.quiet(quiet):
+        report = fxprune.compare(*items, inputs=call_of_texts(inputs), rtol=rtol, atol=atol)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -105,9 +114,13 @@ def export(
     calibration: Annotated[list[str] | None, typer.Option(help="For int8: a file of one batch; repeat it.")] = None,
     sparse: Annotated[bool, typer.Option(help="Store masked weights sparse (ONNX).")] = False,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set.")] = None,
+    quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
-    """Trace a model, finalize it, write it as a file, and verify the file."""
+    """Trace a model, finalize it, write it as a file, and verify the file.
+
+    Example: fxprune export nets:trained dense.onnx --inputs 2x1x8x8
+    """
     source = _model_or_file(model)
     if isinstance(source, Path):
         raise ArgumentError(f"'{model}' is a file; export takes package.module:factory.")
@@ -118,8 +131,9 @@ def export(
     options = _onnx_options(precision, calibration, sparse, opset)
     if options and output.suffix != ".onnx":
         raise ArgumentError(f"'{output}': precision, calibration, sparse and opset are for files that end in .onnx.")
-    final = fxprune.finalize(fxprune.trace(source.eval(), call_of_texts(inputs), modes=("eval",)))
-    report = writers[output.suffix](final, output, **options)
+    with progress.quiet(quiet):
+        final = fxprune.finalize(fxprune.trace(source.eval(), call_of_texts(inputs), modes=("eval",)))
+        report = writers[output.suffix](final, output, **options)
     assert report.comparison is not None
     if as_json:
         _print_json(report.to_dict())
@@ -145,7 +159,10 @@ def _onnx_options(
 
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help=".onnx or .pt2")], as_json: _Json = False) -> None:
-    """Show a file's tensors and their zeros, its multiply-adds, operators and plan."""
+    """Show a file's tensors and their zeros, its multiply-adds, operators and plan.
+
+    Example: fxprune inspect small.onnx
+    """
     contents = fxprune.export.inspect(file)
     if as_json:
         _print_json(contents.to_dict())
@@ -161,17 +178,22 @@ def bench(
     threads: Annotated[int, typer.Option(help="Within operators.")] = 1,
     provider: Annotated[str, typer.Option(help="onnxruntime's execution provider.")] = "CPUExecutionProvider",
     rounds: Annotated[int, typer.Option(help="Runs of each file that count.")] = 50,
+    quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
-    """Measure the latency of ONNX files in onnxruntime, in turns."""
-    latencies = fxprune.export.bench(
-        files,
-        inputs=call_of_texts(inputs) if inputs else None,
-        batch=batch,
-        threads=threads,
-        providers=[provider],
-        rounds=rounds,
-    )
+    """Measure the latency of ONNX files in onnxruntime, in turns.
+
+    Example: fxprune bench dense.onnx small.onnx
+    """
+    with progress.quiet(quiet):
+        latencies = fxprune.export.bench(
+            files,
+            inputs=call_of_texts(inputs) if inputs else None,
+            batch=batch,
+            threads=threads,
+            providers=[provider],
+            rounds=rounds,
+        )
     if as_json:
         options = {"batch": batch, "threads": threads, "provider": provider}
         # `median` and `quartiles` are keys of earlier versions

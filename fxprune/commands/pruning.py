@@ -26,13 +26,10 @@ UNREACHED = 2  # exit code where a budget cannot be reached
 
 Source = Annotated[str, typer.Argument(metavar="MODEL", help=f"{sources.KINDS}.")]
 Weights = Annotated[Path | None, typer.Option(help="A .safetensors file that is loaded into the model.")]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="What the model is traced with: a shape, as in 2x3x32x32, x=2x3x32x32 or ids=2x16:int64, or a file; "
-        "repeat it. Else the first samples of the data."
-    ),
-]
+_TRACED_WITH = (
+    "What the model is traced with: a shape, as in 2x3x32x32, x=2x3x32x32 or ids=2x16:int64, or a file; repeat it."
+)
+Inputs = Annotated[list[str] | None, typer.Option(help=f"{_TRACED_WITH} Else the first samples of the data.")]
 DataSource = Annotated[
     str | None,
     typer.Option(
@@ -118,7 +115,10 @@ def run(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
+    """Print the JSON schema of recipes, for editors.
+
+    Example: fxprune schema
+    """
     print(json.dumps(recipes.schema(), indent=2))
 
 
@@ -134,6 +134,7 @@ def sensitivity(
     std: Std = None,
     tokenizer: Tokenizer = None,
     weights: Weights = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure what the output loses with the channels of each group.
@@ -141,39 +142,47 @@ def sensitivity(
     Example: fxprune sensitivity nets:trained --data digits.npz
     """
     work = _work(model, weights, None, _data(data, samples, batch, shape, mean, std, tokenizer))
-    found = measured(work.capture(), work.samples.batches, distance=distance, weight=work.samples.weight)
+    with progress.quiet(quiet):
+        found = measured(work.capture(), work.samples.batches, distance=distance, weight=work.samples.weight)
     _print(found, as_json)
 
 
 @app.command()
 def groups(
     model: Source,
-    inputs: Inputs = None,
+    inputs: Annotated[list[str] | None, typer.Option(help=_TRACED_WITH)] = None,
     weights: Weights = None,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which channels stand or fall together, what they cost, and which must stay.
 
     Example: fxprune groups timm:resnet18 --inputs 2x3x224x224
     """
-    _print(driver.channel_groups(_work(model, weights, inputs, None).capture()), as_json)
+    if not inputs and Path(model).suffix not in (".fxp", ".pt2"):
+        raise ArgumentError("the model is traced with samples: give --inputs, as in --inputs 2x3x32x32.")
+    with progress.quiet(quiet):
+        found = driver.channel_groups(_work(model, weights, inputs, None).capture())
+    _print(found, as_json)
 
 
 @app.command()
 def finalize(
     file: Annotated[Path, typer.Argument(help="A masked module, as fxprune.save wrote it.")],
     output: Annotated[Path, typer.Argument(help="The file to write: .fxp, or .onnx.")],
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Take masked channels out of a saved module.
 
     Example: fxprune finalize masked.fxp small.onnx
     """
-    final = driver.finalize(load_(file))
-    if output.suffix == ".onnx":
-        export.to_onnx(final, output)
-    else:
-        save(final, output)
+    with progress.quiet(quiet):
+        final = driver.finalize(load_(file))
+        if output.suffix == ".onnx":
+            export.to_onnx(final, output)
+        else:
+            save(final, output)
     assert final.plan is not None
     if as_json:
         print(final.plan.to_json())

@@ -124,12 +124,24 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, json.loads(printed)["title"]) == (0, "Recipe")
 
 
+def test_whatever_takes_long_can_be_quiet_and_groups_asks_for_inputs_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    loud = {name for name, each in commands.items() if "--quiet" not in {o for p in each.params for o in p.opts}}
+    assert loud == {"schema", "load", "inspect"}
+    code, printed, told = outcome(capsys, "groups", NETWORK, "--inputs", "2x1x8x8", "--quiet")
+    assert (code, "0.weight" in printed, told) == (0, True, "")
+    code, _, told = outcome(capsys, "groups", NETWORK)
+    assert (code, "give --inputs" in told, "data" in told) == (1, True, False)
+
+
 def test_examples_of_the_help_name_commands_and_options_that_are_there() -> None:
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]
     examples = [
         (name, line) for name, each in commands.items() for line in re.findall("Example: (.*)", each.help or "")
     ]
-    assert {name for name, _ in examples} >= {"prune", "run", "sensitivity", "groups", "finalize", "load"}
+    assert {name for name, _ in examples} == set(commands)
     for name, example in examples:
         words = example.split()
         assert words[:2] == ["fxprune", name]
