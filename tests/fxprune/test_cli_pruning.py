@@ -124,6 +124,18 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, json.loads(printed)["title"]) == (0, "Recipe")
 
 
+@pytest.mark.parametrize(("typed", "wanted"), [("fxprune sens", "sensitivity"), ("fxprune prune --ma", "--macs")])
+def test_the_shell_completes_commands_and_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, typed: str, wanted: str
+) -> None:
+    for name, value in {"FXPRUNE_COMPLETE": "complete_bash", "WORDS": typed, "CWORD": str(typed.count(" "))}.items():
+        monkeypatch.setenv(f"_{name}" if name.startswith("FXPRUNE") else f"COMP_{name}", value)
+    monkeypatch.setattr("sys.argv", ["fxprune"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.split() == [wanted]
+
+
 def test_whatever_takes_long_can_be_quiet_and_groups_asks_for_inputs_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
