@@ -70,6 +70,7 @@ __all__ = [
     "flat_weight_names",
     "follow_parameters",
     "functional_twin",
+    "functions_applied",
     "fuses_in_eval",
     "gathered_like",
     "guards_ignored",
@@ -315,6 +316,24 @@ def sizes_watched(seen: Callable[[list[str], int | None], None]) -> Iterator[Non
         yield
     finally:
         environment._set_replacement, environment._log_guard = replace, condition
+
+
+@contextlib.contextmanager
+def functions_applied(seen: Callable[[type], None]) -> Iterator[None]:
+    """Call `seen` with the class of every `torch.autograd.Function` that is applied, however its `apply` is reached."""
+    module: Any = torch.autograd.function
+    defined = module._is_setup_context_defined
+
+    def noted(method: Any) -> Any:
+        if isinstance(kind := sys._getframe(1).f_locals.get("cls"), type):  # of `apply`, which asks this first
+            seen(kind)
+        return defined(method)
+
+    module._is_setup_context_defined = noted
+    try:
+        yield
+    finally:
+        module._is_setup_context_defined = defined
 
 
 def size_expression(size: torch.SymInt) -> sympy.Expr:

@@ -15,6 +15,7 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from fxprune.capture.explaining import eager_failure, explained, unfixed
 from fxprune.capture.free_axes import FreeAxis, SizeLog, fixed_axes, free_axes
+from fxprune.capture.gradients import check_gradients, own_gradients
 from fxprune.capture.protection import (
     Reads,
     attributes_kept,
@@ -165,6 +166,7 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
         weights_reread(model),
         untied(model),
         counted_reads(model) as reads,
+        own_gradients() as own,
         SizeLog.of(model) as sizes,
         outputs_registered(model),
         any_recurrent_length(),
@@ -194,6 +196,8 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
         )
     if _mixes_dtypes(program.graph) and (failure := eager_failure(model, sample, mode)):
         raise failure
+    if own and mode == "train":
+        check_gradients(model, program, sample, own)
     return Exported(program, _assigned(caught), reads, sizes)
 
 

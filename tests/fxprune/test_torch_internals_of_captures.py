@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -71,3 +73,23 @@ def test_any_recurrent_length_leaves_the_length_free_and_torch_as_it_was(layer: 
     assert torch.equal(found[0], expected[0])
     (result,) = [node.meta["val"] for node in program.graph.nodes if node.name == "getitem"]
     assert isinstance(result.shape[0], torch.SymInt)
+
+
+def test_functions_applied_hears_of_functions_by_class_and_by_a_method_taken_before() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            return gradient * 2
+
+    heard: list[type] = []
+    kind: Any = Doubled
+    apply, x = kind.apply, torch.ones(2, requires_grad=True)
+    with internals.functions_applied(heard.append):
+        apply(x)
+        kind.apply(x)
+    kind.apply(x)
+    assert heard == [Doubled, Doubled]
