@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, nn
+from torch import nn
 
 from fxprune.capture.archives import read_program
 from fxprune.capture.caches import without_foreign_caches
 from fxprune.errors import CompareError, FxpruneError
 from fxprune.files import check_suffix
 from fxprune.graph.calls import Call, cloned
-from fxprune.graph.mutation import is_mutating
 from fxprune.graph.snapshot import preserved
 
 from .session import Session
@@ -105,7 +102,7 @@ class ProgramRunner(TorchRunner):
             raise CompareError(f"'{path}' cannot be loaded by torch: {type(error).__name__}: {error}") from error
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        with _state_kept(self.module):
+        with preserved(self.module):
             return super().run(args, kwargs)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -115,26 +112,6 @@ class ProgramRunner(TorchRunner):
             return self.module(*match_inputs(names, args, kwargs).values())
         call = as_captured(self.module.graph, Call(args, kwargs))
         return self.module(*call.args, **call.kwargs)
-
-
-@contextlib.contextmanager
-def _state_kept(module: nn.Module) -> Iterator[None]:
-    """Take back what a call writes into the tensors of a loaded program."""
-    state = list(module.buffers()) if _writes(module) else []
-    values = [tensor.detach().clone() for tensor in state]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(state, values, strict=True):
-                tensor.copy_(value)
-
-
-def _writes(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):
-        return any(node.kind().endswith("_") for node in module.inlined_graph.nodes())
-    assert isinstance(module, fx.GraphModule)
-    return any(map(is_mutating, module.graph.nodes))
 
 
 def _load_script(path: str | os.PathLike[str]) -> torch.jit.ScriptModule:

@@ -111,8 +111,10 @@ def _reached(walk: Walk, edges: list[Constant]) -> set[fx.Node]:
 
 
 def _is_private(walk: Walk, node: fx.Node) -> bool:
-    """Whether what a node writes, if anything, is a value of its own that nothing else sees."""
-    return all(t.op == "call_function" and not walk.is_view(t) and len(t.users) == 1 for t in written(node))
+    """Whether what a node writes, if anything, is a value of its own that none but its readers see."""
+    family = {node} if written(node) else set()
+    family.update(other for target in written(node) for other in walk.sharing(target))
+    return all(o.op == "call_function" and (o is node or family.issuperset(o.users)) for o in family)
 
 
 def place(traced: TracedModule, coupling: Coupling, kept: Kept, constants: Sequence[Constant]) -> list[Constant]:

@@ -17,7 +17,7 @@ from fxprune.channels.means import SpaceMeans
 from fxprune.channels.positions import PositionMaps
 from fxprune.channels.readers import Balance, EqualCounts, MoreCells, Reader
 from fxprune.channels.values import Known, Stack, Value, beside, settled
-from fxprune.graph.mutation import draws, is_mutating, written
+from fxprune.graph.mutation import draws, memory_of, memory_sources, written
 from fxprune.graph.text import describe
 
 # why channels stay: with fewer of them, the generator gives other numbers to those that are left
@@ -116,8 +116,8 @@ class Walk:
         self.singles: dict[fx.Node, Vector] = {}
         for read in graph.find_nodes(op="get_attr"):
             self.uses[str(read.target)] = self.uses.get(str(read.target), 0) + len(read.users)
-        self._storage = _Storage()
-        self._written = _written_nodes(graph)
+        self._storage = _Storage(graph)
+        self._written = memory_of(target for node in graph.nodes for target in _overwritten(node))
         self._written_names = {str(node.target) for node in self._written if node.op == "get_attr"}
 
     # ---- values of nodes
@@ -420,10 +420,6 @@ class Walk:
         """`result` may be a view of `base`."""
         self._storage.share(result, base)
 
-    def is_view(self, node: fx.Node) -> bool:
-        """Whether `node` may share its memory with another value."""
-        return self._storage.is_shared(node)
-
     def sharing(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that may share memory with a node, itself among them."""
         return self._storage.family(node)
@@ -433,8 +429,8 @@ class Walk:
         return node in self._written
 
     def is_rewritten(self, node: fx.Node) -> bool:
-        """Whether the graph writes to memory that `node` may share."""
-        return not self._written.isdisjoint(self._storage.family(node))
+        """Whether the graph writes behind `node` to memory that it may share."""
+        return self._storage.is_rewritten(node)
 
     def is_written_name(self, name: str) -> bool:
         """Whether the graph writes to a buffer."""
@@ -456,23 +452,38 @@ class Walk:
 
 
 class _Storage:
-    """Which nodes may be views of one another."""
+    """Which nodes may lie in the same memory: views of one another, and what is written and what comes of that."""
 
-    def __init__(self) -> None:
-        self._root: dict[fx.Node, fx.Node] = {}
-        self._views: dict[fx.Node, list[fx.Node]] = {}
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._told: dict[fx.Node, list[fx.Node]] = {}
+        self._place = {node: place for place, node in enumerate(graph.nodes)}
+        self._last_write = {target: self._place[node] for node in graph.nodes for target in _overwritten(node)}
+        self._find()
+
+    def _find(self) -> None:
+        """Where the memory of each node may come from, and which nodes may have it of the same."""
+        self._roots: dict[fx.Node, dict[fx.Node, None]] = {}
+        self._members: dict[fx.Node, list[fx.Node]] = {}
+        for node in self._graph.nodes:
+            sources = [*memory_sources(node), *self._told.get(node, ())]
+            self._roots[node] = {root: None for source in sources for root in self._roots[source]} or {node: None}
+            for root in self._roots[node]:
+                self._members.setdefault(root, []).append(node)
 
     def share(self, result: fx.Node, base: fx.Node) -> None:
-        root = self._root.get(base, base)
-        self._root[result] = root
-        self._views.setdefault(root, []).append(result)
-
-    def is_shared(self, node: fx.Node) -> bool:
-        return node in self._root or node in self._views
+        if not self._roots[base].keys() <= self._roots[result].keys():  # by no schema
+            self._told.setdefault(result, []).append(base)
+            self._find()
 
     def family(self, node: fx.Node) -> list[fx.Node]:
-        root = self._root.get(node, node)
-        return [root, *self._views.get(root, ())]
+        """The nodes that may lie in the memory of one; that itself alone where an edit has put it there."""
+        roots = self._roots.get(node, {})
+        return list(dict.fromkeys(member for root in roots for member in self._members[root])) or [node]
+
+    def is_rewritten(self, node: fx.Node) -> bool:
+        place = self._place[node]
+        return any(self._last_write.get(other, place) > place for other in self.family(node))
 
 
 def _opaque(value: Any) -> Any:
@@ -490,24 +501,3 @@ def _same_factors(axis: Axis, other: Axis) -> bool:
 def _overwritten(node: fx.Node) -> list[fx.Node]:
     """The operands whose values a node changes; `detach_` counts as writing and changes none."""
     return [] if node.target is torch.ops.aten.detach_.default else written(node)
-
-
-def _written_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose values the graph writes to, through views as well."""
-    found: set[fx.Node] = set()
-    pending = [target for node in graph.nodes if is_mutating(node) for target in _overwritten(node)]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            if node.target not in _NEW_MEMORY:
-                pending += node.all_input_nodes[:1]
-    return found
-
-
-# frequent operators whose result is never a view of an operand
-_aten = torch.ops.aten
-_NEW_MEMORY = frozenset(
-    (_aten.linear.default, _aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.add.Tensor,
-     _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
-)  # fmt: skip

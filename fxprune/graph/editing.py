@@ -12,7 +12,7 @@ from torch import fx, nn
 from fxprune.graph.error_sites import working_on
 from fxprune.graph.expressions import closure
 from fxprune.graph.metadata import tag, tag_of
-from fxprune.graph.mutation import draws, may_share_memory, written, written_into
+from fxprune.graph.mutation import draws, may_share_memory, memory_of, written, written_into
 from fxprune.torch_internals import is_step_of_vmap
 
 _aten = torch.ops.aten
@@ -112,7 +112,7 @@ def _writes_what_nothing_reads(write: fx.Node, removed: Callable[[str], bool]) -
     What reads them behind the node and is dead itself has been erased before.
     """
     fresh = set()
-    for root in _roots(write):
+    for root in (node for node, sources in memory_of(written(write)).items() if not sources):
         if root.op == "placeholder" or (root.op == "get_attr" and not removed(str(root.target))):
             return False
         if root.op != "get_attr":
@@ -126,17 +126,3 @@ def _writes_what_nothing_reads(write: fx.Node, removed: Callable[[str], bool]) -
                 family.add(user)
                 pending.append(user)
     return True
-
-
-def _roots(write: fx.Node) -> set[fx.Node]:
-    """The nodes whose memory a node writes to, through whatever may be a view of it."""
-    targets = written(write)
-    seen, pending, roots = {write, *targets}, list(targets), set()
-    while pending:
-        node = pending.pop()
-        sources = written(node) or (node.all_input_nodes if may_share_memory(node) else [])
-        if not sources:
-            roots.add(node)
-        pending += [source for source in sources if source not in seen]
-        seen.update(sources)
-    return roots

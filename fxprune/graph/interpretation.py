@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from fxprune.graph.mutation import is_mutating, may_write, written
+from fxprune.graph.mutation import is_mutating, is_written_behind, written
 
 Watch = Callable[[fx.Node, Any], None]
 
@@ -59,11 +58,6 @@ class Interpreter(fx.Interpreter):
         self.extra_traceback = False  # errors are the operators' own
         self.tensors, self.dtype, self.watch, self.halves = tensors, dtype, watch, halves
 
-    @functools.cached_property
-    def _writes(self) -> bool:
-        """Whether any node writes into its operands; an input may have views that are written into."""
-        return any(map(is_mutating, self.graph.nodes))
-
     def fetch_attr(self, target: str) -> Any:
         """The value of a `get_attr` node."""
         return self.tensors(target)
@@ -79,7 +73,7 @@ class Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """One node; what came from outside is converted."""
         value = super().run_node(n)
-        is_written = any(map(may_write, n.users)) if n.op == "get_attr" else n.op == "placeholder" and self._writes
+        is_written = n.op in ("get_attr", "placeholder") and is_written_behind(n)
         # what is stored each reader converts, so that it is not all converted at once; unless `env` is to have it
         is_shared = n.op == "get_attr" and (is_written or not self.garbage_collect_values)
         if n.op in ("placeholder", "output") or is_shared:

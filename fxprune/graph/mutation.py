@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import fx
 
 from fxprune.torch_internals import OpOverload, is_composite, schema_of
 
+_aten = torch.ops.aten
 # They update running statistics where this argument is true, which their schemas do not say.
 _UNDECLARED = {
-    torch.ops.aten.batch_norm.default: "training",
-    torch.ops.aten.instance_norm.default: "use_input_stats",
+    _aten.batch_norm.default: "training",
+    _aten.instance_norm.default: "use_input_stats",
 }
+# Composed of others, as views are; yet what they return is never memory of an operand.
+_NEW_MEMORY = frozenset((
+    _aten.linear.default, _aten.matmul.default, _aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default,
+    _aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding, _aten.conv_transpose1d.default,
+    _aten.conv_transpose2d.input, _aten.conv_transpose3d.input, _aten.batch_norm.default, _aten.instance_norm.default,
+    _aten.group_norm.default, _aten.layer_norm.default, _aten.rms_norm.default, _aten.softmax.int,
+    _aten.log_softmax.int, _aten.scaled_dot_product_attention.default, _aten.max_pool1d.default,
+    _aten.max_pool2d.default, _aten.max_pool3d.default, _aten.avg_pool1d.default,
+    _aten.lstm.input, _aten.gru.input,
+))  # fmt: skip
 
 
 def is_mutating(node: fx.Node) -> bool:
@@ -71,15 +84,43 @@ def _returns_what_it_wrote(node: fx.Node) -> bool:
 
 
 def written_state(graph: fx.Graph) -> list[str]:
-    """The names of the buffers that a graph writes into, through views as well."""
-    found: dict[str, None] = {}
-    for node in graph.nodes:
-        for target in written(node):
-            while target.op == "call_function" and _returns_memory_of_operand(target):
-                target = target.all_input_nodes[0]
-            if target.op == "get_attr":
-                found[str(target.target)] = None
-    return list(found)
+    """The names of the parameters and buffers that a graph may write into, through views as well."""
+    memory = memory_of(target for node in graph.nodes for target in written(node))
+    return [str(name) for name in dict.fromkeys(n.target for n in graph.nodes if n.op == "get_attr" and n in memory)]
+
+
+def is_written_behind(node: fx.Node) -> bool:
+    """Whether some node may write into the value of this one, through views of it as well."""
+    seen, pending = {node}, [node]
+    while pending:
+        value = pending.pop()
+        for user in value.users:
+            if value in (written(user) or (user.all_input_nodes if may_write(user) else ())):
+                return True
+            if user not in seen and may_share_memory(user):
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def memory_of(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes in whose memory the values of these may lie, these among them, each with those that it may have it of.
+
+    What has it of none is where the memory comes from.
+    """
+    found: dict[fx.Node, list[fx.Node]] = {}
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found[node] = memory_sources(node)
+            pending += found[node]
+    return found
+
+
+def memory_sources(node: fx.Node) -> list[fx.Node]:
+    """The operands in whose memory a node's value may lie."""
+    return written(node) or (node.all_input_nodes if may_share_memory(node) else [])
 
 
 def may_share_memory(node: fx.Node) -> bool:
@@ -91,7 +132,7 @@ def may_share_memory(node: fx.Node) -> bool:
         return False
     if not isinstance(node.target, OpOverload):
         return True
-    return _returns_memory_of_operand(node) or is_composite(node.target)
+    return _returns_memory_of_operand(node) or (is_composite(node.target) and node.target not in _NEW_MEMORY)
 
 
 def _returns_memory_of_operand(node: fx.Node) -> bool:

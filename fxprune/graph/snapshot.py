@@ -6,15 +6,17 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxprune.graph.expanded import by_vectors
+from fxprune.graph.mutation import written_state
+from fxprune.graph.seeding import generators_of
 
 
 @contextlib.contextmanager
 def preserved(module: nn.Module) -> Iterator[None]:
     """Leave a module as it is found: modes of all submodules, values and objects of buffers, dtypes of
-    parameters, and random generators.
+    parameters, values of those that a graph writes into, and random generators.
 
     A buffer that is given another size meanwhile keeps what it is given.
 
@@ -24,14 +26,14 @@ def preserved(module: nn.Module) -> Iterator[None]:
         >>> with preserved(model):
         ...     outputs = model.train()(x)
     """
-    modes = [(part, part.training) for part in module.modules()]
+    modes = [(part, part.training) for part in module.modules() if hasattr(part, "training")]  # not frozen TorchScript
     slots = [
         (part._buffers, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None
     ]
-    values = {id(buffer): by_vectors(torch.clone, buffer.detach()) for _, _, buffer in slots}
+    kept = [buffer for _, _, buffer in slots] + [parameter for part in module.modules() for parameter in _written(part)]
+    values = {id(tensor): by_vectors(torch.clone, tensor.detach()) for tensor in kept}
     contents = [(parameter, parameter.data) for parameter in module.parameters()]
-    devices = {t.device.index for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with generators_of(module):
         try:
             yield
         finally:
@@ -40,12 +42,20 @@ def preserved(module: nn.Module) -> Iterator[None]:
                     parameter.data = content
             for buffers, name, buffer in slots:
                 buffers[name] = buffer
-                if buffer.shape != values[id(buffer)].shape:  # who runs it has given it another size, as trials do
+            for tensor in kept:
+                if tensor.shape != values[id(tensor)].shape:  # who runs it has given it another size, as trials do
                     continue
-                if not torch.equal(buffer, values[id(buffer)]):  # else it need not look changed to autograd
+                if not torch.equal(tensor, values[id(tensor)]):  # else it need not look changed to autograd
                     with torch.no_grad():
-                        buffer.copy_(values[id(buffer)])
+                        tensor.copy_(values[id(tensor)])
             _restore(modes)
+
+
+def _written(part: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the graphs of a module write into."""
+    graphs = getattr(part, "graphs", {"": part.graph}) if isinstance(part, fx.GraphModule) else {}
+    names = {name for graph in graphs.values() for name in written_state(graph)}
+    return [parameter for name, parameter in part.named_parameters() if name in names] if names else []
 
 
 def _restore(modes: list[tuple[nn.Module, bool]]) -> None:

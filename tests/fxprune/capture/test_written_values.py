@@ -60,7 +60,10 @@ class Boxes(nn.Module):
         return found.sigmoid()
 
 
-@pytest.mark.parametrize("build", [lambda: Writing(numbered), lambda: Writing(blank), lambda: Writing(filled), Boxes])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: Writing(numbered), lambda: Writing(blank), lambda: Writing(filled), lambda: Writing(striped), Boxes],
+)
 def test_what_is_written_to_a_value_of_its_own_is_there(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model, x = build().double().eval(), torch.randn(2, 5, 6, dtype=torch.float64)
@@ -69,6 +72,52 @@ def test_what_is_written_to_a_value_of_its_own_is_there(build: Callable[[], nn.M
     fxprune.prune.channels(traced, macs=0.7, round_to=1)
     masked = traced(x)
     assert error(masked, fxprune.finalize(traced, align=1)(x)) < 1e-12
+
+
+def striped(x: Tensor) -> Tensor:
+    found = torch.zeros_like(x)
+    found[:, ::2].copy_(x[:, ::2])
+    found.diagonal(dim1=1, dim2=2).fill_(3.0)
+    found.as_strided((2, 2), (4, 1)).add_(1.0)
+    return found
+
+
+class Remembering(nn.Module):
+    """A buffer of what the last calls gave, moved on and written by parts of it, which the result follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.register_buffer("last", torch.randn(3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).relu()
+        self.last[1:] = self.last[:-1].clone()
+        self.last[0] = hidden.detach().mean((0, 1))
+        found: Tensor = self.down(hidden + self.last.sum(0))
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("refused", [False, True])
+def test_buffers_that_are_written_by_parts_go_on_as_before(dtype: torch.dtype, refused: bool) -> None:
+    torch.manual_seed(0)
+    model = Remembering().to(dtype).eval()
+    with torch.no_grad():
+        model.up.weight[2:5], model.up.bias[2:5] = 0.0, 0.0
+    traced = fxprune.trace(model, torch.randn(2, 5, 6, dtype=dtype))
+    eager, state = copy.deepcopy(model), copy.deepcopy(traced.state_dict())
+    if refused:  # as where the rule of each operator has failed
+        plain = copy.deepcopy(traced)
+        names = {node.name: "refused" for node in plain.graphs["eval"].nodes if node.op == "call_function"}
+        final = fxprune.passes.run_passes(plain, [fxprune.passes.RemoveChannels(refused=names)]).graph_module
+    else:
+        final = fxprune.finalize(traced, align=1)
+    assert all(torch.equal(value, state[name]) for name, value in traced.state_dict().items())
+    for batch in (2, 3, 2):
+        x = torch.randn(batch, 5, 6, dtype=dtype)
+        assert error(eager(x), final(x)) < (1e-12 if dtype == torch.float64 else 1e-5)
+    assert error(eager.last, final.get_buffer("last")) < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
 def scaled(x: Tensor) -> Tensor:
@@ -117,6 +166,9 @@ def test_what_is_written_without_gradients_keeps_those_of_what_was_there(build: 
     for mode in (True, False, True):
         for module in (eager, traced.train(mode)):
             module.train(mode)(x).square().sum().backward()
+    final = fxprune.finalize(traced)
+    assert torch.equal(final(x), eager.eval()(x))
+    traced(x)
     for (name, expected), (_, found) in zip(eager.named_parameters(), traced.named_parameters(), strict=True):
         assert torch.equal(found, expected), name
         assert expected.grad is not None
