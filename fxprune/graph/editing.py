@@ -61,10 +61,23 @@ def inline_no_grad_regions(graph: fx.Graph, submodules: nn.Module) -> None:
 
 
 def _left(value: fx.Node, entering: dict[fx.Node, Any], values: dict[fx.Node, Any]) -> Any:
-    """What a region leaves of a value: where that is one that entered and was written into, it as it entered."""
+    """What a region leaves of a value: where that is one that entered and was written into, it as it entered.
+
+    What has another shape or memory since (`y.t_()`, `y.set_(x)`, `out=y`) is what was made of the one that was cut.
+    """
     base = written_into(value)
     was_cut = base in entering and entering[base] is not values[base]
-    return entering[base] if was_cut else values[value]
+    return entering[base] if was_cut and not _is_another_view(value, base) else values[value]
+
+
+def _is_another_view(value: fx.Node, base: fx.Node) -> bool:
+    if value.meta["val"].shape != base.meta["val"].shape:
+        return True
+    while value is not base:
+        if torch.Tag.inplace_view in getattr(value.target, "tags", ()):
+            return True
+        value = written(value)[0]
+    return False
 
 
 def _detached(graph: fx.Graph, operand: Any, root: nn.Module) -> Any:

@@ -143,6 +143,21 @@ def numbered_pieces(x: Tensor) -> Tensor:
     return found * 2.0
 
 
+def turned(x: Tensor) -> Tensor:
+    found = x[:, :4].detach().clone()
+    with torch.no_grad():
+        found.transpose_(1, 2).mul_(2.0)
+    return found + x[:, :4]
+
+
+def replaced(x: Tensor) -> Tensor:
+    found, sums = torch.zeros_like(x), torch.empty(0)
+    with torch.no_grad():
+        found.set_(x.detach() * 2.0)  # type: ignore[call-overload]
+        torch.add(x, 1.0, out=sums)
+    return x + found + sums
+
+
 class Decaying(nn.Module):
     """A parameter that forward makes smaller, beside the optimizer."""
 
@@ -157,7 +172,15 @@ class Decaying(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: Writing(scaled), lambda: Writing(part_blanked), lambda: Writing(numbered_pieces), Decaying]
+    "build",
+    [
+        lambda: Writing(scaled),
+        lambda: Writing(part_blanked),
+        lambda: Writing(numbered_pieces),
+        lambda: Writing(turned),
+        lambda: Writing(replaced),
+        Decaying,
+    ],
 )
 def test_what_is_written_without_gradients_keeps_those_of_what_was_there(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
