@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="parts of names; all models where there are none")
     parser.add_argument("--peer", action="store_true", help="run Torch-Pruning, the last column alone")
     parser.add_argument("--table", action="store_true", help="run nothing, print the file as a table")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.table:
         print(table(options.results))
         return
