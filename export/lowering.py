@@ -43,6 +43,11 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
             with graph.inserting_before(node):
                 value = node.meta["val"]
                 node.update_arg(1, graph.call_function(aten.full.default, ([1], node.args[1]), {"dtype": value.dtype}))
+    for node in [node for node in graph.nodes if node.target in _CHOICES and node.meta["val"].dtype == torch.bool]:
+        with graph.inserting_before(node):
+            result = _as_logic(graph, node)
+        if result is not None:
+            _replace(node, result)
     for node in [node for node in graph.nodes if node.target in _SQUEEZES]:
         with graph.inserting_before(node):
             node.replace_all_uses_with(_without_others(graph, node))
@@ -72,6 +77,26 @@ def _adds_little(node: fx.Node) -> bool:
     """Whether a number next to zero is added, which torch's translation takes for zero unless it has an axis."""
     number = node.args[1]
     return isinstance(number, float) and 0 < abs(number) < _LITTLE and node.meta["val"].dim() > 0
+
+
+# ---- choices among truth values
+
+_CHOICES = (aten.masked_fill.Scalar, aten.where.self)
+
+
+def _as_logic(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """A choice among truth values, for which onnxruntime has no kernel of `Where`; None of one that mixes types."""
+    call = graph.call_function
+    if node.target is aten.where.self:
+        condition, chosen, other = node.args
+        if any(operand.meta["val"].dtype != torch.bool for operand in (condition, chosen, other)):  # type: ignore[union-attr]
+            return None
+        otherwise = call(aten.logical_and.default, (call(aten.logical_not.default, (condition,)), other))
+        return call(aten.logical_or.default, (call(aten.logical_and.default, (condition, chosen)), otherwise))
+    data, mask, value = node.args
+    if value:
+        return call(aten.logical_or.default, (data, mask))
+    return call(aten.logical_and.default, (data, call(aten.logical_not.default, (mask,))))
 
 
 # ---- axes of size one

@@ -274,3 +274,26 @@ def test_numbers_next_to_zero_are_added(tmp_path: Path) -> None:
     x = torch.randn(2, 3)
     session = exported(model, x, tmp_path / "model.onnx")
     np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], np.zeros((2, 3), np.float32))
+
+
+class Choices(nn.Module):
+    """Truth values chosen by truth values, as masks of attention are put together."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        positive, large = x > 0, x.abs() > 0.5
+        row = large[:1]
+        return (
+            positive.masked_fill(large, True),
+            positive.masked_fill(row, False),
+            torch.where(row, positive, ~large),
+            torch.where(large, x, positive),
+        )
+
+
+def test_truth_values_are_chosen(tmp_path: Path) -> None:
+    model = Choices().eval()
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    session = exported(model, x, tmp_path / "model.onnx")
+    for found, wanted in zip(session.run(None, {"x": x.numpy()}), model(x), strict=True):
+        assert len(np.unique(found)) > 1
+        np.testing.assert_array_equal(found, wanted.numpy())
