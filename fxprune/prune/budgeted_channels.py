@@ -21,7 +21,7 @@ from fxprune.channels.computed_weights import with_plain_weights
 from fxprune.channels.foresight import classes_left, foresee, forget, sizes_left
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
-from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
+from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError, WriteBackError
 from fxprune.graph.expanded import by_vectors
 from fxprune.graph.masks import MasksOnDemand, masked, view
 from fxprune.graph.requirements import require_traced
@@ -274,6 +274,7 @@ def _in_class(before: TracedModule, limits: ClassLimits | None, choose: Callable
         PruningError: there is none.
     """
     running: _Outcome | None = None
+    failure: WriteBackError | None = None
     while True:
         try:
             outcome = choose()
@@ -284,10 +285,13 @@ def _in_class(before: TracedModule, limits: ClassLimits | None, choose: Callable
                 return outcome
             running = outcome if failure.runs else running
             limits.learn(outcome.grouping, outcome.picked, failure)
-        except PruningError:
-            if running is None:
+        except PruningError as refusal:
+            if running is not None:
+                return running
+            if failure is None or limits is None or str(failure) in str(refusal):
                 raise
-            return running
+            why = f"{type(limits.model).__name__} was tried with fewer channels, the last time with this result"
+            raise type(refusal)(f"{refusal} {why}: {failure}") from failure
 
 
 def _is_costly(request: ChannelRequest, evidence: Evidence, prices: str | LatencyTable) -> bool:

@@ -138,6 +138,27 @@ def test_a_class_that_runs_with_no_other_size_is_refused_with_the_module() -> No
     assert not [name for name in traced.state_dict() if name.endswith("_mask")]
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.scale = nn.Linear(6, 16), nn.Linear(16, 3), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu() * self.scale)
+
+
+def test_a_model_that_is_no_longer_what_was_traced_is_refused_with_what_write_back_says() -> None:
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(2, 6)
+    traced = fxprune.trace(model.eval(), x, modes=("eval",))
+    model.scale = 2.0
+    with pytest.raises(PruningError, match="another model than the one that was traced") as refusal:
+        fxprune.prune.channels(traced, 0.5, round_to=1, runnable=model)
+    assert isinstance(refusal.value.__cause__, WriteBackError)
+    assert str(refusal.value.__cause__) in str(refusal.value)
+    assert not [name for name in traced.state_dict() if name.endswith("_mask")]
+
+
 def test_data_is_read_once_more_after_the_class_was_tried() -> None:
     torch.manual_seed(0)
     model, x = Partial(), torch.randn(2, 3, 6, 6)
