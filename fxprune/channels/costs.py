@@ -38,15 +38,24 @@ def macs_of_one_sample(graph: fx.Graph, counted: Mapping[fx.Node, int], batch: B
     Args:
         graph: the graph.
         counted: by node, what was seen. Recurrent layers that torch computes in one piece are not: these are measured.
+            Nor are equations over one channel, which torch multiplies without a sum: these cost what their formula
+            says, as for any number of channels.
         batch: that of the graph.
     """
     total = 0.0
     for node in graph.nodes:
-        if node in counted:
+        if node in counted and batch.is_by_values(node):  # as budgets count it, which see no values
+            total += _said(node, batch)
+        elif node in counted:
             total += counted[node] * scale(node, batch)
         elif node.op == "call_function" and (call := REGISTRY.call(node)) is not None and call.costs({}):
-            total += measured_macs(node) * batch.share(node)
+            total += measured_macs(node) * batch.share(node) or _said(node, batch)
     return round(total)
+
+
+def _said(node: fx.Node, batch: Batch) -> float:
+    """What formulas say of one sample, at the sizes that the graph says."""
+    return sum(cost.macs for cost in node_costs(node, {}, batch))
 
 
 def _costs(node: fx.Node, env: Mapping[fx.Node, Result]) -> list[Cost]:

@@ -63,9 +63,19 @@ class Batch:
     def reaches(self, node: fx.Node) -> bool:
         """Whether a node reads or gives a tensor whose size depends on a free batch."""
         batch = {symbol for symbol, size in self.sizes.items() if self.captured.get(symbol) != size}
+        return not batch.isdisjoint(self._symbols(node))
+
+    def is_by_values(self, node: fx.Node) -> bool:
+        """Whether a node reads or gives a tensor with a size that values decide, which no input has."""
+        return not self._symbols(node) <= self.captured.keys()
+
+    @staticmethod
+    def _symbols(node: fx.Node) -> set[Any]:
+        """The symbols in the sizes of tensors that a node reads or gives."""
         tensors = (each.meta.get("val") for each in (node, *node.all_input_nodes))
-        sizes = (size for tensor in tensors if isinstance(tensor, Tensor) for size in tensor.shape)
-        return any(isinstance(size, SymInt) and size_expression(size).free_symbols & batch for size in sizes)
+        sizes: list[Any] = [size for tensor in tensors if isinstance(tensor, Tensor) for size in tensor.shape]
+        found = [size_expression(size).free_symbols for size in sizes if isinstance(size, SymInt)]
+        return set().union(*found)
 
     @functools.cached_property
     def _moving(self) -> Collection[fx.Node]:

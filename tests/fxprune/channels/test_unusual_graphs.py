@@ -103,3 +103,54 @@ def test_branches_maps_and_sizes_that_values_decide(build: type[_Net]) -> None:
     final = fxprune.finalize(traced, align=1)
     _compare(traced, final)
     assert final.get_parameter("first.weight").shape == (4, 4)
+
+
+class _OfSome(nn.Module):
+    """Layers of the samples that are chosen, beside some of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.inner, self.outer = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        chosen = torch.zeros_like(x[:, 0]) == 0
+        added = torch.zeros_like(x)
+        added[chosen] = self.outer(self.inner(x[chosen]).relu())
+        return self.last(x + added)
+
+
+def test_what_a_budget_tells_of_sizes_that_values_decide_is_what_finalize_leaves() -> None:
+    torch.manual_seed(0)
+    traced = fxprune.trace(_OfSome().eval(), torch.randn(3, 4), modes=("eval",))
+    weights = sum(w.numel() for w in traced.parameters() if w.dim() == 2)
+    report = fxprune.prune.channels(traced, macs=0.7, round_to=1)
+    final = fxprune.finalize(traced)
+    plan = final.plan
+    assert plan is not None
+    assert report.macs == plan.macs == (weights, sum(w.numel() for w in final.parameters() if w.dim() == 2))
+
+
+class _StateSpace(nn.Module):
+    """Two sequences that meet over their channels, and what comes of it over positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.values = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 16)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.einsum("bln,bsn->bls", self.first(x), self.second(x))
+        return self.last(torch.einsum("bls,bsp->blp", weights, self.values(x)))
+
+
+def test_what_a_budget_tells_of_a_contraction_of_one_channel_is_what_finalize_leaves() -> None:
+    torch.manual_seed(0)
+    traced = fxprune.trace(_StateSpace().eval(), torch.randn(2, 5, 6), modes=("eval",))
+    report = fxprune.prune.channels(traced, 1.0, targets=("first", "second"), round_to=1)
+    final = fxprune.finalize(traced)
+    assert final.get_parameter("first.weight").shape == (1, 6)
+    assert final.plan is not None
+    layers = 5 * sum(w.numel() for w in final.parameters() if w.dim() == 2)
+    assert report.macs[1] == final.plan.macs[1] == layers + 5 * 5 * 1 + 5 * 5 * 16
