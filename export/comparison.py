@@ -11,6 +11,7 @@ from torch import nn
 from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.graph.calls import as_calls
+from fxprune.graph.traced import TracedModule
 from fxprune.progress import shown
 
 from .judging import Tolerance, judge
@@ -83,5 +84,8 @@ def compare(
         raise ArgumentTypeError(f"names={names!r}: a list is needed, a name for each model.")
     if names is not None and len(names) != len(candidates) + 1:
         raise ArgumentError(f"{len(names)} names were given for 1 reference and {len(candidates)} candidates.")
+    for item in (reference, *candidates):
+        if isinstance(item, TracedModule):
+            item.check_values()
     runners = [runner_of(item, mode) for item in (reference, *candidates)]
     return judge(runners, calls, Tolerance(rtol, atol), mode, names)

@@ -247,7 +247,7 @@ def plain_view(traced: TracedModule) -> TracedModule:
 
     Parameters are read where they are, and not from copies, so that their channels are the same before and after.
     """
-    require_eval(traced, "the analysis of channels")
+    require_eval(traced, "the analysis of channels", values=False)
     names = reparametrized(traced)
     if not names and not any(map(copied_parameters, traced.graphs.values())):
         return traced

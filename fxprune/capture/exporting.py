@@ -26,6 +26,7 @@ from fxprune.capture.protection import (
     weights_reread,
 )
 from fxprune.capture.sample import Sample
+from fxprune.capture.stand_ins import is_stood_in
 from fxprune.capture.structures import outputs_registered
 from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
 from fxprune.graph.kept_tensors import forget_kept_tensors
@@ -196,6 +197,12 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
         )
     if _mixes_dtypes(program.graph) and (failure := eager_failure(model, sample, mode)):
         raise failure
+    if own and mode == "train" and is_stood_in(model):
+        raise CaptureError(
+            f"{type(model).__name__} computes gradients by functions of its own, and these are compared with eager's "
+            "by values, which its parameters on the meta device have not. Load values first: "
+            "model.load_state_dict(state, assign=True)."
+        )
     if own and mode == "train":
         check_gradients(model, program, sample, own)
     return Exported(program, _assigned(caught), reads, sizes)

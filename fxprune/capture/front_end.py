@@ -16,6 +16,7 @@ from fxprune.capture.exporting import Exported, export_modes
 from fxprune.capture.protection import Reads, one_at_a_time
 from fxprune.capture.sample import Sample
 from fxprune.capture.sample_checks import check_batch, check_model, checked_sample
+from fxprune.capture.stand_ins import stand_ins
 from fxprune.capture.structures import by_argument, keywords_named, register_classes, spread
 from fxprune.capture.tagging import tag_results
 from fxprune.capture.unlifting import unlift
@@ -53,7 +54,8 @@ def trace(
     Captures in several threads wait for each other; no thread may run the model meanwhile.
 
     Args:
-        model: any `nn.Module`.
+        model: any `nn.Module`. One whose parameters are all on the device "meta" can be planned with
+            (`channel_groups`); all else needs `traced.load_state_dict(state, assign=True)` first.
         args: sample inputs of one call: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a
             `fxprune.Call` of both; any dtype and device that the model takes. Only shapes and dtypes matter.
         kwargs: sample keyword inputs beside these.
@@ -75,6 +77,7 @@ def trace(
         BatchSpecializedWarning: the graph holds for the sample's batch size only.
         FixedSizeWarning: an axis left to `Dim.AUTO` is fixed; names input, axis, size and the line that did it.
         EvalOnlyWarning: train mode cannot be captured; `.train()` will raise.
+        FxpruneWarning: the parameters have no values.
 
     Example:
         >>> traced = fxprune.trace(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), (torch.randn(3, 4),))
@@ -88,20 +91,21 @@ def trace(
     if isinstance(dynamic_shapes, str):
         check_batch(call)
     sample = Sample(*call)
-    with one_at_a_time():
+    with one_at_a_time(), stand_ins(model) as hollow:
         register_classes((sample.args, sample.kwargs))
         dynamic_shapes = spread(model, dynamic_shapes, sample.args, sample.kwargs)
         sample = sample.rebuilt()
         shapes = by_argument(model, dynamic_shapes)
         with keywords_named(model, sample.kwargs):
             exported, sample = export_modes(model, sample, shapes, modes)
-    first = exported["train" if "train" in exported else "eval"]
-    root = _containers(model, first.reads)
-    graphs = {mode: _graph(model, root, mode, found) for mode, found in exported.items()}
-    if "eval" in graphs:
-        _compute_all_carried(model, graphs["eval"])
-    keywords = sample.in_order(first.program)
-    traced = TracedModule(root, graphs, sample.args, keywords, dynamic_shapes, training=model.training)
+        first = exported["train" if "train" in exported else "eval"]
+        root = _containers(model, first.reads)
+        graphs = {mode: _graph(model, root, mode, found) for mode, found in exported.items()}
+        if "eval" in graphs:
+            _compute_all_carried(model, graphs["eval"])
+        keywords = sample.in_order(first.program)
+        traced = TracedModule(root, graphs, sample.args, keywords, dynamic_shapes, training=model.training)
+        hollow(traced)
     if dynamic_shapes == "batch":
         traced.dynamic_shapes = sample.dynamic_shapes(traced)
     return traced

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset
 
+from fxprune.capture.stand_ins import is_hollow
 from fxprune.errors import CaptureError, SampleError
 from fxprune.graph.calls import Call, as_call
 from fxprune.graph.names import tensors_of
@@ -47,9 +48,10 @@ def _check_contents(model: nn.Module) -> None:
             f"{first_of(lazy)} of {kind} have no shape yet, since lazy layers take it from their first inputs. Run the "
             "model once before: model(inputs)."
         )
-    if absent := [name for name, tensor in tensors.items() if tensor.device.type == "meta"]:
-        is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # by the accelerate library
-        cure = "model.to_empty(device='cpu'), then load_state_dict."
+    absent = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # by the accelerate library
+    if absent and (is_offloaded or not is_hollow(model)):
+        cure = "model.load_state_dict(state, assign=True)."
         if is_offloaded:
             cure = "they are offloaded, so load it with device_map=None, or with device_map='cpu'."
         raise CaptureError(
@@ -114,6 +116,11 @@ def checked_sample(model: nn.Module, args: object, kwargs: object) -> Call:
     for leaf in pytree.tree_leaves(tuple(call)):
         if isinstance(leaf, np.ndarray | np.generic | DataLoader | Dataset | Iterator):
             raise SampleError(_no_input(leaf, "an input"))
+        if isinstance(leaf, Tensor) and leaf.device.type == "meta" and is_hollow(model):
+            raise SampleError(
+                f"an input of shape {tuple(leaf.shape)} is on the meta device. Give it values, on the CPU: what "
+                "is made of the model later is compared with it on them."
+            )
     _check_signature(model, *call)
     return call
 

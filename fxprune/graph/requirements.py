@@ -14,15 +14,18 @@ from fxprune.graph.traced import TracedModule
 from fxprune.sharding import rest
 
 
-def require_traced(value: Any) -> None:
+def require_traced(value: Any, *, values: bool = True) -> None:
     """Raise ArgumentTypeError unless the value is a traced module, ArgumentError where its tensors do not fit it.
 
-    Parameters that FSDP has gathered for a forward are shards again afterwards.
+    Parameters that FSDP has gathered for a forward are shards again afterwards. With `values`, parameters without any,
+    of a model traced on the device "meta", are refused, too.
     """
     if not isinstance(value, TracedModule):
         raise ArgumentTypeError(f"a traced module is needed, got {type(value).__name__}. {_way_to_a_traced(value)}")
     rest(value)
     value.check_shapes()
+    if values:
+        value.check_values()
 
 
 def _way_to_a_traced(value: Any) -> str:
@@ -56,15 +59,16 @@ def require_parameter(traced: TracedModule, name: Any) -> None:
         raise NameLookupError(f"{name!r} is a buffer, which is not trained and carries no mask or norm. {cure}")
 
 
-def require_eval(traced: Any, what: str, error: type[FxpruneError] = FinalizeError) -> None:
+def require_eval(traced: Any, what: str, error: type[FxpruneError] = FinalizeError, *, values: bool = True) -> None:
     """Raise unless a value is a traced module with an eval graph.
 
     Args:
         traced: the value.
         what: what needs the graph, as the message begins: "finalize".
         error: the class to raise where the graph is missing; ArgumentTypeError where the value is no traced module.
+        values: whether parameters must have values.
     """
-    require_traced(traced)
+    require_traced(traced, values=values)
     if "eval" not in traced.modes:
         raise error(
             f"{what} needs the eval graph; captured: {', '.join(traced.modes)}. Trace the model with "

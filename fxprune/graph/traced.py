@@ -21,7 +21,7 @@ from fxprune.graph.attributes import absent, check_unseen
 from fxprune.graph.calls import cloned
 from fxprune.graph.containers import Container, ReadByName, share_contents
 from fxprune.graph.masks import expanded_masks, hold_in_full
-from fxprune.graph.names import join
+from fxprune.graph.names import join, tensors_of
 from fxprune.graph.parts import adopt, refuse_replacement
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.provenance import provenance_of, set_provenance
@@ -30,6 +30,7 @@ from fxprune.graph.snapshot import preserved
 from fxprune.graph.spellings import respelled
 from fxprune.graph.states import check_state
 from fxprune.graph.switching import is_frozen, read_option, set_option, switch
+from fxprune.reports import first_of
 from fxprune.sharding import gathered, is_managed, spread_state
 from fxprune.torch_internals import ASKED_BEFORE_BROADCAST, calls_kept, state_of_generated_code
 
@@ -97,6 +98,7 @@ class TracedModule(ReadByName, fx.GraphModule):
     _decided_by: object
     _made_biases: Mapping[str, str]
     _expected: list[Callable[[], Callable[[], str] | None]]
+    _awaits_values: bool
     _prepare_state: Callable[[TracedModule, Mapping[str, Any], bool], Mapping[str, Any]] | None
 
     def __init__(
@@ -113,6 +115,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         share_contents(self, root)
         set_provenance(self, provenance_of(root))
         self._generated, self._expected, self._prepare_state = {}, [], None
+        self._awaits_values = False
         self.graphs = {mode: graphs[mode] for mode in MODES if mode in graphs}
         for graph in self.graphs.values():
             graph.owning_module = self
@@ -352,6 +355,27 @@ class TracedModule(ReadByName, fx.GraphModule):
         """Raise ArgumentError where a parameter or buffer has another shape than the current mode's graph holds for."""
         ShapeCheck.of(self, self.graph)()  # graphs may have been edited since code was generated
 
+    def await_values(self) -> None:
+        """Let all that needs values be refused until no parameter or buffer is on the device "meta"."""
+        self._awaits_values = True
+
+    def check_values(self) -> None:
+        """Raise ArgumentError where values are awaited and a parameter or buffer has none."""
+        if not self._awaits_values:
+            return
+        absent = [name for name, tensor in tensors_of(self).items() if tensor.device.type == "meta"]
+        if not absent:
+            self._awaits_values = False
+            return
+        state = self.state_dict()
+        cure = "Load them: traced.load_state_dict(state, assign=True)."
+        if not any(name in state for name in absent):
+            cure = "No state dict holds them: assign them to the modules that have them, as traced.layer.name = values."
+        raise ArgumentError(
+            f"{first_of(absent)} of the traced module have no values: they are on the meta device, where "
+            f"fxprune.channel_groups alone can do without. {cure}"
+        )
+
     @property
     def input_check(self) -> InputCheck:
         """What the inputs of the current mode's graph must be."""
@@ -360,6 +384,7 @@ class TracedModule(ReadByName, fx.GraphModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph of the current mode on inputs of the captured structure, shapes and dtypes."""
         if not torch.compiler.is_compiling():
+            self.check_values()
             self.check_inputs(args, kwargs)
             self._selected.shape_check()
         # torch.compile learns of the mode by this read: train and eval are two functions under one name
@@ -385,9 +410,12 @@ class TracedModule(ReadByName, fx.GraphModule):
         """As in torch; the keys of legacy norms (`weight_g`, `weight_v`) and parametrizations stand for each other.
 
         Raises:
+            ArgumentError: parameters have no values, and are not to be replaced (`assign=True`).
             StateDictError: names or shapes differ; nothing was loaded then. ArgumentTypeError: it is no state dict.
             ShardingError: plain tensors for sharded ones are not the same on every process; nothing was loaded then.
         """
+        if not assign:
+            self.check_values()
         if self._prepare_state is not None and isinstance(state_dict, Mapping):
             state_dict = self._prepare_state(self, state_dict, strict)
         own = self.state_dict()
@@ -425,6 +453,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         clone.record(self.plan, self.origin)
         clone.decide(self.decided, self.decided_by)
         clone.make(self.made_biases)
+        clone._awaits_values = self._awaits_values
         memo[id(self)] = clone
         return clone
 

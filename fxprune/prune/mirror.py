@@ -263,7 +263,7 @@ def is_pruned(traced: TracedModule, name: str | None = None) -> bool:
         >>> fxprune.prune.is_pruned(traced, "0.weight")
         False
     """
-    require_traced(traced)
+    require_traced(traced, values=False)
     if name is None:
         return bool(masked(traced))
     return canonical(traced, one_name([*_names(traced), *reparametrized(traced)], name)) in masked(traced)

@@ -107,9 +107,9 @@ TRACE: dict[str, Case] = {
     "layers that have not seen inputs": (
         lambda m: fxprune.trace(nn.LazyLinear(2), IMAGES), CaptureError, "weight, bias of LazyLinear have no shape",
         "Run the model once"),
-    "a model without values": (
-        lambda m: fxprune.trace(copy.deepcopy(m).to("meta"), IMAGES), CaptureError, "0.weight, .* on the meta device",
-        "load_state_dict"),
+    "a model that has some values": (
+        lambda m: fxprune.trace(nn.Sequential(m, nn.Linear(10, 2, device="meta")), IMAGES), CaptureError,
+        "1.weight, 1.bias .* on the meta device", "load_state_dict"),
     "a model that was not initialized": (
         lambda m: fxprune.trace(Bare(), IMAGES), CaptureError, "Bare.__init__ does not call", "Call it first"),
     "a model that returns nothing": (
