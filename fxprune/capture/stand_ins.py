@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,8 @@ def _original(tensor: Tensor) -> Tensor:
 
 def _replace(model: nn.Module, replaced: Callable[[Tensor], Tensor]) -> None:
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in tables:
             held.update({name: replaced(tensor) for name, tensor in held.items() if tensor is not None})
 
 
