@@ -85,7 +85,7 @@ _CHOICES = (aten.masked_fill.Scalar, aten.where.self)
 
 
 def _as_logic(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """A choice among truth values, for which onnxruntime has no kernel of `Where`; None of one that mixes types."""
+    """A choice among truth values, for which onnxruntime has no kernel of `Where`; None of one that mixes types, or whose value data give."""
     call = graph.call_function
     if node.target is aten.where.self:
         condition, chosen, other = node.args
@@ -94,6 +94,8 @@ def _as_logic(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
         otherwise = call(aten.logical_and.default, (call(aten.logical_not.default, (condition,)), other))
         return call(aten.logical_or.default, (call(aten.logical_and.default, (condition, chosen)), otherwise))
     data, mask, value = node.args
+    if isinstance(value, fx.Node):
+        return None
     if value:
         return call(aten.logical_or.default, (data, mask))
     return call(aten.logical_and.default, (data, call(aten.logical_not.default, (mask,))))
