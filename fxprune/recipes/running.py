@@ -99,7 +99,10 @@ def _prepared(folder: Path, recipe: Recipe, overwrite: bool) -> Path:
     """The folder, made, with nothing of another recipe in it."""
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"'{folder}' was to be the folder for the files; it is a file. Name another.")
-    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    try:
+        present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise ArgumentError(f"'{folder}' was to be the folder for the files; it cannot be read: {error}") from error
     if _STATE in present and not (folder / _STATE / "state.json").exists():
         present.remove(_STATE)  # of a run that was killed before its first stage was finished
     if present and _recipe_of(folder / _STATE / "state.json") != recipe:

@@ -50,9 +50,10 @@ def test_another_error_is_not_hidden(monkeypatch):
         cli.main(["demo"])
 
 
-def test_it_runs_as_a_program():
+@pytest.mark.parametrize("module", ["fxprune", "fxprune.cli"])
+def test_it_runs_as_a_program(module):
     root = Path(fxprune.__file__).parents[1]
     run = subprocess.run(
-        [sys.executable, "-m", "fxprune.cli", "--version"], capture_output=True, text=True, check=False, cwd=root
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False, cwd=root
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, f"{fxprune.__version__}\n", "")

@@ -110,6 +110,24 @@ def test_a_budget_out_of_reach_is_reported_and_leaves_nothing_else(tmp_path: Pat
     assert not list(tmp_path.glob("model.*"))
 
 
+def test_a_folder_that_cannot_be_made_written_or_read_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, *args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    recipe = recipes.parsed(PLAIN)
+    (tmp_path / "notes").write_text("a file")
+    with pytest.raises(ArgumentError, match=r"notes.out' was to be the folder for the files; it cannot be written: "):
+        recipes.run(recipe, tmp_path / "notes" / "out")
+    for method, what in (("mkdir", "written"), ("iterdir", "read")):
+        (folder := tmp_path / method).mkdir()
+        with monkeypatch.context() as patch, pytest.raises(ArgumentError, match=f"cannot be {what}: .*denied"):
+            patch.setattr(Path, method, denied)
+            recipes.run(recipe, folder)
+        assert not list(folder.iterdir())
+
+
 def test_a_folder_with_other_files_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
