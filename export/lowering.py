@@ -85,7 +85,10 @@ _CHOICES = (aten.masked_fill.Scalar, aten.where.self)
 
 
 def _as_logic(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """A choice among truth values, for which onnxruntime has no kernel of `Where`; None of one that mixes types, or whose value data give."""
+    """A choice among truth values, for which onnxruntime has no kernel of `Where`.
+
+    None of one that mixes types, or whose value data give.
+    """
     call = graph.call_function
     if node.target is aten.where.self:
         condition, chosen, other = node.args
