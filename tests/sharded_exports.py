@@ -13,7 +13,6 @@ from torch import nn
 import fxprune
 from fxprune import borrowing
 from fxprune.export import onnx_files
-from fxprune.graph import spread_modules
 from tests import sharded_networks as networks
 
 Found = dict[str, dict[str, torch.Tensor]]
@@ -58,14 +57,7 @@ def exported(spread: Spread, folder: str) -> tuple[Found, list[borrowing.Counts]
     }
     networks.keep_nothing_whole()
     onnx_files.MAPPED_BYTES = 0
-    counts = []
-
-    class Watched(borrowing.Loans):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
-            counts.append(self.counts)
-
-    spread_modules.Loans = Watched  # type: ignore[misc]
+    counts = networks.counted_loans()
     found = {}
     for what, (module, options) in forms.items():
         path = f"{folder}/{what}.onnx"

@@ -287,14 +287,9 @@ def finalized(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], ho
     return found
 
 
-def saved_in_one(
-    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], path: str
-) -> tuple[int, list[borrowing.Counts]]:
-    """Write a masked network to one file; the bytes of its tensors, and what was borrowed meanwhile."""
-    module = spread(traced())
-    P.l1_unstructured(module, "*.weight", 0.3)
-    keep_nothing_whole()
-    counts = []
+def counted_loans() -> list[borrowing.Counts]:
+    """The counts of all loans that are made from here on."""
+    counts = list[borrowing.Counts]()
 
     class Watched(borrowing.Loans):
         def __init__(self, *given: Any) -> None:
@@ -302,6 +297,17 @@ def saved_in_one(
             counts.append(self.counts)
 
     spread_modules.Loans = Watched  # type: ignore[misc]
+    return counts
+
+
+def saved_in_one(
+    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], path: str
+) -> tuple[int, list[borrowing.Counts]]:
+    """Write a masked network to one file; the bytes of its tensors, and what was borrowed meanwhile."""
+    module = spread(traced())
+    P.l1_unstructured(module, "*.weight", 0.3)
+    keep_nothing_whole()
+    counts = counted_loans()
     fxprune.save(module, path)
     return sum(tensor.nbytes for tensor in module.state_dict().values()), counts
 
