@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,16 +21,14 @@ from torch.distributed.tensor import DTensor
 
 from fxprune.errors import ShardingError
 from fxprune.sharding import Layout, check_values, device_of, failed_somewhere, part, sent_as, sent_object, whole
-from fxprune.torch_internals import storage_users, untouched_by_torch_function
+from fxprune.torch_internals import storage_users
+from fxprune.wrapper_tensors import SERIALS, View, WrapperTensor
 
 SMALL = 2**16  # bytes: a tensor of fewer is kept whole
 ROOM = 2**25  # bytes of whole tensors that are kept for the next operator; twice the largest one, where that is more
 
 aten = torch.ops.aten
-View = Callable[[Tensor], Tensor]
 _Ready = TypeVar("_Ready")
-_SERIALS = itertools.count(1)
-SHARING = {aten.detach.default, aten.alias.default}
 _ALIKE = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
 
@@ -48,7 +46,7 @@ class _Cell:
         self.loans, self.number, self.like = loans, number, like
         self.form = form  # on the device "meta"
         self.digest: int | None = None
-        self.serial = next(_SERIALS)
+        self.serial = next(SERIALS)
         self.held: Tensor | None = None
         if held is not None:
             self.hold(held)
@@ -63,47 +61,25 @@ class _Cell:
             self.loans.release(self.number)
 
 
-class Borrowed(Tensor):
-    """A tensor whose values the processes of a module hold in parts; a plain one to every operator.
-
-    Views of it are borrowed, too: they are taken anew of the whole whenever that is there.
-    """
+class Borrowed(WrapperTensor):
+    """A tensor whose values the processes of a module hold in parts; views of it are borrowed, too."""
 
     _cell: _Cell
-    _views: tuple[View, ...]
-    _form: Tensor  # on the device "meta"
-    __torch_function__ = untouched_by_torch_function  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, cell: _Cell, views: tuple[View, ...] = (), form: Tensor | None = None) -> Borrowed:
-        form = cell.form if form is None else form
-        made: Borrowed = Tensor._make_wrapper_subclass(
-            cls,
-            form.shape,
-            strides=form.stride(),
-            storage_offset=form.storage_offset(),
-            dtype=form.dtype,
-            device=cell.loans.device,
-        )
-        made._cell, made._views, made._form = cell, views, form
+        made = cls._wrapped(cell.form if form is None else form, cell.loans.device, views)
+        made._cell = cell
         return made
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__()
+    def _viewed(self, views: tuple[View, ...], form: Tensor) -> Borrowed:
+        return type(self)(self._cell, views, form)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        first: Any = args[0] if args else None
-        if func in SHARING:
-            return cls(first._cell, first._views, first._form)
-        if func is aten.clone.default and not first._views:
-            return cls(first._cell.loans.copied(first._cell))
-        if isinstance(first, Borrowed) and is_view(func):
-            own: View = lambda tensor: func(tensor, *args[1:], **(kwargs or {}))  # noqa: E731
-            return cls(first._cell, (*first._views, own), own(first._form))
-        return _computed(func, args, dict(kwargs or {}))
+    def _result(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is aten.clone.default and not args[0]._views:
+            return cls(args[0]._cell.loans.copied(args[0]._cell))
+        return _computed(func, args, kwargs)
 
     @property
     def data(self) -> Tensor:
@@ -120,13 +96,8 @@ class Borrowed(Tensor):
             self._cell, self._views = self._cell.loans.made(values.detach(), self._cell.like), ()
             self._form = self._cell.form
 
-    def _of(self, whole: Tensor) -> Tensor:
-        for view in self._views:
-            whole = view(whole)
-        return whole
-
     def _plain(self) -> Tensor:
-        return self._of(self._cell.loans.whole(self._cell))
+        return self._taken_of(self._cell.loans.whole(self._cell))
 
     def whole(self) -> Tensor:
         """All values, a plain tensor that shares the memory of this one while it is here."""
@@ -134,24 +105,9 @@ class Borrowed(Tensor):
         self._cell.loans.seen(self._cell)
         return found
 
-    def numpy(self, *, force: bool = False) -> Any:
-        """As of a tensor."""
-        return self.whole().numpy(force=force)
-
-    def __array__(self, dtype: Any = None) -> Any:
-        return self.whole().__array__(dtype)
-
-    def tolist(self) -> Any:
-        """As of a tensor."""
-        return self.whole().tolist()
-
-    def data_ptr(self) -> int:
-        """Another one for tensors that share no memory; no address."""
-        return -(self._cell.serial << 44) + int(self.storage_offset()) * self.itemsize
-
-    def untyped_storage(self) -> torch.UntypedStorage:
-        """That of the whole."""
-        return self.whole().untyped_storage()
+    @property
+    def _serial(self) -> int:
+        return self._cell.serial
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Borrowed:
         if id(self) in memo:
@@ -165,14 +121,6 @@ class Borrowed(Tensor):
             vars(copied)["_is_param"] = True
         memo[id(self)] = copied
         return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        plain = self.whole()
-        return (torch.nn.Parameter(plain, self.requires_grad) if isinstance(self, torch.nn.Parameter) else plain
-                ).__reduce_ex__(protocol)  # fmt: skip
-
-    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        return f"Borrowed({tuple(self.shape)}, {self.dtype})"
 
 
 class _Addressed(Borrowed):
@@ -188,20 +136,13 @@ def addressed(tensor: Tensor) -> Tensor:
     return _Addressed(tensor._cell, tensor._views, tensor._form) if isinstance(tensor, Borrowed) else tensor
 
 
-def is_view(func: Any) -> bool:
-    """Whether an operator gives one tensor that shares the memory of its first argument, and writes to none."""
-    results, given = func._schema.returns, func._schema.arguments
-    shares = len(results) == 1 and isinstance(results[0].type, torch.TensorType) and results[0].alias_info is not None
-    return shares and not any(each.alias_info is not None and each.alias_info.is_write for each in given)
-
-
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operator gives for whole tensors; what is as large as they are is lent to the processes."""
     flat, structure = pytree.tree_flatten((args, kwargs))
     given = [each for each in flat if isinstance(each, Borrowed)]
     loans = given[0]._cell.loans
     wholes = {id(each._cell): loans.whole(each._cell) for each in given}
-    plain = [each._of(wholes[id(each._cell)]) if isinstance(each, Borrowed) else each for each in flat]
+    plain = [each._taken_of(wholes[id(each._cell)]) if isinstance(each, Borrowed) else each for each in flat]
     plain_args, plain_kwargs = pytree.tree_unflatten(plain, structure)
     results = func(*plain_args, **plain_kwargs)
     written = [each for each in _written(func, args, kwargs) if isinstance(each, Borrowed)]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from fxprune.borrowing import SHARING, View, is_view
 from fxprune.graph.names import tensors_of
-from fxprune.torch_internals import storage_users, untouched_by_torch_function
+from fxprune.torch_internals import storage_users
+from fxprune.wrapper_tensors import SERIALS, View, WrapperTensor
 
 LEAST = 2**16  # bytes: what has fewer is computed once, and held
-
-_SERIALS = itertools.count(1)
 
 
 class Latest:
@@ -54,10 +51,8 @@ class Latest:
         return self._memory[:size]
 
 
-class OnDemand(Tensor):
-    """A tensor that is only read, a plain one to every operator; a function computes its values each time.
-
-    Views of it are as it is: they are taken anew of the values.
+class OnDemand(WrapperTensor):
+    """A tensor that is only read; a function computes its values each time.
 
     Args:
         compute: writes the values, the same each time. form: of their shape, dtype and strides, on the device "meta".
@@ -70,82 +65,42 @@ class OnDemand(Tensor):
         tensor([3., 3.])
     """
 
-    _compute: Callable[[Tensor], object]
-    _whole: Tensor  # the form of what is computed, before any view
-    _latest: Latest
-    _views: tuple[View, ...]
-    _form: Tensor
-    _serial: int  # the same for what has the same values
-    __torch_function__ = untouched_by_torch_function  # type: ignore[assignment]
+    _source: tuple[Callable[[Tensor], object], Tensor, Latest, int]  # with the form before any view, and the serial
 
     @staticmethod
     def __new__(
-        cls, compute: Callable[[Tensor], object], form: Tensor, device: torch.device, latest: Latest,
-        views: tuple[View, ...] = (), base: OnDemand | None = None,
-    ) -> OnDemand:  # fmt: skip
-        made: OnDemand = Tensor._make_wrapper_subclass(
-            cls, form.shape, strides=form.stride(), storage_offset=form.storage_offset(), dtype=form.dtype,
-            device=device,
-        )  # fmt: skip
-        made._compute, made._form, made._latest, made._views = compute, form, latest, views
-        made._whole, made._serial = (form, next(_SERIALS)) if base is None else (base._whole, base._serial)
+        cls, compute: Callable[[Tensor], object], form: Tensor, device: torch.device, latest: Latest
+    ) -> OnDemand:
+        made = cls._wrapped(form, device, ())
+        made._source = (compute, form, latest, next(SERIALS))
         return made
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__()
+    def _viewed(self, views: tuple[View, ...], form: Tensor) -> OnDemand:
+        made = self._wrapped(form, self.device, views)
+        made._source = self._source
+        return made
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        first: Any = args[0] if args else None
-        if func in SHARING:
-            return first._with((), first._form)
-        if isinstance(first, OnDemand) and is_view(func):
-            own: View = lambda tensor: func(tensor, *args[1:], **(kwargs or {}))  # noqa: E731
-            return first._with((own,), own(first._form))
-        plain = pytree.tree_map_only(OnDemand, OnDemand.values_now, (args, dict(kwargs or {})))
-        return func(*plain[0], **plain[1])
+    def _result(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plain_args, plain_kwargs = pytree.tree_map_only(OnDemand, OnDemand.whole, (args, kwargs))
+        return func(*plain_args, **plain_kwargs)
 
-    def _with(self, views: tuple[View, ...], form: Tensor) -> OnDemand:
-        return OnDemand(self._compute, form, self.device, self._latest, (*self._views, *views), self)
+    def whole(self) -> Tensor:
+        """All values, a plain tensor that is not to be written to."""
+        compute, form, latest, _ = self._source
+        return self._taken_of(latest.of(compute, compute, form, self.device))
 
-    def values_now(self) -> Tensor:
-        """The values, a plain tensor that is not to be written to."""
-        found = self._latest.of(self._compute, self._compute, self._whole, self.device)
-        for view in self._views:
-            found = view(found)
-        return found
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """As of a tensor."""
-        return self.values_now().numpy(force=force)
-
-    def __array__(self, dtype: Any = None) -> Any:
-        return self.values_now().__array__(dtype)
-
-    def tolist(self) -> Any:
-        """As of a tensor."""
-        return self.values_now().tolist()
-
-    def data_ptr(self) -> int:
-        """Another one for tensors that are computed by other functions; no address."""
-        return -(self._serial << 44) + int(self.storage_offset()) * self.itemsize
-
-    def untyped_storage(self) -> torch.UntypedStorage:
-        """That of the values, the same for views as long as no others are asked for."""
-        return self.values_now().untyped_storage()
+    @property
+    def _serial(self) -> int:
+        return self._source[3]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
-            values = self.values_now().clone()
+            values = self.whole().clone()
             is_parameter = isinstance(self, nn.Parameter)
             memo[id(self)] = nn.Parameter(values, self.requires_grad) if is_parameter else values
         found: Tensor = memo[id(self)]
         return found
-
-    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        return f"OnDemand({tuple(self.shape)}, {self.dtype})"
 
 
 def masked_on_demand(values: Tensor, mask: Callable[[], Tensor], latest: Latest) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -39,6 +40,8 @@ def test_operators_give_what_they_give_of_plain_tensors() -> None:
     assert own.tolist() == want.tolist()
     assert np.array_equal(own.numpy(), want.numpy())
     assert np.array_equal(np.asarray(own[:, 1]), want[:, 1].numpy())
+    assert torch.equal(pickle.loads(pickle.dumps(own.T)), want.T)
+    assert own.T.data_ptr() == own.data_ptr() != made().data_ptr()
     assert torch.equal(own.view(torch.int32).clone(), want.view(torch.int32))
     assert torch.equal(torch.stack(own.unbind(1)), want.T)
     assert type(own.double()) is torch.Tensor
@@ -58,12 +61,12 @@ def test_it_is_a_parameter_that_gradients_reach() -> None:
 def test_what_others_look_at_is_not_written_over() -> None:
     latest = Latest(VALUES.nbytes)
     first, second = made(latest), made(latest, VALUES + 100)
-    rows = first.values_now()[2]
+    rows = first.whole()[2]
     assert torch.equal(first + second, (2 * VALUES + 100) * KEPT)
     assert torch.equal(torch.cat([second, first]), torch.cat([(VALUES + 100) * KEPT, VALUES * KEPT]))
     assert torch.equal(rows, VALUES[2])
-    place = first.values_now().data_ptr()  # nobody looks at it any more
-    assert second.values_now().data_ptr() == place
+    place = first.whole().data_ptr()  # nobody looks at it any more
+    assert second.whole().data_ptr() == place
 
 
 def test_layouts_are_those_of_parameters() -> None:
