@@ -145,10 +145,19 @@ class Size(Budget):
         """The share of the limit that the dense model is."""
         return share_of(self.dense, self.limit)
 
-    def scaled(self, factor: float) -> Size:
-        """With a limit that is so many times as large."""
+    @property
+    def limits(self) -> tuple[float]:
+        """What may be left."""
+        return (self.limit,)
+
+    def at(self, part: float) -> Size:
+        """With a limit that is so much of the dense model."""
+        return self.limited_to(limit_of(part, self.dense))
+
+    def limited_to(self, limit: float) -> Size:
+        """With another limit."""
         other = copy.copy(self)
-        other.limit = self.limit * factor
+        other.limit = limit
         return other
 
     def left(self, units: Vector) -> int:
@@ -205,9 +214,14 @@ class Sizes(Budget):
         """The share of its limit that the dense model is, of the size that binds."""
         return max(size.whole for size in self.sizes)
 
-    def scaled(self, factor: float) -> Sizes:
-        """With limits that are so many times as large."""
-        return Sizes([size.scaled(factor) for size in self.sizes])
+    @property
+    def limits(self) -> tuple[float, ...]:
+        """What may be left of each."""
+        return tuple(size.limit for size in self.sizes)
+
+    def at(self, part: float) -> Sizes:
+        """With limits of the same proportion, of which the one that binds is so much of the dense model."""
+        return Sizes([size.limited_to(size.limit * part * self.whole) for size in self.sizes])
 
     def fit(self, stairs: Steps) -> Choice | None:
         units = stairs.land(Limit(self.used, 1.0, SPENT))

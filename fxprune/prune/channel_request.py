@@ -96,6 +96,28 @@ class ChannelRequest:
         return len(self.sizes) == len(self.budgets)
 
 
+def request_for(
+    budgets: tuple[tuple[str, float], ...],
+    importance: Importance,
+    *,
+    scope: str = "global",
+    targets: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] = (),
+    kinds: str | Iterable[str] | None = None,
+    round_to: int | str = "auto",
+    max_per_group: float = 1.0,
+    at_least: int = 1,
+    normalize: bool | None = None,
+    runnable: bool = False,
+) -> ChannelRequest:
+    """The request for budgets, with options as callers give them to `channels`."""
+    return ChannelRequest(
+        budgets, importance, scope, plain_number(round_to), plain_number(max_per_group), plain_number(at_least),
+        normalize, None if targets is None else listed(targets), listed(ignore),
+        None if kinds is None else listed(kinds), runnable,
+    )  # fmt: skip
+
+
 def _check_function(importance: Callable[..., object]) -> None:
     """Raise ArgumentTypeError unless a function can be called with a group alone."""
     try:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from fxprune import prune
 from fxprune.errors import BudgetError
 from fxprune.graph.traced import TracedModule
+from fxprune.prune.budgeted_channels import reports_under
 from fxprune.prune.channel_report import ChannelReport
 from fxprune.prune.sensitivity import Sensitivity
 
@@ -39,14 +39,13 @@ def losses_of_budgets(
         {'macs': 0.2, 'loss': 0.31, 'chosen': False}
     """
     found = [_point(sensitivity, chosen, True)]
-    for share in _SHARES:
-        try:
-            report = prune.channels(shared_copy(traced), macs=share, importance=sensitivity, **options)
-        except BudgetError:
-            break
-        if report.removed == chosen.removed:
-            continue
-        found.append(_point(sensitivity, report, False))
+    asked = {name: value for name, value in options.items() if name != "seed"}  # curves draw nothing
+    try:
+        for report in reports_under(traced, sensitivity, _SHARES, **asked):
+            if report.removed != chosen.removed:
+                found.append(_point(sensitivity, report, False))
+    except BudgetError:  # nor can smaller ones be reached
+        pass
     return sorted(found, key=lambda point: -float(point["macs"]))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 import fxprune
 from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, NameLookupError, PruningError
-from fxprune.prune import budgeted_channels
+from fxprune.prune import channel_choice
 from tests.random_networks import network
 
 
@@ -417,10 +417,10 @@ def test_what_a_choice_leaves_is_counted_without_another_copy_of_the_weights(
         return finalize(module)
 
     monkeypatch.setattr(driver, "finalize", watched)
-    monkeypatch.setattr(budgeted_channels, "classes_left", lambda *_: None)  # it cannot be said by the graphs alone
+    monkeypatch.setattr(channel_choice, "classes_left", lambda *_: None)  # it cannot be said by the graphs alone
     report = fxprune.prune.channels(copy.deepcopy(traced), macs=0.5)
     assert not counted  # shapes tell it
-    monkeypatch.setattr(budgeted_channels, "sizes_left", lambda *_, **__: None)  # nor by an analysis of them
+    monkeypatch.setattr(channel_choice, "sizes_left", lambda *_, **__: None)  # nor by an analysis of them
     assert fxprune.prune.channels(traced, macs=0.5).to_dict() == report.to_dict()
     assert counted
     assert all(counted)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import fxprune
+from fxprune.prune.budgeted_channels import reports_under
 from fxprune.recipes.budgets import losses_of_budgets, shared_copy
 from fxprune.recipes.outcome import Outcome
 from fxprune.recipes.page import page
@@ -60,6 +63,18 @@ def test_budgets_that_cannot_be_reached_are_left_out(
     points = losses_of_budgets(traced, sensitivity, report, options)
     assert 1 < len(points) < 9
     assert min(point["macs"] for point in points) > 0.5
+
+
+@pytest.mark.parametrize("in_class", [False, True])
+def test_budgets_that_are_looked_at_together_are_those_of_calls_on_their_own(
+    traced: fxprune.TracedModule, sensitivity: fxprune.Sensitivity, in_class: bool
+) -> None:
+    options: dict[str, Any] = {"runnable": network() if in_class else None, "round_to": 1}
+    shares = (0.9, 0.6, 0.3)
+    together = reports_under(traced, sensitivity, shares, **options)
+    for share, report in zip(shares, together, strict=True):
+        alone = fxprune.prune.channels(shared_copy(traced), macs=share, importance=sensitivity, **options)
+        assert report.to_dict() == alone.to_dict()
 
 
 def test_the_page_says_which_budget_was_chosen() -> None:
