@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -45,9 +46,7 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
                 node.update_arg(1, graph.call_function(aten.full.default, ([1], node.args[1]), {"dtype": value.dtype}))
     for node in [node for node in graph.nodes if node.target in _CHOICES and node.meta["val"].dtype == torch.bool]:
         with graph.inserting_before(node):
-            result = _as_logic(graph, node)
-        if result is not None:
-            _replace(node, result)
+            _replace(node, _as_logic(graph, node))
     for node in [node for node in graph.nodes if node.target in _SQUEEZES]:
         with graph.inserting_before(node):
             node.replace_all_uses_with(_without_others(graph, node))
@@ -81,27 +80,45 @@ def _adds_little(node: fx.Node) -> bool:
 
 # ---- choices among truth values
 
-_CHOICES = (aten.masked_fill.Scalar, aten.where.self)
+_FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_CHOICES = (*_FILLS, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 
 
-def _as_logic(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """A choice among truth values, for which onnxruntime has no kernel of `Where`.
+def _as_logic(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A choice among truth values, for which onnxruntime has no kernel of `Where`."""
+    condition, chosen, other = node.args
+    if node.target in _FILLS:
+        other, condition, chosen = node.args
+    condition, chosen, other = (_as_truth(graph, operand) for operand in (condition, chosen, other))
 
-    None of one that mixes types, or whose value data give.
-    """
-    call = graph.call_function
-    if node.target is aten.where.self:
-        condition, chosen, other = node.args
-        if any(operand.meta["val"].dtype != torch.bool for operand in (condition, chosen, other)):  # type: ignore[union-attr]
-            return None
-        otherwise = call(aten.logical_and.default, (call(aten.logical_not.default, (condition,)), other))
-        return call(aten.logical_or.default, (call(aten.logical_and.default, (condition, chosen)), otherwise))
-    data, mask, value = node.args
-    if isinstance(value, fx.Node):
-        return None
-    if value:
-        return call(aten.logical_or.default, (data, mask))
-    return call(aten.logical_and.default, (data, call(aten.logical_not.default, (mask,))))
+    def both(one: Any, another: Any) -> fx.Node:
+        return graph.call_function(aten.logical_and.default, (one, another))
+
+    def either(one: Any, another: Any) -> fx.Node:
+        return graph.call_function(aten.logical_or.default, (one, another))
+
+    def negated(one: Any) -> fx.Node:
+        return graph.call_function(aten.logical_not.default, (one,))
+
+    if isinstance(chosen, bool) and isinstance(other, bool):
+        other = graph.call_function(aten.full_like.default, (condition, other))
+    if isinstance(chosen, bool):
+        return either(condition, other) if chosen else both(negated(condition), other)
+    if isinstance(other, bool):
+        return either(negated(condition), chosen) if other else both(condition, chosen)
+    return either(both(condition, chosen), both(negated(condition), other))
+
+
+def _as_truth(graph: fx.Graph, operand: Any) -> fx.Node | bool:
+    """An operand as a truth value, or a tensor of them."""
+    if not isinstance(operand, fx.Node):
+        return bool(operand)
+    value = operand.meta["val"]
+    if not isinstance(value, torch.Tensor):  # a size
+        operand = graph.call_function(aten.scalar_tensor.default, (operand,))
+    elif value.dtype == torch.bool:
+        return operand
+    return graph.call_function(aten.ne.Scalar, (operand, 0))
 
 
 # ---- axes of size one

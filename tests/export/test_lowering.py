@@ -287,6 +287,12 @@ class Choices(nn.Module):
             positive.masked_fill(row, False),
             torch.where(row, positive, ~large),
             torch.where(large, x, positive),
+            positive.masked_fill(large, x.sum() > 0),
+            positive.masked_fill(large, x[0, 0]),
+            positive.masked_fill(large, x.shape[0]),
+            torch.where(large, positive, True),
+            torch.where(row, False, positive),
+            torch.where(large[:, :1], True, False),
         )
 
 
