@@ -24,6 +24,7 @@ from fxprune.graph.interpretation import run
 from fxprune.graph.metadata import module_path
 from fxprune.graph.traced import TracedModule
 
+from .float64 import WidenedRunner
 from .runners import ModuleRunner, ProgramRunner, Runner
 from .session import Session, session_options
 
@@ -71,6 +72,9 @@ def node_values(runner: Runner, call: Call) -> NodeValues | None:
     assert isinstance(runner, ModuleRunner | ProgramRunner)
     if isinstance(runner.module, torch.jit.ScriptModule):
         return None
+    if isinstance(runner, WidenedRunner) and isinstance(runner.module, fx.GraphModule):
+        with runner.widening():
+            return GraphValues(runner.module, runner.widened(call))
     if isinstance(runner.module, fx.GraphModule):
         return GraphValues(runner.module, call)
     return GraphValues(trace(runner.module, *call, dynamic_shapes=None, modes=("eval",)), call)

@@ -29,11 +29,13 @@ from fxprune.progress import shown
 from fxprune.reports import counted
 from fxprune.torch_internals import any_recurrent_length
 
+from . import upcast
 from .at_hand import nothing_learned, program_at_hand
+from .batch_norms import optimize_lent, optimize_narrow
 from .flattening import check_source, flatten, take_as_given
 from .lowering import lower
 from .metadata import captured_sizes, metadata
-from .onnx_files import rewrite, save, side_files
+from .onnx_files import is_sharded, rewrite, save, side_files
 from .onnx_names import (
     drop_stack_traces,
     keep_lost_initializers,
@@ -44,6 +46,7 @@ from .onnx_names import (
 )
 from .precision import float16, int8, sparse_initializers
 from .report import Report
+from .runners import ModuleRunner
 from .session import PRECISION_TOLERANCES, Session
 from .translation import translating, translations
 from .values import as_captured, captured_names
@@ -120,8 +123,8 @@ def to_onnx(
         final: a traced module with an eval graph, finalized or not.
         path: the file to write, `.onnx`.
         opset: ONNX operator set; None: the one torch's exporter prefers.
-        precision: "float32" leaves the types as they are; "float16" (onnxruntime.transformers.float16) and "int8"
-            (onnxruntime.quantization) are held to an error of 1e-2 and 0.1 of an output's largest value.
+        precision: "float32" leaves the types as they are, also bfloat16; "float16" (onnxruntime.transformers.float16)
+            and "int8" (onnxruntime.quantization) are held to an error of 1e-2 and 0.1 of an output's largest value.
         calibration: for "int8", batches like the data to come, without labels, in the forms that `compare` takes:
             static quantization of weights and activations, verified on these batches. None: dynamic quantization of the
             weights.
@@ -304,6 +307,11 @@ def _calibration_batches(final: TracedModule, precision: str, calibration: Any) 
     if precision not in PRECISION_TOLERANCES or (given and precision != "int8"):
         asked = f"precision {precision!r} was asked for{' with calibration' if given else ''}"
         raise ArgumentError(f"{asked}; there are {', '.join(PRECISION_TOLERANCES)}, and calibration is for int8.")
+    if precision != "float32" and upcast.holds_bfloat16(final.graphs["eval"]):
+        raise ArgumentError(
+            f"precision {precision!r} was asked for of a module that computes in bfloat16; it is made of float32. "
+            'Leave precision="float32", which keeps every type, or trace the model in float32.'
+        )
     if not given:
         return []
     batches = as_calls(calibration, error=CompareError, where=" among the calibration batches")
@@ -364,11 +372,19 @@ def _translation_of_a_capture(request: _Request, module: fx.GraphModule, sample:
 
 
 def _translation_of(request: _Request, exported: ExportedProgram) -> _Translation:
+    is_narrow = upcast.holds_bfloat16(exported.graph)
+    opset = upcast.OPSET if is_narrow and request.opset is None else request.opset
     table = translations(exported.graph) or None
     program = torch.onnx.export(
-        exported, dynamo=True, verbose=False, opset_version=request.opset, custom_translation_table=table
+        exported, dynamo=True, verbose=False, opset_version=opset, custom_translation_table=table, optimize=False
     )
     assert isinstance(program, ONNXProgram)
+    if is_narrow:
+        optimize_narrow(program)
+    elif is_sharded(program):
+        optimize_lent(program)
+    else:
+        program.optimize()
     return _Translation(exported, program)
 
 
@@ -411,10 +427,17 @@ def _verify(request: _Request, draft: Draft, exported: ExportedProgram) -> _Veri
     start = time.perf_counter()
     given = request.calibration or (request.sample,)
     others = other_sizes(exported, given[0], request.final)
-    session = Session(draft.file, request.providers, packs=draft.parts == [draft.file])
     calls = [*given, *others.calls, *request.proof.calls]
-    comparison = verified(draft, request.final, session, calls, request.proof.tolerance)
     notes = list(others.notes)
+    session: Session
+    if upcast.holds_bfloat16(request.final.graphs["eval"]):
+        with upcast.twin(draft.file, request.providers) as session:
+            reference: ModuleRunner = upcast.Upcast(request.final, request.opset)
+            comparison = verified(draft, reference, session, calls, request.proof.tolerance)
+        notes.insert(0, upcast.note(comparison))
+    else:
+        session = Session(draft.file, request.providers, packs=draft.parts == [draft.file])
+        comparison = verified(draft, ModuleRunner(request.final, "eval"), session, calls, request.proof.tolerance)
     if set(session.placement) - {request.providers[0]}:
         notes.append(f"operators by provider: {session.placement}")
     return _Verification(comparison, tuple(notes), time.perf_counter() - start)

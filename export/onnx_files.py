@@ -17,13 +17,16 @@ from fxprune.borrowing import Borrowed
 
 from .node_values import ORIGIN
 from .verification import Draft
+from .wire import GRAPH_OF_MODEL, INITIALIZER_OF_GRAPH, RAW_DATA_OF_TENSOR, begun
 
 SINGLE_FILE_BYTES = 1536 * 2**20  # weights beyond it go to a file beside: protobuf ends at 2 GiB
 MAPPED_BYTES = 32 * 2**20  # the same of a sharded module, which no process is to hold whole
 
 
-# of protobuf's messages in a file: the number of a field, and that its length comes first
-_GRAPH_OF_MODEL, _INITIALIZER_OF_GRAPH, _RAW_DATA_OF_TENSOR = (bytes([number << 3 | 2]) for number in (7, 5, 9))
+def is_sharded(program: ONNXProgram) -> bool:
+    """Whether its weights are those of a module that is spread over processes."""
+    constants = [value.const_value for value in program.model.graph.initializers.values()]
+    return any(isinstance(getattr(constant, "raw", None), Borrowed) for constant in constants)
 
 
 def save(program: ONNXProgram, file: Path) -> None:
@@ -33,8 +36,7 @@ def save(program: ONNXProgram, file: Path) -> None:
         onnx.checker.ValidationError: it is no valid model.
     """
     constants = [value.const_value for value in program.model.graph.initializers.values()]
-    is_sharded = any(isinstance(getattr(constant, "raw", None), Borrowed) for constant in constants)
-    most = MAPPED_BYTES if is_sharded else SINGLE_FILE_BYTES
+    most = MAPPED_BYTES if is_sharded(program) else SINGLE_FILE_BYTES
     if sum(constant.nbytes for constant in constants if constant is not None) <= most:
         _save_in_one_file(program, file)
         return
@@ -49,22 +51,22 @@ def _save_in_one_file(program: ONNXProgram, file: Path) -> None:
     """Write a model whose weights are within.
 
     As one message they would be held three times, as tensors, as a message and as its bytes, and twice again where the
-    file is checked. So the file is put together from the bytes of smaller messages, as protobuf's encoding has it
-    (https://protobuf.dev/programming-guides/encoding/), and checked with one entry of each weight.
+    file is checked. So the file is put together from the bytes of smaller messages, and checked with one entry of each
+    weight.
     """
     model, weights = _without_numbers(program)
     heads = [*model.graph.initializer]
     model.graph.ClearField("initializer")
-    begun = [_begun(head, weight) for head, weight in zip(heads, weights, strict=True)]
+    starts = [_start(head, weight) for head, weight in zip(heads, weights, strict=True)]
     onnx.checker.check_model(_with_single_entries(model, heads))
     graph = model.graph.SerializeToString()
     model.ClearField("graph")
-    size = len(graph) + sum(len(start) + weight.nbytes for start, weight in zip(begun, weights, strict=True))
+    size = len(graph) + sum(len(start) + weight.nbytes for start, weight in zip(starts, weights, strict=True))
     with file.open("wb") as written:
-        written.write(model.SerializeToString() + _GRAPH_OF_MODEL + _varint(size) + graph)
-        for start, weight in zip(begun, weights, strict=True):
+        written.write(model.SerializeToString() + begun(GRAPH_OF_MODEL, size) + graph)
+        for start, weight in zip(starts, weights, strict=True):
             written.write(start)
-            written.write(weight.tobytes())
+            weight.tofile(written)  # type: ignore[attr-defined]  # from where it is, without a copy
 
 
 def _without_numbers(program: ONNXProgram) -> tuple[onnx.ModelProto, list[onnx_ir.TensorProtocol]]:
@@ -87,10 +89,10 @@ def _without_numbers(program: ONNXProgram) -> tuple[onnx.ModelProto, list[onnx_i
     return model, [weight for _, weight in known]
 
 
-def _begun(head: onnx.TensorProto, weight: onnx_ir.TensorProtocol) -> bytes:
+def _start(head: onnx.TensorProto, weight: onnx_ir.TensorProtocol) -> bytes:
     """What stands in a file before the numbers of an initializer."""
-    before: bytes = head.SerializeToString() + _RAW_DATA_OF_TENSOR + _varint(weight.nbytes)
-    return _INITIALIZER_OF_GRAPH + _varint(len(before) + weight.nbytes) + before
+    before: bytes = head.SerializeToString() + begun(RAW_DATA_OF_TENSOR, weight.nbytes)
+    return begun(INITIALIZER_OF_GRAPH, len(before) + weight.nbytes) + before
 
 
 def _with_single_entries(model: onnx.ModelProto, heads: list[onnx.TensorProto]) -> onnx.ModelProto:
@@ -103,15 +105,6 @@ def _with_single_entries(model: onnx.ModelProto, heads: list[onnx.TensorProto]) 
         tensor.dims[:] = [1] * len(head.dims)
         tensor.raw_data = bytes(16)  # that of the widest type
     return small
-
-
-def _varint(number: int) -> bytes:
-    """A length as protobuf has it: seven bits a byte, the lowest first, the highest bit set where more follow."""
-    found = bytearray()
-    while number > 0x7F:
-        found.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*found, number])
 
 
 def rewrite(draft: Draft, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:

@@ -23,7 +23,7 @@ from fxprune.torch_internals import OpOverload
 
 from .flattening import check_source, flatten
 from .metadata import metadata
-from .runners import ProgramRunner
+from .runners import ModuleRunner, ProgramRunner
 from .translation import translating
 from .verification import Draft, FileReport, Proof, other_sizes, verified
 
@@ -158,5 +158,5 @@ def _reported(draft: Draft, final: TracedModule, program: ExportedProgram, proof
     with draft.usable():
         others = other_sizes(program, sample, final)
         calls = [sample, *others.calls, *proof.calls]
-        comparison = verified(draft, final, ProgramRunner(draft.file), calls, proof.tolerance)
+        comparison = verified(draft, ModuleRunner(final, "eval"), ProgramRunner(draft.file), calls, proof.tolerance)
     return FileReport(Path(draft.target), draft.size, comparison, tuple(others.notes))

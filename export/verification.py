@@ -149,15 +149,13 @@ class Proof:
         return cls(verify, tuple(calls), Tolerance(rtol, atol))
 
 
-def verified(
-    draft: Draft, final: TracedModule, candidate: Runner, calls: Sequence[Call], tolerance: Tolerance
-) -> Report:
-    """Compare the file, run by `candidate`, with what it came from.
+def verified(draft: Draft, reference: Runner, candidate: Runner, calls: Sequence[Call], tolerance: Tolerance) -> Report:
+    """Compare the file, run by `candidate`, with what it came from, run by `reference`.
 
     Raises:
         ExportError: it computes something else; it is kept aside.
     """
-    comparison = judge([ModuleRunner(final, "eval"), candidate], calls, tolerance)
+    comparison = judge([reference, candidate], calls, tolerance)
     if not comparison.ok:
         aside = draft.keep_aside()
         raise ExportError(
