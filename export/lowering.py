@@ -44,6 +44,8 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
             with graph.inserting_before(node):
                 value = node.meta["val"]
                 node.update_arg(1, graph.call_function(aten.full.default, ([1], node.args[1]), {"dtype": value.dtype}))
+    for node in [node for node in graph.nodes if node.target in _OF_ALL]:
+        node.target = _OF_ALL[node.target]
     for node in [node for node in graph.nodes if node.target in _CHOICES and node.meta["val"].dtype == torch.bool]:
         with graph.inserting_before(node):
             _replace(node, _as_logic(graph, node))
@@ -78,8 +80,9 @@ def _adds_little(node: fx.Node) -> bool:
     return isinstance(number, float) and 0 < abs(number) < _LITTLE and node.meta["val"].dim() > 0
 
 
-# ---- choices among truth values
+# ---- truth values
 
+_OF_ALL = {aten._is_all_true.default: aten.all.default, aten._is_any_true.default: aten.any.default}
 _FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _CHOICES = (*_FILLS, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 

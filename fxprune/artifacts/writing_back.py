@@ -20,7 +20,7 @@ from fxprune.artifacts.values import LeftOut, LeftOver, check_same_model, put_va
 from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentTypeError, WriteBackError
-from fxprune.graph.configurations import Configuration, unread_tensors
+from fxprune.graph.configurations import Builds, Configuration, unread_tensors
 from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.requirements import require_eval
@@ -97,10 +97,13 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     return written_with_zeros(final, model)[0]
 
 
-def written_with_zeros(final: TracedModule, model: nn.Module) -> tuple[nn.Module, list[str], list[str]]:
+def written_with_zeros(
+    final: TracedModule, model: nn.Module, builds: Builds | None = None
+) -> tuple[nn.Module, list[str], list[str]]:
     """What `write_back` returns, and the paths of modules that took channels back as zeros.
 
-    Where some did, last the path of the first module that computed something else before, if one did.
+    Where some did, last the path of the first module that computed something else before, if one did. `builds` is what
+    the class made of other configurations before.
 
     Raises:
         WriteBackError: as `write_back`.
@@ -111,7 +114,7 @@ def written_with_zeros(final: TracedModule, model: nn.Module) -> tuple[nn.Module
         flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         copied = WorkingCopy(written, final)
         unread = unread_tensors(written, final.graphs.values()) - copied.plan.kept.keys()
-        configuration = Configuration.of(model, unread)
+        configuration = Configuration.of(model, unread, builds=builds)
         is_said, search = _write(copied, flags, configuration)
         forget_kept_tensors(written)
         if configuration is not None:

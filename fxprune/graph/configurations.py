@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -53,18 +54,60 @@ class Built:
     integers: dict[Attribute, int]
 
     @classmethod
-    def of(cls, model: nn.Module, unread: Collection[str] = ()) -> Built:
+    def of(cls, model: nn.Module) -> Built:
         """Those of a model."""
-        modules = model.named_modules()
         integers = {
             (path, name): value
-            for path, module in modules
+            for path, module in model.named_modules()
             for name, value in vars(module).items()
             if type(value) is int
         }
-        sizes = sizes_of(model)
-        apart = [name for name in sizes if name in unread]
-        return cls(sizes, {name: sizes.pop(name) for name in apart}, integers)
+        return cls(sizes_of(model), {}, integers)
+
+    def without(self, unread: Collection[str]) -> Built:
+        """With tensors that no call reads apart."""
+        apart = {name: shape for name, shape in self.shapes.items() if name in unread}
+        read = {name: shape for name, shape in self.shapes.items() if name not in apart}
+        return Built(read, apart, self.integers) if apart else self
+
+
+class Builds:
+    """What the class of one model made of numbers so far: building is slow, and each choice that is tried asks."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[tuple[str, Number], ...], Built | None] = {}
+        self._refused: dict[tuple[tuple[str, Number], ...], bool] = {}
+
+    def made(self, kind: type[nn.Module], own: Any, numbers: Mapping[str, Number], *, valid: bool) -> Built | None:
+        """What a class makes of its configuration `own` with some numbers in it; None where it makes nothing.
+
+        With `valid`, nothing either of what could not be saved.
+        """
+        key = tuple(sorted(numbers.items()))
+        try:
+            if valid and self._is_refused(key, own):
+                return None
+            if key not in self._made:
+                self._made[key] = None
+                with torch.device("meta"), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    self._made[key] = Built.of(build(kind, _with_numbers(own, key)))
+        except Exception:  # the library's code may raise anything for numbers that do not fit
+            return None
+        return self._made[key]
+
+    def _is_refused(self, key: tuple[tuple[str, Number], ...], own: Any) -> bool:
+        if key not in self._refused:
+            self._refused[key] = True  # where other numbers cannot be put in at all
+            self._refused[key] = refusal(_with_numbers(own, key)) is not None
+        return self._refused[key]
+
+
+def _with_numbers(config: Any, numbers: Iterable[tuple[str, Number]]) -> Any:
+    """A copy of a configuration with some numbers in it."""
+    copied = copy.deepcopy(config)
+    put_numbers(copied, dict(numbers))
+    return copied
 
 
 class Configuration:
@@ -77,8 +120,11 @@ class Configuration:
         shapes: of its other parameters and buffers.
     """
 
-    def __init__(self, model: nn.Module, unread: Collection[str] = (), *, valid: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, unread: Collection[str] = (), *, valid: bool = False, builds: Builds | None = None
+    ) -> None:
         self.model, self._config = model, configuration_of(model)
+        self._builds = Builds() if builds is None else builds
         self._valid = valid and self._config is not None and refusal(self._config) is None
         self.by_keywords = isinstance(self._config, Keywords)
         self.unread = frozenset(unread)
@@ -86,12 +132,15 @@ class Configuration:
         self._built: dict[tuple[tuple[str, Number], ...], Built | None] = {}
 
     @classmethod
-    def of(cls, model: nn.Module, unread: Collection[str] = (), *, valid: bool = False) -> Configuration | None:
+    def of(
+        cls, model: nn.Module, unread: Collection[str] = (), *, valid: bool = False, builds: Builds | None = None
+    ) -> Configuration | None:
         """That of a model; None where it has none from which it can be built.
 
-        With `valid`, numbers with which it could not be saved make nothing, where it can be saved as it is.
+        With `valid`, numbers with which it could not be saved make nothing, where it can be saved as it is. What was
+        built for other configurations of the model, `builds`, is not built again.
         """
-        found = cls(model, unread, valid=valid)
+        found = cls(model, unread, valid=valid, builds=builds)
         return found if found._config is not None and found.built({}) == found.shapes else None
 
     def read(self, shapes: Shapes) -> Shapes:
@@ -162,20 +211,9 @@ class Configuration:
         """What the class makes of some numbers in its configuration; None where it makes nothing."""
         key = tuple(sorted(numbers.items()))
         if key not in self._built:
-            self._built[key] = self._build(numbers)
+            made = self._builds.made(type(self.model), self._config, numbers, valid=self._valid)
+            self._built[key] = None if made is None else made.without(self.unread)
         return self._built[key]
-
-    def _build(self, numbers: Mapping[str, Number]) -> Built | None:
-        config = copy.deepcopy(self._config)
-        try:
-            put_numbers(config, numbers)
-            if self._valid and refusal(config) is not None:
-                return None
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return Built.of(build(type(self.model), config), self.unread)
-        except Exception:  # the library's code may raise anything for numbers that do not fit
-            return None
 
     @cached_property
     def _with_another(self) -> dict[str, tuple[Number, Built]]:

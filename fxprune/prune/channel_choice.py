@@ -121,7 +121,7 @@ def in_class(before: TracedModule, limits: ClassLimits | None, choose: Callable[
             outcome = choose()
             if limits is None:
                 return outcome
-            failure = failure_in_class(before, outcome.masks, outcome.among.decided, limits.model)
+            failure = failure_in_class(before, outcome.masks, outcome.among.decided, limits)
             if failure is None:
                 return outcome
             running = outcome if failure.runs else running

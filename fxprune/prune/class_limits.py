@@ -28,6 +28,7 @@ from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Vector
 from fxprune.channels.values import Value
 from fxprune.errors import PruningError, WriteBackError
+from fxprune.graph.configurations import Builds
 from fxprune.graph.metadata import module_path
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.configured_levels import Level
@@ -59,9 +60,10 @@ def failure_in_class(
     traced: TracedModule,
     masks: Mapping[str, torch.Tensor],
     decided: Collection[tuple[str, int]],
-    model: nn.Module,
+    limits: ClassLimits,
 ) -> WriteBackError | None:
     """Why the class of a model does not run with what these masks leave, None where it does."""
+    model = limits.model
     candidate = copy.deepcopy(traced)
     driver.insert_masks(candidate, masks)
     candidate.decide(decided)
@@ -69,7 +71,7 @@ def failure_in_class(
         warnings.simplefilter("ignore")  # said again when it is done
         try:
             final = driver.finalize(candidate)
-            written, filling_up, cause = written_with_zeros(final, model)
+            written, filling_up, cause = written_with_zeros(final, model, limits.builds)
         except WriteBackError as failure:
             return failure
     if not filling_up:
@@ -92,12 +94,14 @@ class ClassLimits:
         alike: classes [rows, n] of which every choice leaves each row equally many.
         staying: by axis of a parameter, why its channels stay.
         levels: the only choices that there are, where its configuration says all widths by one number.
+        builds: what the class made of other configurations.
     """
 
     model: nn.Module
     alike: list[Vector] = field(default_factory=list)
     staying: dict[tuple[str, int], str] = field(default_factory=dict)
     levels: list[Level] = field(default_factory=list)
+    builds: Builds = field(default_factory=Builds)
     _taken: set[tuple[tuple[str, ...], int]] = field(default_factory=set)
 
     def limited(self, groups: Sequence[ChannelGroup]) -> list[ChannelGroup]:

@@ -45,7 +45,8 @@ def runnable_groups(
     sizes = alike_sizes(grouping, model)
     rows = [*_parts(grouping), *_whole_lines(grouping), *sizes.rows, *limits.alike]
     staying = [(heads, _HEADS) for heads in sizes.heads]
-    configuration = Configuration.of(model, unread_tensors(model, grouping.plain.graphs.values()), valid=True)
+    unread = unread_tensors(model, grouping.plain.graphs.values())
+    configuration = Configuration.of(model, unread, valid=True, builds=limits.builds)
     if configuration is None or configuration.by_keywords:  # such name hardly any size of a layer
         found = Grouping(grouping.plain, rows, staying, for_class=True) if rows else grouping
         found.groups = limits.limited(found.groups)

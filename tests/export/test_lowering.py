@@ -303,3 +303,19 @@ def test_truth_values_are_chosen(tmp_path: Path) -> None:
     for found, wanted in zip(session.run(None, {"x": x.numpy()}), model(x), strict=True):
         assert len(np.unique(found)) > 1
         np.testing.assert_array_equal(found, wanted.numpy())
+
+
+class Checked(nn.Module):
+    """What it is given is checked by value, and written into: it is captured once more for its file."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._check_tensor_all(x.isfinite(), lambda: "infinite")
+        y = x + 1
+        y.add_(1)
+        return y
+
+
+def test_values_that_are_checked_leave_the_rest(tmp_path: Path) -> None:
+    x = torch.randn(2, 3)
+    session = exported(Checked(), x, tmp_path / "model.onnx")
+    np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], (x + 2).numpy())

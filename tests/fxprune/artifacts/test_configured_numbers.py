@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fxprune
-from fxprune.graph.configurations import Configuration
+from fxprune.graph.configurations import Builds, Configuration
 
 
 class Config:
@@ -241,3 +241,29 @@ def test_numbers_that_are_put_in_a_list_come_back_as_they_were(value: float) -> 
     put_back(before)
     assert vars(config) == {"part": inner, "same": 5}
     assert inner.widths == (2, 4)  # type: ignore[attr-defined]
+
+
+def test_what_a_class_made_of_numbers_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Stages(Config(widths=[8, 16], ratio=2.0))
+    kept = {"stem.weight"}
+    alone = [Configuration.of(model), Configuration.of(model, kept, valid=True)]
+    wanted = [(found.numbers, found.followers, found.proportional) for found in alone if found is not None]
+    built: list[Configured] = []
+    init = Configured.__init__
+
+    def counted(self: Configured, config: Config) -> None:
+        built.append(self)
+        init(self, config)
+
+    monkeypatch.setattr(Configured, "__init__", counted)
+    builds = Builds()
+    first = Configuration.of(model, builds=builds)
+    assert first is not None
+    assert (first.numbers, first.followers, first.proportional) == wanted[0]
+    assert len(built) > 2
+    before = len(built)
+    second = Configuration.of(model, kept, valid=True, builds=builds)
+    assert second is not None
+    assert (second.numbers, second.followers, second.proportional) == wanted[1]
+    assert wanted[0] != wanted[1]
+    assert len(built) == before
