@@ -15,6 +15,7 @@ from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.stairs import Limit, Steps
 from fxprune.errors import ArgumentError, BudgetError
+from fxprune.prune.channel_request import ChannelRequest
 
 SPENT = 0.98  # share of a budget that counts as all of it
 MARGIN = 1.02  # another process measures a little more or less
@@ -65,8 +66,8 @@ class Budget(abc.ABC):
         """The choice that keeps the budget and uses it up, None where none keeps it."""
 
     @abc.abstractmethod
-    def refusal(self) -> BudgetError:
-        """What to raise when no choice that was tried kept the budget."""
+    def refusal(self, request: ChannelRequest) -> BudgetError:
+        """What to raise when no choice that was tried kept the budget, as it was asked for."""
 
 
 class Amount(Budget):
@@ -112,13 +113,16 @@ class Amount(Budget):
         height = stairs.search(lambda units: self.left(units) < limit)
         return len(stairs) if height is None else height
 
-    def refusal(self) -> BudgetError:
+    def refusal(self, request: ChannelRequest) -> BudgetError:
         if self.together:
             return BudgetError(
                 f"amount={self.value} of {len(self.units)} units cannot be reached: the fewest that go together are "
                 f"{self.together}. Raise it, or leave out groups with `ignore`."
             )
-        return BudgetError(f"amount={self.value} cannot be reached: max_per_group and at_least leave nothing to mask.")
+        return BudgetError(
+            f"amount={self.value} cannot be reached: max_per_group={request.max_per_group} and "
+            f"at_least={request.at_least} leave nothing to mask."
+        )
 
 
 class Size(Budget):
@@ -176,16 +180,18 @@ class Size(Budget):
             return None
         return Choice(units)
 
-    def refusal(self) -> BudgetError:
+    def refusal(self, request: ChannelRequest) -> BudgetError:
         stays = [group for group in self.grouping.groups if group.reason]
         stays.sort(key=lambda group: -getattr(group, self.name) * group.size)
         why = "; ".join(dict.fromkeys(f"{group.name!r}: {group.reason}" for group in stays[:3]))
         is_percentage = isinstance(self.value, int) and 1 <= self.value <= 100
         count = f" An integer is a count; for {self.value} % give {self.value / 100}." if is_percentage else ""
+        bounds = [f"{name}={value}" for name, value in request.bounds.items()]
+        advice = " or loosen ".join([f"Raise {self.name}", " and ".join(bounds)] if bounds else [f"Raise {self.name}"])
         return BudgetError(
             f"{self.name}={self.value} cannot be reached: at most {self.limit:,.0f} of {self.dense:,} were asked for, "
-            f"the best is {self.least:,} ({self.least / max(self.dense, 1):.3f}). Raise it, or "
-            f"max_per_group.{count} What must stay (`fxprune.channel_groups` has all): "
+            f"the best is {self.least:,} ({self.least / max(self.dense, 1):.3f}). "
+            f"{advice}.{count} What must stay (`fxprune.channel_groups`, or `fxprune groups` in a shell, has all): "
             f"{why or 'a unit of each'}."
         )
 
@@ -236,8 +242,8 @@ class Sizes(Budget):
         """The share of its limit that is left without the units, of the size that binds."""
         return max(size.used(units) for size in self.sizes)
 
-    def refusal(self) -> BudgetError:
-        return self.unreached.refusal()
+    def refusal(self, request: ChannelRequest) -> BudgetError:
+        return self.unreached.refusal(request)
 
 
 class Speed(Budget):
@@ -317,9 +323,9 @@ class Speed(Budget):
             units = stairs.land(Limit(lambda units: max(used(units), share_of(macs(units), limit)), 1.0, SPENT))
         return (stairs.units(len(stairs)), False) if units is None else (units, True)
 
-    def refusal(self) -> BudgetError:
+    def refusal(self, request: ChannelRequest) -> BudgetError:
         if self.sizes is not None and not self.best:
-            return self.sizes.refusal()
+            return self.sizes.refusal(request)
         return BudgetError(
             f"speedup={self.wanted} cannot be reached: the best that was measured is {self.best:.2f}. No mask was "
             "inserted."

@@ -260,7 +260,7 @@ def _fit(budget: Budget, picked: Sequence[ChannelGroup], ranked: Ranked, request
     """The choice that keeps the budget."""
     choice = landed(budget, picked, ranked, request)
     if choice is None:
-        raise budget.refusal()
+        raise budget.refusal(request)
     return choice
 
 

@@ -86,6 +86,12 @@ class ChannelRequest:
         return budget in dict(self.budgets)
 
     @property
+    def bounds(self) -> dict[str, float]:
+        """What bounds the units that a group loses, by option, beyond what always does."""
+        free = {"max_per_group": 1, "at_least": 1}
+        return {name: getattr(self, name) for name, value in free.items() if getattr(self, name) != value}
+
+    @property
     def sizes(self) -> list[str]:
         """The budgets of MACs and of parameters."""
         return [name for name, _ in self.budgets if name in SIZES]

@@ -91,6 +91,8 @@ class Choose(_Table):
     """Kinds of groups, as "channel", "head", "width"; empty: those of the default."""
     round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Channel counts are multiples of it."""
+    max_per_group: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The largest share of a group that goes."""
     runnable: bool = False
     """Leave what the model's own class can have."""
 

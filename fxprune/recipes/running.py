@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -54,7 +55,9 @@ def run(
         >>> run(read("recipe.toml"), "out").macs
         (9204, 4602)
     """
-    folder = _prepared(Path(folder), recipe, overwrite)
+    folder = Path(folder)
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    _prepare(folder, recipe, overwrite)
     work = Work(recipe, folder)
     planned = list(stages(work))
     outcome = _so_far(folder, recipe)
@@ -76,6 +79,9 @@ def run(
         except Exception:
             if not outcome.stages:  # nothing to go on from
                 shutil.rmtree(folder / _STATE)
+                with contextlib.suppress(OSError):  # something else is there now
+                    for each in missing:
+                        each.rmdir()
             raise
         outcome.stages[name] = plain(record | {"seconds": time.perf_counter() - begin})
         kept = folder / _STATE / f"{name}.fxp"
@@ -95,8 +101,8 @@ def versions() -> dict[str, str]:
     return {"fxprune": __version__, **libraries, "python": platform.python_version(), "machine": platform.machine()}
 
 
-def _prepared(folder: Path, recipe: Recipe, overwrite: bool) -> Path:
-    """The folder, made, with nothing of another recipe in it."""
+def _prepare(folder: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Make the folder, with nothing of another recipe in it."""
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"'{folder}' was to be the folder for the files; it is a file. Name another.")
     try:
@@ -119,7 +125,6 @@ def _prepared(folder: Path, recipe: Recipe, overwrite: bool) -> Path:
             pass
     except (OSError, FxpruneError) as error:
         raise ArgumentError(f"'{folder}' was to be the folder for the files; it cannot be written: {error}") from error
-    return folder
 
 
 def _recipe_of(path: Path) -> Recipe | None:

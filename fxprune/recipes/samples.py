@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,11 +75,18 @@ def samples(data: Data, model: Model) -> Samples:
 
 
 def tensors_of_file(path: str) -> dict[str, Tensor]:
-    """The tensors of an .npz or .safetensors file by name."""
-    if path.endswith(".safetensors"):
-        return safetensors.torch.load_file(path)
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    """The tensors of an .npz or .safetensors file by name.
+
+    Raises:
+        ArgumentError: it is not there, or no such file.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        raise ArgumentError(f"'{path}' was to hold tensors; it cannot be read: {error}") from error
 
 
 def names_of_file(path: str) -> str:

@@ -52,6 +52,7 @@ def chosen(work: Work) -> Record:
     names: dict[str, Any] = {"targets": choose.targets or None, "ignore": choose.ignore, "kinds": choose.kinds or None}
     options: dict[str, Any] = names | {
         "round_to": choose.round_to,
+        "max_per_group": choose.max_per_group,
         "runnable": work.model if choose.runnable else None,
         "seed": work.recipe.seed,
     }

@@ -50,10 +50,11 @@ def test_one_command_prunes_repairs_exports_and_reports(capsys: pytest.CaptureFi
 
 def test_a_budget_out_of_reach_exits_with_2_and_a_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, printed, _ = outcome(
-        capsys, "prune", NETWORK, *PLAIN, "--macs", 0.0001, "--out", tmp_path, "--json", "--quiet"
+        capsys, "prune", NETWORK, *PLAIN, "--macs", 0.2, "--max-per-group", 0.25, "--out", tmp_path, "--json", "--quiet"
     )
     assert code == 2
     assert "cannot be reached" in json.loads(printed)["failure"]
+    assert "loosen max_per_group=0.25" in json.loads(printed)["failure"]
     assert (tmp_path / "report.json").is_file()
 
 
@@ -124,7 +125,7 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, json.loads(printed)["title"]) == (0, "Recipe")
 
 
-@pytest.mark.parametrize(("typed", "wanted"), [("fxprune sens", "sensitivity"), ("fxprune prune --ma", "--macs")])
+@pytest.mark.parametrize(("typed", "wanted"), [("fxprune sens", "sensitivity"), ("fxprune prune --mac", "--macs")])
 def test_the_shell_completes_commands_and_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, typed: str, wanted: str
 ) -> None:

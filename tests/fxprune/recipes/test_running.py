@@ -141,6 +141,15 @@ def test_a_first_stage_that_fails_or_is_killed_leaves_the_folder_to_any_recipe(t
     with pytest.raises(RuntimeError, match="no weights at hand"):
         recipes.run(recipes.parsed(broken), tmp_path)
     assert list(tmp_path.iterdir()) == []
+    without_data = {
+        **PLAIN,
+        "model": {"source": PLAIN["model"]["source"]},
+        "data": {"source": str(tmp_path / "none.npz")},
+    }
+    for recipe, error in ((broken, RuntimeError), (without_data, ArgumentError)):
+        with pytest.raises(error, match=r"no weights|none\.npz"):
+            recipes.run(recipes.parsed(recipe), tmp_path / "out" / "of this run")
+        assert list(tmp_path.iterdir()) == []
     (tmp_path / ".stages").mkdir()
     (tmp_path / ".stages" / "trace.fxp").write_bytes(b"half")
     assert recipes.run(recipes.parsed(PLAIN), tmp_path).failure is None

@@ -183,6 +183,15 @@ def test_files_of_unequal_counts_and_folders_without_images_are_refused(tmp_path
         samples(Data(source=str(tmp_path), shape=[3, 4, 4]), MODEL)
 
 
+@pytest.mark.parametrize("name", ["none.npz", "none.safetensors", "text.npz", "text.safetensors", "objects.npz"])
+def test_a_file_without_tensors_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    for text in ("text.npz", "text.safetensors"):
+        (tmp_path / text).write_text("no tensors")
+    np.savez(tmp_path / "objects.npz", np.array([None, "a"]))
+    with pytest.raises(ArgumentError, match=f"{name}' was to hold tensors; it cannot be read: "):
+        samples(Data(source=str(tmp_path / name)), MODEL)
+
+
 def test_inputs_are_said_by_shape_or_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", np.ones((2, 3)))
     call = call_of_texts(["2x3", "mask=2x3:int64", str(tmp_path / "x.npz")])
