@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,10 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
     for node in [node for node in graph.nodes if node.target in _CHOICES and node.meta["val"].dtype == torch.bool]:
         with graph.inserting_before(node):
             _replace(node, _as_logic(graph, node))
+    for node in graph.find_nodes(op="call_function", target=aten.chunk.default):
+        if _is_of_free_size(node):
+            with graph.inserting_before(node):
+                _write_as_slices(graph, node)
     for node in [node for node in graph.nodes if node.target in _SQUEEZES]:
         with graph.inserting_before(node):
             node.replace_all_uses_with(_without_others(graph, node))
@@ -122,6 +127,28 @@ def _as_truth(graph: fx.Graph, operand: Any) -> fx.Node | bool:
     elif value.dtype == torch.bool:
         return operand
     return graph.call_function(aten.ne.Scalar, (operand, 0))
+
+
+# ---- parts of an axis
+
+
+def _is_of_free_size(node: fx.Node) -> bool:
+    """Whether the size of the axis that is cut is free: of such parts torch makes a sequence, and cannot."""
+    data, dim = node.args[0], node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    return not isinstance(data.meta["val"].shape[dim], int)  # type: ignore[union-attr, index]
+
+
+def _write_as_slices(graph: fx.Graph, chunk: fx.Node) -> None:
+    """Parts as slices: each begins where the one before ends, and the last ends where the axis does."""
+    data, count, *rest = chunk.args
+    dim = rest[0] if rest else chunk.kwargs.get("dim", 0)
+    call = graph.call_function
+    size = call(aten.sym_size.int, (data, dim))
+    longest = call(operator.floordiv, (call(operator.add, (size, count - 1)), count))  # type: ignore[operator]
+    for item in list(chunk.users):
+        place = item.args[1]
+        begin, end = (call(operator.mul, (longest, i)) for i in (place, place + 1))  # type: ignore[operator]
+        _replace(item, call(aten.slice.Tensor, (data, dim, begin, end)))
 
 
 # ---- axes of size one

@@ -319,3 +319,21 @@ def test_values_that_are_checked_leave_the_rest(tmp_path: Path) -> None:
     x = torch.randn(2, 3)
     session = exported(Checked(), x, tmp_path / "model.onnx")
     np.testing.assert_array_equal(session.run(None, {"x": x.numpy()})[0], (x + 2).numpy())
+
+
+class Halves(nn.Module):
+    """A batch cut into halves, as guidance without a classifier does, and three of them into parts."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        first, second = x.chunk(2)
+        return first - second, *torch.cat([x.relu(), x, -x]).chunk(3), x.mT.chunk(2, dim=1)[1]
+
+
+def test_a_batch_is_cut_into_parts(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 8)
+    traced = fxprune.trace(Halves(), x, dynamic_shapes=({0: 2 * Dim("half"), 1: Dim("rows", max=99)},), modes=("eval",))
+    fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for data in (x, torch.randn(6, 2, 8)):
+        for found, wanted in zip(session.run(None, {"x": data.numpy()}), Halves()(data), strict=True):
+            np.testing.assert_array_equal(found, wanted.numpy())
