@@ -135,7 +135,7 @@ def _as_truth(graph: fx.Graph, operand: Any) -> fx.Node | bool:
 def _is_of_free_size(node: fx.Node) -> bool:
     """Whether the size of the axis that is cut is free: of such parts torch makes a sequence, and cannot."""
     data, dim = node.args[0], node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    return not isinstance(data.meta["val"].shape[dim], int)  # type: ignore[union-attr, index]
+    return not isinstance(data.meta["val"].shape[dim], int)  # type: ignore[union-attr]
 
 
 def _write_as_slices(graph: fx.Graph, chunk: fx.Node) -> None:

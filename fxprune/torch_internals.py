@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributions import Distribution
 from torch.export import Dim
 from torch.export.dynamic_shapes import _DerivedDim as DerivedDim
 from torch.export.dynamic_shapes import _DimHint as DimHint
@@ -64,6 +65,7 @@ __all__ = [
     "decomposes_itself",
     "derived_dimension",
     "dimension_hint",
+    "distributions_unchecked",
     "fake_cpu_tensor",
     "fake_like",
     "fake_tensor",
@@ -222,6 +224,17 @@ def guards_ignored(mode: FakeTensorMode) -> Iterator[None]:
     """Answer questions about the free sizes of a capture for the sample's, and learn nothing of it."""
     with contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards():
         yield
+
+
+@contextlib.contextmanager
+def distributions_unchecked() -> Iterator[None]:
+    """Let distributions not look at the values of their parameters, where nobody asks for it: that only raises."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 @contextlib.contextmanager

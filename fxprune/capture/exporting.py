@@ -31,7 +31,7 @@ from fxprune.capture.structures import outputs_registered
 from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
 from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.traced import MODES
-from fxprune.torch_internals import any_recurrent_length, conversions_checked
+from fxprune.torch_internals import any_recurrent_length, conversions_checked, distributions_unchecked
 
 aten = torch.ops.aten
 _PRODUCTS = (
@@ -171,6 +171,7 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
         SizeLog.of(model) as sizes,
         outputs_registered(model),
         any_recurrent_length(),
+        distributions_unchecked(),
         conversions_checked(),
         warnings.catch_warnings(record=True) as caught,
         torch.enable_grad(),

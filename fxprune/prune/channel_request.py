@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -252,8 +253,8 @@ def chosen_among(
     ]
     if not picked:
         meant = [g for g in groups if wanted is not None and _matches(g, wanted, ("writer",))]
-        staying = {g.reason for g in meant if g.reason} or {g.reason for g in groups if g.reason}
-        reasons = "; ".join(sorted(staying)[:3]) or "there are no groups"
+        staying = Counter(g.reason for g in meant if g.reason) or Counter(g.reason for g in groups if g.reason)
+        reasons = "; ".join(reason for reason, _ in staying.most_common(3)) or "there are no groups"
         wide = sum(g.kind == Kind.WIDTH for g in usable) if kinds is None and wanted is None else 0
         hint = f', {wide} of the kind "width", which kinds="width" asks for' if wide else ""
         raise PruningError(f"no group is left to prune: {len(usable)} may be pruned at all{hint}. {reasons}.")

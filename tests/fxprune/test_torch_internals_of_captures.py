@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Distribution, Normal
 
 import fxprune
 from fxprune import torch_internals as internals
@@ -93,3 +94,17 @@ def test_functions_applied_hears_of_functions_by_class_and_by_a_method_taken_bef
         kind.apply(x)
     kind.apply(x)
     assert heard == [Doubled, Doubled]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_distributions_unchecked_look_at_no_values_and_then_do_as_before(before: bool) -> None:
+    standard = Distribution._validate_args
+    Distribution.set_default_validate_args(before)
+    try:
+        with internals.distributions_unchecked():
+            Normal(0.0, torch.tensor(-1.0))
+            with pytest.raises(ValueError, match="constraint"):
+                Normal(0.0, torch.tensor(-1.0), validate_args=True)
+        assert Distribution._validate_args is before
+    finally:
+        Distribution.set_default_validate_args(standard)

@@ -458,3 +458,26 @@ def test_a_refusal_prints_nothing_besides(capfd: pytest.CaptureFixture[str]) -> 
     with pytest.raises(CaptureError):
         fxprune.trace(Branch(), (torch.randn(2, 3),))
     assert capfd.readouterr() == ("", "")
+
+
+class Likelihood(nn.Module):
+    """A distribution of each step ahead, and how likely what came was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.scale = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, past: torch.Tensor, came: torch.Tensor) -> torch.Tensor:
+        scale = nn.functional.softplus(self.scale(past))
+        return -torch.distributions.Normal(self.mean(past), scale).log_prob(came)
+
+
+def test_distributions_are_captured_and_eager_checks_their_values_as_before() -> None:
+    model = Likelihood()
+    past, came = torch.randn(4, 3), torch.randn(4, 1)
+    traced = fxprune.trace(model, (past, came))
+    for mode in (True, False):
+        assert torch.equal(traced.train(mode)(past, came), model.train(mode)(past, came))
+    assert torch.equal(traced(past[:3], came[:3]), model(past[:3], came[:3]))
+    with pytest.raises(ValueError, match="constraint"):
+        model(past * torch.nan, came)

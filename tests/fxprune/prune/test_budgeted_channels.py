@@ -429,3 +429,21 @@ def test_what_a_choice_leaves_is_counted_without_another_copy_of_the_weights(
     for name, value in before.items():
         held = traced.get_parameter(name if name in dict(traced.named_parameters()) else f"{name}_orig")
         assert torch.equal(held, value)
+
+
+class Returned(nn.Module):
+    """Everything is returned, and the rows of a table are looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layers = nn.Embedding(9, 4), nn.ModuleList(nn.Linear(4, 5) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = self.table(ids)
+        return x, *(layer(x) for layer in self.layers)
+
+
+def test_a_refusal_says_first_why_most_groups_stay() -> None:
+    traced = fxprune.trace(Returned(), torch.randint(9, (2, 3)), modes=("eval",))
+    with pytest.raises(PruningError, match=r"`output` .*returns it; `embedding` .*by data\.$"):
+        fxprune.prune.channels(traced, 0.5)
