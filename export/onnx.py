@@ -186,8 +186,6 @@ def to_onnx(
         with draft.usable():
             save(translation.program, file)
             written = _convert(request, draft)
-            if written.is_rewritten:
-                onnx.checker.check_model(os.fspath(file))
             verification = (
                 _verify(request, draft, translation.exported)
                 if request.proof.is_wanted
@@ -285,12 +283,10 @@ class _Written:
 
     Attributes:
         dense_size: its bytes before weights were stored sparse. notes: what that came to.
-        is_rewritten: whether it is another one than was saved.
     """
 
     dense_size: int
     notes: tuple[str, ...] = ()
-    is_rewritten: bool = True
 
 
 @dataclass(frozen=True)
@@ -404,8 +400,8 @@ def _convert(request: _Request, draft: Draft) -> _Written:
         rewrite(draft, lambda model: int8(draft.file, _feeds(request, draft)))
     dense_size = draft.size
     if not request.sparse:
-        return _Written(dense_size, is_rewritten=request.precision != "float32")
-    rewrite(draft, sparse_initializers)
+        return _Written(dense_size)
+    rewrite(draft, lambda model: sparse_initializers(model, draft.file.parent))
     count = len(onnx.load(draft.file, load_external_data=False).graph.sparse_initializer)
     note = (
         f"{count} initializers are stored sparse: {draft.size} bytes instead of {dense_size}. onnxruntime "

@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
 import onnx_ir
@@ -17,7 +18,8 @@ from fxprune.borrowing import Borrowed
 
 from .node_values import ORIGIN
 from .verification import Draft
-from .wire import GRAPH_OF_MODEL, INITIALIZER_OF_GRAPH, RAW_DATA_OF_TENSOR, begun
+from .weights import Dense, Sparse, place, write, write_beside
+from .wire import read
 
 SINGLE_FILE_BYTES = 1536 * 2**20  # weights beyond it go to a file beside: protobuf ends at 2 GiB
 MAPPED_BYTES = 32 * 2**20  # the same of a sharded module, which no process is to hold whole
@@ -48,25 +50,19 @@ def save(program: ONNXProgram, file: Path) -> None:
 
 
 def _save_in_one_file(program: ONNXProgram, file: Path) -> None:
-    """Write a model whose weights are within.
-
-    As one message they would be held three times, as tensors, as a message and as its bytes, and twice again where the
-    file is checked. So the file is put together from the bytes of smaller messages, and checked with one entry of each
-    weight.
-    """
+    """Write a model whose weights are within."""
     model, weights = _without_numbers(program)
     heads = [*model.graph.initializer]
     model.graph.ClearField("initializer")
-    starts = [_start(head, weight) for head, weight in zip(heads, weights, strict=True)]
-    onnx.checker.check_model(_with_single_entries(model, heads))
-    graph = model.graph.SerializeToString()
-    model.ClearField("graph")
-    size = len(graph) + sum(len(start) + weight.nbytes for start, weight in zip(starts, weights, strict=True))
-    with file.open("wb") as written:
-        written.write(model.SerializeToString() + begun(GRAPH_OF_MODEL, size) + graph)
-        for start, weight in zip(starts, weights, strict=True):
-            written.write(start)
-            weight.tofile(written)  # type: ignore[attr-defined]  # from where it is, without a copy
+    write(
+        model,
+        [Dense(head, weight.nbytes, _written_by(weight)) for head, weight in zip(heads, weights, strict=True)],
+        file,
+    )
+
+
+def _written_by(weight: onnx_ir.TensorProtocol) -> Callable[[BinaryIO], None]:
+    return weight.tofile  # type: ignore[attr-defined, no-any-return]  # from where it is, without a copy
 
 
 def _without_numbers(program: ONNXProgram) -> tuple[onnx.ModelProto, list[onnx_ir.TensorProtocol]]:
@@ -89,27 +85,17 @@ def _without_numbers(program: ONNXProgram) -> tuple[onnx.ModelProto, list[onnx_i
     return model, [weight for _, weight in known]
 
 
-def _start(head: onnx.TensorProto, weight: onnx_ir.TensorProtocol) -> bytes:
-    """What stands in a file before the numbers of an initializer."""
-    before: bytes = head.SerializeToString() + begun(RAW_DATA_OF_TENSOR, weight.nbytes)
-    return begun(INITIALIZER_OF_GRAPH, len(before) + weight.nbytes) + before
-
-
-def _with_single_entries(model: onnx.ModelProto, heads: list[onnx.TensorProto]) -> onnx.ModelProto:
-    """A copy of a model with initializers of one entry each, zero."""
-    small = onnx.ModelProto()
-    small.CopyFrom(model)
-    for head in heads:
-        tensor = small.graph.initializer.add()
-        tensor.CopyFrom(head)
-        tensor.dims[:] = [1] * len(head.dims)
-        tensor.raw_data = bytes(16)  # that of the widest type
-    return small
-
-
 def rewrite(draft: Draft, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:
-    """Replace a file by what `change` makes of it; its metadata, and what its nodes say of their origin, stay."""
-    model = onnx.load(draft.file)
+    """Replace a file by what `change` makes of it; its metadata, and what its nodes say of their origin, stay.
+
+    Of the weights one at a time is held.
+
+    Args:
+        draft: the file.
+        change: of a model as `wire.read` gives it. Where it leaves a weight in the file that it is in, the type that it
+            gives it says what is made of it; so does a sparse one whose values are those of a dense one there.
+    """
+    model = read(draft.file)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     origins = {
         value: entry
@@ -118,15 +104,27 @@ def rewrite(draft: Draft, change: Callable[[onnx.ModelProto], onnx.ModelProto]) 
         for value in node.output
         if entry.key == ORIGIN
     }
+    types = {place(weight): weight.data_type for weight in model.graph.initializer if weight.external_data}
     changed = change(model)
     for node in changed.graph.node:
         if not node.metadata_props:  # what the quantizer puts in its place has none
             node.metadata_props.extend(origins[value] for value in node.output if value in origins)
     onnx.helper.set_model_props(changed, metadata)
-    for part in draft.parts:
+    folder, before = draft.file.parent, draft.parts
+    dense = [Dense.of(weight, types, folder) for weight in changed.graph.initializer]
+    there = [weight for weight in changed.graph.sparse_initializer if weight.values.external_data]
+    sparse = [Sparse.of(weight, folder) for weight in there]
+    for weight in there:
+        changed.graph.sparse_initializer.remove(weight)
+    changed.graph.ClearField("initializer")
+    fresh = draft.file.with_name(_fresh(draft.file, ".onnx"))
+    if sum(weight.size for weight in dense) > SINGLE_FILE_BYTES:
+        write_beside(changed, [*dense, *sparse], fresh)
+    else:
+        write(changed, [*dense, *sparse], fresh)
+    for part in before:
         part.unlink()
-    external = sum(len(tensor.raw_data) for tensor in changed.graph.initializer) > SINGLE_FILE_BYTES
-    onnx.save(changed, draft.file, save_as_external_data=external, location=_fresh(draft.file, ".onnx.data"))
+    fresh.rename(draft.file)
 
 
 def _fresh(file: Path, suffix: str) -> str:

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import onnx
 
-GRAPH_OF_MODEL, INITIALIZER_OF_GRAPH, RAW_DATA_OF_TENSOR = 7, 5, 9  # numbers of fields
-_LEAST_BYTES = 1024  # of weights that stay in their file
+# numbers of fields
+GRAPH_OF_MODEL, INITIALIZER_OF_GRAPH, SPARSE_INITIALIZER_OF_GRAPH, RAW_DATA_OF_TENSOR = 7, 5, 15, 9
+VALUES_OF_SPARSE, INDICES_OF_SPARSE = 1, 2
+LEAST_BYTES = 1024  # of weights that stay in their file
 
 _NUMBER, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # how a field is written
 
@@ -96,7 +98,7 @@ def read(path: str | os.PathLike[str]) -> onnx.ModelProto:
 def _weight(data: mmap.mmap, field: _Field, location: str) -> onnx.TensorProto:
     head, raw = bytearray(), None
     for part in _fields(data, field.content, field.end):
-        if part.number == RAW_DATA_OF_TENSOR and part.end - part.content >= _LEAST_BYTES:
+        if part.number == RAW_DATA_OF_TENSOR and part.end - part.content >= LEAST_BYTES:
             raw = part
         else:
             head += data[part.start : part.end]

@@ -6,6 +6,7 @@ dropped when others come. What it makes of them in their size goes back to the p
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 import zlib
@@ -20,16 +21,34 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fxprune.errors import ShardingError
-from fxprune.sharding import Layout, check_values, device_of, failed_somewhere, part, sent_as, sent_object, whole
+from fxprune.sharding import (
+    Layout,
+    as_parts,
+    check_values,
+    device_of,
+    failed_somewhere,
+    part,
+    sent_as,
+    sent_object,
+    whole,
+)
 from fxprune.torch_internals import storage_users
 from fxprune.wrapper_tensors import SERIALS, View, WrapperTensor
 
 SMALL = 2**16  # bytes: a tensor of fewer is kept whole
-ROOM = 2**25  # bytes of whole tensors that are kept for the next operator; twice the largest one, where that is more
+ROOM = 2**25  # bytes of whole tensors that are kept for the next operator; the largest one, where that is more
 
 aten = torch.ops.aten
 _Ready = TypeVar("_Ready")
 _ALIKE = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+# pointwise ones that give the same bits for a part as for the whole
+_BY_PARTS = {
+    aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.abs.default, aten.logical_not.default, aten.isnan.default,
+    aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default, aten.bitwise_not.default,
+    aten._to_copy.default, aten.where.self, aten.masked_fill.Scalar,
+    *(getattr(aten, name).Scalar for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    *(getattr(aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+}  # fmt: skip
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
 
 
@@ -141,6 +160,8 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     flat, structure = pytree.tree_flatten((args, kwargs))
     given = [each for each in flat if isinstance(each, Borrowed)]
     loans = given[0]._cell.loans
+    if func in _BY_PARTS and (cell := _by_parts(func, flat, structure)) is not None:
+        return Borrowed(cell)
     wholes = {id(each._cell): loans.whole(each._cell) for each in given}
     plain = [each._taken_of(wholes[id(each._cell)]) if isinstance(each, Borrowed) else each for each in flat]
     plain_args, plain_kwargs = pytree.tree_unflatten(plain, structure)
@@ -165,6 +186,26 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return found
 
     return pytree.tree_map_only(Tensor, result_of, results)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """In an order: what a process holds of a tensor."""
+
+    number: int
+
+
+def _by_parts(func: Any, flat: Sequence[Any], structure: Any) -> _Cell | None:
+    """What an operator gives for tensors of one shape, made by each process of its parts; None where that cannot be."""
+    given = [each for each in flat if isinstance(each, Borrowed)]
+    shape, loans = given[0].shape, given[0]._cell.loans
+    if any(isinstance(each, Tensor) and not isinstance(each, Borrowed) for each in flat):
+        return None
+    if any(each._views or each.shape != shape or each.nbytes < SMALL for each in given):
+        return None
+    if any(isinstance(each, torch.device | torch.memory_format | torch.layout) for each in flat):
+        return None
+    return loans.mapped(func, [each._cell if isinstance(each, Borrowed) else each for each in flat], structure)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -232,7 +273,7 @@ class Loans:
         self._users: dict[int, int] = {}
         self._released: list[int] = []
         self._here: dict[int, weakref.ref[_Cell]] = {}  # cells with wholes, the one used last at the end
-        self._room = max([ROOM, *(2 * each.nbytes for each in tensors)])
+        self._room = max([ROOM, *(each.nbytes for each in tensors)])
         self._lost: ShardingError | None = None
         self.failure: BaseException | None = None  # on this process, while it served; the first one knows
         self._added = 0  # bytes of parts, beside those that were there
@@ -276,6 +317,34 @@ class Loans:
         cell = _Cell(self, None, like, values, form)
         self._use(cell)
         return cell
+
+    def mapped(self, func: Any, flat: Sequence[Any], structure: Any) -> _Cell | None:
+        """A cell of what an operator gives for those of one shape, which no process has whole.
+
+        Args:
+            func: pointwise. flat, structure: its arguments, as pytree has them, cells in the place of tensors.
+
+        Returns:
+            None where the cells are not spread alike.
+        """
+        cells = [each for each in flat if isinstance(each, _Cell)]
+        layouts = [self._layouts[each.like].with_form(each.form.shape, each.form.dtype) for each in cells]
+        first = layouts[0]
+        if any(
+            not each.is_simple or (each.mesh, each.placements) != (first.mesh, first.placements) for each in layouts
+        ):
+            return None
+        for cell in cells:
+            self._settle(cell)
+        forms = [each.form if isinstance(each, _Cell) else each for each in flat]
+        args, kwargs = pytree.tree_unflatten(forms, structure)
+        form, number = func(*args, **kwargs), next(self._numbers)
+        order = [_Part(each.number) if isinstance(each, _Cell) and each.number is not None else each for each in flat]
+        self._order("map", number, str(func), *pytree.tree_unflatten(order, structure))
+        found = self._agreed(lambda: self._of_parts(str(func), *pytree.tree_unflatten(order, structure)))
+        self._add(number, found)
+        self._users[number] = 1
+        return _Cell(self, number, cells[0].like, None, form)
 
     def copied(self, cell: _Cell) -> _Cell:
         """A cell of the same values, which changes by itself."""
@@ -405,8 +474,28 @@ class Loans:
                     self._give(number)
                 case ("put", number, like, shape, dtype):
                     self._get(number, like, torch.Size(shape), dtype)
+                case ("map", number, name, args, kwargs):
+                    found = self._agreed(functools.partial(self._of_parts, name, args, kwargs))
+                    if found is not None:
+                        self._add(number, found)
                 case ("end", told):
                     return told
+
+    def _of_parts(self, name: str, args: Any, kwargs: Any) -> Tensor:
+        """What an operator gives for the parts that this process holds."""
+        packet, overload = name.rpartition(".")[::2]
+        func = getattr(getattr(aten, packet.removeprefix("aten.")), overload)
+        references = [
+            self._parts[each.number] for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, _Part)
+        ]
+        args, kwargs = pytree.tree_map_only(_Part, lambda each: part(self._parts[each.number]), (args, kwargs))
+        return as_parts(func(*args, **kwargs), references[0])
+
+    def _add(self, number: int, found: Tensor) -> None:
+        """Hold parts beside those that were there."""
+        self._parts[number] = found
+        self._added += part(found).nbytes
+        self.counts.parts = max(self.counts.parts, self._added)
 
     def _give(self, number: int) -> None:
         def prepared() -> tuple[Layout, Tensor]:
@@ -468,7 +557,5 @@ class Loans:
         else:
             found = sent_as(values, layout.shape, layout.dtype, layout.mesh, layout.placements, self._rank)
             moved = found.nbytes
-        self._parts[number] = found
         self.counts.sent += moved
-        self._added += part(found).nbytes
-        self.counts.parts = max(self.counts.parts, self._added)
+        self._add(number, found)

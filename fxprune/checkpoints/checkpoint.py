@@ -110,6 +110,7 @@ def _save_whole(traced: TracedModule, path: str | os.PathLike[str], programs: bo
         with archive.open(info, "w") as member:
             for part in tensors.parts():
                 member.write(part)
+                del part  # before the next one comes
         for name_inside, content in graphs.items():
             archive.writestr(_entry(name_inside), content)
 

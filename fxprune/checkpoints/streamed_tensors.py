@@ -66,6 +66,7 @@ class StreamedTensors:
         found = hashlib.sha256()
         for part in self.parts():
             found.update(part)
+            del part  # before the next one comes
         return found.hexdigest()
 
 

@@ -26,8 +26,10 @@ import fxprune
 from fxprune.demo import DigitNet
 from fxprune.errors import ArgumentError, CompareError, ExportError, FxpruneError, InputError, ProviderWarning
 from fxprune.export import ExportReport, Session, compare, onnx_files, to_onnx
+from fxprune.export import onnx as exporting
 from fxprune.export.metadata import digest
 from fxprune.export.session import PRECISION_TOLERANCES
+from tests.tensor_memory import let_go_of_what_is_free, resident
 
 
 class Wide(nn.Module):
@@ -165,6 +167,32 @@ def test_the_digest_follows_the_weights(final: fxprune.TracedModule) -> None:
     with torch.no_grad():
         model.head.bias[0] += 1
     assert digest(traced) != before
+
+
+def test_float16_and_sparse_files_are_made_one_weight_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, width = 12, 1024
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    traced = fxprune.trace(model, (torch.randn(2, width),), modes=("eval",))
+    fxprune.prune.l1_unstructured(traced, "*.weight", 0.9)
+    traced = fxprune.finalize(traced, shrink=False)
+    size, held = layers * width * width * 4, []
+
+    def rewritten(draft: Any, change: Any) -> None:
+        let_go_of_what_is_free()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident("VmRSS")
+        onnx_files.rewrite(draft, change)
+        held.append((resident("VmHWM") - before) / size)
+
+    monkeypatch.setattr(exporting, "rewrite", rewritten)
+    half = to_onnx(traced, tmp_path / "half.onnx", precision="float16", verify=False)
+    sparse = to_onnx(traced, tmp_path / "sparse.onnx", sparse=True, verify=False)
+    assert half.size < 0.51 * size
+    assert sparse.size < 0.31 * size
+    assert max(held) < 0.2  # a weight, and what the conversion makes of it
+    assert compare(traced, half.path, sparse.path, inputs=torch.randn(3, width)).ok
 
 
 # ---- the demo's network, trained, pruned and trained on

@@ -142,17 +142,42 @@ def test_gradients_of_parameters_are_those_of_plain_ones(mesh: DeviceMesh) -> No
     assert torch.equal(parameter.grad, plain.grad)  # type: ignore[arg-type]
 
 
-def test_what_is_held_stays_below_two_wholes_and_what_nothing_uses_is_dropped(mesh: DeviceMesh) -> None:
+def test_one_whole_is_held_and_what_nothing_uses_is_dropped(mesh: DeviceMesh) -> None:
     tensors, loans = lent(mesh)
     for each in tensors:
         (each.abs() + 1).sum()
-    assert loans.counts.wholes <= 2 * VALUES[0].nbytes
+    assert loans.counts.wholes == VALUES[0].nbytes
     tensors[0].whole()
     assert loans.counts.parts <= 2 * VALUES[0].nbytes
     numbers = [loans.number_of(each * 2) for each in tensors]
     loans.end("told")
     for number, value in zip(numbers, VALUES, strict=True):
         assert torch.equal(loans.part(number).full_tensor(), value * 2)  # type: ignore[attr-defined]
+
+
+def test_pointwise_operators_need_no_whole(mesh: DeviceMesh) -> None:
+    (own, ones, twos, _), loans = lent(mesh)
+    want, one, two = VALUES[:3]
+    found = [
+        own * ones / twos,
+        own.abs() > 2,
+        torch.where(own > 0, own, twos),
+        own.double() * 0.1,
+        (own == 1).logical_not(),
+    ]
+    assert loans.counts.wholes == 0
+    assert all(isinstance(each, Borrowed) for each in found)
+    expected = [want * one / two, want.abs() > 2, torch.where(want > 0, want, two), want.double() * 0.1, want != 1]
+    for each, plain in zip(found, expected, strict=True):
+        assert each.dtype == plain.dtype
+        assert torch.equal(each.whole(), plain)
+    own.add_(1)  # written on the first process, and not in the parts yet
+    assert torch.equal((own * twos).whole(), (want + 1) * 2)
+    own.numpy()[0, 0] = 7.0
+    assert (own * twos)[0, 0] == 14
+    with pytest.raises(RuntimeError, match="bitwise_not"):
+        own.bitwise_not()
+    assert torch.equal(own * want, own.whole() * want)
 
 
 def test_a_lost_process_is_told_at_every_later_use(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +203,7 @@ def test_what_fails_before_others_wait_loses_nothing(
     def full(*given: object) -> None:
         raise MemoryError("no room")
 
-    twice = tensors[0] * 2
+    twice = tensors[0] + tensors[0]
     with monkeypatch.context() as patch:
         patch.setattr(Layout, made, full)
         with pytest.raises(MemoryError, match="no room"):
