@@ -65,8 +65,11 @@ class RemoveChannels(Pass):
         if weights := mixed_weights(traced):
             copied = copy.deepcopy(traced)
             hold_values(copied, mixed_weights(copied))
-            if _frees_more(self._analysis(copied).plan, analysis.plan):
-                hold_values(traced, weights)
+            plan = self._analysis(copied).plan
+            if _frees_more(plan, analysis.plan):
+                cut = {name for name, axes in plan.removed.items() if 1 in axes}
+                cut |= {name for name, (before, after) in plan.groups.items() if before != after}
+                hold_values(traced, [weight for weight in weights if weight.name in cut])
                 return self._analysis(traced)
         return analysis
 

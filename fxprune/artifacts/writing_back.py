@@ -12,6 +12,7 @@ from fxprune.artifacts.effort import Effort
 from fxprune.artifacts.following_configurations import sizes_as_configured, warn_of_refusal, warn_of_sizes
 from fxprune.artifacts.other_forms import follow_other_forms, other_forms
 from fxprune.artifacts.plain_copy import plain_copy
+from fxprune.artifacts.plain_layers import put_plain_layers
 from fxprune.artifacts.rehearsal import Rehearsal
 from fxprune.artifacts.restoring_norms import restore_weight_norms
 from fxprune.artifacts.statistics import check_statistics, counting, put_eps
@@ -27,7 +28,6 @@ from fxprune.graph.requirements import require_eval
 from fxprune.graph.spread_modules import in_one_process
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import shown
-from fxprune.reports import first_of
 
 
 @named_arguments
@@ -48,7 +48,8 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     has one size for several (the heads of queries, keys and values), the channels that it cannot go without come back
     as zeros, so a layer can be larger than in `final`; whole heads (`kinds` of `fxprune.prune.channels`) always fit.
     A layer that left the graph is still called by the class: it keeps what its neighbours' sizes leave of it. A
-    folded batch norm becomes the identity. An RMS norm of a narrowed stream, or a global response norm, gets the gain
+    folded batch norm becomes the identity, and a convolution that standardized its weight over channels of which some
+    went (`plan.held`) one of torch's own. An RMS norm of a narrowed stream, or a global response norm, gets the gain
     and the eps that count the channels which went; layer and group norms cannot count them, and are refused by name.
 
     A class that is built from its `config`, as those of transformers are, gets one that says the new sizes, where it
@@ -87,13 +88,6 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     require_eval(final, "write_back", WriteBackError)
     if left := reparametrized(final):
         raise WriteBackError(f"{', '.join(left[:5])}: still reparametrized. Give what fxprune.finalize returns.")
-    if final.plan is not None and final.plan.held:
-        raise WriteBackError(
-            f"{type(model).__name__} standardizes {first_of(final.plan.held, 3)} over all that is read, of which some "
-            "went: what it would compute from the rest is something else. Choose channels with "
-            "prune.channels(..., runnable=model), which keeps what such weights read, or store the finalized module: "
-            "fxprune.save(final, path), and fxprune.load(path)."
-        )
     return written_with_zeros(final, model)[0]
 
 
@@ -111,6 +105,7 @@ def written_with_zeros(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         written = plain_copy(model)
+        put_plain_layers(written, final)
         flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         copied = WorkingCopy(written, final)
         unread = unread_tensors(written, final.graphs.values()) - copied.plan.kept.keys()

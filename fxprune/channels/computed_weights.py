@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,13 +76,20 @@ def hold_values(traced: TracedModule, weights: Sequence[ComputedWeight]) -> None
     traced.recompile()
 
 
-def with_plain_weights(plain: TracedModule) -> TracedModule:
-    """A module, to be read only, with such weights as plain ones, as `finalize` leaves them; itself without any."""
-    if not mixed_weights(plain):
+def with_plain_weights(plain: TracedModule, names: Collection[str] | None = None) -> TracedModule:
+    """A module, to be read only, with such weights as plain ones, as `finalize` leaves them; itself without any.
+
+    All, or those of these names.
+    """
+    if not _of_names(mixed_weights(plain), names):
         return plain
     copied = copy.deepcopy(plain, {id(tensor): tensor for tensor in tensors_of(plain).values()})
-    hold_values(copied, mixed_weights(copied))
+    hold_values(copied, _of_names(mixed_weights(copied), names))
     return copied
+
+
+def _of_names(weights: Sequence[ComputedWeight], names: Collection[str] | None) -> list[ComputedWeight]:
+    return [weight for weight in weights if names is None or weight.name in names]
 
 
 HELD = "fxprune_held"

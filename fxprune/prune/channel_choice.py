@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fxprune import driver
+from fxprune.artifacts.plain_layers import plain_in_class
 from fxprune.channels.budget import masks
 from fxprune.channels.computed_weights import with_plain_weights
 from fxprune.channels.foresight import classes_left, foresee, forget, sizes_left
@@ -90,9 +91,10 @@ def candidates(
 ) -> Candidates:
     """What is chosen from, within what is known of a class; the same for requests that differ in values of budgets."""
     plain = driver.plain_view(before)
-    plain = with_plain_weights(plain) if limits is None else plain
-    grouping = Grouping(plain, for_class=limits is not None)
+    names, staying = (None, {}) if limits is None else plain_in_class(plain, limits.model)
+    grouping = Grouping(with_plain_weights(plain, names), for_class=limits is not None)
     if limits is not None:
+        limits.staying |= staying
         grouping = runnable_groups(grouping, limits, lambda groups: chosen_groups(groups, request))
     picked, lacking = scorable(grouping, chosen_groups(grouping.groups, request), request.importance)
     decided = before.decided | _written_axes(picked)

@@ -24,14 +24,16 @@ class Standardized(nn.Conv2d):
 class Scaled(nn.Conv2d):
     """The same with a gain for each row, and statistics taken in another way."""
 
-    def __init__(self, *sizes: int, groups: int = 1) -> None:
-        super().__init__(*sizes, groups=groups)
-        self.gain = nn.Parameter(torch.rand(sizes[1], 1, 1, 1) + 0.5)
+    def __init__(
+        self, columns: int, rows: int, kernel: int, stride: int = 1, padding: int = 1, groups: int = 1
+    ) -> None:
+        super().__init__(columns, rows, kernel, stride, padding, groups=groups)
+        self.gain = nn.Parameter(torch.rand(rows, 1, 1, 1) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         variance, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True, correction=0)
         weight = self.gain * (self.weight - mean) * torch.rsqrt(variance + 1e-5)
-        return nn.functional.conv2d(x, weight, self.bias, padding=1, groups=self.groups)
+        return nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding, groups=self.groups)
 
 
 class Stream(nn.Module):
@@ -77,8 +79,10 @@ def test_what_is_standardized_over_goes_once_the_values_stand_in_its_place(
     path = tmp_path / "file.fxp"
     fxprune.save(final, path)
     assert torch.equal(fxprune.load(path).eval()(x), final.eval()(x))
-    with pytest.raises(WriteBackError, match=r"standardizes .* over all that is read.*runnable=model"):
-        fxprune.write_back(final.eval(), model)
+    small = fxprune.write_back(final.eval(), model)
+    torch.testing.assert_close(small(x), traced.eval()(x), rtol=1e-9, atol=1e-9)
+    assert type(small.inner[1]) is nn.Conv2d
+    assert type(small.stem) is kind  # of which no input went
     again = fxprune.finalize(traced.eval(), plan=plan, verify=False)
     assert torch.equal(again.eval()(x), final.eval()(x))
     fxprune.export.to_onnx(final.float(), tmp_path / "file.onnx")
@@ -106,12 +110,48 @@ def test_weights_stay_computed_where_nothing_goes_that_they_read() -> None:
     assert "outer.0.gain" in dict(final.named_parameters())
 
 
-def test_what_is_standardized_over_stays_where_the_class_is_to_run_and_the_refusal_says_so() -> None:
+class Active(Standardized):
+    """One that does more than a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_what_is_standardized_over_stays_where_no_layer_of_torch_does_the_same_and_refusals_say_so() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(Standardized(3, 16, 3), nn.ReLU(), Standardized(16, 16, 3), nn.ReLU(), Standardized(16, 4, 3))
-    traced = fxprune.trace(model.eval(), torch.randn(2, 3, 6, 6), modes=("eval",))
+    model = nn.Sequential(Active(3, 16, 3), Active(16, 16, 3), Active(16, 4, 3)).eval()
+    traced = fxprune.trace(model, torch.randn(2, 3, 6, 6), modes=("eval",))
     with pytest.raises(PruningError, match="statistics over it"):
         fxprune.prune.channels(traced, macs=0.7, round_to=1, runnable=model)
+    fxprune.prune.channels(traced, macs=0.7, round_to=1)
+    with pytest.raises(WriteBackError, match=r"1 \(Active\) standardizes .* over all that is read.*runnable=model"):
+        fxprune.write_back(fxprune.finalize(traced), model)
+
+
+class Padded(Scaled):
+    """One that pads what it reads, the same on both sides where its stride is one."""
+
+    def __init__(self, columns: int, rows: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(columns, rows, 3, stride, 0, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1) if self.stride == (1, 1) else (0, 1, 0, 1)))
+
+
+def test_channels_are_chosen_for_a_class_as_far_as_layers_of_torch_do_the_same() -> None:
+    torch.manual_seed(0)
+    layers = [Padded(3, 16), Padded(16, 16), Padded(16, 16, 2, 4), Padded(16, 16)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 4)).double().eval()
+    x = torch.randn(2, 3, 6, 6).double()
+    traced = fxprune.trace(model, x, modes=("eval",))
+    fxprune.prune.channels(traced, macs=0.7, round_to=1, runnable=model)
+    final = fxprune.finalize(traced)
+    assert final.plan is not None
+    assert final.plan.held == ("1.weight",)
+    small = fxprune.write_back(final, model)
+    assert [type(layer) for layer in small[:4]] == [Padded, nn.Conv2d, Padded, Padded]
+    assert small[1].padding == (1, 1)
+    torch.testing.assert_close(small(x), traced(x), rtol=1e-9, atol=1e-9)
 
 
 def test_an_optimizer_goes_on_without_the_state_of_weights_that_are_others_now() -> None:
