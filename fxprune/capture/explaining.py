@@ -154,7 +154,7 @@ def eager_failure(model: nn.Module, sample: Sample, mode: str) -> SampleError | 
     The model runs once, on copies of the inputs, and is left as it was.
     """
     args, kwargs = cloned((sample.args, dict(sample.kwargs)))
-    with attributes_kept(model), generators_kept(), preserved(model), torch.enable_grad():
+    with attributes_kept(model), generators_kept(), preserved(model, parameters=True), torch.enable_grad():
         try:
             model.train(mode == "train")
             model(*args, **kwargs)

@@ -28,6 +28,7 @@ from fxprune.capture.protection import (
 from fxprune.capture.sample import Sample
 from fxprune.capture.stand_ins import is_stood_in
 from fxprune.capture.structures import outputs_registered
+from fxprune.capture.unrecorded import refuse_exchanges, unrecorded
 from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
 from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.traced import MODES
@@ -160,6 +161,10 @@ def _export_free(model: nn.Module, sample: Sample, mode: str) -> tuple[Exported 
 
 
 def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_given: bool = False) -> Exported:
+    def export() -> ExportedProgram:
+        kwargs = dict(sample.kwargs) or None
+        return torch.export.export(model, sample.args, kwargs, dynamic_shapes=shapes, strict=False)
+
     with (
         attributes_kept(model),
         generators_kept() as drawn,
@@ -180,11 +185,13 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
         try:
             forget_kept_tensors(model)
             model.train(mode == "train")
-            kwargs = dict(sample.kwargs) or None
-            program = torch.export.export(model, sample.args, kwargs, dynamic_shapes=shapes, strict=False)
+            program = export()
+            refuse_exchanges(program, model, mode, export)
+        except CaptureError:
+            raise
         except Exception as error:
             axes = free_axes(model, sample, shapes) if sizes_given else None
-            raise explained(error, model, mode, axes, sizes) from error
+            raise (unrecorded(error, model, mode, export) or explained(error, model, mode, axes, sizes)) from error
         draws = drawn()
     if draws:
         raise CaptureError(

@@ -60,7 +60,7 @@ def check_gradients(model: nn.Module, program: ExportedProgram, sample: Sample, 
         names: what may have gradients of its own.
     """
     by_name = dict(model.named_parameters(remove_duplicate=False))
-    with attributes_kept(model), generators_kept(), preserved(model), torch.enable_grad():
+    with attributes_kept(model), generators_kept(), preserved(model, parameters=True), torch.enable_grad():
         model.train()
         try:
             expected = _gradients(model, sample, dict(model.named_parameters()))

@@ -14,11 +14,16 @@ from fxprune.graph.seeding import generators_of
 
 
 @contextlib.contextmanager
-def preserved(module: nn.Module) -> Iterator[None]:
+def preserved(module: nn.Module, *, parameters: bool = False) -> Iterator[None]:
     """Leave a module as it is found: modes of all submodules, values and objects of buffers, dtypes of
     parameters, values of those that a graph writes into, and random generators.
 
     A buffer that is given another size meanwhile keeps what it is given.
+
+    Args:
+        module: any.
+        parameters: whether the values of all its parameters are kept, at the cost of their memory: for code of the
+            user's own, which may write into them.
 
     The generators are torch's of the CPU and of the CUDA devices that the module's tensors are on; seed them inside.
 
@@ -30,7 +35,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
     slots = [
         (part._buffers, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None
     ]
-    kept = [buffer for _, _, buffer in slots] + [parameter for part in module.modules() for parameter in _written(part)]
+    kept: list[torch.Tensor] = [buffer for _, _, buffer in slots]
+    kept += module.parameters() if parameters else [p for part in module.modules() for p in _written(part)]
     values = {id(tensor): by_vectors(torch.clone, tensor.detach()) for tensor in kept}
     contents = [(parameter, parameter.data) for parameter in module.parameters()]
     with generators_of(module):
@@ -38,8 +44,8 @@ def preserved(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             for parameter, content in contents:
-                if parameter.dtype != content.dtype:  # a forward has converted the module
-                    parameter.data = content
+                if parameter.dtype != content.dtype or (parameters and parameter.data_ptr() != content.data_ptr()):
+                    parameter.data = content  # it was converted, or given other values
             for buffers, name, buffer in slots:
                 buffers[name] = buffer
             for tensor in kept:
