@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -30,6 +31,7 @@ from fxprune.graph.snapshot import preserved
 from fxprune.graph.spellings import respelled
 from fxprune.graph.states import check_state
 from fxprune.graph.switching import is_frozen, read_option, set_option, switch
+from fxprune.graph.ties import ties_kept
 from fxprune.reports import first_of
 from fxprune.sharding import gathered, is_managed, spread_state
 from fxprune.torch_internals import ASKED_BEFORE_BROADCAST, calls_kept, state_of_generated_code
@@ -409,6 +411,8 @@ class TracedModule(ReadByName, fx.GraphModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch; the keys of legacy norms (`weight_g`, `weight_v`) and parametrizations stand for each other.
 
+        With `assign=True` parameters that were tied are so again, where they are given the same values.
+
         Raises:
             ArgumentError: parameters have no values, and are not to be replaced (`assign=True`).
             StateDictError: names or shapes differ; nothing was loaded then. ArgumentTypeError: it is no state dict.
@@ -421,7 +425,8 @@ class TracedModule(ReadByName, fx.GraphModule):
         own = self.state_dict()
         given = respelled(state_dict, own.keys()) if isinstance(state_dict, Mapping) else state_dict
         check_state(given, own, strict=strict, is_finalized=self.plan is not None)
-        return super().load_state_dict(spread_state(given, own), strict, assign)
+        with ties_kept(self) if assign else contextlib.nullcontext():
+            return super().load_state_dict(spread_state(given, own), strict, assign)
 
     def prepare_states(self, prepare: Callable[[TracedModule, Mapping[str, Any], bool], Mapping[str, Any]]) -> None:
         """Let a function see each state dict before it is loaded, here or into a module that holds this one.

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import warnings
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +74,45 @@ def test_given_values_it_is_what_trace_gives_of_them() -> None:
     shapes = [{n: t.shape for n, t in module.state_dict().items()} for module in (final, expected)]
     assert shapes[0] == shapes[1]
     assert torch.equal(final(images), expected(images))
+
+
+def test_what_was_tied_is_tied_again_where_values_are_the_same() -> None:
+    eager = _Network()
+    for differs in (False, True):
+        state = copy.deepcopy(eager.state_dict())
+        state["third.weight"] = state["third.weight"] + differs
+        traced = _planned(_hollow(_Network))
+        traced.load_state_dict(state, assign=True)
+        first, third = traced.get_parameter("first.weight"), traced.get_parameter("third.weight")
+        assert (first is third) == (not differs)
+        assert len([*traced.parameters()]) == len([*eager.parameters()]) + differs
+        assert torch.equal(third, eager.third.weight + differs)
+    del state["third.weight"]  # as the transformers library stores what is tied
+    traced = _planned(_hollow(_Network))
+    traced.load_state_dict(state, strict=False, assign=True)
+    assert traced.get_parameter("third.weight") is traced.get_parameter("first.weight")
+    assert torch.equal(traced.eval()(IMAGES), eager.eval()(IMAGES))
+
+
+@pytest.mark.parametrize("caches", [False, True])
+def test_a_llama_without_values_is_grouped_and_given_them(transformers: Any, caches: bool) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    options = {"vocab_size": 40, "num_hidden_layers": 1, "tie_word_embeddings": True, "use_cache": caches, **sizes}
+    build = partial(transformers.LlamaForCausalLM, transformers.LlamaConfig(**options))
+    eager = build().eval()
+    sample = {"input_ids": torch.randint(0, 40, (2, 6))}
+    with torch.device("meta"):
+        hollow = build().eval()
+    with pytest.warns(FxpruneWarning, match="have no values"):
+        traced = fxprune.trace(hollow, kwargs=sample, modes=("eval",))
+    table = fxprune.channel_groups(traced).table()
+    assert table == fxprune.channel_groups(fxprune.trace(eager, kwargs=sample, modes=("eval",))).table()
+    traced.load_state_dict(eager.state_dict(), assign=True)
+    rotary = eager.model.rotary_emb
+    for name in ("inv_freq", "original_inv_freq"):  # which are not stored
+        traced.get_submodule("model.rotary_emb")._buffers[name] = rotary.get_buffer(name)
+    assert traced.get_parameter("lm_head.weight") is traced.get_parameter("model.embed_tokens.weight")
+    assert torch.equal(traced(**sample).logits, eager(**sample).logits)
 
 
 @pytest.mark.parametrize("is_copied", [False, True])
