@@ -53,7 +53,8 @@ from fxprune.graph.equality import error
 from fxprune.graph.interpretation import run
 from fxprune.graph.names import tensor_at
 
-LIMIT = 300
+LIMIT, PEER_LIMIT = 300, 120  # seconds of the CPU's time
+PEER_MEMORY = 16  # GB of addresses
 STEPS = ("trace", "budget", "finalize", "onnx", "back", "pretrained")
 PEER = "Torch-Pruning"
 PEER_REACHED = re.compile(r"0\.([0-6]\d\d|700), equal")  # a model that it left whole counts for nothing
@@ -272,9 +273,12 @@ def in_a_process(name: str, *, peer: bool) -> dict[str, Any]:
     """What one model gives, in a process that is forked from this one, which has imported everything."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
+    limit = PEER_LIMIT if peer else LIMIT
 
     def work() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+        if peer:
+            resource.setrlimit(resource.RLIMIT_AS, (PEER_MEMORY * 10**9, PEER_MEMORY * 10**9))
         steps = Steps(name)
         sender.send(steps.peer() if peer else steps.run())
 
@@ -287,7 +291,7 @@ def in_a_process(name: str, *, peer: bool) -> dict[str, Any]:
         process.join()
         killed = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
         first = PEER if peer else "trace"
-        return {"model": name, first: f"over {LIMIT} s" if killed else f"ended with {process.exitcode}"}
+        return {"model": name, first: f"over {limit} s" if killed else f"ended with {process.exitcode}"}
     finally:
         process.kill()
         process.join()
@@ -305,6 +309,8 @@ def rows(out: Path) -> list[dict[str, Any]]:
 def verdict(step: str, text: str) -> str:
     """What of a step's result stands in the table: "yes" or a number, "refused", "WRONG" or "failed"."""
     if step == PEER:
+        if text.startswith("MemoryError"):
+            return f"over {PEER_MEMORY} GB"
         return text if text[:2] in ("0.", "1.") or text.startswith("over") else text.split(":")[0]
     if step == "trace":
         return (
