@@ -472,7 +472,9 @@ class Likelihood(nn.Module):
         return -torch.distributions.Normal(self.mean(past), scale).log_prob(came)
 
 
-def test_distributions_are_captured_and_eager_checks_their_values_as_before() -> None:
+def test_distributions_are_captured_and_eager_checks_their_values_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch.compile turns these checks off for the rest of a process
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     model = Likelihood()
     past, came = torch.randn(4, 3), torch.randn(4, 1)
     traced = fxprune.trace(model, (past, came))
