@@ -50,6 +50,10 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
     for node in [node for node in graph.nodes if node.target in _CHOICES and node.meta["val"].dtype == torch.bool]:
         with graph.inserting_before(node):
             _replace(node, _as_logic(graph, node))
+    for node in graph.find_nodes(op="call_function", target=aten.unsqueeze.default):
+        if node.meta["val"].is_complex():
+            with graph.inserting_before(node):
+                _replace(node, _as_parts(graph, node))
     for node in graph.find_nodes(op="call_function", target=aten.chunk.default):
         if _is_of_free_size(node):
             with graph.inserting_before(node):
@@ -127,6 +131,17 @@ def _as_truth(graph: fx.Graph, operand: Any) -> fx.Node | bool:
     elif value.dtype == torch.bool:
         return operand
     return graph.call_function(aten.ne.Scalar, (operand, 0))
+
+
+# ---- complex numbers
+
+
+def _as_parts(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """An axis more among complex numbers, which torch cannot write, among their two parts."""
+    data, dim = node.args
+    parts = graph.call_function(aten.view_as_real.default, (data,))
+    more = graph.call_function(aten.unsqueeze.default, (parts, dim % node.meta["val"].dim()))  # type: ignore[operator]
+    return graph.call_function(aten.view_as_complex.default, (more,))
 
 
 # ---- parts of an axis

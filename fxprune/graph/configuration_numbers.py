@@ -74,7 +74,8 @@ def put_into(model: Any, numbers: Mapping[str, Number]) -> Callable[[], None]:
 
 def entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The values of a configuration and of those within it by name, lists of other things than numbers left out."""
-    for name, value in ({UNSAID: None} | vars(config)).items():
+    unsaid = {} if hasattr(config, UNSAID) else {UNSAID: None}  # else it is there under another name
+    for name, value in (unsaid | vars(config)).items():
         if name.startswith("_"):
             continue
         if hasattr(value, "to_dict"):

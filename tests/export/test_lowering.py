@@ -337,3 +337,24 @@ def test_a_batch_is_cut_into_parts(tmp_path: Path) -> None:
     for data in (x, torch.randn(6, 2, 8)):
         for found, wanted in zip(session.run(None, {"x": data.numpy()}), Halves()(data), strict=True):
             np.testing.assert_array_equal(found, wanted.numpy())
+
+
+class Rotated(nn.Module):
+    """Turned by angles, as by complex numbers of positions."""
+
+    def forward(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        turns = torch.polar(torch.ones_like(angles), angles)
+        numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return tuple(torch.view_as_real(numbers * turns.unsqueeze(dim)).flatten(3) for dim in (1, -2))
+
+
+def test_complex_numbers_get_an_axis(tmp_path: Path) -> None:
+    x, angles = torch.randn(2, 3, 3, 8), torch.randn(2, 3, 4)
+    traced = fxprune.trace(Rotated(), (x, angles), modes=("eval",))
+    fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    found = session.run(None, {"x": x.numpy(), "angles": angles.numpy()})
+    wanted = Rotated()(x, angles)
+    assert not torch.equal(*wanted)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), rtol=1e-5, atol=1e-6)

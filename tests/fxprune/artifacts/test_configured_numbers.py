@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fxprune
+from fxprune.graph.configuration_numbers import entries, put_back, put_numbers
 from fxprune.graph.configurations import Builds, Configuration
 
 
@@ -267,3 +268,12 @@ def test_what_a_class_made_of_numbers_is_not_built_again(monkeypatch: pytest.Mon
     assert (second.numbers, second.followers, second.proportional) == wanted[1]
     assert wanted[0] != wanted[1]
     assert len(built) == before
+
+
+def test_numbers_that_go_by_another_name_come_back_as_they_were() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Zamba2Config(attention_head_dim=8)
+    assert "head_dim" in config.attribute_map
+    assert "head_dim" not in dict(entries(config))
+    put_back(put_numbers(config, {name: 2 * value for name, value in entries(config) if name == "attention_head_dim"}))
+    assert config.attention_head_dim == 8
