@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind
 
+from fxprune.capture.carried_state import changes_noted, check_calls
 from fxprune.capture.explaining import eager_failure, explained, unfixed
 from fxprune.capture.free_axes import FreeAxis, SizeLog, fixed_axes, free_axes
 from fxprune.capture.gradients import check_gradients, own_gradients
@@ -172,6 +173,7 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
         weights_reread(model),
         untied(model),
         counted_reads(model) as reads,
+        changes_noted(model) as changed,
         own_gradients() as own,
         SizeLog.of(model) as sizes,
         outputs_registered(model),
@@ -198,6 +200,8 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
             f"{type(model).__name__} draws from Python's or numpy's random generator in {mode} mode; the graph would "
             "repeat the numbers drawn at the capture. Draw by torch inside forward, or pass the numbers as inputs."
         )
+    if changed and not is_stood_in(model):
+        check_calls(model, mode, sample, changed)
     if _returns_nothing(program):
         raise CaptureError(
             f"{type(model).__name__}.forward returns nothing in {mode} mode, so there is nothing to compute. Return "
