@@ -76,8 +76,8 @@ def check_calls(model: nn.Module, mode: str, sample: Sample, changed: list[str])
     if _are_equal(first, again):
         raise CaptureError(
             f"{type(model).__name__} was to be captured in {mode} mode and cannot be: forward changes "
-            f"{first_of(changed)}, and gives something else when it is called again on the same inputs; the graph "
-            "would repeat one call. Work around: hold what is carried in a buffer (register_buffer), or make it an "
+            f"{first_of(map(repr, changed))}, and gives something else when it is called again on the same inputs; the "
+            "graph would repeat one call. Work around: register the state as a buffer (register_buffer), or make it an "
             "input and an output."
         )
 
