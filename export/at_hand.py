@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxprune.borrowing import addressed
+from fxprune.borrowing import Borrowed, addressed
 from fxprune.capture.lifting import lift_tensors, lifted_program
 from fxprune.errors import ExportError
 from fxprune.graph.codegen import CodeGen
@@ -31,6 +31,7 @@ from fxprune.torch_internals import (
     OpOverload,
     any_recurrent_length,
     decomposes_itself,
+    fake_cpu_tensor,
     fake_like,
     guards_ignored,
     no_new_guards,
@@ -71,12 +72,17 @@ def program_at_hand(module: fx.GraphModule) -> AtHandProgram:
     mode = _mode(graph)
     reads = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     tensors = {path: addressed(tensor_at(module, path).detach()) for path in reads}
-    examples = {path: fake_like(mode, tensor) for path, tensor in tensors.items()}
+    examples = {path: _fake(mode, tensor) for path, tensor in tensors.items()}
     paths = lift_tensors(graph, examples)
     _record(graph, mode)
     program = lifted_program(graph, nn.Module(), paths, tensors, mode, AtHandProgram)
     assert isinstance(program, AtHandProgram)
     return program
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """An example of a tensor; of one that is borrowed no values come for it."""
+    return fake_cpu_tensor(mode, tensor) if isinstance(tensor, Borrowed) else fake_like(mode, tensor)
 
 
 def nothing_learned(program: AtHandProgram) -> AbstractContextManager[None]:

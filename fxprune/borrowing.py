@@ -2,6 +2,7 @@
 
 The first process has shapes and dtypes; the values of a tensor come to it, whole, when an operator reads them, and are
 dropped when others come. What it makes of them in their size goes back to the processes in parts. The others serve.
+What can be computed from parts alone (`fxprune.by_parts`) each process computes from its own, and no whole comes.
 """
 
 from __future__ import annotations
@@ -11,27 +12,29 @@ import itertools
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from fxprune.errors import ShardingError
-from fxprune.sharding import (
-    Layout,
-    as_parts,
-    check_values,
-    device_of,
-    failed_somewhere,
-    part,
-    sent_as,
-    sent_object,
-    whole,
+from fxprune.by_parts import (
+    ALIKE,
+    Held,
+    Product,
+    as_product,
+    from_bits,
+    is_by_entries,
+    is_reducing,
+    is_writing,
+    name_of,
+    nonzero_bits,
+    reduced,
+    reduced_part,
 )
+from fxprune.errors import ShardingError
+from fxprune.serving import Serving
+from fxprune.sharding import Layout, part, sent_object, whole
 from fxprune.torch_internals import storage_users
 from fxprune.wrapper_tensors import SERIALS, View, WrapperTensor
 
@@ -39,16 +42,6 @@ SMALL = 2**16  # bytes: a tensor of fewer is kept whole
 ROOM = 2**25  # bytes of whole tensors that are kept for the next operator; the largest one, where that is more
 
 aten = torch.ops.aten
-_Ready = TypeVar("_Ready")
-_ALIKE = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
-# pointwise ones that give the same bits for a part as for the whole
-_BY_PARTS = {
-    aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.abs.default, aten.logical_not.default, aten.isnan.default,
-    aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default, aten.bitwise_not.default,
-    aten._to_copy.default, aten.where.self, aten.masked_fill.Scalar,
-    *(getattr(aten, name).Scalar for name in ("eq", "ne", "lt", "le", "gt", "ge")),
-    *(getattr(aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge")),
-}  # fmt: skip
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default}
 
 
@@ -160,8 +153,8 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     flat, structure = pytree.tree_flatten((args, kwargs))
     given = [each for each in flat if isinstance(each, Borrowed)]
     loans = given[0]._cell.loans
-    if func in _BY_PARTS and (cell := _by_parts(func, flat, structure)) is not None:
-        return Borrowed(cell)
+    if (by_processes := _by_parts(func, args, kwargs, given)) is not None:
+        return by_processes
     wholes = {id(each._cell): loans.whole(each._cell) for each in given}
     plain = [each._taken_of(wholes[id(each._cell)]) if isinstance(each, Borrowed) else each for each in flat]
     plain_args, plain_kwargs = pytree.tree_unflatten(plain, structure)
@@ -188,24 +181,70 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return pytree.tree_map_only(Tensor, result_of, results)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """In an order: what a process holds of a tensor."""
-
-    number: int
-
-
-def _by_parts(func: Any, flat: Sequence[Any], structure: Any) -> _Cell | None:
-    """What an operator gives for tensors of one shape, made by each process of its parts; None where that cannot be."""
-    given = [each for each in flat if isinstance(each, Borrowed)]
-    shape, loans = given[0].shape, given[0]._cell.loans
-    if any(isinstance(each, Tensor) and not isinstance(each, Borrowed) for each in flat):
+def _by_parts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Borrowed]) -> Any:
+    """What an operator gives where every process can compute its part of it; None where wholes are needed, or here."""
+    cells = [each._cell for each in given]
+    first, loans = cells[0], cells[0].loans
+    if any(each._views for each in given) or not all(loans.is_cut_alike(first, cell) for cell in cells):
         return None
-    if any(each._views or each.shape != shape or each.nbytes < SMALL for each in given):
+    if func not in ALIKE and all(cell.held is not None for cell in cells):
         return None
-    if any(isinstance(each, torch.device | torch.memory_format | torch.layout) for each in flat):
+    if is_reducing(func, args, kwargs):
+        return reduced(func, asked(given[0], functools.partial(reduced_part, name_of(func))))
+    writes = is_writing(func)
+    if not is_by_entries(func, args, kwargs) or (writes and (args[0] is not given[0] or first.held is not None)):
         return None
-    return loans.mapped(func, [each._cell if isinstance(each, Borrowed) else each for each in flat], structure)
+    shape = first.form.shape
+    others = [each for each in args if isinstance(each, Tensor) and not isinstance(each, Borrowed)]
+    if any(each.dim() > len(shape) or torch.broadcast_shapes(each.shape, shape) != shape for each in others):
+        return None
+    cell = loans.computed(name_of(func), args, kwargs, first)
+    if not writes:
+        return Borrowed(cell)
+    loans.take_over(first, cell)
+    return given[0]
+
+
+def asked(tensor: Tensor, function: Callable[[Tensor, int], Any]) -> list[Any]:
+    """What a function gives for the parts of a tensor, computed where these are; of one that is whole, one part.
+
+    Args:
+        tensor: any.
+        function: from a part and its first index along axis 0; pickled, and so is what it gives, which is small.
+
+    Returns:
+        By part, in the order of the indices. There is more than one only of tensors that are cut along axis 0.
+    """
+    if not isinstance(tensor, Borrowed):
+        return [function(tensor.detach(), 0)]
+    cell = tensor._cell
+    if tensor._views or cell.held is not None or not cell.loans.is_in_rows(cell):
+        return [function(tensor._plain().detach(), 0)]
+    return cell.loans.asked(cell, function)
+
+
+def nonzero(tensor: Tensor) -> Tensor:
+    """Which entries of a tensor are not zero, plain; of parts a bit of each comes here."""
+    if not isinstance(tensor, Borrowed):
+        return tensor != 0
+    cell = tensor._cell
+    if cell.held is not None or tensor.dtype != cell.form.dtype or not cell.form.is_contiguous():
+        return tensor._plain() != 0
+    return tensor._taken_of(from_bits(asked(Borrowed(cell), nonzero_bits)))
+
+
+def fills_its_memory(tensor: Tensor) -> bool:
+    """Whether there is nothing beside a tensor in its memory; no values are read."""
+    if isinstance(tensor, Borrowed):
+        return tensor._cell.form.nbytes == tensor.nbytes
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def share_memory(left: Tensor, right: Tensor) -> bool:
+    """Whether tensors are views of one memory; no values are read."""
+    if isinstance(left, Borrowed) or isinstance(right, Borrowed):
+        return isinstance(left, Borrowed) and isinstance(right, Borrowed) and left._cell is right._cell
+    return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -219,7 +258,7 @@ def _is_of_their_kind(func: Any, found: Tensor, given: Sequence[Borrowed], other
     """Whether a result is made of parameters, and not of what runs through the network."""
     if func in _PRODUCTS:
         return False
-    if func in _ALIKE or torch.Tag.pointwise in func.tags:
+    if func in ALIKE or torch.Tag.pointwise in func.tags:
         return any(found.shape == each.shape for each in given)
     return all(each.nbytes < SMALL or not each.is_floating_point() for each in others)
 
@@ -235,25 +274,8 @@ def lent_as(values: Tensor, reference: Tensor) -> Tensor:
     return Borrowed(reference._cell.loans.made(values.detach(), reference._cell.like))
 
 
-@dataclass
-class Counts:
-    """Bytes of tensors, on one process.
-
-    Attributes:
-        gathered: that went to the first process when it read a tensor; there, that came.
-        sent: that came when the first process had made a tensor; there, that went.
-        parts: at the most, of parts that were held beside those of the module.
-        wholes: on the first process, at the most, of whole tensors that were kept between operators.
-    """
-
-    gathered: int = 0
-    sent: int = 0
-    parts: int = 0
-    wholes: int = 0
-
-
-class Loans:
-    """The parts of borrowed tensors on each process, by number; on the first one also what comes and goes.
+class Loans(Serving):
+    """The parts of borrowed tensors on each process, by number; what the first one asks of all, and keeps.
 
     Args:
         tensors: DTensors, alike on every process.
@@ -264,26 +286,12 @@ class Loans:
     """
 
     def __init__(self, tensors: Sequence[Tensor], rank: int) -> None:
-        check_values(*tensors)
-        self._rank = rank
-        self._parts: dict[int, Tensor] = dict(enumerate(tensors))
-        self._layouts = [Layout.of(each) for each in tensors if isinstance(each, DTensor)]
-        self.device = device_of(self._layouts[0].mesh) if self._layouts else torch.device("cpu")
+        super().__init__(tensors, rank)
         self._numbers = itertools.count(len(tensors))
         self._users: dict[int, int] = {}
         self._released: list[int] = []
         self._here: dict[int, weakref.ref[_Cell]] = {}  # cells with wholes, the one used last at the end
         self._room = max([ROOM, *(each.nbytes for each in tensors)])
-        self._lost: ShardingError | None = None
-        self.failure: BaseException | None = None  # on this process, while it served; the first one knows
-        self._added = 0  # bytes of parts, beside those that were there
-        self.counts = Counts()
-
-    def part(self, number: int) -> Tensor:
-        """What is held of a tensor that was lent, spread as the first tensors were."""
-        return self._parts[number]
-
-    # on the first process
 
     def lent(self, number: int) -> Borrowed:
         """One of the first tensors."""
@@ -318,40 +326,57 @@ class Loans:
         self._use(cell)
         return cell
 
-    def mapped(self, func: Any, flat: Sequence[Any], structure: Any) -> _Cell | None:
-        """A cell of what an operator gives for those of one shape, which no process has whole.
-
-        Args:
-            func: pointwise. flat, structure: its arguments, as pytree has them, cells in the place of tensors.
-
-        Returns:
-            None where the cells are not spread alike.
-        """
-        cells = [each for each in flat if isinstance(each, _Cell)]
-        layouts = [self._layouts[each.like].with_form(each.form.shape, each.form.dtype) for each in cells]
-        first = layouts[0]
-        if any(
-            not each.is_simple or (each.mesh, each.placements) != (first.mesh, first.placements) for each in layouts
-        ):
-            return None
-        for cell in cells:
-            self._settle(cell)
-        forms = [each.form if isinstance(each, _Cell) else each for each in flat]
-        args, kwargs = pytree.tree_unflatten(forms, structure)
-        form, number = func(*args, **kwargs), next(self._numbers)
-        order = [_Part(each.number) if isinstance(each, _Cell) and each.number is not None else each for each in flat]
-        self._order("map", number, str(func), *pytree.tree_unflatten(order, structure))
-        found = self._agreed(lambda: self._of_parts(str(func), *pytree.tree_unflatten(order, structure)))
-        self._add(number, found)
-        self._users[number] = 1
-        return _Cell(self, number, cells[0].like, None, form)
-
     def copied(self, cell: _Cell) -> _Cell:
         """A cell of the same values, which changes by itself."""
         self._settle(cell)
         assert cell.number is not None
         self._users[cell.number] += 1
         return _Cell(self, cell.number, cell.like, None, cell.form)
+
+    def is_cut_alike(self, left: _Cell, right: _Cell) -> bool:
+        """Whether the processes hold the same entries of two cells."""
+        forms = [self._layouts[cell.like].with_form(cell.form.shape, torch.bool) for cell in (left, right)]
+        return forms[0] == forms[1]
+
+    def is_in_rows(self, cell: _Cell) -> bool:
+        """Whether the parts of a cell lie one below the other, or are copies."""
+        return self._layouts[cell.like].with_form(cell.form.shape, cell.form.dtype).is_in_rows
+
+    def computed(self, name: tuple[str, str, str], args: Any, kwargs: dict[str, Any], like: _Cell) -> _Cell:
+        """A cell of what an operator gives, which each process computes from its parts."""
+        there = list[_Cell]()  # until it is computed
+
+        def told(operand: Tensor) -> Held | Product:
+            product = None if isinstance(operand, Borrowed) else as_product(operand, like.form.shape)
+            if product is not None:
+                return product
+            cell = operand._cell if isinstance(operand, Borrowed) else self.made(operand.detach(), like.like)
+            self._settle(cell)
+            assert cell.number is not None
+            there.append(cell)
+            return Held(cell.number)
+
+        number, (args, kwargs) = next(self._numbers), pytree.tree_map_only(Tensor, told, (args, kwargs))
+        self._order("compute", number, name, args, kwargs)
+        self._compute(number, name, args, kwargs)
+        self._users[number] = 1
+        found = self._parts[number]
+        form = torch.empty(found.shape, dtype=found.dtype, device="meta")
+        return _Cell(self, number, like.like, None, form)
+
+    def take_over(self, cell: _Cell, other: _Cell) -> None:
+        """Let a cell, of which no whole is here, have the parts of another one."""
+        self._forget_number(cell)
+        assert other.number is not None
+        self._users[other.number] += 1
+        cell.number, cell.form = other.number, other.form
+
+    def asked(self, cell: _Cell, function: Callable[[Tensor, int], Any]) -> list[Any]:
+        """What a function gives for the parts of a cell."""
+        self._settle(cell)
+        assert cell.number is not None
+        self._order("ask", cell.number, function)
+        return self._answers(cell.number, function)
 
     def write(self, cell: _Cell, values: Tensor) -> None:
         """Take what was written to the whole of a cell."""
@@ -450,112 +475,3 @@ class Loans:
         released, self._released = self._released, []
         self._together(lambda: sent_object((order, released), self._rank))
         self._drop(released)
-
-    def _together(self, work: Callable[[], Any]) -> Any:
-        if self._lost is not None:
-            raise self._lost
-        try:
-            return work()
-        except BaseException as error:  # such as what a user interrupts: the others wait for the rest of it
-            self._lost = ShardingError(f"the processes could not go on together: {type(error).__name__}: {error}")
-            if isinstance(error, ShardingError):
-                self._lost = error
-            raise
-
-    # on all
-
-    def serve(self) -> Any:
-        """Do what the first process asks for until its work ends; returns what it told."""
-        while True:
-            order, released = sent_object(None, self._rank)
-            self._drop(released)
-            match order:
-                case ("gather", number):
-                    self._give(number)
-                case ("put", number, like, shape, dtype):
-                    self._get(number, like, torch.Size(shape), dtype)
-                case ("map", number, name, args, kwargs):
-                    found = self._agreed(functools.partial(self._of_parts, name, args, kwargs))
-                    if found is not None:
-                        self._add(number, found)
-                case ("end", told):
-                    return told
-
-    def _of_parts(self, name: str, args: Any, kwargs: Any) -> Tensor:
-        """What an operator gives for the parts that this process holds."""
-        packet, overload = name.rpartition(".")[::2]
-        func = getattr(getattr(aten, packet.removeprefix("aten.")), overload)
-        references = [
-            self._parts[each.number] for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, _Part)
-        ]
-        args, kwargs = pytree.tree_map_only(_Part, lambda each: part(self._parts[each.number]), (args, kwargs))
-        return as_parts(func(*args, **kwargs), references[0])
-
-    def _add(self, number: int, found: Tensor) -> None:
-        """Hold parts beside those that were there."""
-        self._parts[number] = found
-        self._added += part(found).nbytes
-        self.counts.parts = max(self.counts.parts, self._added)
-
-    def _give(self, number: int) -> None:
-        def prepared() -> tuple[Layout, Tensor]:
-            held = self._parts[number]
-            layout = Layout.of(held)  # type: ignore[arg-type]
-            return layout, layout.outgoing(part(held))
-
-        ready = self._agreed(prepared)
-        if ready is None:
-            return
-        layout, own = ready
-        if layout.is_simple:
-            self.counts.gathered += layout.collect(own, None, [])
-        else:
-            self.counts.gathered += whole(self._parts[number]).nbytes - own.nbytes
-
-    def _get(self, number: int, like: int, shape: torch.Size, dtype: torch.dtype) -> None:
-        def prepared() -> tuple[Layout, Tensor]:
-            layout = self._layouts[like].with_form(shape, dtype)
-            return layout, layout.incoming()
-
-        if (ready := self._agreed(prepared)) is not None:
-            layout, own = ready
-            self._take(number, layout, own, None, [])
-
-    def _agreed(self, prepare: Callable[[], _Ready]) -> Any:
-        """What a process needs for a transfer, made before others wait for it; a collective.
-
-        Returns:
-            What `prepare` gave; None on all but the first process where it failed on one.
-
-        Raises:
-            ShardingError: on the first process, where it failed on another one.
-        """
-        ready, failure = None, None
-        try:
-            ready = prepare()
-        except BaseException as error:  # whatever it is, the others wait
-            failure = error
-        if dist.get_rank() == self._rank:
-            told = self._together(lambda: failed_somewhere(failure, self.device, self._rank))
-            if failure is not None:
-                raise failure
-            if told is not None:
-                raise ShardingError(told)
-            return ready
-        told = failed_somewhere(failure, self.device, self._rank)
-        self.failure = failure if failure is not None else self.failure
-        return ready if told is None else None
-
-    def _drop(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            found = self._parts.pop(number)
-            self._added -= part(found).nbytes if number >= len(self._layouts) else 0
-
-    def _take(self, number: int, layout: Layout, own: Tensor, values: Tensor | None, pieces: Sequence[Tensor]) -> None:
-        if layout.is_simple:
-            found, moved = layout.deal(pieces, own)
-        else:
-            found = sent_as(values, layout.shape, layout.dtype, layout.mesh, layout.placements, self._rank)
-            moved = found.nbytes
-        self.counts.sent += moved
-        self._add(number, found)

@@ -292,6 +292,21 @@ class Layout:
         cut = [each for each in self.placements if not each.is_replicate()]
         return len(cut) <= 1 and all(type(each) is Shard for each in cut)
 
+    @property
+    def is_in_rows(self) -> bool:
+        """Whether there is one piece, or they lie one below the other along the first axis."""
+        return self.is_simple and self._cut[1] == 0
+
+    @property
+    def first_row(self) -> int | None:
+        """Where the piece of this process begins; None where it has none, or another process speaks for it."""
+        start = 0
+        for piece, ranks in zip(self._chunks(torch.empty(self.shape, device="meta")), self._holders(), strict=False):
+            if ranks[0] == dist.get_rank():
+                return start
+            start += len(piece) if piece.dim() else 1
+        return None
+
     def room(self) -> Tensor:
         """Memory for the whole."""
         return torch.empty(self.shape, dtype=self.dtype, device=device_of(self.mesh))

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 import fxprune
-from fxprune import borrowing
 from fxprune.export import onnx_files
+from fxprune.serving import Counts
 from tests import sharded_networks as networks
 
 Found = dict[str, dict[str, torch.Tensor]]
@@ -40,7 +40,7 @@ def initializers(path: str) -> dict[str, torch.Tensor]:
     return {weight.name: torch.from_numpy(onnx.numpy_helper.to_array(weight).copy()) for weight in found}
 
 
-def exported(spread: Spread, folder: str) -> tuple[Found, list[borrowing.Counts]]:
+def exported(spread: Spread, folder: str) -> tuple[Found, list[Counts]]:
     """By form of the module the weights in the file; and what was borrowed, by form."""
     torch.manual_seed(0)
     masked = spread(networks.traced())

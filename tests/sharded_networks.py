@@ -20,6 +20,7 @@ import fxprune
 from fxprune import borrowing
 from fxprune.graph import spread_modules
 from fxprune.graph.spread_modules import hollow_copy
+from fxprune.serving import Counts
 
 
 class Network(nn.Module):
@@ -287,9 +288,9 @@ def finalized(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], ho
     return found
 
 
-def counted_loans() -> list[borrowing.Counts]:
+def counted_loans() -> list[Counts]:
     """The counts of all loans that are made from here on."""
-    counts = list[borrowing.Counts]()
+    counts = list[Counts]()
 
     class Watched(borrowing.Loans):
         def __init__(self, *given: Any) -> None:
@@ -300,9 +301,7 @@ def counted_loans() -> list[borrowing.Counts]:
     return counts
 
 
-def saved_in_one(
-    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], path: str
-) -> tuple[int, list[borrowing.Counts]]:
+def saved_in_one(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], path: str) -> tuple[int, list[Counts]]:
     """Write a masked network to one file; the bytes of its tensors, and what was borrowed meanwhile."""
     module = spread(traced())
     P.l1_unstructured(module, "*.weight", 0.3)
@@ -501,3 +500,50 @@ def largest_held() -> dict[str, int]:
         "of its mask": part.untyped_storage().nbytes(),
         "of its part": weight.to_local().nbytes,
     }
+
+
+class Wide(nn.Module):
+    """Layers of odd widths, a convolution and a grouped one, in which columns are sums over rows of all processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 75, 3, padding=1, bias=False)
+        self.grouped = nn.Conv2d(75, 135, 3, padding=1, groups=15)
+        self.inner, self.outer, self.head = nn.Linear(135, 257), nn.Linear(257, 131), nn.Linear(131, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.grouped(self.stem(x).relu()).relu().mean((2, 3))
+        return self.head(self.outer(self.inner(hidden).relu()).relu())
+
+
+def wide() -> fxprune.TracedModule:
+    """The wide network, with weights of such different magnitudes that sums depend on their order."""
+    torch.manual_seed(0)
+    model = Wide()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 10.0 ** torch.randint(-3, 4, parameter.shape)
+    return fxprune.trace(model.train(), (inputs(),))
+
+
+def chosen_by_sums(
+    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], importances: Collection[str]
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, tuple[float, float]]]:
+    """By importance the state of the wide network, masked; and what the first process got and sent, in its size."""
+    found, sent, unspread = dict[str, dict[str, torch.Tensor]](), dict[str, tuple[float, float]](), wide()
+    counts = counted_loans()
+    if dist.is_initialized():
+        keep_nothing_whole()
+    size = sum(parameter.nbytes for parameter in unspread.parameters())
+    for importance in importances:
+        module = spread(copy.deepcopy(unspread))
+        data: dict[str, Any] = {}
+        if importance == "taylor":
+            data = {"loader": [(x, torch.arange(4) % 3) for x in batches()], "loss": nn.functional.cross_entropy}
+        P.channels(module, macs=0.5, importance=importance, round_to=1, **data)
+        found[importance] = values(module)
+        sent[importance] = (counts[-1].gathered / size, counts[-1].sent / size) if counts else (0.0, 0.0)
+        P.l1_unstructured(module, "outer.weight", 0.2)
+        P.channels(module, macs=0.3, importance=importance, round_to=1, **data)
+        found[f"{importance}, more"] = values(module)
+    return found, sent

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fxprune.borrowing import Borrowed, nonzero
 from fxprune.channels.ids import Mask
 
 _AT_A_TIME = 2**22  # entries of a weight that are compared with zero at once
@@ -45,6 +46,8 @@ class UsedWeights:
         bits = np.zeros((groups, rows, -(-columns // 8)), np.uint8)
         if not bits.size:
             return cls(bits, columns)
+        if isinstance(table, Borrowed):  # a bit an entry comes, and not the weight
+            table = nonzero(table)
         many = max(1, _AT_A_TIME // (columns * taps))  # rows at once, or whole groups where these are small
         for group in range(0, groups, max(1, many // rows)):
             own = slice(group, group + max(1, many // rows))

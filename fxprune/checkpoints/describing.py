@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxprune.borrowing import fills_its_memory
 from fxprune.checkpoints.dimensions import dimension_to_data
 from fxprune.checkpoints.header import Header, StoredModule, StoredTensor, StoredTree
 from fxprune.checkpoints.stored_graphs import stored_graph
@@ -55,13 +56,12 @@ def _stored_tensors(traced: TracedModule) -> tuple[dict[str, StoredTensor], Tens
         place = (value.data_ptr() or id(value), value.dtype, value.shape, value.stride())
         if place not in places and not value.is_meta:
             blobs[f"state:{name}"] = _plain(value)
-        fills_its_memory = value.untyped_storage().nbytes() == value.nbytes
         stored[name] = StoredTensor(
             object=objects.setdefault(id(value), name),
             data=places.setdefault(place, name),
             parameter=isinstance(value, nn.Parameter),
             trained=value.requires_grad,
-            stride=value.stride() if fills_its_memory and not value.is_contiguous() else None,
+            stride=value.stride() if fills_its_memory(value) and not value.is_contiguous() else None,
         )
     return stored, blobs
 

@@ -17,6 +17,7 @@ from fxprune.graph.traced import TracedModule
 from fxprune.prune.importance import scores
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence, SliceScore, UnitScore
 from fxprune.prune.operands import bias_operands, gain_operands
+from fxprune.prune.slice_sums import SliceSums
 
 
 def unit_scores(
@@ -129,7 +130,7 @@ def _by_entries(
     given = evidence._asdict()
     del given["weight"]  # of inputs that curves are measured on
     entries = scores(traced, sorted(names), importance, **given)
-    return _mean_over_slices(grouping, groups, entries, lambda values, axes: values.sum(axes))
+    return _mean_over_slices(grouping, groups, entries, SliceSums(None))
 
 
 def _mean_over_slices(
@@ -143,6 +144,8 @@ def _mean_over_slices(
     def of_axis(name: str, axis: int, role: str) -> torch.Tensor | None:
         if name not in values or (only_writers and role == "reader"):
             return None
+        if isinstance(score, SliceSums) and not (axis == 1 and name in grouping.axes.grouped):
+            return score.along(values[name], axis)
         slices, within = grouping.axes.slices(name, axis, values[name])
         return score(slices if slices.dtype == torch.float64 else slices.float(), tuple(within)).flatten()
 

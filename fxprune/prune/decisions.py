@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from fxprune.borrowing import Borrowed
+from fxprune.borrowing import Borrowed, asked
+from fxprune.by_parts import checksum
 from fxprune.graph.expanded import by_vectors
 from fxprune.graph.masks import masked_views, view
 from fxprune.graph.names import locate
@@ -18,7 +18,7 @@ from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_request import ChannelRequest
 from fxprune.prune.importance_registry import IMPORTANCES
 
-_Contents = tuple[int, ...]  # by tensor
+_Contents = tuple[int, ...]  # by tensor, and by part
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,9 @@ def _contents(traced: TracedModule) -> _Contents:
     """What tells a module's weights and masks from others, however they were written: checksums of their bytes.
 
     CRC-32 finds every change of one entry and every exchange of two, and misses others once in four billion times.
-    Counters of versions would miss writes to `.data`.
+    Counters of versions would miss writes to `.data`. Of what processes hold in parts each sums up its own.
     """
     tensors = [*traced.parameters(), *(own.mask for own in masked_views(traced) if own.mask is not None)]
     normed = {locate(traced, name)[0] for name in computed_names(traced)}
     tensors += [buffer for module in normed for buffer in module.buffers()]  # a spectral norm's vectors
-    flat = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in tensors)
-    return tuple(zlib.crc32(entries.view(torch.uint8).numpy().data) for entries in flat)
+    return tuple(found for tensor in tensors for found in asked(tensor, checksum))

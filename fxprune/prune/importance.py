@@ -30,11 +30,11 @@ from fxprune.prune.importance_registry import (
     Evidence,
     Importance,
     Score,
-    SliceScore,
     UnitScore,
     register,
 )
 from fxprune.prune.mirror import find_all
+from fxprune.prune.slice_sums import SliceSums
 
 __all__ = ["IMPORTANCES", "SCORES", "Evidence", "Importance", "alive", "register", "scores", "value"]
 
@@ -245,18 +245,6 @@ def _described(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _norm(order: float) -> SliceScore:
-    def score(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
-        norms: torch.Tensor = torch.linalg.vector_norm(values, order, dim=axes)
-        return norms
-
-    return score
-
-
-def _squares(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
-    return _norm(2.0)(values, axes).square()
-
-
 def _distances(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
     """How far each slice is from the others, in sum."""
     filters = values.flatten(axes[0]).flatten(0, -2)
@@ -268,11 +256,11 @@ def _draws(evidence: Evidence) -> UnitScore:
     return lambda group: torch.rand(group.size, generator=generator, dtype=torch.float64)
 
 
-IMPORTANCES.add("l1", Importance(entries=_magnitude(1), slices=_norm(1.0), relative=True))
-IMPORTANCES.add("l2", Importance(entries=_magnitude(2), slices=_squares, relative=True))
-IMPORTANCES.add("linf", Importance(slices=_norm(torch.inf), relative=True))
+IMPORTANCES.add("l1", Importance(entries=_magnitude(1), slices=SliceSums(1.0), relative=True))
+IMPORTANCES.add("l2", Importance(entries=_magnitude(2), slices=SliceSums(2.0), relative=True))
+IMPORTANCES.add("linf", Importance(slices=SliceSums(torch.inf), relative=True))
 IMPORTANCES.add("random", Importance(entries=_random, units=_draws, relative=True))
-IMPORTANCES.add("bn", Importance(slices=_norm(1.0), reads="gains", relative=True))
+IMPORTANCES.add("bn", Importance(slices=SliceSums(1.0), reads="gains", relative=True))
 IMPORTANCES.add("fpgm", Importance(slices=_distances, reads="filters", relative=True))
 IMPORTANCES.add("taylor", Importance(entries=_taylor, relative=True))
 

@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fxprune import borrowing
-from fxprune.borrowing import Borrowed, Loans, lent_as
+from fxprune.borrowing import Borrowed, Loans, asked, fills_its_memory, lent_as, nonzero, share_memory
+from fxprune.by_parts import checksum
 from fxprune.errors import ShardingError
 from fxprune.sharding import Layout
 
@@ -203,11 +204,74 @@ def test_what_fails_before_others_wait_loses_nothing(
     def full(*given: object) -> None:
         raise MemoryError("no room")
 
-    twice = tensors[0] + tensors[0]
+    here = tensors[0].whole()
+    twice = tensors[0] * 2  # of what is here: made here, and sent later
     with monkeypatch.context() as patch:
         patch.setattr(Layout, made, full)
         with pytest.raises(MemoryError, match="no room"):
             (loans.number_of(twice), tensors[1].sum())
     assert not loans.are_lost
+    assert torch.equal(here, VALUES[0])
     assert torch.equal(loans.part(loans.number_of(twice)).full_tensor(), VALUES[0] * 2)  # type: ignore[attr-defined]
     assert torch.equal(tensors[1].whole(), VALUES[1])
+
+
+def test_what_parts_are_enough_for_brings_no_whole(mesh: DeviceMesh) -> None:
+    (own, ones, twos, zeros), loans = lent(mesh)
+    want = VALUES[0]
+    rows, columns = torch.tensor([[True], [False], [True]]), torch.tensor([True, True, False, True])
+    made = [
+        (rows & columns) * own,
+        rows.expand(3, 4) * own,
+        (own.abs() ** 2 - ones) / twos,
+        own.where(own > 0, 0),
+        own.to(torch.bfloat16),
+        torch.full_like(own, 3.0),
+    ]
+    total = torch.zeros_like(own)
+    total += own
+    total *= 2
+    zeros.copy_(rows & columns)
+    is_finite = own.isnan().any(), own.detach().aminmax(), bool((own == own).all())
+    assert loans.counts.wholes == 0
+    made.append(torch.empty_like(own).copy_(torch.arange(12.0).reshape(3, 4)))
+    plain = [
+        (rows & columns) * want,
+        rows.expand(3, 4) * want,
+        (want.abs() ** 2 - 1) / 2,
+        want.where(want > 0, 0),
+        want.to(torch.bfloat16),
+        torch.full((3, 4), 3.0),
+        torch.arange(12.0).reshape(3, 4),
+    ]
+    for found, value in zip([*made, total, zeros], [*plain, want * 2, (rows & columns).float()], strict=True):
+        assert found.dtype == value.dtype
+        assert torch.equal(found.whole(), value)
+    assert (bool(is_finite[0]), [float(end) for end in is_finite[1]], is_finite[2]) == (False, [-5.0, 6.0], True)
+    assert torch.equal(own.whole(), want)
+
+
+def test_what_rounds_by_its_place_or_needs_all_is_computed_of_wholes(mesh: DeviceMesh) -> None:
+    (own, ones, *_), loans = lent(mesh)
+    for call in (lambda: own.exp(), lambda: torch.add(own, ones, alpha=3), lambda: own.t() * ones.t(), own.sum):
+        loans.counts.wholes = 0
+        call()
+        use_others([own, own, *(loans.lent(number) for number in (1, 2, 3))])
+        assert loans.counts.wholes > 0
+
+
+def test_zeros_checksums_and_shared_memory_are_told_without_a_whole(mesh: DeviceMesh) -> None:
+    (own, ones, *_), loans = lent(mesh)
+    assert torch.equal(nonzero(own), VALUES[0] != 0)
+    assert torch.equal(nonzero(own.t()[1:]), VALUES[0].t()[1:] != 0)
+    assert torch.equal(nonzero(VALUES[0]), VALUES[0] != 0)
+    before = asked(own, checksum)
+    assert share_memory(own, own.t())
+    assert not share_memory(own, ones)
+    assert not share_memory(own, VALUES[0])
+    assert fills_its_memory(own)
+    assert not fills_its_memory(own[1:])
+    assert loans.counts.wholes == 0
+    assert before == asked(VALUES[0], checksum)
+    own[0, 0] += 1
+    assert before != asked(own, checksum)

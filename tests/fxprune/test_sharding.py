@@ -99,6 +99,18 @@ def test_channels_are_those_of_one_process_on_any_mesh(spread: Spread) -> None:
         assert_equal(want, got)
 
 
+@pytest.mark.parametrize("processes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
+def test_scores_are_summed_up_where_the_weights_are_and_no_weight_comes(processes: int) -> None:
+    importances = ("l2",) if processes == 2 else ("l1", "l2", "linf", "taylor")
+    want, _ = networks.chosen_by_sums(networks.plain, importances)
+    for rank, (got, sent) in enumerate(in_processes(processes, networks.chosen_by_sums, networks.by_fsdp, importances)):
+        assert_equal(want, got)
+        for importance, (received, given) in sent.items():
+            # batches run through whole weights, forward and backward; gradients go back in parts
+            assert received < (8.5 if importance == "taylor" else 0.5), (rank, importance)
+            assert given < (4.5 if importance == "taylor" else 0.1), (rank, importance)
+
+
 def assert_finalized_alike(processes: int, spread: Spread, how: str, folder: Path) -> None:
     for name in ("one", "several"):
         (folder / name).mkdir()

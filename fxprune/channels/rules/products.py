@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
+from fxprune.borrowing import share_memory
 from fxprune.channels.axes import Axis
 from fxprune.channels.ids import Vector
 from fxprune.channels.readers import MULTIPLIED, Bias, Reader
@@ -130,7 +131,7 @@ class _Layer:
             self._count(self.groups), self._count(self.rows), self._count(self.labels.contracted),
             folds=added.folds and ids_beside is not None, bias=place, bias_value=bias if per_row else None,
             row_axes=tuple(self.labels.right.index(label) for label in self.groups + self.rows),
-            is_view=table is None or _shares_memory(table, self.weight),
+            is_view=table is None or _is_view(table, self.weight),
         )  # fmt: skip
         known = read_weight(walk, layer)
         result = Value(tuple(axes[label] for label in self.labels.out))
@@ -207,9 +208,9 @@ class _Layer:
         return value.reshape(*counts, 1)
 
 
-def _shares_memory(table: Tensor, weight: Value) -> bool:
+def _is_view(table: Tensor, weight: Value) -> bool:
     assert weight.facts is not None
-    return table.untyped_storage().data_ptr() == weight.facts.value.untyped_storage().data_ptr()
+    return share_memory(table, weight.facts.value)
 
 
 def merged_axes(value: Value, first: int, count: int) -> Value:
