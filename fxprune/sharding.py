@@ -29,6 +29,9 @@ _LOST = (
 )
 
 
+_TOLD = 1000  # bytes of what is told of an error
+
+
 def is_sharded(tensor: object) -> bool:
     """Whether a tensor is spread over processes, if only as equal copies."""
     return isinstance(tensor, DTensor)
@@ -438,6 +441,39 @@ def failed_somewhere(failure: BaseException | None, device: torch.device, rank: 
         return None
     told = gathered_objects(None if failure is None else f"{type(failure).__name__}: {failure}", rank)
     return next((f"process {number} failed: {text}" for number, text in enumerate(told or []) if text), "")
+
+
+def told_to_all(work: Callable[[], Any], reference: Tensor | None) -> Any:
+    """What each process makes by itself; where it fails on one, all end at once. A collective of the tensor's mesh.
+
+    Args:
+        work: sends nothing. reference: a tensor over whose processes it is made; None or a plain one: here alone.
+
+    Raises:
+        BaseException: what `work` raised on this process. ShardingError: it failed on another one.
+    """
+    if not isinstance(reference, DTensor):
+        return work()
+    found, failure = None, None
+    try:
+        found = work()
+    except BaseException as error:  # whatever it is, the others wait
+        failure = error
+    mesh, kind = reference.device_mesh, reference.device_mesh.device_type
+    failed = torch.tensor([0 if failure is None else dist.get_rank() + 1], device=kind)
+    with communicating("going on together"):
+        last = DTensor.from_local(failed, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
+        if not (number := int(last)):
+            return found
+        told = torch.zeros(_TOLD, dtype=torch.int64)
+        if number == int(failed):
+            text = f"{type(failure).__name__}: {failure}".encode()[:_TOLD]
+            told[: len(text)] = torch.tensor([*text])
+        told = DTensor.from_local(told.to(kind), mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
+    if failure is not None:
+        raise failure
+    text = bytes(each for each in told.tolist() if each)
+    raise ShardingError(f"process {number - 1} failed: {text.decode(errors='replace')}")
 
 
 def sent_object(own: Any, rank: int) -> Any:

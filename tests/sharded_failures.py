@@ -14,10 +14,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.prune import L1Unstructured
 
 import fxprune
+from fxprune import serving
 from fxprune.callbacks import masks_from_states
 from fxprune.checkpoints import in_parts
+from fxprune.prune.slice_sums import SliceSums
 from fxprune.sharding import Layout
 from tests import sharded_networks as networks
 
@@ -34,7 +37,7 @@ def left_by_one(when: str, folder: str, lost: int | None = None) -> dict[str, st
         _leave_after(3 if when in {"masks", "channels", "save"} else 20, when)
     calls: dict[str, Callable[[], Any]] = {
         "masks": lambda: P.l1_unstructured(module, "*.weight", 0.3),
-        "channels": lambda: P.channels(module, macs=0.5),
+        "channels": lambda: _by_taylor(module),
         "reconstruct": lambda: fxprune.reconstruct(module, networks.batches()),
         "save": lambda: fxprune.save(module, f"{folder}/network.fxp"),
         "onnx": lambda: fxprune.export.to_onnx(module.eval(), f"{folder}/network.onnx"),
@@ -96,16 +99,33 @@ def failing_alone(what: str, folder: str, failing: int = 0) -> dict[str, str]:
         "interrupted loader": lambda: P.channels(module, importance="obs", loader=_interrupted_loader(fails)),
         "file, full": lambda: fxprune.save(module, f"{folder}/network.fxp"),
         "parts, memory": lambda: fxprune.save(module, f"{folder}/parts", parts=True),
+        "sums": lambda: P.channels(module, macs=0.5),
+        "method": lambda: P.apply(module, "*.weight", Failing() if fails else networks.Odd()),
+        "global method": lambda: P.global_unstructured(module, "*.weight", Failing if fails else networks.Odd),
+        "histogram": lambda: P.global_unstructured(module, "*.weight", L1Unstructured, amount=0.5),
     }
     start = time.perf_counter()
     try:
-        calls.get(what, lambda: P.channels(module, macs=0.5))()
+        calls.get(what, lambda: _by_taylor(module))()
         found = "nothing"
     except BaseException as error:
         found = f"{type(error).__name__}: {error}"
     # what was told by all of them can be told again
     again = networks.failures({"again": lambda: P.channels(module, targets="strange")})
     return again | {"raised": found, "seconds": str(time.perf_counter() - start), "masked": str(P.is_pruned(module))}
+
+
+def _by_taylor(module: fxprune.TracedModule) -> Any:
+    """A choice for which weights come and gradients go."""
+    loader = [(x, torch.arange(4) % 6) for x in networks.batches()]
+    return P.channels(module, macs=0.5, importance="taylor", loader=loader, loss=torch.nn.functional.cross_entropy)
+
+
+class Failing(networks.Odd):
+    """A method that fails on the process that has it."""
+
+    def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("no room")
 
 
 _FAILING: dict[str, tuple[Any, str, BaseException]] = {
@@ -115,6 +135,9 @@ _FAILING: dict[str, tuple[Any, str, BaseException]] = {
     "memory of what comes": (Layout, "incoming", MemoryError("no room")),
     "interrupted transfer": (Layout, "outgoing", KeyboardInterrupt()),
     "a defect": (Layout, "with_form", LookupError("a defect")),
+    "computing a part": (serving, "called", MemoryError("no room")),
+    "sums": (SliceSums, "_entries", MemoryError("no room")),
+    "histogram": (torch, "bincount", MemoryError("no room")),
     "file, full": (zipfile.ZipFile, "open", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
     "parts, memory": (FileSystem, "create_stream", MemoryError("no room")),
 }

@@ -12,6 +12,7 @@ import copy
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -31,7 +32,7 @@ from fxprune.graph.traced import TracedModule
 from fxprune.graph.values import unmasked
 from fxprune.prune.methods import BlockStructured, NMStructured
 from fxprune.prune.selection import keep_largest
-from fxprune.sharding import agreed, by_parts, count, is_sharded, part, same_draws, spread, whole
+from fxprune.sharding import agreed, by_parts, count, is_sharded, part, same_draws, spread, told_to_all, whole
 from fxprune.torch_internals import ConvTransposeNd, name_pruning_method, pruning_methods
 
 
@@ -72,13 +73,26 @@ def computed(
         found = view(traced, name)
         reference = _sharded(found)
         values, mask = whole(unmasked(traced, found)), None if found.mask is None else whole(found.mask)
+        scores = whole(importance_scores) if isinstance(importance_scores, torch.Tensor) else importance_scores
         with same_draws(reference):
-            for step in pruning_methods(method):
-                _check_amount(step)
-                mask = _mask(name, step, values, mask, importance_scores)
-        assert mask is not None, "an empty container"
+            mask = told_to_all(partial(_after_all, name, method, values, mask, scores), reference)
         masks[name] = mask if reference is None else spread(mask, reference)  # one whole mask at a time
     return masks
+
+
+def _after_all(
+    name: str,
+    method: BasePruningMethod,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    importance_scores: torch.Tensor | None,
+) -> torch.Tensor:
+    """The mask of a method, or of a container of some, one after the other."""
+    for step in pruning_methods(method):
+        _check_amount(step)
+        mask = _mask(name, step, values, mask, importance_scores)
+    assert mask is not None, "an empty container"
+    return mask
 
 
 def _sharded(found: ParameterView) -> torch.Tensor | None:
@@ -358,8 +372,9 @@ def _selected(
     values, masks = list(map(whole, values)), [None if mask is None else whole(mask) for mask in masks]
     present = [torch.ones_like(v) if mask is None else mask for v, mask in zip(values, masks, strict=True)]
     scores, default = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (values, present))
-    with same_draws(next((reference for reference in references if reference is not None), None)):
-        computed = _compute(name, method, scores, default, container=True)
+    reference = next((reference for reference in references if reference is not None), None)
+    with same_draws(reference):
+        computed = told_to_all(partial(_compute, name, method, scores, default, container=True), reference)
     parts = computed.split([value.numel() for value in values])
     shaped = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
     return [own if ref is None else spread(own, ref) for own, ref in zip(shaped, references, strict=True)]
@@ -492,9 +507,8 @@ def _mask(
     method: BasePruningMethod,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    importance_scores: torch.Tensor | None,
+    scores: torch.Tensor | None,
 ) -> torch.Tensor:
-    scores = whole(importance_scores) if isinstance(importance_scores, torch.Tensor) else importance_scores
     if scores is None:
         scores = values if mask is None else mask.to(values.dtype) * values
     if not isinstance(scores, torch.Tensor):

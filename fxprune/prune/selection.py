@@ -16,7 +16,7 @@ from numbers import Integral
 import torch
 
 from fxprune.errors import PruningError
-from fxprune.sharding import Sums, as_parts, is_sharded, part, spread, total, whole
+from fxprune.sharding import Sums, as_parts, is_sharded, part, spread, told_to_all, total, whole
 
 _CHUNK = 1 << 17
 _DIGIT = 16
@@ -138,7 +138,9 @@ def _threshold(parts: Sequence[_Part], dtype: torch.dtype, count: int) -> tuple[
     """The bits of the `count`-th smallest magnitude, and how many of the `count` smallest are equal to it."""
     prefix = 0
     width = torch.finfo(dtype).bits
-    for shift in range(width - _DIGIT, -1, -_DIGIT):
+    reference = next((each.value for each in parts if is_sharded(each.value)), None)
+
+    def counted(shift: int, prefix: int) -> Sums:
         histograms = Sums()
         for each in parts:
             own = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=each.own.device)
@@ -151,7 +153,10 @@ def _threshold(parts: Sequence[_Part], dtype: torch.dtype, count: int) -> tuple[
                 found = torch.bincount(digit)
                 own[: len(found)] += found
             histograms.add(own, each.value)
-        histogram = histograms.total()
+        return histograms
+
+    for shift in range(width - _DIGIT, -1, -_DIGIT):
+        histogram = told_to_all(functools.partial(counted, shift, prefix), reference).total()
         below = histogram.cumsum(0)
         bin_ = int(torch.searchsorted(below, count))
         count -= int(below[bin_] - histogram[bin_])

@@ -45,6 +45,8 @@ FAILED_ALONE = {
     "memory of the whole": "MemoryError: no room",
     "memory of what goes": "MemoryError: no room",
     "a defect": "LookupError: a defect",
+    "computing a part": "MemoryError: no room",
+    "sums": "MemoryError: no room",
     "interrupted": "KeyboardInterrupt: ",
     "interrupted loader": "KeyboardInterrupt: ",
 }
@@ -70,11 +72,25 @@ def test_what_fails_on_the_first_process_alone_is_told_to_the_others_at_once(wha
         ("memory of what comes", "MemoryError: no room"),
         ("interrupted transfer", "KeyboardInterrupt: "),
         ("a defect", "LookupError: a defect"),
+        ("computing a part", "MemoryError: no room"),
+        ("sums", "MemoryError: no room"),
+        ("histogram", "MemoryError: no room"),
     ],
 )
 def test_what_fails_on_another_process_alone_is_told_to_all_at_once(what: str, told: str, tmp_path: Path) -> None:
     for rank, found in enumerate(in_processes(3, failures.failing_alone, what, str(tmp_path), 1)):
         assert found["raised"] == (told if rank == 1 else f"ShardingError: process 1 failed: {told}")
+        assert float(found["seconds"]) < SECONDS / 2
+        assert found["masked"] == "False"
+        assert found["again"].startswith("NameLookupError: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["method", "global method"])
+def test_a_method_that_fails_on_one_process_is_told_to_all_at_once(what: str, tmp_path: Path) -> None:
+    for rank, found in enumerate(in_processes(3, failures.failing_alone, what, str(tmp_path), 1)):
+        assert found["raised"].startswith("PruningError: " if rank == 1 else "ShardingError: process 1 failed: ")
+        assert "MemoryError: no room" in found["raised"]
         assert float(found["seconds"]) < SECONDS / 2
         assert found["masked"] == "False"
         assert found["again"].startswith("NameLookupError: ")
