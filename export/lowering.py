@@ -140,7 +140,7 @@ def _as_parts(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """An axis more among complex numbers, which torch cannot write, among their two parts."""
     data, dim = node.args
     parts = graph.call_function(aten.view_as_real.default, (data,))
-    more = graph.call_function(aten.unsqueeze.default, (parts, dim % node.meta["val"].dim()))  # type: ignore[operator]
+    more = graph.call_function(aten.unsqueeze.default, (parts, dim % node.meta["val"].dim()))
     return graph.call_function(aten.view_as_complex.default, (more,))
 
 
@@ -159,10 +159,10 @@ def _write_as_slices(graph: fx.Graph, chunk: fx.Node) -> None:
     dim = rest[0] if rest else chunk.kwargs.get("dim", 0)
     call = graph.call_function
     size = call(aten.sym_size.int, (data, dim))
-    longest = call(operator.floordiv, (call(operator.add, (size, count - 1)), count))  # type: ignore[operator]
+    longest = call(operator.floordiv, (call(operator.add, (size, count - 1)), count))
     for item in list(chunk.users):
         place = item.args[1]
-        begin, end = (call(operator.mul, (longest, i)) for i in (place, place + 1))  # type: ignore[operator]
+        begin, end = (call(operator.mul, (longest, i)) for i in (place, place + 1))
         _replace(item, call(aten.slice.Tensor, (data, dim, begin, end)))
 
 
