@@ -22,6 +22,15 @@ _LITTLE = 1e-6
 def lower(module: fx.GraphModule, opset: int | None) -> None:
     """Rewrite the graph of a module in place, for a file of an opset; it computes the same."""
     graph = module.graph
+    # these two ask what steps are in values, which steps that are put in do not have
+    for node in graph.find_nodes(op="call_function", target=aten.unsqueeze.default):
+        if node.meta["val"].is_complex():
+            with graph.inserting_before(node):
+                _replace(node, _as_parts(graph, node))
+    for node in graph.find_nodes(op="call_function", target=aten.chunk.default):
+        if _is_of_free_size(node):
+            with graph.inserting_before(node):
+                _write_as_slices(graph, node)
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         attention = _Attention.of(node)
         if not attention.dropout and not (attention.rank == 4 and opset is not None and opset >= 23):
@@ -50,14 +59,6 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
     for node in [node for node in graph.nodes if node.target in _CHOICES and node.meta["val"].dtype == torch.bool]:
         with graph.inserting_before(node):
             _replace(node, _as_logic(graph, node))
-    for node in graph.find_nodes(op="call_function", target=aten.unsqueeze.default):
-        if node.meta["val"].is_complex():
-            with graph.inserting_before(node):
-                _replace(node, _as_parts(graph, node))
-    for node in graph.find_nodes(op="call_function", target=aten.chunk.default):
-        if _is_of_free_size(node):
-            with graph.inserting_before(node):
-                _write_as_slices(graph, node)
     for node in [node for node in graph.nodes if node.target in _SQUEEZES]:
         with graph.inserting_before(node):
             node.replace_all_uses_with(_without_others(graph, node))
@@ -159,10 +160,10 @@ def _write_as_slices(graph: fx.Graph, chunk: fx.Node) -> None:
     dim = rest[0] if rest else chunk.kwargs.get("dim", 0)
     call = graph.call_function
     size = call(aten.sym_size.int, (data, dim))
-    longest = call(operator.floordiv, (call(operator.add, (size, count - 1)), count))
+    longest = call(operator.floordiv, (call(operator.add, (size, count - 1)), count))  # type: ignore[operator]
     for item in list(chunk.users):
         place = item.args[1]
-        begin, end = (call(operator.mul, (longest, i)) for i in (place, place + 1))
+        begin, end = (call(operator.mul, (longest, i)) for i in (place, place + 1))  # type: ignore[operator]
         _replace(item, call(aten.slice.Tensor, (data, dim, begin, end)))
 
 
