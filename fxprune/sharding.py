@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import Placement
 
 from fxprune.errors import ShardingError
-from fxprune.torch_internals import follow_parameters, gathered_like
+from fxprune.torch_internals import decompositions_set_aside, follow_parameters, gathered_like
 
 _LOST = (
     "Look at the other processes' errors first: one of them has ended, raised, waits for something else, or is slower "
@@ -516,7 +516,8 @@ def communicating(what: str) -> Iterator[None]:
             "or destroyed. Call torch.distributed.init_process_group before, and destroy_process_group at the end."
         )
     try:
-        yield
+        with decompositions_set_aside():
+            yield
     except ShardingError:
         raise
     except (RuntimeError, ValueError, KeyError, AssertionError) as error:

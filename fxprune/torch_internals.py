@@ -63,6 +63,7 @@ __all__ = [
     "calls_kept",
     "conversions_checked",
     "decomposes_itself",
+    "decompositions_set_aside",
     "derived_dimension",
     "dimension_hint",
     "distributions_unchecked",
@@ -402,6 +403,13 @@ def pruning_methods(method: BasePruningMethod) -> tuple[BasePruningMethod, ...]:
 
 
 # ---- modules
+
+
+@contextlib.contextmanager
+def decompositions_set_aside() -> Iterator[None]:
+    """Let operators run as outside of a decomposition; in one, DTensors wait where other processes go on."""
+    with torch._C._DisablePythonDispatcher():
+        yield
 
 
 @contextlib.contextmanager

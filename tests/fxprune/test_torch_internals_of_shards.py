@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dispatch.python import enable_python_dispatcher
 
 from fxprune import torch_internals as internals
 
@@ -90,3 +91,13 @@ def test_ASKED_BEFORE_BROADCAST_is_looked_for_before_buffers_are_written() -> No
             nn.parallel.DistributedDataParallel(layers[1])
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_decompositions_set_aside_are_there_again_afterwards() -> None:
+    key = torch._C.DispatchKey.PythonDispatcher
+    with enable_python_dispatcher():
+        with internals.decompositions_set_aside():
+            assert not torch._C._dispatch_tls_is_dispatch_key_included(key)
+            assert torch.ones(2).sum() == 2
+        assert torch._C._dispatch_tls_is_dispatch_key_included(key)
+    assert not torch._C._dispatch_tls_is_dispatch_key_included(key)
