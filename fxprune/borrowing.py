@@ -275,15 +275,7 @@ def lent_as(values: Tensor, reference: Tensor) -> Tensor:
 
 
 class Loans(Serving):
-    """The parts of borrowed tensors on each process, by number; what the first one asks of all, and keeps.
-
-    Args:
-        tensors: DTensors, alike on every process.
-        rank: of the first process.
-
-    Raises:
-        ShardingError: one has no values; on every process.
-    """
+    """`Serving`, of the same arguments, on the first process too: what that one asks of all, and keeps."""
 
     def __init__(self, tensors: Sequence[Tensor], rank: int) -> None:
         super().__init__(tensors, rank)

@@ -49,9 +49,8 @@ def is_by_entries(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> boo
         return set(kwargs) == {"dtype"}
     if func is aten.pow.Tensor_Scalar:
         return bool(args[1] == 2)
-    most = (
-        3 if func in (aten.where.self, aten.masked_fill.Scalar) else 2
-    )  # no `alpha`, which a kernel may multiply and add at once
+    # no `alpha`, which a kernel may multiply and add at once
+    most = 3 if func in (aten.where.self, aten.masked_fill.Scalar) else 2
     return func in _ENTRIES | _WRITES and not kwargs and len(args) <= most
 
 
@@ -85,9 +84,8 @@ class Product:
     def as_part_of(self, reference: Tensor) -> Tensor:
         """What belongs to this process's part of a tensor."""
         # each is cut before they are multiplied, so that nobody has the whole
-        own = [
-            part(spread(each.to(reference.device).broadcast_to(reference.shape), reference)) for each in self.factors
-        ]
+        spread_out = (each.to(reference.device).broadcast_to(reference.shape) for each in self.factors)
+        own = [part(spread(each, reference)) for each in spread_out]
         return own[0] if len(own) == 1 else functools.reduce(operator.and_, own)
 
 

@@ -97,10 +97,8 @@ def _layer(paths: ModulePaths, name: str, calls: Sequence[fx.Node]) -> nn.Module
         return None
     kind, options = found[0]
     rows, columns, *kernel = weight.shape
-    bias, options = (
-        owner._parameters.get("bias"),
-        options | {"groups": owner.groups},
-    )  # of the model, where the calls are of what is left
+    bias = owner._parameters.get("bias")
+    options["groups"] = owner.groups  # of the model, where the calls are of what is left
     layer = kind(columns * owner.groups, rows, tuple(kernel), bias=bias is not None, device="meta", **options)
     layer._parameters["weight"], layer._parameters["bias"] = weight, bias
     return layer.train(owner.training)

@@ -73,7 +73,8 @@ def refuse_exchanges(program: ExportedProgram, model: nn.Module, mode: str, expo
     """
     parts = [part for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
     if any(part.graph.find_nodes(op="call_function", target=_EXCHANGE) for part in parts):
-        raise _refusal(model, mode, ["tensor.data = ..."], export)
+        step = "tensor.data = ..."
+        raise _refusal(model, mode, [step], export) or _error(model, mode, step, "a place that was not found")
 
 
 def unrecorded(error: Exception, model: nn.Module, mode: str, export: Callable[[], object]) -> CaptureError | None:
@@ -81,14 +82,16 @@ def unrecorded(error: Exception, model: nn.Module, mode: str, export: Callable[[
     return _refusal(model, mode, [*_CURE], export) if any(text in str(error) for text in _TEXTS) else None
 
 
-def _refusal(model: nn.Module, mode: str, steps: list[str], export: Callable[[], object]) -> Any:
+def _refusal(model: nn.Module, mode: str, steps: list[str], export: Callable[[], object]) -> CaptureError | None:
     watch = _Watch(model)
     with watch.watching(model):
         export()
     step = next((step for step in steps if step in watch.found), None)
-    if step is None:
-        return None
+    return None if step is None else _error(model, mode, step, watch.found[step])
+
+
+def _error(model: nn.Module, mode: str, step: str, place: str) -> CaptureError:
     return CaptureError(
-        f"{type(model).__name__} was to be captured in {mode} mode and cannot be at {watch.found[step]}: no graph "
+        f"{type(model).__name__} was to be captured in {mode} mode and cannot be at {place}: no graph "
         f"records `{step}` in forward. Work around: {_CURE[step]}."
     )

@@ -15,7 +15,7 @@ from torch.onnx import ONNXProgram
 import fxprune
 from fxprune.export import onnx, onnx_files
 from fxprune.export.session import Session
-from tests.tensor_memory import let_go_of_what_is_free, private_bytes, resident
+from tests.tensor_memory import let_go_of_what_is_free, peak_added, private_bytes
 
 LAYERS, WIDTH = 3, 1024
 
@@ -121,11 +121,7 @@ def test_a_file_in_one_holds_one_weight_at_a_time(tmp_path: Path, monkeypatch: p
     held = []
 
     def saved(program: ONNXProgram, path: Path) -> None:
-        let_go_of_what_is_free()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = resident("VmRSS")
-        onnx_files.save(program, path)
-        held.append((resident("VmHWM") - before) / size)
+        held.append(peak_added(lambda: onnx_files.save(program, path)) / size)
 
     monkeypatch.setattr(onnx, "save", saved)
     fxprune.export.to_onnx(traced, tmp_path / "model.onnx", verify=False)

@@ -29,7 +29,7 @@ from fxprune.export import ExportReport, Session, compare, onnx_files, to_onnx
 from fxprune.export import onnx as exporting
 from fxprune.export.metadata import digest
 from fxprune.export.session import PRECISION_TOLERANCES
-from tests.tensor_memory import let_go_of_what_is_free, resident
+from tests.tensor_memory import peak_added
 
 
 class Wide(nn.Module):
@@ -180,11 +180,7 @@ def test_float16_and_sparse_files_are_made_one_weight_at_a_time(
     size, held = layers * width * width * 4, []
 
     def rewritten(draft: Any, change: Any) -> None:
-        let_go_of_what_is_free()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = resident("VmRSS")
-        onnx_files.rewrite(draft, change)
-        held.append((resident("VmHWM") - before) / size)
+        held.append(peak_added(lambda: onnx_files.rewrite(draft, change)) / size)
 
     monkeypatch.setattr(exporting, "rewrite", rewritten)
     half = to_onnx(traced, tmp_path / "half.onnx", precision="float16", verify=False)

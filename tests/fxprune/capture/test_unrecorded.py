@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.capture.unrecorded import refuse_exchanges
 from fxprune.errors import CaptureError
 
 
@@ -112,3 +113,10 @@ def test_what_is_advised_is_captured(kind: type[nn.Module]) -> None:
     for _ in range(3):
         x = torch.randn(5, 3)
         assert torch.equal(traced(x), model(x))
+
+
+def test_values_exchanged_where_no_second_capture_shows_the_line_are_refused_too() -> None:
+    model = ExchangesParameter()
+    program = torch.export.export(model, (torch.ones(2, 3),))
+    with pytest.raises(CaptureError, match=r"tensor\.data = \.\.\.` in forward"):
+        refuse_exchanges(program, model, "eval", lambda: None)
