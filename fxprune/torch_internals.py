@@ -9,6 +9,7 @@ behaviour that is relied on. `_parameters`, `_buffers`, `_modules` and `_forward
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import _trace_wrapped_higher_order_op
 from torch._export.verifier import TrainingIRVerifier
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -78,11 +80,13 @@ __all__ = [
     "gathered_like",
     "guards_ignored",
     "has_forward",
+    "indices_recorded",
     "is_composite",
     "is_erased",
     "is_inside_step",
     "is_step_of_vmap",
     "load_pt2",
+    "markers_kept",
     "name_pruning_method",
     "no_new_guards",
     "overload_of_custom_operator",
@@ -106,6 +110,10 @@ __all__ = [
     "weights_gathered_if",
 ]
 
+_DYNAMIC_MARKERS = {
+    "_dynamo_weak_dynamic_indices", "_dynamo_dynamic_indices", "_dynamo_dynamic_range", "_dynamo_static_indices",
+    "_dynamo_unbacked_indices", "_dynamo_propagated_dynamic_indices", "_has_dynamo_dim_marking",
+}  # fmt: skip
 # They print the stack of a capture that fails, which raises its error besides, and tell of sizes that were fixed.
 LOGGERS_OF_FAILED_CAPTURES = (
     "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils",
@@ -236,6 +244,34 @@ def distributions_unchecked() -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(before)
+
+
+@contextlib.contextmanager
+def indices_recorded() -> Iterator[None]:
+    """Let captures record by its operator what torch.vmap reads by index, which a graph else calls as a function."""
+    before = _trace_wrapped_higher_order_op.mod_index
+    _trace_wrapped_higher_order_op.mod_index = torch.ops.aten.index.Tensor
+    try:
+        yield
+    finally:
+        _trace_wrapped_higher_order_op.mod_index = before
+
+
+@contextlib.contextmanager
+def markers_kept(values: Iterable[Any]) -> Iterator[None]:
+    """Put back what says of tensors which axes are free: a capture that fails leaves its own, which the next obeys."""
+
+    def marks(tensor: torch.Tensor) -> dict[str, Any]:
+        return {name: copy.copy(mark) for name, mark in tensor.__dict__.items() if name in _DYNAMIC_MARKERS}
+
+    before = [(value, marks(value)) for value in values if isinstance(value, torch.Tensor)]
+    try:
+        yield
+    finally:
+        for tensor, marked in before:
+            for name in marks(tensor):
+                delattr(tensor, name)
+            tensor.__dict__.update(marked)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind
@@ -33,7 +34,13 @@ from fxprune.capture.unrecorded import refuse_exchanges, unrecorded
 from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
 from fxprune.graph.kept_tensors import forget_kept_tensors
 from fxprune.graph.traced import MODES
-from fxprune.torch_internals import any_recurrent_length, conversions_checked, distributions_unchecked
+from fxprune.torch_internals import (
+    any_recurrent_length,
+    conversions_checked,
+    distributions_unchecked,
+    indices_recorded,
+    markers_kept,
+)
 
 aten = torch.ops.aten
 _PRODUCTS = (
@@ -180,6 +187,8 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
         any_recurrent_length(),
         distributions_unchecked(),
         conversions_checked(),
+        indices_recorded(),
+        markers_kept(pytree.tree_leaves((sample.args, dict(sample.kwargs)))),
         warnings.catch_warnings(record=True) as caught,
         torch.enable_grad(),
     ):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._dynamo import _trace_wrapped_higher_order_op
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.distributions import Distribution, Normal
 
 import fxprune
@@ -108,3 +112,27 @@ def test_distributions_unchecked_look_at_no_values_and_then_do_as_before(before:
         assert Distribution._validate_args is before
     finally:
         Distribution.set_default_validate_args(standard)
+
+
+def test_masks_that_vmap_makes_of_a_tensor_read_by_index_are_operators(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        """Position 0 is seen by all; else a position sees its own kind, as transformers builds such masks."""
+
+        def forward(self, x: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+            def sees(row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+                return (key < 1) | (kinds[row, query] == kinds[row, key])
+
+            for axes in ((None, None, 0), (None, 0, None), (0, None, None)):
+                sees = torch.vmap(sees, in_dims=axes)
+            with TransformGetItemToIndex():
+                mask = sees(torch.arange(x.shape[0]), torch.arange(x.shape[1]), torch.arange(x.shape[1]))
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    x, kinds = torch.randn(2, 5, 4), torch.tensor([[0, 1, 1, 2, 2], [0, 0, 1, 1, 0]])
+    model, before = Masked().eval(), _trace_wrapped_higher_order_op.mod_index
+    traced = fxprune.trace(model, (x, kinds), modes=("eval",))
+    assert _trace_wrapped_higher_order_op.mod_index is before
+    for rows in ([0, 1], [1, 0, 1]):
+        assert torch.equal(traced(x[rows], kinds[rows]), model(x[rows], kinds[rows]))
+    report = fxprune.export.to_onnx(fxprune.finalize(traced), tmp_path / "masked.onnx")
+    assert report.inputs == ("x", "kinds")

@@ -202,3 +202,21 @@ def test_a_batch_that_the_model_fixes_is_told_with_the_line() -> None:
         BatchSpecializedWarning, match="the batch is fixed by the model at the root module .*: `return x.v"
     ):
         fxprune.trace(Fixed(), X)
+
+
+def test_a_free_batch_that_fails_is_fixed_then_and_nothing_of_it_stays_on_the_inputs() -> None:
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * {2: 3.0}[x.shape[0]]  # a free size is no key
+
+    x = X.clone()
+    with pytest.warns(BatchSpecializedWarning, match="the batch cannot be free"):
+        traced = fxprune.trace(Looks(), x, modes=("eval",))
+    assert torch.equal(traced(x), x * 3)
+    with pytest.raises(CaptureError, match="unhashable"):
+        fxprune.trace(Looks(), x, dynamic_shapes={"x": {0: Dim.AUTO}}, modes=("eval",))
+    assert not x.__dict__
+    torch._dynamo.mark_dynamic(x, 1)
+    marked = {name: set(mark) for name, mark in x.__dict__.items() if isinstance(mark, set)}
+    fxprune.trace(nn.ReLU(), x, modes=("eval",))
+    assert {name: mark for name, mark in x.__dict__.items() if isinstance(mark, set)} == marked
