@@ -14,6 +14,7 @@ from fxprune.channels.readers import Reader
 from fxprune.channels.reasons import FOR_DEAD, FOR_FIXED, ReadBy, Reason
 from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.selection import Embedding
+from fxprune.channels.used_weights import slices_with_weights
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,4 @@ def _slices(relations: Coupling, name: str, axis: int) -> tuple[Vector, Mask] | 
     ids = None if axes is None else axes[axis]
     if ids is None:
         return None
-    tensor = relations.tensors[name].detach()
-    others = [dim for dim in range(tensor.dim()) if dim != axis]
-    zero: Mask = ~(tensor != 0).any(dim=others).cpu().numpy() if others else (tensor == 0).cpu().numpy()
-    return relations.of(ids), zero
+    return relations.of(ids), ~slices_with_weights(relations.tensors[name].detach(), axis)

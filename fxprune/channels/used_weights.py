@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -78,6 +80,30 @@ class UsedWeights:
 
     def _unpacked(self, bits: NDArray[np.uint8]) -> Mask:
         return np.unpackbits(bits, axis=-1, count=self.columns).view(bool)
+
+
+def slices_with_weights(tensor: Tensor, axis: int) -> Mask:
+    """[size of the axis], which slices of a tensor hold an entry that is not zero, a part of it at a time."""
+    others = [dim for dim in range(tensor.dim()) if dim != axis]
+    found = torch.zeros(tensor.shape[axis], dtype=torch.bool)
+    if isinstance(tensor, Borrowed):  # what is compared where it is comes as a boolean an entry
+        found = (tensor != 0).any(dim=others).cpu() if others else (tensor != 0).cpu()
+    else:
+        for rows in _rows_at_a_time(tensor):
+            used = tensor[rows] != 0
+            own = (used.any(dim=others) if others else used).cpu()
+            if axis == 0:
+                found[rows] = own
+            else:
+                found |= own
+    mask: Mask = found.numpy()
+    return mask
+
+
+def _rows_at_a_time(tensor: Tensor) -> Iterator[slice]:
+    many = max(1, _AT_A_TIME // max(1, tensor[:1].numel()))
+    for start in range(0, len(tensor), many):
+        yield slice(start, start + many)
 
 
 def _packed(table: Tensor) -> NDArray[Any]:

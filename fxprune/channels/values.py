@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fxprune.borrowing import Borrowed
 from fxprune.channels.axes import ONE, Axis, Factor, Size, reduced_shape
 
 Move: TypeAlias = Callable[[Tensor], Tensor]
@@ -54,6 +55,7 @@ class Known:
         return Known(value, where, None if self.border is None else move(self.border), self.stored)
 
 
+_AT_A_TIME = 2**22  # entries that are compared at once
 _TRUE = torch.ones((), dtype=torch.bool, device="cpu")
 
 
@@ -191,9 +193,22 @@ def _uniform(facts: Known, dim: int, factors: Sequence[Factor], wanted: Sequence
     lost = [dim + i for i, (before, after) in enumerate(zip(factors, wanted, strict=True)) if _loses_ids(before, after)]
     for d in lost:
         first = value.narrow(d, 0, 1)
-        where = where.all(d, keepdim=True) & (value == first).all(d, keepdim=True)
+        where = where.all(d, keepdim=True) & _same_along(value, first, d)
         value = first
     return Known(value, where)
+
+
+def _same_along(value: Tensor, first: Tensor, dim: int) -> Tensor:
+    """Where all entries along an axis are those of `first`, some of them at a time."""
+    if isinstance(value, Borrowed):  # it is compared where it is
+        return (value == first).all(dim, keepdim=True)
+    same = torch.ones(first.shape, dtype=torch.bool, device=first.device)
+    many = max(1, _AT_A_TIME // max(1, first.numel()))
+    for start in range(0, value.shape[dim], many):
+        same &= (value.narrow(dim, start, min(many, value.shape[dim] - start)) == first).all(dim, keepdim=True)
+        if not same.any():
+            break
+    return same
 
 
 def _spread(facts: Known, dim: int, factors: Sequence[Factor]) -> Known:

@@ -24,6 +24,7 @@ from torch import Tensor
 from fxprune.borrowing import asked
 
 _LEVELS = 6  # of the tree that are summed at once, in memory that is near: 64 rows
+_AT_A_TIME = 2**22  # entries whose rows are summed, perhaps in a wider type
 _Nodes = dict[tuple[int, int], Tensor]  # by level and number the sums of subtrees
 
 
@@ -60,10 +61,13 @@ class SliceSums:
         return _root(nodes, values.shape[axis])
 
     def _of_rows(self, own: Tensor, start: int, *, count: int) -> Tensor:
-        rows = _floating(own).reshape(len(own), -1)
-        if len(rows) == 1 < count:  # of one row alone torch may divide the entries among threads
+        if len(own) == 1 < count:  # of one row alone torch may divide the entries among threads
+            rows = _floating(own).reshape(1, -1)
             return self(torch.cat([rows, rows]), (1,))[:1].cpu()
-        return self(rows, (1,)).cpu()
+        # so no part of several may have one row
+        parts = max(1, min(own.numel() // _AT_A_TIME, len(own) // 2))
+        pieces = (_floating(each).reshape(len(each), -1) for each in own.tensor_split(parts))
+        return torch.cat([self(each, (1,)).cpu() for each in pieces])
 
     def _largest(self, own: Tensor, start: int, *, axis: int) -> Tensor:
         return self(_floating(own).movedim(axis, 0).flatten(1), (1,)).cpu()

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxprune
+from fxprune.channels import used_weights, values
+from fxprune.prune import slice_sums
 from tests.tensor_memory import TensorMemory, let_go_of_what_is_free, private_bytes
 
 
@@ -59,6 +61,17 @@ def test_channels_hold_masks_and_no_masked_weights(traced: fxprune.TracedModule)
     _, peak = _peak(traced, lambda: fxprune.prune.channels(traced, macs=0.7))
     assert fxprune.finalize(traced).plan.macs[1] <= 0.7 * fxprune.finalize(traced).plan.macs[0]
     assert peak < 1.1  # all is masked: masks, and of other things one of twelve at a time
+
+
+def test_channels_of_narrow_types_hold_no_whole_weight_in_a_wider_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (slice_sums, used_weights, values):
+        monkeypatch.setattr(module, "_AT_A_TIME", 2**9)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(2048, 64), nn.Linear(64, 256), nn.Linear(256, 64)).to(torch.bfloat16)
+    narrow = fxprune.trace(model, (torch.randint(0, 2048, (2, 5)),), modes=("eval",))
+    _, peak = _peak(narrow, lambda: fxprune.prune.channels(narrow, 0.3, compact_masks=True, ignore="2.weight"))
+    largest = narrow.get_parameter("0.weight_orig").nbytes / sum(each.nbytes for each in narrow.parameters())
+    assert peak < 1.25 * largest  # one masked weight; in float32 it would be twice that
 
 
 def test_more_channels_hold_no_more(traced: fxprune.TracedModule) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fxprune.channels import used_weights
-from fxprune.channels.used_weights import UsedWeights
+from fxprune.channels.used_weights import UsedWeights, slices_with_weights
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 17, 1), (3, 4, 8, 9), (5, 1, 1, 9), (2, 3, 0, 1), (0, 2, 3, 1), (1, 0, 3, 1)])
@@ -35,3 +35,15 @@ def test_a_nan_and_the_smallest_number_are_weights_and_minus_zero_is_none() -> N
     table = torch.tensor([float("nan"), 5e-324, -0.0, 0.0], dtype=torch.float64).reshape(1, 1, 4, 1)
     assert UsedWeights.of_table(table).columns_of_rows().tolist() == [[True, True, False, False]]
     assert UsedWeights.of_table(table[:, :, 2:]).rows_with().tolist() == [[False]]
+
+
+@pytest.mark.parametrize("shape", [(6,), (9, 5), (1, 7), (7, 1), (4, 3, 3, 2), (0, 3), (3, 0)])
+@pytest.mark.parametrize("at_a_time", [1, 20, 2**22])
+def test_slices_with_weights_are_those_of_which_not_all_is_zero(
+    shape: tuple[int, ...], at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(used_weights, "_AT_A_TIME", at_a_time)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).round()
+    for axis in range(len(shape)):
+        rows = weight.movedim(axis, 0).reshape(shape[axis], -1 if weight.numel() else 0)
+        assert slices_with_weights(weight, axis).tolist() == [bool(row.count_nonzero()) for row in rows]

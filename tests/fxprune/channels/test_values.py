@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxprune.channels import values
 from fxprune.channels.axes import ONE, Axis, Factor, quotient, same_size
 from fxprune.channels.ids import Ids
 from fxprune.channels.values import Known, Value, settled
@@ -25,6 +26,19 @@ def full(value: Value) -> tuple[Tensor, Tensor]:
     merged = value.relayout(0, Axis.carrying(12, np.arange(12)))
     assert merged.facts is not None
     return merged.facts.where, torch.where(merged.facts.where, merged.facts.value, 0)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3, 2**22])
+def test_what_is_the_same_along_an_axis_is_found_in_parts(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "_AT_A_TIME", at_a_time)
+    table = torch.tensor([[1.0, 2.0, torch.nan], [1.0, 2.0, torch.nan], [1.0, 5.0, torch.nan], [1.0, 2.0, torch.nan]])
+    ids = Ids()
+    rows, columns = Axis.carrying(4, ids.fresh(4)), Axis.carrying(3, ids.fresh(3))
+    for dim, axes, expected in ((0, (rows, columns), [True, False, False]), (1, (columns, rows), [True, False, False])):
+        stored = Value(axes, Known.tensor(table if dim == 0 else table.t()))
+        blurred = stored.relayout(dim, axes[dim].opaque())
+        assert blurred.facts is not None
+        assert blurred.facts.where.flatten().tolist() == expected
 
 
 def test_merging_factors_repeats_what_is_known_over_opaque_ones() -> None:

@@ -49,6 +49,19 @@ def test_no_cut_changes_a_bit(order: float | None, dtype: torch.dtype, monkeypat
                     assert torch.equal(score.along(values, axis), one), (shape, axis, places)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_that_are_summed_in_several_parts_have_the_same_bits(
+    order: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, shape in enumerate(SHAPES):
+        values = _values(shape, seed)
+        want = SliceSums(order).along(values, 0)
+        for at_a_time in (1, 100, values.numel()):
+            monkeypatch.setattr(slice_sums, "_AT_A_TIME", at_a_time)
+            assert torch.equal(SliceSums(order).along(values, 0), want), (shape, at_a_time)
+        monkeypatch.undo()
+
+
 def test_a_plain_sum_of_sums_would_have_other_bits() -> None:
     values = _values((130, 33), 7)
     assert not torch.equal(values.square().sum(0), values[:50].square().sum(0) + values[50:].square().sum(0))
