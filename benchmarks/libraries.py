@@ -89,6 +89,11 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _parts(value: Tensor) -> Tensor:
+    """Complex numbers as files take them, as their parts."""
+    return torch.view_as_real(value) if value.is_complex() else value
+
+
 def widest(wanted: Any, found: Any) -> float:
     first, second = tensors_in(wanted), tensors_in(found)
     if len(first) != len(second):
@@ -196,7 +201,7 @@ class Steps:
             path = os.path.join(folder, "model.onnx")
             fxprune.export.to_onnx(self.final, path)
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-            given = tensors_in((self.args, self.kwargs))
+            given = [_parts(value) for value in tensors_in((self.args, self.kwargs))]
             names = [item.name for item in session.get_inputs()]
             feeds = self._feeds(names, given)
             found = [torch.from_numpy(np.asarray(each)) for each in session.run(None, feeds)]
@@ -208,7 +213,7 @@ class Steps:
         if len(names) == len(given):
             return {name: value.numpy() for name, value in zip(names, given, strict=True)}
         named = {name: value for name, value in self.kwargs.items() if isinstance(value, Tensor)}
-        return {name: named[name].numpy() for name in names}
+        return {name: _parts(named[name]).numpy() for name in names}
 
     def back(self) -> str:
         try:

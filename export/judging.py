@@ -68,7 +68,12 @@ class Verdict(NamedTuple):
 
 
 def verdict(reference: torch.Tensor, value: torch.Tensor, tolerance: Tolerance) -> Verdict:
-    """How far `value` is from `reference`, both of any shape and dtype, and whether the tolerance allows it."""
+    """How far `value` is from `reference`, both of any shape and dtype, and whether the tolerance allows it.
+
+    Complex numbers may come as ONNX files have them, as real and imaginary parts in an axis more.
+    """
+    if reference.is_complex() and value.is_floating_point() and value.shape == (*reference.shape, 2):
+        value = torch.view_as_complex(value.contiguous())
     if reference.shape != value.shape or reference.dtype != value.dtype:
         return Verdict(None, None, False, f"is {dtype_name(value)} of shape {list(value.shape)}")
     found = difference(reference, value)
@@ -203,7 +208,8 @@ def _against_float64(
     row: Row, reference: torch.Tensor, value: torch.Tensor, exact: torch.Tensor, tolerance: Tolerance
 ) -> Row:
     """The row with the errors of both sides; what is no worse than the reference's own rounding agrees."""
-    error, own = (verdict(exact, side.double(), Tolerance()).max_rel for side in (value, reference))
+    sides = (side.to(torch.promote_types(side.dtype, torch.float64)) for side in (value, reference))
+    error, own = (verdict(exact, side, Tolerance()).max_rel for side in sides)
     row = replace(row, error=error, reference_error=own)
     if not row.ok and tolerance.is_default and error is not None and error <= _ROUNDING * (own or 0.0):
         return replace(row, ok=True, note="by the rounding of the reference")

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
+from fxprune.channels.arguments import bound, set_argument
 from fxprune.errors import FinalizeError
 from fxprune.export.projections import is_projected, replace_projected
 from fxprune.graph.editing import erase_dead
@@ -22,11 +24,11 @@ _LITTLE = 1e-6
 def lower(module: fx.GraphModule, opset: int | None) -> None:
     """Rewrite the graph of a module in place, for a file of an opset; it computes the same."""
     graph = module.graph
-    # these two ask what steps are in values, which steps that are put in do not have
-    for node in graph.find_nodes(op="call_function", target=aten.unsqueeze.default):
-        if node.meta["val"].is_complex():
+    # these ask what steps are in values, which steps that are put in do not have
+    for node in list(graph.nodes):
+        if _moves_complex(node):
             with graph.inserting_before(node):
-                _replace(node, _as_parts(graph, node))
+                _move_parts(graph, node)
     for node in graph.find_nodes(op="call_function", target=aten.chunk.default):
         if _is_of_free_size(node):
             with graph.inserting_before(node):
@@ -136,13 +138,56 @@ def _as_truth(graph: fx.Graph, operand: Any) -> fx.Node | bool:
 
 # ---- complex numbers
 
+# operators that move numbers, which torch cannot write of complex ones: by operator, the argument that names an axis,
+# or says what becomes of each
+_COMPLEX_MOVES: dict[Any, tuple[str, ...]] = {
+    aten.alias.default: (), aten.chunk.default: ("dim",), aten.contiguous.default: (), aten.detach.default: (),
+    aten.expand.default: ("size",), aten.flatten.using_ints: ("start_dim", "end_dim"), aten.index.Tensor: (),
+    aten.index_select.default: ("dim",), aten.repeat.default: ("repeats",), aten.reshape.default: ("shape",),
+    aten.select.int: ("dim",), aten.split.Tensor: ("dim",), aten.split_with_sizes.default: ("dim",),
+    aten.squeeze.default: (), aten.squeeze.dim: ("dim",), aten.squeeze.dims: ("dim",), aten.unbind.int: ("dim",),
+    aten.unflatten.int: ("dim",), aten.unsqueeze.default: ("dim",),
+}  # fmt: skip
+_OF_PARTS = {"size": -1, "repeats": 1, "shape": 2}  # what becomes of the axis of both parts, the last
 
-def _as_parts(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """An axis more among complex numbers, which torch cannot write, among their two parts."""
-    data, dim = node.args
+
+def _moves_complex(node: fx.Node) -> bool:
+    return node.target in _COMPLEX_MOVES and node.all_input_nodes[0].meta["val"].is_complex()
+
+
+def _move_parts(graph: fx.Graph, node: fx.Node) -> None:
+    """Move the real and the imaginary parts of complex numbers together, as one real tensor with an axis more."""
+
+    def real(value: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, torch.view_as_real, value)
+
+    def numbers(parts: fx.Node, meta: dict[str, Any]) -> fx.Node:
+        made = graph.call_function(aten.view_as_complex.default, (parts,))
+        made.meta = meta
+        return made
+
+    data = node.all_input_nodes[0]
     parts = graph.call_function(aten.view_as_real.default, (data,))
-    more = graph.call_function(aten.unsqueeze.default, (parts, dim % node.meta["val"].dim()))
-    return graph.call_function(aten.view_as_complex.default, (more,))
+    parts.meta["val"] = real(data.meta["val"])
+    moved = graph.create_node("call_function", node.target, (parts, *node.args[1:]), node.kwargs)
+    moved.meta["val"] = real(node.meta["val"])
+    rank = data.meta["val"].dim() + (node.target is aten.unsqueeze.default)
+    arguments = bound(node)
+    for name in _COMPLEX_MOVES[node.target]:
+        given = arguments[name]
+        if name in _OF_PARTS:
+            set_argument(moved, name, [*given, _OF_PARTS[name]])
+        else:
+            set_argument(
+                moved, name, [dim % rank for dim in given] if isinstance(given, list | tuple) else given % rank
+            )
+    if isinstance(node.meta["val"], torch.Tensor):
+        node.replace_all_uses_with(numbers(moved, node.meta))
+        return
+    for item in list(node.users):
+        part = graph.call_function(operator.getitem, (moved, item.args[1]))
+        part.meta["val"] = real(item.meta["val"])
+        item.replace_all_uses_with(numbers(part, item.meta))
 
 
 # ---- parts of an axis

@@ -154,6 +154,8 @@ class Session:
     def feed(self, inputs: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """The arrays by input name, of inputs as `run` takes them; float32 is rounded where the file takes float16.
 
+        Files take complex numbers as their real and imaginary parts, in an axis more.
+
         They are matched as `match_inputs` says; what is not a tensor was fixed when the file was written.
 
         Raises:
@@ -165,6 +167,8 @@ class Session:
             for name, value in found.items():
                 if self._half and value.dtype == torch.float32 and self.inputs[name].startswith("tensor(float16)"):
                     found[name] = value.half()
+                elif value.is_complex():
+                    found[name] = torch.view_as_real(value.detach().resolve_conj())
             return {name: value.detach().cpu().numpy() for name, value in found.items()}
         except (ValueError, TypeError) as error:
             raise self._refusal(error, args, by_name) from error

@@ -70,7 +70,12 @@ class RemoveChannels(Pass):
                 cut = {name for name, axes in plan.removed.items() if 1 in axes}
                 cut |= {name for name, (before, after) in plan.groups.items() if before != after}
                 hold_values(traced, [weight for weight in weights if weight.name in cut])
-                return self._analysis(traced)
+                analysis = self._analysis(traced)
+                # rows of those in groups, of which no column goes
+                rest = [w for w in weights if w.name not in cut and _goes(plan, w.name) > _goes(analysis.plan, w.name)]
+                if rest:
+                    hold_values(traced, rest)
+                    return self._analysis(traced)
         return analysis
 
     def _analysis(self, traced: TracedModule) -> Analysis:
@@ -83,11 +88,12 @@ class RemoveChannels(Pass):
         )
 
 
+def _goes(plan: ChannelPlan, name: str) -> int:
+    """How many indices of the axes of a tensor a plan removes."""
+    return sum(plan.removed.get(name, {}).values())
+
+
 def _frees_more(plan: ChannelPlan, other: ChannelPlan) -> bool:
     """Whether a plan removes more of the tensors that both know."""
     names = plan.kept.keys() & other.kept.keys()
-
-    def count(each: ChannelPlan) -> int:
-        return sum(gone for name, axes in each.removed.items() if name in names for gone in axes.values())
-
-    return count(plan) > count(other)
+    return sum(_goes(plan, name) for name in names) > sum(_goes(other, name) for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +359,77 @@ def test_complex_numbers_get_an_axis(tmp_path: Path) -> None:
     assert not torch.equal(*wanted)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other.numpy(), rtol=1e-5, atol=1e-6)
+
+
+class MovedNumbers(nn.Module):
+    """Complex numbers of positions, a constant, moved by `move` before they turn what comes in."""
+
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.move = move
+        self.register_buffer("turns", torch.polar(torch.ones(6, 4), torch.randn(6, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(self.move(numbers * self.turns) * 2).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda z: torch.ops.aten.alias(z),
+        lambda z: z.chunk(2, -1)[1],
+        lambda z: z.split(4, -2)[0] * z.split([4, 2], 1)[1].sum(1, keepdim=True),
+        lambda z: z.detach().contiguous(),
+        lambda z: z[:, :, None].expand(-1, -1, 3, -1),
+        lambda z: z.flatten(-2),
+        lambda z: z[:, torch.tensor([2, 0])],
+        lambda z: z.index_select(-1, torch.tensor([2, 0])),
+        lambda z: z.repeat(1, 2, 3),
+        lambda z: z.reshape(-1, 4),
+        lambda z: z.select(-1, 1) + z[:, 1:2, 0],
+        lambda z: z[..., :1].squeeze(-1),
+        lambda z: z.sum(0)[:1].squeeze(),
+        lambda z: z[:, :1].squeeze((1, -1)),
+        lambda z: z.unbind(-1)[2],
+        lambda z: z.unflatten(-1, (2, 2)),
+    ],
+)
+def test_complex_numbers_are_moved(tmp_path: Path, move: Callable[[Tensor], Tensor]) -> None:
+    model, x = MovedNumbers(move), torch.randn(2, 6, 8)
+    traced = fxprune.trace(model, x, modes=("eval",))
+    fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for data in (x, torch.randn(5, 6, 8)):
+        (found,) = session.run(None, {"x": data.numpy()})
+        np.testing.assert_allclose(found, model(data).numpy(), rtol=1e-5, atol=1e-6)
+
+
+class Turned(nn.Module):
+    """Turned by complex numbers that are given, as these or as their parts."""
+
+    def __init__(self, gives_parts: bool) -> None:
+        super().__init__()
+        self.gives_parts, self.layer = gives_parts, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        turned = torch.view_as_complex(self.layer(x).unflatten(-1, (-1, 2))) * turns
+        return torch.view_as_real(turned).flatten(-2) if self.gives_parts else turned
+
+
+@pytest.mark.parametrize("gives_parts", [False, True])
+def test_complex_inputs_and_outputs_are_their_parts_in_a_file(tmp_path: Path, gives_parts: bool) -> None:
+    x, turns = torch.randn(2, 6, 8), torch.polar(torch.ones(2, 6, 4), torch.randn(2, 6, 4))
+    model = Turned(gives_parts)
+    traced = fxprune.trace(model, (x, turns), modes=("eval",))
+    report = fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
+    assert report.comparison is not None
+    assert all(row.error is not None for row in report.comparison.rows)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {"x": x.numpy(), "turns": torch.view_as_real(turns).numpy()})
+    wanted = model(x, turns)
+    wanted = wanted if gives_parts else torch.view_as_real(wanted)
+    np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        model.layer.weight[0] += 0.1
+    assert not fxprune.compare(model, tmp_path / "model.onnx", inputs=(x, turns)).ok

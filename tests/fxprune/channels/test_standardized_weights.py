@@ -100,6 +100,19 @@ def test_groups_of_a_standardized_convolution_go() -> None:
     torch.testing.assert_close(final(x), traced(x), rtol=1e-9, atol=1e-9)
 
 
+def test_rows_of_groups_go_where_no_column_does() -> None:
+    torch.manual_seed(0)
+    layers = [Scaled(3, 16, 3), nn.ReLU(), Scaled(16, 16, 3, groups=2), nn.ReLU(), Scaled(16, 16, 3), nn.ReLU()]
+    model, x = nn.Sequential(*layers, nn.Conv2d(16, 4, 3)).double().eval(), torch.randn(2, 3, 6, 6).double()
+    traced = fxprune.trace(model, x, modes=("eval",))
+    report = fxprune.prune.channels(traced, 0.5, targets=["2.weight"], round_to=1)
+    final = fxprune.finalize(traced, align=1)
+    assert final.plan is not None
+    assert final.plan.removed["2.weight"] == {0: 8}
+    assert final.plan.macs == report.macs
+    torch.testing.assert_close(final(x), traced(x), rtol=1e-9, atol=1e-9)
+
+
 def test_weights_stay_computed_where_nothing_goes_that_they_read() -> None:
     torch.manual_seed(0)
     model = Stream(Scaled).eval()
