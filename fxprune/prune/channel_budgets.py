@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fxprune.channels.groups import ChannelGroup, Grouping
+from fxprune.channels.groups import ChannelGroup, Grouping, Kind
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.stairs import Limit, Steps
 from fxprune.errors import ArgumentError, BudgetError
@@ -186,12 +186,16 @@ class Size(Budget):
         why = "; ".join(dict.fromkeys(f"{group.name!r}: {group.reason}" for group in stays[:3]))
         is_percentage = isinstance(self.value, int) and 1 <= self.value <= 100
         count = f" An integer is a count; for {self.value} % give {self.value / 100}." if is_percentage else ""
+        wide = sum(g.size for g in self.grouping.groups if g.reason is None and g.kind == Kind.WIDTH)
+        hint = f'{wide} units of the kind "width" were left alone: kinds=... takes them where it has "width". '
+        left = hint if wide and request.kinds is None and request.targets is None else ""
         bounds = [f"{name}={value}" for name, value in request.bounds.items()]
         advice = " or loosen ".join([f"Raise {self.name}", " and ".join(bounds)] if bounds else [f"Raise {self.name}"])
         return BudgetError(
             f"{self.name}={self.value} cannot be reached: at most {self.limit:,.0f} of {self.dense:,} were asked for, "
             f"the best is {self.least:,} ({self.least / max(self.dense, 1):.3f}). "
-            f"{advice}.{count} What must stay (`fxprune.channel_groups`, or `fxprune groups` in a shell, has all): "
+            f"{advice}.{count} {left}"
+            "What must stay (`fxprune.channel_groups`, or `fxprune groups` in a shell, has all): "
             f"{why or 'a unit of each'}."
         )
 

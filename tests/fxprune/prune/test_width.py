@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.errors import PruningError, WriteBackError
+from fxprune.errors import BudgetError, PruningError, WriteBackError
 from tests.architectures import ARCHITECTURES, transformer
 from tests.fxprune.channels.exactness import EXACT, error
 
@@ -210,3 +210,16 @@ def test_where_only_widths_may_go_the_refusal_says_how_to_ask_for_them() -> None
     traced = fxprune.trace(model, torch.randn(2, 6), modes=("eval",))
     with pytest.raises(PruningError, match='1 of the kind "width", which kinds="width" asks for'):
         fxprune.prune.channels(traced, 0.5)
+
+
+def test_a_budget_that_the_width_alone_could_reach_says_so() -> None:
+    model = Tokens()
+    traced = traced_tokens(model)
+    with pytest.raises(BudgetError, match='16 units of the kind "width" were left alone'):
+        fxprune.prune.channels(traced, macs=0.15)
+    kinds = sorted({group.kind for group in fxprune.channel_groups(traced) if group.reason is None})
+    report = fxprune.prune.channels(traced, macs=0.15, kinds=kinds)
+    assert report.macs[1] <= 0.15 * report.macs[0]
+    with pytest.raises(BudgetError) as refusal:
+        fxprune.prune.channels(traced_tokens(model), macs=0.001, kinds=kinds)
+    assert "left alone" not in str(refusal.value)
