@@ -33,8 +33,14 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
         if _is_of_free_size(node):
             with graph.inserting_before(node):
                 _write_as_slices(graph, node)
+    for node in graph.find_nodes(op="call_function", target=aten.cat.default):
+        _leave_out_empty(node)
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
         attention = _Attention.of(node)
+        if attention.is_of_nothing:
+            with graph.inserting_before(node):
+                _replace(node, _nothing(graph, attention))
+            continue
         if not attention.dropout and not (attention.rank == 4 and opset is not None and opset >= 23):
             with graph.inserting_before(node):
                 _replace(node, _as_products(module, attention))
@@ -56,6 +62,9 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
             with graph.inserting_before(node):
                 value = node.meta["val"]
                 node.update_arg(1, graph.call_function(aten.full.default, ([1], node.args[1]), {"dtype": value.dtype}))
+    for node in [node for node in graph.nodes if node.target in _LARGEST and _is_uneven(node)]:
+        with graph.inserting_before(node):
+            _write_as_largest(graph, node)
     for node in [node for node in graph.nodes if node.target in _OF_ALL]:
         node.target = _OF_ALL[node.target]
     for node in [node for node in graph.nodes if node.target in _CHOICES and node.meta["val"].dtype == torch.bool]:
@@ -212,6 +221,68 @@ def _write_as_slices(graph: fx.Graph, chunk: fx.Node) -> None:
         _replace(item, call(aten.slice.Tensor, (data, dim, begin, end)))
 
 
+# ---- the largest of windows
+
+_LARGEST = (aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
+
+
+def _is_uneven(pool: fx.Node) -> bool:
+    """Whether windows differ in size, or it is not known, which ONNX has no operator for; nothing reads the places."""
+    data, counts = _pooled(pool)
+    sizes = data.meta["val"].shape[-len(counts) :]
+    even = (count == 1 or (isinstance(n, int) and n % count == 0) for n, count in zip(sizes, counts, strict=True))
+    return not all(even) and all(item.args[1] == 0 for item in pool.users if item.users)
+
+
+def _pooled(pool: fx.Node) -> tuple[fx.Node, list[int]]:
+    data, counts = pool.args
+    return data, [counts] if isinstance(counts, int) else list(counts)  # type: ignore[return-value, arg-type]
+
+
+def _write_as_largest(graph: fx.Graph, pool: fx.Node) -> None:
+    """The largest numbers of slices, one axis after the other: window i of k of n is from i n / k to (i + 1) n / k.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.AdaptiveMaxPool2d.html: begins are rounded down, ends up.
+    """
+    call = graph.call_function
+    data, counts = _pooled(pool)
+    shape = data.meta["val"].shape
+    for dim, count in enumerate(counts, len(shape) - len(counts)):
+        size = shape[dim] if isinstance(shape[dim], int) else call(aten.sym_size.int, (data, dim))
+        largest = []
+        for i in range(count):
+            begin, end = _part(graph, size, i, count), _part(graph, size, i + 1, count, count - 1)
+            window = call(aten.slice.Tensor, (data, dim, begin, end))
+            largest.append(call(aten.amax.default, (window, [dim], True)))
+        data = call(aten.cat.default, (largest, dim)) if count > 1 else largest[0]
+    for item in [item for item in pool.users if item.args[1] == 0]:
+        _replace(item, data)
+
+
+def _part(graph: fx.Graph, size: Any, i: int, count: int, more: int = 0) -> Any:
+    """(size i + more) // count, of a number or a node."""
+    if isinstance(size, int):
+        return (size * i + more) // count
+    call = graph.call_function
+    times = call(operator.mul, (size, i))
+    return call(operator.floordiv, (call(operator.add, (times, more)), count))
+
+
+# ---- parts of size zero
+
+
+def _is_empty(node: fx.Node) -> bool:
+    return any(isinstance(size, int) and size == 0 for size in node.meta["val"].shape)
+
+
+def _leave_out_empty(cat: fx.Node) -> None:
+    """What is empty adds nothing, and is read no longer: ONNX takes a size of zero in a shape for another one's."""
+    parts: list[fx.Node] = list(cat.args[0])  # type: ignore[arg-type]
+    left = [part for part in parts if not _is_empty(part)]
+    if left and len(left) < len(parts) and len({part.meta["val"].dtype for part in parts}) == 1:
+        cat.update_arg(0, left)
+
+
 # ---- axes of size one
 
 _SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
@@ -266,6 +337,15 @@ class _Attention:
         return len(self.query.meta["val"].shape)
 
     @property
+    def is_of_nothing(self) -> bool:
+        """Whether there are no keys, so that nothing is added up."""
+        return _is_empty(self.key) and not _is_empty(self.query) and isinstance(self.features, int)
+
+    @property
+    def features(self) -> Any:
+        return self.value.meta["val"].shape[-1]
+
+    @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.query.meta["val"].dtype
         return dtype
@@ -301,6 +381,13 @@ def _as_products(module: fx.GraphModule, attention: _Attention) -> fx.Node:
     if mask is None or mask.empty is None:
         return result
     return call(aten.masked_fill.Scalar, (result, mask.empty, 0.0))
+
+
+def _nothing(graph: fx.Graph, attention: _Attention) -> fx.Node:
+    """Zeros, for every query as many as a value has."""
+    call = graph.call_function
+    zeros = call(aten.zeros_like.default, (call(aten.slice.Tensor, (attention.query, -1, 0, 1)),))
+    return call(aten.expand.default, (zeros, [-1] * (attention.rank - 1) + [attention.features]))
 
 
 def _for_each_head(graph: fx.Graph, operand: fx.Node, attention: _Attention) -> fx.Node:
@@ -369,10 +456,10 @@ def _on_matrices(
 ) -> fx.Node | None:
     """Let a linear layer act on a matrix: onnxruntime joins a product and its bias for these alone, 2 % of a ViT-B.
 
-    A shape with more than one free size is left alone, since a single one can be inferred.
+    A shape with more than one free size is left alone, since a single one can be inferred, unless there is nothing.
     """
     shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
-    if bias is None or len(shape) < 3 or shape.count(-1) > 1:
+    if bias is None or len(shape) < 3 or shape.count(-1) > 1 or 0 in shape:
         return None
     rows = graph.call_function(aten.reshape.default, (data, [-1, data.meta["val"].shape[-1]]))
     product = graph.call_function(aten.linear.default, (rows, weight, bias))

@@ -340,6 +340,49 @@ def test_a_batch_is_cut_into_parts(tmp_path: Path) -> None:
             np.testing.assert_array_equal(found, wanted.numpy())
 
 
+@pytest.mark.parametrize(
+    ("pool", "free"),
+    [
+        (nn.AdaptiveMaxPool1d(3), {}),
+        (nn.AdaptiveMaxPool2d((3, 5)), {}),
+        (nn.AdaptiveMaxPool2d((4, 3)), {2: Dim.AUTO, 3: Dim.AUTO}),
+        (nn.AdaptiveMaxPool3d((1, 3, 2)), {4: Dim.AUTO}),
+    ],
+)
+def test_windows_of_several_sizes_are_pooled(tmp_path: Path, pool: nn.Module, free: dict[int, Any]) -> None:
+    rank = int(type(pool).__name__[-2])
+    x = torch.randn(2, 3, *[8] * rank)
+    traced = fxprune.trace(pool, x, dynamic_shapes=({0: Dim.AUTO} | free,), modes=("eval",))
+    fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for data in (x, torch.randn(3, 3, *(7 if dim in free else 8 for dim in range(2, rank + 2)))):
+        (found,) = session.run(None, {session.get_inputs()[0].name: data.numpy()})
+        np.testing.assert_array_equal(found, pool(data).numpy())
+
+
+class OfNothing(nn.Module):
+    """Attends to what it reads, and to none of it, as of images where no image is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        empty = self.layer(x[:, : x.shape[1] - 5])
+        keys = torch.cat([empty, self.layer(x)], 1)
+        x, keys, empty = (each.unflatten(-1, (2, 4)).transpose(1, 2) for each in (x, keys, empty))
+        return sum(functional.scaled_dot_product_attention(x, each, each[..., :3]) for each in (keys, empty))
+
+
+def test_what_is_empty_is_not_written(tmp_path: Path) -> None:
+    model, x = OfNothing(), torch.randn(2, 5, 8)
+    session = exported(model, x, tmp_path / "model.onnx")
+    assert operators(tmp_path / "model.onnx")["Concat"] == 0
+    for data in (x, torch.randn(3, 5, 8)):
+        (found,) = session.run(None, {"x": data.numpy()})
+        np.testing.assert_allclose(found, model(data).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
 class Rotated(nn.Module):
     """Turned by angles, as by complex numbers of positions."""
 
