@@ -185,13 +185,14 @@ class Steps:
 
     def calls(self, dtype: torch.dtype | None) -> Iterable[tuple[Any, Any]]:
         """The sample, and one of three where the batch is free, in a dtype."""
-        free = "Dim" in repr(self.traced.dynamic_shapes)
-        for size in (2, 3) if free else (2,):
+        (batch, *_) = [len(value) for value in tensors_in((self.args, self.kwargs)) if value.dim()]
+        free = "Dim" in repr(self.traced.dynamic_shapes) and batch == 2  # torch.export takes 1 for a constant
+        for size in (2, 3) if free else (batch,):
 
             def shaped(value: Any, size: int = size) -> Any:
                 if not isinstance(value, Tensor):
                     return value
-                more = torch.cat([value, value.flip(0)])[:size] if value.dim() and len(value) == 2 else value
+                more = torch.cat([value, value.flip(0)])[:size] if value.dim() and len(value) == batch else value
                 return more.to(dtype) if dtype is not None and value.is_floating_point() else more
 
             yield pytree.tree_map(shaped, (self.args, self.kwargs))
