@@ -9,9 +9,8 @@ behaviour that is relied on. `_parameters`, `_buffers`, `_modules` and `_forward
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -22,12 +21,13 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import _trace_wrapped_higher_order_op
 from torch._export.verifier import TrainingIRVerifier
 from torch._ops import OpOverload, OpOverloadPacket
+from torch._subclasses import fake_tensor as fake_tensors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributions import Distribution
-from torch.export import Dim
+from torch.export import Dim, _trace
 from torch.export.dynamic_shapes import _DerivedDim as DerivedDim
 from torch.export.dynamic_shapes import _DimHint as DimHint
 from torch.export.pt2_archive._package import load_pt2
@@ -86,7 +86,6 @@ __all__ = [
     "is_inside_step",
     "is_step_of_vmap",
     "load_pt2",
-    "markers_kept",
     "name_pruning_method",
     "no_new_guards",
     "overload_of_custom_operator",
@@ -107,13 +106,10 @@ __all__ = [
     "take_parameters",
     "untouched_by_torch_function",
     "validate_pruning_amount",
+    "values_known",
     "weights_gathered_if",
 ]
 
-_DYNAMIC_MARKERS = {
-    "_dynamo_weak_dynamic_indices", "_dynamo_dynamic_indices", "_dynamo_dynamic_range", "_dynamo_static_indices",
-    "_dynamo_unbacked_indices", "_dynamo_propagated_dynamic_indices", "_has_dynamo_dim_marking",
-}  # fmt: skip
 # They print the stack of a capture that fails, which raises its error besides, and tell of sizes that were fixed.
 LOGGERS_OF_FAILED_CAPTURES = (
     "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils",
@@ -258,20 +254,24 @@ def indices_recorded() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def markers_kept(values: Iterable[Any]) -> Iterator[None]:
-    """Put back what says of tensors which axes are free: a capture that fails leaves its own, which the next obeys."""
+def values_known(values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let captures compute with the values of these buffers where values are asked for; writing changes copies."""
+    tracing: Any = _trace
+    make, limit = tracing._fakify_params_buffers, fake_tensors.CONSTANT_NUMEL_LIMIT
 
-    def marks(tensor: torch.Tensor) -> dict[str, Any]:
-        return {name: copy.copy(mark) for name, mark in tensor.__dict__.items() if name in _DYNAMIC_MARKERS}
+    def made(mode: FakeTensorMode, module: nn.Module) -> Any:
+        found: Any = make(mode, module)
+        for name, value in values.items():
+            found[name].constant = value.detach().clone()
+            mode.fake_tensor_converter.add_constant_storage_mapping(found[name])
+        return found
 
-    before = [(value, marks(value)) for value in values if isinstance(value, torch.Tensor)]
+    tracing._fakify_params_buffers = made
+    fake_tensors.CONSTANT_NUMEL_LIMIT = max(value.numel() for value in values.values())
     try:
         yield
     finally:
-        for tensor, marked in before:
-            for name in marks(tensor):
-                delattr(tensor, name)
-            tensor.__dict__.update(marked)
+        tracing._fakify_params_buffers, fake_tensors.CONSTANT_NUMEL_LIMIT = make, limit
 
 
 @contextlib.contextmanager

@@ -23,7 +23,8 @@ from fxprune.reports import first_of
 
 _ON_VALUES = (
     "compute what depends on tensor values by tensor operations (torch.where, torch.cond), keep `.item()`, `.numpy()` "
-    "and Python branches on values out of forward, or trace the submodules around it."
+    "and Python branches on values out of forward, or trace the submodules around it. Integers that never change can "
+    "be read: hold them in buffers, by register_buffer(..., persistent=False), of a module around the model if need be."
 )
 _ON_INPUTS = (
     "give tensors, numbers and strings in tuples, lists and dicts, or register the class with "
@@ -82,11 +83,17 @@ def _advice(error: Exception, sizes_given: bool) -> str:
         return _ON_INFERENCE
     if "forward converts" in text:
         return _ON_CONVERSIONS
-    if kind in _VALUE_CLASSES or any(part in text for part in _VALUE_TEXTS):
+    if asks_for_values(error):
         return _ON_VALUES
     if sizes_given and ("dynamic_shapes" in text or "Constraint" in kind or "constraint" in text):
         return _ON_SIZES
     return _ON_OTHERS
+
+
+def asks_for_values(error: BaseException | None) -> bool:
+    """Whether a capture failed since values of tensors were asked for, which it has not."""
+    text = str(error)
+    return type(error).__name__ in _VALUE_CLASSES or any(part in text for part in _VALUE_TEXTS)
 
 
 def _has_packed(error: Exception) -> bool:

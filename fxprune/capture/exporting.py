@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from fxprune.capture.carried_state import changes_noted, check_calls
-from fxprune.capture.explaining import eager_failure, explained, unfixed
+from fxprune.capture.explaining import asks_for_values, eager_failure, explained, unfixed
 from fxprune.capture.free_axes import FreeAxis, SizeLog, fixed_axes, free_axes
 from fxprune.capture.gradients import check_gradients, own_gradients
 from fxprune.capture.protection import (
@@ -23,6 +23,7 @@ from fxprune.capture.protection import (
     attributes_kept,
     counted_reads,
     generators_kept,
+    markers_kept,
     quiet,
     untied,
     weights_reread,
@@ -33,13 +34,14 @@ from fxprune.capture.structures import outputs_registered
 from fxprune.capture.unrecorded import refuse_exchanges, unrecorded
 from fxprune.errors import ArgumentError, BatchSpecializedWarning, CaptureError, EvalOnlyWarning, FixedSizeWarning
 from fxprune.graph.kept_tensors import forget_kept_tensors
+from fxprune.graph.mutation import memory_of, written
 from fxprune.graph.traced import MODES
 from fxprune.torch_internals import (
     any_recurrent_length,
     conversions_checked,
     distributions_unchecked,
     indices_recorded,
-    markers_kept,
+    values_known,
 )
 
 aten = torch.ops.aten
@@ -47,6 +49,7 @@ _PRODUCTS = (
     aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default,
     aten.baddbmm.default,
 )  # fmt: skip
+_FEW = 4096  # entries of a constant that a capture computes with
 _ASSIGNED = re.compile(r"The tensor attributes? (.*?) (?:was|were) assigned during export")
 
 
@@ -169,6 +172,46 @@ def _export_free(model: nn.Module, sample: Sample, mode: str) -> tuple[Exported 
 
 
 def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_given: bool = False) -> Exported:
+    """The model in one mode; where values of tensors are asked for, with those of constants known.
+
+    The graph holds for these values. They are small buffers of integers that no state dict holds and forward leaves
+    alone, such as the strides of an audio codec.
+    """
+    try:
+        return _captured(model, sample, mode, shapes, sizes_given=sizes_given)
+    except CaptureError as error:
+        constants = {} if is_stood_in(model) or not asks_for_values(error.__cause__) else _constants(model)
+        if not constants:
+            raise
+        with values_known(constants):
+            try:
+                found = _captured(model, sample, mode, shapes, sizes_given=sizes_given)
+            except CaptureError as later:
+                raise (later if asks_for_values(later.__cause__) else error) from None
+        if not constants.keys().isdisjoint(_written_buffers(found.program)):
+            raise
+        return found
+
+
+def _written_buffers(program: ExportedProgram) -> set[str]:
+    """The names of buffers that forward writes into, or assigns."""
+    memory = set(map(str, memory_of(target for node in program.graph.nodes for target in written(node))))
+    return {name for node, name in program.graph_signature.inputs_to_buffers.items() if node in memory}
+
+
+def _constants(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if name in module._non_persistent_buffers_set
+        and buffer is not None
+        and buffer.numel() <= _FEW
+        and not (buffer.is_floating_point() or buffer.is_complex() or buffer.is_meta)
+    }
+
+
+def _captured(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_given: bool) -> Exported:
     def export() -> ExportedProgram:
         kwargs = dict(sample.kwargs) or None
         return torch.export.export(model, sample.args, kwargs, dynamic_shapes=shapes, strict=False)

@@ -6,20 +6,26 @@ Captures patch the model, `nn.Module` and the interpreter's standard streams, so
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import random
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fxprune.torch_internals import LOGGERS_OF_FAILED_CAPTURES, flat_weight_names, weights_gathered_if
+
+_DYNAMIC_MARKERS = {
+    "_dynamo_weak_dynamic_indices", "_dynamo_dynamic_indices", "_dynamo_dynamic_range", "_dynamo_static_indices",
+    "_dynamo_unbacked_indices", "_dynamo_propagated_dynamic_indices", "_has_dynamo_dim_marking",
+}  # fmt: skip
 
 _ONE_CAPTURE = threading.RLock()  # reentrant: a capture may capture a part of the model
 
@@ -112,6 +118,23 @@ def _reread(layer: nn.RNNBase) -> bool:
         if hasattr(layer, name) and getattr(layer, name) is not None and parametrize.is_parametrized(layer, name):
             break
     return True
+
+
+@contextlib.contextmanager
+def markers_kept(values: Iterable[Any]) -> Iterator[None]:
+    """Put back what says of tensors which axes are free: a capture that fails leaves its own, which the next obeys."""
+
+    def marks(tensor: Tensor) -> dict[str, Any]:
+        return {name: copy.copy(mark) for name, mark in tensor.__dict__.items() if name in _DYNAMIC_MARKERS}
+
+    before = [(value, marks(value)) for value in values if isinstance(value, Tensor)]
+    try:
+        yield
+    finally:
+        for tensor, marked in before:
+            for name in marks(tensor):
+                delattr(tensor, name)
+            tensor.__dict__.update(marked)
 
 
 Reads = Counter[tuple[int, str]]  # by the id of a module's __dict__ and the name that was read
