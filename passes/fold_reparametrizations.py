@@ -240,15 +240,28 @@ def _depends_on_grad_flag(weight: fx.Node) -> bool:
     layers too. Without gradient mode a parameter and its views still do and an expression does not: a copy is one.
     """
     for user in weight.users:
-        values = [node.meta.get("val") for node in user.all_input_nodes]
         folds = user.target in (torch.ops.aten.linear.default, torch.ops.aten.matmul.default) and any(
-            isinstance(value, torch.Tensor) and value.dim() > 2 and not value.is_contiguous() for value in values
+            _may_be_strided(node) for node in user.all_input_nodes
         )
         schema = getattr(user.target, "_schema", None)
         views = user.target is operator.getitem or (schema and any(r.alias_info for r in schema.returns))
         if folds or user.target in _RECURRENT or (views and _depends_on_grad_flag(user)):
             return True
     return False
+
+
+def _may_be_strided(node: fx.Node) -> bool:
+    """Whether a value has three or more axes, and may not lie in their order.
+
+    Shapes are traced as if recurrent layers returned what is contiguous, which by `batch_first` they do not.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() <= 2:
+        return False
+    if not value.is_contiguous():
+        return True
+    recurrent = {call for kind in _RECURRENT for call in node.graph.find_nodes(op="call_function", target=kind)}
+    return bool(recurrent) and not recurrent.isdisjoint(closure(node))
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:

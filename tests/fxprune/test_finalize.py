@@ -81,6 +81,33 @@ def test_without_shrink_shapes_stay_and_outputs_are_the_same_bits(traced: fxprun
     assert final.get_submodule("stem").weight.shape == (8, 3, 3, 3)
 
 
+class _Behind(nn.Module):
+    """A layer that reads what a recurrent one returns, batch first: that does not lie in the order of its axes."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.recurrent = kind(4, 8, batch_first=True)
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(self.recurrent(x)[0].relu())
+        return out
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("grad", [True, False])
+def test_layers_behind_recurrent_ones_compute_the_same_bits_with_weights_that_are_computed_no_more(
+    kind: type[nn.RNNBase], grad: bool
+) -> None:
+    torch.manual_seed(0)
+    traced = fxprune.trace(_Behind(kind).eval(), (torch.randn(2, 7, 4),), modes=("eval",))
+    fxprune.prune.l1_unstructured(traced, "layer.weight", amount=0.4)
+    final = fxprune.finalize(traced)
+    x = torch.randn(5, 7, 4)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(traced(x), final(x))
+
+
 def test_weights_and_what_an_optimizer_holds_of_them_stay_by_channels_last() -> None:
     layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)
     model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
