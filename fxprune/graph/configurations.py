@@ -43,32 +43,30 @@ _ABOVE = 1 + 1e-9  # of a fraction whose product is rounded down
 
 @dataclass(frozen=True)
 class Built:
-    """What a class makes of numbers: the sizes of tensors, and the integers that modules keep as attributes.
+    """What a class makes of numbers: the sizes of tensors, and the numbers that modules keep as attributes.
 
     Attributes:
-        shapes: of the tensors that count. unread: of those that no call reads. integers: by attribute.
+        shapes: of the tensors that count. unread: of those that no call reads. integers, floats: by attribute.
     """
 
     shapes: Shapes
     unread: Shapes
     integers: dict[Attribute, int]
+    floats: dict[Attribute, float]
 
     @classmethod
     def of(cls, model: nn.Module) -> Built:
         """Those of a model."""
-        integers = {
-            (path, name): value
-            for path, module in model.named_modules()
-            for name, value in vars(module).items()
-            if type(value) is int
-        }
-        return cls(sizes_of(model), {}, integers)
+        held = [((path, name), v) for path, module in model.named_modules() for name, v in vars(module).items()]
+        integers = {key: value for key, value in held if type(value) is int}
+        floats = {key: value for key, value in held if type(value) is float}
+        return cls(sizes_of(model), {}, integers, floats)
 
     def without(self, unread: Collection[str]) -> Built:
         """With tensors that no call reads apart."""
         apart = {name: shape for name, shape in self.shapes.items() if name in unread}
         read = {name: shape for name, shape in self.shapes.items() if name not in apart}
-        return Built(read, apart, self.integers) if apart else self
+        return Built(read, apart, self.integers, self.floats) if apart else self
 
 
 class Builds:
@@ -173,13 +171,31 @@ class Configuration:
         return found | self._joint(found)
 
     def _joint(self, numbers: Numbers) -> Numbers:
-        """Pairs of equal numbers of which neither can change alone, as the two widths around a shortcut."""
+        """Equal numbers of which none can change alone, as the two widths around a shortcut: pairs, or more."""
         fixed = [name for name, value in numbers.items() if type(value) is int and not self._can_be(name, 2 * value)]
-        return {
+        found = {
             f"{one}{TOGETHER}{other}": numbers[one]
             for one, other in itertools.islice(itertools.combinations(fixed, 2), _WAYS)
             if numbers[one] == numbers[other] and self._can_be(f"{one}{TOGETHER}{other}", 2 * numbers[one])
         }
+        paired = {name for names in found for name in names.split(TOGETHER)}
+        alike: dict[Number, list[str]] = {}
+        for name in fixed:
+            if name not in paired:
+                alike.setdefault(numbers[name], []).append(name)
+        joined = {TOGETHER.join(self._needed(names, value)): value for value, names in alike.items() if len(names) > 2}
+        return found | {names: value for names, value in joined.items() if names}
+
+    def _needed(self, names: Sequence[str], value: Number) -> list[str]:
+        """Those of equal numbers that must change together for the class to make a model; none where all do not."""
+        needed = list(names)
+        if not self._can_be(TOGETHER.join(needed), 2 * value):
+            return []
+        for name in names:
+            rest = [other for other in needed if other != name]
+            if rest and self._can_be(TOGETHER.join(rest), 2 * value):
+                needed = rest
+        return needed
 
     def _can_be(self, name: str, value: Number) -> bool:
         """Whether the class makes a model of the same tensors where a number is another one."""
@@ -244,6 +260,16 @@ class Configuration:
         }
 
     @cached_property
+    def scaling(self) -> frozenset[str]:
+        """The numbers from which fractions follow that modules keep, as what attention scales by."""
+        as_it_is = self.made(self._unsaid)
+        before = {} if as_it_is is None else as_it_is.floats
+        found = {name: made.floats for name, (_, made) in self._with_another.items()}
+        return frozenset(
+            name for name, floats in found.items() if any(floats.get(k, v) != v for k, v in before.items())
+        )
+
+    @cached_property
     def proportional(self) -> dict[str, frozenset[Axis]]:
         """By number, the axes whose sizes are multiples or fractions of it, the other numbers as they are."""
         return {
@@ -256,17 +282,32 @@ class Configuration:
             for name, (other, made) in self._with_another.items()
         }
 
-    def is_divisible(self, name: str, axis: Axis, units: int) -> bool:
+    def changes_by_part(self, name: str, axis: Axis, part: int) -> bool:
+        """Whether so many of an axis are a multiple of a number, and the rest of it stays with another number."""
+        other, made = self._with_another[name]
+        (tensor, dim), number = axis, self.numbers[name]
+        is_there = len(made.shapes[tensor]) == len(self.shapes[tensor])
+        return is_there and (made.shapes[tensor][dim] - self.shapes[tensor][dim]) * number == part * (other - number)
+
+    def is_divisible(self, name: str, axis: Axis, units: int, part: int | None = None) -> bool:
         """Whether a number can be what says an axis with one of so many units less, and its other multiples too.
 
-        Of an axis that is no multiple of it, whether it can be made less by that.
+        Units are those of a part of the axis, where only that follows from the number.
         """
         multiples = {
             (tensor, dim): self.shapes[tensor][dim] * (units - 1)
             for tensor, dim in self.proportional[name]
-            if self.shapes[tensor][dim] % units == 0 or (tensor, dim) == axis
+            if self.shapes[tensor][dim] % units == 0
         }
-        for value in self._valued(name, (units - 1) / units * self.numbers[name]):
+        tensor, dim = axis
+        size = self.shapes[tensor][dim]
+        multiples[axis] = size * units - (size if part is None else part)
+        values = self._valued(name, (units - 1) / units * self.numbers[name])
+        if axis not in self.proportional[name] and multiples[axis] % units == 0:
+            less = list(self.shapes[tensor])
+            less[dim] = multiples[axis] // units
+            values += self._values(name, [axis], {}, self.shapes | {tensor: tuple(less)})
+        for value in values:
             shapes = self.built(self._unsaid | {name: value})
             if shapes is None or not self.followers[name].issuperset(differing(self.shapes, shapes)):
                 continue
@@ -338,7 +379,7 @@ class Configuration:
 
     def _between(self, name: str, axes: Sequence[Axis], known: Numbers, wanted: Shapes) -> Number | None:
         """A fraction that sizes are rounded products of, in as few digits as give them; found by halving."""
-        if type(self.numbers[name]) is not float or len({wanted[tensor][axis] for tensor, axis in axes}) < 2:
+        if type(self.numbers[name]) is not float or not axes:
             return None
 
         def beyond(value: float) -> int:
@@ -365,13 +406,14 @@ class Configuration:
         return [value for value in self._values(name, axes, known, wanted) if value != self.numbers[name]]
 
     def _values(self, name: str, axes: Collection[Axis], known: Numbers, wanted: Shapes) -> list[Number]:
-        """What a number would have to be for each of some axes, going by the change that another value makes."""
+        """What a number would have to be for each of some axes, in proportion, and by the change that another makes."""
         number, (other, _) = self.numbers[name], self._with_another[name]
         base, changed = self.built(self._unsaid | known), self.built(self._unsaid | known | {name: other})
         if base is None or changed is None:
             return []
         steps = {(base[tensor][axis], changed[tensor][axis], wanted[tensor][axis]) for tensor, axis in axes}
         values = {number + (new - old) * (other - number) / (moved - old) for old, moved, new in steps if moved != old}
+        values |= {number * new / old for old, moved, new in steps if moved != old}
         return sorted({found for value in values if value > 0 for found in self._valued(name, value)})
 
     def _valued(self, name: str, value: float) -> list[Number]:

@@ -27,7 +27,7 @@ from fxprune.artifacts.writing_back import written_with_zeros
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Vector
 from fxprune.channels.values import Value
-from fxprune.errors import PruningError, WriteBackError
+from fxprune.errors import ConfigurationWarning, PruningError, WriteBackError
 from fxprune.graph.configurations import Builds
 from fxprune.graph.metadata import module_path
 from fxprune.graph.traced import TracedModule
@@ -67,15 +67,16 @@ def failure_in_class(
     candidate = copy.deepcopy(traced)
     driver.insert_masks(candidate, masks)
     candidate.decide(decided)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said again when it is done
+    with warnings.catch_warnings(record=True) as said:  # what they say is said again when it is done
+        warnings.simplefilter("always")
         try:
             final = driver.finalize(candidate)
             written, filling_up, cause = written_with_zeros(final, model, limits.builds)
         except WriteBackError as failure:
             return failure
     if not filling_up:
-        return None
+        unsaid = [str(each.message) for each in said if issubclass(each.category, ConfigurationWarning)]
+        return WriteBackError(unsaid[0], runs=True) if unsaid and limits.is_configured else None
     if _entries(written) >= _entries(model) > _entries(final):
         return WriteBackError("everything came back as zeros.", [*cause, *filling_up])
     return WriteBackError(f"{first_of(filling_up, 3)} took channels back as zeros.", filling_up, runs=True)
@@ -94,6 +95,9 @@ class ClassLimits:
         alike: classes [rows, n] of which every choice leaves each row equally many.
         staying: by axis of a parameter, why its channels stay.
         levels: the only choices that there are, where its configuration says all widths by one number.
+        is_configured: whether its configuration is to say what is left.
+        doubtful: numbers of it that may not say all that is chosen, in the order in which they are left out.
+        left_out: numbers of it that are to stay.
         builds: what the class made of other configurations.
     """
 
@@ -101,6 +105,9 @@ class ClassLimits:
     alike: list[Vector] = field(default_factory=list)
     staying: dict[tuple[str, int], str] = field(default_factory=dict)
     levels: list[Level] = field(default_factory=list)
+    is_configured: bool = False
+    doubtful: list[str] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)
     builds: Builds = field(default_factory=Builds)
     _taken: set[tuple[tuple[str, ...], int]] = field(default_factory=set)
 
@@ -120,9 +127,14 @@ class ClassLimits:
     def learn(self, grouping: Grouping, picked: Sequence[ChannelGroup], failure: WriteBackError) -> None:
         """Take the next step for the module that failed; `picked` are the groups that were to be pruned.
 
+        Where the configuration cannot say what was chosen, a number that may be the cause is left out.
+
         Raises:
             PruningError: nothing is left that could be asked for.
         """
+        if failure.runs and not failure.places and self.doubtful:  # it runs as it is
+            self.left_out.add(self.doubtful[0])
+            return
         for place in failure.places if failure.runs else self._outwards(failure.places):
             kin = self._kin(place)
             for step in (_TIE, _HOLD) if failure.runs else (_TIE, _HOLD, _HOLD_SHARED):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fxprune.channels.groups import WHOLE_KINDS, ChannelGroup, Grouping, Kind
+from fxprune.channels.groups import ChannelGroup, Grouping, Kind
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.grouped_products import GroupedProduct
@@ -22,6 +22,7 @@ _PARTS = ("aten.chunk.default", "aten.split.Tensor")
 _LONGER = 8  # than the longest axis, what all lengths divide
 _LINE = 16  # bytes
 _STEPS = (2, 4, 8)  # units that go together where one cannot
+_TIMES = (4, 2)  # steps of a group, where none of these do
 _GIVEN = "its size follows from the configuration of {}, together with sizes that stay"
 _HEADS = "its class says the size of all heads together by another width: what is in each goes"
 
@@ -53,7 +54,8 @@ def runnable_groups(
         return found
     numbers = _Numbers(grouping, configuration)
     asked = pick(grouping.groups)
-    free = numbers.free(numbers.dead(asked))
+    free = numbers.needed(numbers.free(numbers.dead(asked)) - limits.left_out, asked)
+    limits.is_configured, limits.doubtful = True, numbers.doubtful(free)
     reason = _GIVEN.format(type(model).__name__)
     rounded = [n for n in sorted(free) if is_rounded(configuration, n) and gives_all(configuration, n, asked, free)]
     limits.levels = levels_of(configuration, rounded[0]) if len(rounded) == 1 else []
@@ -103,6 +105,7 @@ class _Numbers:
             ids = grouping.found.parameters.get(tensor, ())
             if axis < len(ids) and (own := ids[axis]) is not None:
                 self._vectors[tensor, axis] = grouping.found.of(own)
+        self._parts: dict[tuple[str, Axis], Vector] = {}  # of axes of which not all follows from a number
 
     def dead(self, groups: Sequence[ChannelGroup]) -> Mask:
         """By class, whether it could go with units of these groups."""
@@ -113,8 +116,52 @@ class _Numbers:
         return frozenset(
             name
             for name, axes in self._followers.items()
-            if axes and all(axis in self._vectors and dead[self._vectors[axis]].all() for axis in axes)
+            if axes and all(axis in self._vectors and self._follows(name, axis, dead) for axis in axes)
         )
+
+    def _follows(self, name: str, axis: Axis, dead: Mask) -> bool:
+        """Whether all of an axis that follows from a number could go, or all of the part of it that does.
+
+        Such an axis reads several streams, or writes them. The part is what other axes hold that follow from the
+        number, or all that could go; it must be as long as the axis changes with the number.
+        """
+        vector = self._vectors[axis]
+        if dead[vector].all():
+            return True
+        held = [own for other in self._followers[name] if dead[own := self._vectors.get(other, vector)].all()]
+        for inside in (np.isin(vector, np.concatenate([*held, vector[:0]])), dead[vector]):
+            if inside.any() and self._configuration.changes_by_part(name, axis, int(inside.sum())):
+                self._parts[name, axis] = vector[inside]
+                return True
+        return False
+
+    def needed(self, free: frozenset[str], groups: Sequence[ChannelGroup]) -> frozenset[str]:
+        """Without numbers by which others' sizes are rounded, as to multiples of eight, where all goes without them."""
+        for name in self.rounding(free):
+            others = free - {name}
+            own = self._followers[name]
+            if own.isdisjoint(frozenset[Axis]().union(*(self._followers[other] for other in others))):
+                continue
+            touched = [group for group in groups if any((m.parameter, m.axis) in own for m in group.members)]
+            if all(self.leaves(group, others) or not self.leaves(group, free) for group in touched):
+                free = others
+        return free
+
+    def rounding(self, free: frozenset[str]) -> list[str]:
+        """Those that say sizes otherwise than in proportion, the one of most sizes first, whole ones before others."""
+        followers = self._followers
+        found = (name for name in free if self._proportional(name) != followers[name])
+        return sorted(
+            found, key=lambda name: (-len(followers[name]), type(self._configuration.numbers[name]) is float, name)
+        )
+
+    def doubtful(self, free: frozenset[str]) -> list[str]:
+        """Those that may not say all that is chosen: that round sizes, or scale what is computed with these."""
+        return self.rounding(free) + sorted(free & self._configuration.scaling)
+
+    def _proportional(self, name: str) -> frozenset[Axis]:
+        """The axes that are multiples of a number, or have a part that is."""
+        return self._configuration.proportional[name] | {axis for other, axis in self._parts if other == name}
 
     def rows(self, free: frozenset[str]) -> Iterator[Vector]:
         """The classes of axes that follow from the same number, [axes, n], each as often as the longest asks for.
@@ -122,9 +169,10 @@ class _Numbers:
         Axes whose sizes are multiples of a number lose the same fraction; others change alike with those of one length.
         """
         for name in sorted(free):
-            proportional = self._configuration.proportional[name]
+            proportional = self._proportional(name)
             for axes in (proportional, self._followers[name] - proportional):
-                distinct = {self._vectors[axis].tobytes(): self._vectors[axis] for axis in sorted(axes)}
+                own = [self._parts.get((name, axis), self._vectors[axis]) for axis in sorted(axes)]
+                distinct = {vector.tobytes(): vector for vector in own}
                 lengths = sorted({len(vector) for vector in distinct.values()})
                 whole = math.lcm(*lengths)
                 if axes is proportional and whole <= _LONGER * max(lengths, default=0):
@@ -154,8 +202,7 @@ class _Numbers:
             return None
         axis = group.members[0].parameter, group.members[0].axis
         numbers = [self._configuration.numbers[name] for name in sorted(self._saying(axis) & free)]
-        halves = (2,) if group.kind in WHOLE_KINDS else ()  # of heads, of which a width is to be a multiple
-        for times in (*numbers, *(group.size // size for size in _STEPS), *halves):
+        for times in (*numbers, *(group.size // size for size in _STEPS), *_TIMES):
             is_whole = type(times) is int and times > 1 and group.size % times == 0
             if is_whole and self._goes(group, free, int(times)):
                 return int(times)
@@ -172,9 +219,16 @@ class _Numbers:
             saying = self._saying(axis)
             if group.kind == Kind.HEAD_CHANNEL and len(saying) > 1:
                 return False
-            if not any(self._configuration.is_divisible(name, axis, units) for name in saying & free):
+            if not any(self._says(name, axis, group, units) for name in saying & free):
                 return False
         return True
+
+    def _says(self, name: str, axis: Axis, group: ChannelGroup, units: int) -> bool:
+        """Whether a number says an axis of a group with one of so many units less."""
+        part = self._parts.get((name, axis))
+        if part is not None and not self.dead([group])[part].any():
+            return False
+        return self._configuration.is_divisible(name, axis, units, None if part is None else len(part))
 
     def _saying(self, axis: Axis) -> set[str]:
         """The numbers that an axis follows from."""

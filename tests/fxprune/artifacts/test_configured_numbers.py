@@ -133,6 +133,126 @@ def test_numbers_of_a_list_and_numbers_that_change_together_follow() -> None:
     assert built.config.widths[1] < 24
 
 
+def test_more_than_two_numbers_of_which_none_changes_alone_follow_together() -> None:
+    class Three(Residual):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            first, second = self.config.widths
+            self.second = nn.Identity() if first == second else nn.Conv2d(first, second, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.stem(x)).relu()
+            x = (self.one(x) + self.shortcut(x)).relu()
+            x = self.last(self.two(x)) + self.second(x)
+            return self.head(x.relu().mean((2, 3)))
+
+    model = Three(Config(stem=12, widths=[12, 12], classes=12))
+    found = Configuration.of(model)
+    assert found is not None
+    assert "stem and widths.0 and widths.1" in found.followers
+    built = back_again(model, torch.randn(2, 3, 8, 8), amount=0.5, round_to=1)
+    assert built.config.stem == built.config.widths[0] == built.config.widths[1] == 6
+    assert built.config.classes == 12
+
+
+def test_ratios_of_which_products_are_rounded_to_eight_lose_what_suits_all_widths() -> None:
+    class Rounded(Stages):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            widths = self.config.widths
+            inner = [int(width * self.config.ratio + 4) // 8 * 8 for width in widths]
+            self.up = nn.ModuleList(nn.Linear(width, more) for width, more in zip(widths, inner, strict=True))
+            self.down = nn.ModuleList(nn.Linear(more, width) for width, more in zip(widths, inner, strict=True))
+
+    built = back_again(Rounded(Config(widths=[8, 16], ratio=4.0)), torch.randn(2, 3, 4, 4), macs=0.6)
+    assert built.config.ratio in (2.0, 1.0)
+    assert [layer.out_features for layer in built.up] == [8 * built.config.ratio, 16 * built.config.ratio]
+
+
+class Rounding(Configured):
+    """An inner width that is a product, rounded up to a multiple."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        multiple = self.config.multiple
+        inner = -(-int(8 * self.config.ratio) // multiple) * multiple
+        self.up, self.down = nn.Linear(8, inner), nn.Linear(inner, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+def test_a_width_that_is_rounded_up_keeps_what_the_number_can_say() -> None:
+    built = back_again(Rounding(Config(ratio=3.5, multiple=16)), torch.randn(2, 8), macs=0.7)
+    assert built.up.out_features == 16
+    assert built.config.multiple == 16
+
+
+class Scaled(Configured):
+    """Attention whose width one number says, with what it scales by, then two layers of another width."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.scale = float(self.config.inner) ** -0.5
+        self.q, self.k, self.v = (nn.Linear(8, self.config.inner) for _ in range(3))
+        self.out = nn.Linear(self.config.inner, 8)
+        self.up, self.down = nn.Linear(8, self.config.hidden), nn.Linear(self.config.hidden, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) * self.scale @ self.k(x).transpose(1, 2)
+        x = x + self.out(scores.softmax(-1) @ self.v(x))
+        return self.down(self.up(x).relu())
+
+
+def test_a_number_that_scales_what_is_computed_stays_where_others_suffice() -> None:
+    built = back_again(Scaled(Config(inner=16, hidden=48)), torch.randn(2, 5, 8), macs=0.7, round_to=1)
+    assert built.config.inner == 16
+    assert built.config.hidden < 48
+
+
+class Pyramid(Configured):
+    """A layer that reads a normalized stream beside two branches, whose width is a number of its own."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        width, branch = self.config.width, self.config.branch
+        self.stem, self.norm = nn.Linear(6, width), nn.LayerNorm(width)
+        self.branches = nn.ModuleList(nn.Linear(width, branch) for _ in range(2))
+        self.merge, self.head = nn.Linear(width + 2 * branch, branch), nn.Linear(branch, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        return self.head(self.merge(torch.cat([x, *(branch(x).relu() for branch in self.branches)], -1)).relu())
+
+
+def test_branches_go_from_what_reads_them_beside_a_stream_that_stays() -> None:
+    built = back_again(Pyramid(Config(width=8, branch=12)), torch.randn(2, 6), macs=0.7, round_to=1)
+    branch = built.config.branch
+    assert branch < 12
+    assert built.merge.in_features == 8 + 2 * branch
+    assert built.config.width == 8
+
+
+class Mixed(Configured):
+    """Rows of one layer for a normalized width, and for two factors of a product, as state space models have them."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.width, self.state = self.config.width, self.config.state
+        self.into = nn.Linear(6, self.width + 2 * self.state)
+        self.norm, self.out = nn.LayerNorm(self.width), nn.Linear(self.width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, b, c = self.into(x).split([self.width, self.state, self.state], -1)
+        return self.out(self.norm(c @ b.transpose(1, 2) @ y))
+
+
+def test_a_part_of_the_rows_of_a_layer_goes_where_the_rest_stays() -> None:
+    built = back_again(Mixed(Config(width=4, state=16)), torch.randn(2, 5, 6), macs=0.7, round_to=1)
+    assert built.config.state < 16
+    assert built.into.out_features == 4 + 2 * built.config.state
+
+
 def test_numbers_with_which_the_class_has_other_tensors_say_no_sizes() -> None:
     model = Residual(Config(stem=12, widths=[16, 24]))
     found = Configuration.of(model)
