@@ -50,6 +50,31 @@ def test_networks_of_16_bits_lose_what_a_budget_chose(
     assert torch.allclose(_computed({name: value.double() for name, value in cut.items()}, x.double()), exact)
 
 
+class _Steep(nn.Module):
+    """Its outputs turn with the last bits of what is summed in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rise, self.fall = nn.Linear(64, 512), nn.Linear(512, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(1e7 * self.fall(nn.functional.relu(self.rise(x), inplace=True)))
+
+
+def test_what_float32_cannot_tell_in_large_networks_is_compared_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, "_MOST_MACS_IN_FLOAT64", 0)
+    torch.manual_seed(0)
+    x = torch.randn(32, 64)
+    traced = fxprune.trace(_Steep(), (x,), modes=("eval",))
+    report = fxprune.prune.channels(traced, macs=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        final = fxprune.finalize(traced)
+    assert final.plan.macs[1] == report.macs[1]
+    assert (final(x) - traced(x)).abs().max() > 0.1  # rounding alone
+    assert torch.allclose(final.double()(x.double()), traced.double()(x.double()))
+
+
 def _masked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict with masks multiplied in."""
     found = {name.removesuffix("_orig"): value for name, value in state.items() if not name.endswith("_mask")}

@@ -351,8 +351,9 @@ def _wrong_tanh() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_wrong_tanh")
-def test_a_wrong_rule_is_caught_and_the_first_node_that_differs_named() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Tanh(), nn.Linear(4, 2))
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_wrong_rule_is_caught_and_the_first_node_that_differs_named(inplace: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Hardtanh(inplace=inplace), nn.Sigmoid(), nn.Tanh(), nn.Linear(4, 2))
     traced = fxprune.trace(model.eval(), (torch.randn(2, 4),), modes=("eval",))
     with pytest.raises(FinalizeError, match="first node that differs is `tanh`"):
         remove(traced, analyze(traced))
