@@ -22,6 +22,7 @@ from fxprune.channels import ChannelPlan
 from fxprune.channels.computed_weights import with_plain_weights
 from fxprune.channels.groups import ChannelGroups, Grouping
 from fxprune.channels.registry import REPORT, failed_with
+from fxprune.communication import agree
 from fxprune.errors import (
     AnalysisWarning,
     ArgumentTypeError,
@@ -43,8 +44,8 @@ from fxprune.graph.names import canonical, has_parametrization, locate, one_name
 from fxprune.graph.on_demand import own_tensors
 from fxprune.graph.provenance import provenance_of, set_provenance
 from fxprune.graph.reparametrizations import computed_names, hook_state, reparametrized
-from fxprune.graph.requirements import require_eval, require_parameter, require_traced
-from fxprune.graph.spread_modules import hollow_copy, in_whole, is_spread
+from fxprune.graph.requirements import require_eval, require_flag, require_parameter, require_traced
+from fxprune.graph.spread_modules import failing_together, hollow_copy, in_whole, is_spread
 from fxprune.graph.text import describe
 from fxprune.graph.traced import Origin, TracedModule
 from fxprune.passes import (
@@ -66,10 +67,13 @@ from fxprune.sharding import followed
 _MOST_REFUSED = 8
 
 
+@failing_together
 def run(traced: TracedModule, *pipeline: Pass) -> None:
     """Run passes on a traced module in place."""
     require_traced(traced)
     with followed(traced):
+        pipeline[0].requires(traced)
+        agree()  # what is refused on one process changes nothing on another
         run_passes(traced, pipeline)
 
 
@@ -148,6 +152,7 @@ def spectral_norm(
     return _parametrize(traced, name, lambda found: InsertSpectralNorm(found, n_power_iterations, eps, dim))
 
 
+@failing_together
 def _parametrize(traced: TracedModule, name: str, build: Callable[[str], InsertParametrization]) -> TracedModule:
     require_traced(traced)
     name = canonical(traced, name) if isinstance(name, str) else name
@@ -209,6 +214,7 @@ def remove_spectral_norm(traced: TracedModule, name: str) -> TracedModule:
     return _remove_norm(traced, name, _SPECTRAL_NORM)
 
 
+@failing_together
 def _remove_norm(traced: TracedModule, name: str, norm: _Norm) -> TracedModule:
     require_traced(traced)
     there = reparametrized(traced)
@@ -458,18 +464,17 @@ def finalize(
     require_eval(traced, "finalize")
     flags: dict[str, Any] = {"shrink": shrink, "fold_batch_norm": fold_batch_norm, "verify": verify}
     keep = {"keep_for_training": keep_for_training, "keep_for_write_back": keep_for_write_back}
+    if is_spread(traced):
+        options = flags | keep | {"align": align, "plan": plan, "after": after}
+        return _finalized_by_first(traced, options, whole=whole)  # which checks them
     for name, value in (flags | keep | {"whole": whole}).items():
-        if not isinstance(value, bool):
-            raise ArgumentTypeError(f"{name}={value!r}: True or False is needed.")
+        require_flag(name, value)
     if plan is not None and not isinstance(plan, ChannelPlan):
         raise ArgumentTypeError(
             f"plan is a {type(plan).__name__}; a ChannelPlan is needed: final.plan, or ChannelPlan.from_json of a text."
         )
     if after is not None and not callable(after):
         raise ArgumentTypeError(f"after={after!r}: a function of (pass, module, modified, seconds) is needed.")
-    if is_spread(traced):
-        options = flags | keep | {"align": align, "plan": plan, "after": after}
-        return _finalized_by_first(traced, options, whole=whole)
     for text in traced.told_unused():
         warnings.warn(text, FxpruneWarning, stacklevel=3)
     cuts = shrink or plan is not None
@@ -495,8 +500,10 @@ def finalize(
     return final
 
 
+@failing_together
 def _finalized_by_first(traced: TracedModule, options: dict[str, Any], *, whole: bool) -> TracedModule:
     """The result of a module that is spread: made by the first process, its architecture by the others."""
+    require_flag("whole", whole)
     if not whole:
         spread_modules.check_can_be_spread(traced)
 

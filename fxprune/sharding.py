@@ -20,16 +20,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
+from fxprune.communication import communicating
 from fxprune.errors import ShardingError
-from fxprune.torch_internals import decompositions_set_aside, follow_parameters, gathered_like
-
-_LOST = (
-    "Look at the other processes' errors first: one of them has ended, raised, waits for something else, or is slower "
-    "than the time-out of the process group. Start all of them again, from the last checkpoint that is whole."
-)
-
-
-_TOLD = 1000  # bytes of what is told of an error
+from fxprune.torch_internals import follow_parameters, gathered_like
 
 
 def is_sharded(tensor: object) -> bool:
@@ -58,6 +51,7 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     check_values(tensor)
+    Layout.of(tensor).room()  # memory for it is there before others are asked to send
     with communicating("gathering a parameter"):
         gathered: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
     return gathered
@@ -91,7 +85,7 @@ def spread(values: Tensor, reference: Tensor) -> Tensor:
 
 
 def _as_cut(values: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
-    with communicating("spreading values"):
+    with communicating("spreading values", sends=False):
         found = distribute_tensor(values.detach(), mesh, placements, src_data_rank=None)
     own = found.detach().to_local()  # type: ignore[attr-defined]
     if own.untyped_storage().nbytes() > own.nbytes:  # a view, which would hold the memory of all
@@ -443,39 +437,6 @@ def failed_somewhere(failure: BaseException | None, device: torch.device, rank: 
     return next((f"process {number} failed: {text}" for number, text in enumerate(told or []) if text), "")
 
 
-def told_to_all(work: Callable[[], Any], reference: Tensor | None) -> Any:
-    """What each process makes by itself; where it fails on one, all end at once. A collective of the tensor's mesh.
-
-    Args:
-        work: sends nothing. reference: a tensor over whose processes it is made; None or a plain one: here alone.
-
-    Raises:
-        BaseException: what `work` raised on this process. ShardingError: it failed on another one.
-    """
-    if not isinstance(reference, DTensor):
-        return work()
-    found, failure = None, None
-    try:
-        found = work()
-    except BaseException as error:  # whatever it is, the others wait
-        failure = error
-    mesh, kind = reference.device_mesh, reference.device_mesh.device_type
-    failed = torch.tensor([0 if failure is None else dist.get_rank() + 1], device=kind)
-    with communicating("going on together"):
-        last = DTensor.from_local(failed, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
-        if not (number := int(last)):
-            return found
-        told = torch.zeros(_TOLD, dtype=torch.int64)
-        if number == int(failed):
-            text = f"{type(failure).__name__}: {failure}".encode()[:_TOLD]
-            told[: len(text)] = torch.tensor([*text])
-        told = DTensor.from_local(told.to(kind), mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
-    if failure is not None:
-        raise failure
-    text = bytes(each for each in told.tolist() if each)
-    raise ShardingError(f"process {number - 1} failed: {text.decode(errors='replace')}")
-
-
 def sent_object(own: Any, rank: int) -> Any:
     """What the process of this rank gives, everywhere. Pickled; a collective of the default group."""
     held = [own]
@@ -505,26 +466,6 @@ def same_draws(reference: Tensor | None) -> Iterator[None]:
         for kind, own, state in zip(kinds, before, shared, strict=True):
             if not torch.equal(own, state):
                 kind.set_rng_state(own)
-
-
-@contextlib.contextmanager
-def communicating(what: str) -> Iterator[None]:
-    """Name what fails between processes: raises ShardingError in its place."""
-    if not dist.is_initialized():
-        raise ShardingError(
-            f"{what} of a sharded module needs the process group, and there is none: it was not made in this process, "
-            "or destroyed. Call torch.distributed.init_process_group before, and destroy_process_group at the end."
-        )
-    try:
-        with decompositions_set_aside():
-            yield
-    except ShardingError:
-        raise
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-        text = str(error).partition("\n")[0].rstrip(".")
-        raise ShardingError(
-            f"{what}: the processes could not go on together: {type(error).__name__}: {text}. {_LOST}"
-        ) from error
 
 
 def rest(module: object) -> None:

@@ -17,11 +17,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.prune import L1Unstructured
 
 import fxprune
-from fxprune import serving
+from fxprune import driver, serving
 from fxprune.callbacks import masks_from_states
 from fxprune.checkpoints import in_parts
+from fxprune.graph import spread_modules
+from fxprune.graph import traced as traced_modules
+from fxprune.passes import FoldReparametrizations, InsertSpectralNorm, InsertWeightNorm
+from fxprune.passes.insert_mask import InsertMasks
+from fxprune.prune import mirror, selection
+from fxprune.prune import schedule as schedules
+from fxprune.prune.repair import refitting_of_all
 from fxprune.prune.slice_sums import SliceSums
 from fxprune.sharding import Layout
+from fxprune.training import continuation
 from tests import sharded_networks as networks
 
 P = fxprune.prune
@@ -154,6 +162,88 @@ def _fail_after(count: int, owner: Any, name: str, error: BaseException) -> None
         return real(*args, **kwargs)
 
     setattr(owner, name, call)
+
+
+# by call the function within it that fails: one that each process calls by itself, where it stands in the call
+ALONE: dict[str, tuple[Any, str]] = {
+    "identity": (InsertMasks, "run"),
+    "l1_unstructured": (InsertMasks, "requires"),
+    "ln_structured": (mirror, "find"),
+    "nm_structured": (mirror, "unmasked"),
+    "custom_from_mask": (mirror, "constructed"),
+    "global_unstructured": (selection, "_cut_of_parts"),
+    "global_unstructured, of one's own": (mirror, "_compute"),
+    "keep_largest": (selection, "_counted"),
+    "remove": (FoldReparametrizations, "run"),
+    "a whole parameter": (Layout, "room"),
+    "Schedule": (schedules, "computed"),
+    "Schedule.step": (schedules, "_increment"),
+    "channels": (InsertMasks, "run"),
+    "reconstruct": (refitting_of_all, "mark_refitted"),
+    "weight_norm": (InsertWeightNorm, "register"),
+    "spectral_norm": (InsertSpectralNorm, "run"),
+    "remove_weight_norm": (FoldReparametrizations, "run"),
+    "finalize": (driver, "_shapes"),
+    "optimizer_after": (continuation, "_state"),
+    "load_state_dict": (traced_modules, "check_state"),
+    "sensitivity": (spread_modules, "all_batches"),
+    "to_onnx": (spread_modules, "masked"),
+}
+_PREPARED: dict[str, Callable[[fxprune.TracedModule], Any]] = {
+    "remove": lambda m: P.l1_unstructured(m, "inner.weight", 0.3),
+    "reconstruct": lambda m: P.l1_unstructured(m, "inner.weight", 0.3),
+    "remove_weight_norm": lambda m: fxprune.weight_norm(m, "inner.weight"),
+    "Schedule.step": lambda m: fxprune.Schedule(m, "*er.weight", L1Unstructured, 0.5),
+    "load_state_dict": networks.values,
+    "optimizer_after": lambda m: (fxprune.finalize(m, verify=False), torch.optim.SGD(m.parameters(), lr=0.1)),
+}
+_CALLS: dict[str, Callable[[fxprune.TracedModule, Any], Any]] = {
+    "identity": lambda m, _: P.identity(m, "inner.weight"),
+    "l1_unstructured": lambda m, _: P.l1_unstructured(m, "*.weight", 0.3),
+    "ln_structured": lambda m, _: P.ln_structured(m, "*er.weight", 0.3, 2, 0),
+    "nm_structured": lambda m, _: P.nm_structured(m, "inner.weight", 2, 4),
+    "custom_from_mask": lambda m, _: P.custom_from_mask(m, "head.weight", torch.arange(60).view(6, 10) % 3),
+    "global_unstructured": lambda m, _: P.global_unstructured(m, "*.weight", L1Unstructured, amount=0.5),
+    "global_unstructured, of one's own": lambda m, _: P.global_unstructured(m, "*.weight", networks.Odd),
+    "keep_largest": lambda m, _: selection.keep_largest([m.get_parameter("inner.weight")], [None], 0.5),
+    "remove": lambda m, _: P.remove(m, "inner.weight"),
+    "a whole parameter": lambda m, _: P.l1_unstructured(m, "*.weight", 0.3),
+    "Schedule": lambda m, _: fxprune.Schedule(m, "*er.weight", L1Unstructured, 0.5),
+    "Schedule.step": lambda _, schedule: schedule.step(),
+    "channels": lambda m, _: P.channels(m, macs=0.5),
+    "reconstruct": lambda m, _: fxprune.reconstruct(m, networks.batches()),
+    "weight_norm": lambda m, _: fxprune.weight_norm(m, "inner.weight"),
+    "spectral_norm": lambda m, _: fxprune.spectral_norm(m, "inner.weight"),
+    "remove_weight_norm": lambda m, _: fxprune.remove_weight_norm(m, "inner.weight"),
+    "finalize": lambda m, _: fxprune.finalize(m),
+    "optimizer_after": lambda _, made: fxprune.optimizer_after(*made),
+    "load_state_dict": lambda m, state: m.load_state_dict(state),
+    "sensitivity": lambda m, _: fxprune.sensitivity(m, networks.batches()),
+    "to_onnx": lambda m, _: fxprune.export.to_onnx(m, "not-written.onnx"),
+}
+
+
+def failing_in_each_call(failing: int) -> dict[str, tuple[str, float, set[str]]]:
+    """What is raised by each of ALONE where one process fails, after how many seconds, and names that changed."""
+    found = {}
+    for what, (owner, name) in ALONE.items():
+        module = networks.by_fsdp(networks.traced())
+        prepared = _PREPARED.get(what, lambda _: None)(module)
+        real, before = getattr(owner, name), {*module.state_dict()}
+        if dist.get_rank() == failing:
+            setattr(owner, name, _out_of_memory)
+        start, told = time.perf_counter(), "nothing"
+        try:
+            _CALLS[what](module, prepared)
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+        found[what] = told, time.perf_counter() - start, {*module.state_dict()} ^ before
+        setattr(owner, name, real)
+    return found
+
+
+def _out_of_memory(*given: Any, **options: Any) -> Any:
+    raise MemoryError("no room")
 
 
 def _interrupted(group: Any) -> Any:

@@ -24,13 +24,14 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
+from fxprune.communication import communicating
 from fxprune.errors import ArtifactError, ExportError, FxpruneError, ShardingError
 from fxprune.files import synchronize
 from fxprune.graph.masks import masked
 from fxprune.graph.names import tensors_of
 from fxprune.graph.spread_modules import filled, first_of_all, hollow_copy, on_all
 from fxprune.graph.traced import TracedModule
-from fxprune.sharding import communicating, gathered_objects, sent_object
+from fxprune.sharding import gathered_objects, sent_object
 
 MODULE = "module.fxp"
 

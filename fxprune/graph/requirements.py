@@ -28,6 +28,12 @@ def require_traced(value: Any, *, values: bool = True) -> None:
         value.check_values()
 
 
+def require_flag(name: str, value: object) -> None:
+    """Raise ArgumentTypeError where an option of this name is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name}={value!r}: True or False is needed.")
+
+
 def _way_to_a_traced(value: Any) -> str:
     if isinstance(value, str):
         return "The traced module comes first, then the name."

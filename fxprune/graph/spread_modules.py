@@ -19,13 +19,13 @@ from torch.utils.data import Dataset
 
 from fxprune import borrowing
 from fxprune.borrowing import Borrowed, Loans
+from fxprune.communication import communicating, give_up, led_by_first, together
 from fxprune.errors import FxpruneError, ShardingError
 from fxprune.graph.masks import masked, view
 from fxprune.graph.names import join, tensors_of
 from fxprune.graph.traced import TracedModule
 from fxprune.sharding import (
     check_values,
-    communicating,
     first_rank,
     gathered_objects,
     is_managed,
@@ -153,21 +153,33 @@ def by_loans(
     """
     rank = first_of_all(traced)
     loans, lend = lent_copy(traced, rank)
-    if dist.get_rank() != rank:
-        told, error = pickle.loads(loans.serve())
-        if error is not None:
-            raise loans.failure or error
-        return told, [], loans
+    with led_by_first():
+        if dist.get_rank() != rank:
+            told, error = pickle.loads(_served(loans))
+            if error is not None:
+                raise loans.failure or error
+            return told, [], loans
+        try:
+            result = work(lend())
+            told = tell(result, loans)
+            pickled = pickle.dumps((told, None))
+        except BaseException as error:  # whatever it is, the others wait
+            if loans.are_lost:
+                give_up()
+            else:
+                loans.end(pickle.dumps((None, _plain(error))))
+            raise
+        loans.end(pickled)
+        return told, [result], loans
+
+
+def _served(loans: Loans) -> bytes:
     try:
-        result = work(lend())
-        told = tell(result, loans)
-        pickled = pickle.dumps((told, None))
-    except BaseException as error:  # whatever it is, the others wait
-        if not loans.are_lost:
-            loans.end(pickle.dumps((None, _plain(error))))
+        found: bytes = loans.serve()
+    except BaseException:  # the first one, which waits for an answer, cannot be told
+        give_up()
         raise
-    loans.end(pickled)
-    return told, [result], loans
+    return found
 
 
 def in_whole(module: TracedModule) -> TracedModule:
@@ -223,6 +235,19 @@ def on_first(
     return told, made
 
 
+def failing_together(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Let a function of a module that is spread, which all processes call, end on all where it fails on one."""
+
+    @functools.wraps(function)
+    def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        is_shared = dist.is_available() and dist.is_initialized() and is_spread(given)
+        with together(reference_of(given) if is_shared else None):  # type: ignore[arg-type]
+            return function(*args, **kwargs)
+
+    return call
+
+
 def by_first(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """Let a function of a module, and what else it takes, take modules that are spread: the first process runs it.
 
@@ -234,7 +259,8 @@ def by_first(function: Callable[Given, Result]) -> Callable[Given, Result]:
         if not args or not is_spread(args[0]):
             return function(*args, **kwargs)
         work: Any = lambda copied: function(copied, *args[1:], **kwargs)  # type: ignore[arg-type]  # noqa: E731
-        result: Result = on_first(args[0], work, lambda found: found)[0]  # type: ignore[arg-type]
+        with together(reference_of(args[0])):  # type: ignore[arg-type]
+            result: Result = on_first(args[0], work, lambda found: found)[0]  # type: ignore[arg-type]
         return result
 
     return call
@@ -255,8 +281,10 @@ def lent_to_first(*batches: str) -> Callable[[Callable[Given, Result]], Callable
             if not args or not is_spread(args[0]):
                 return function(*args, **kwargs)
             traced: Any = args[0]
-            options = with_all_batches(traced, dict(signature.bind(*args, **kwargs).arguments), batches)
-            return by_loans(traced, lambda copied: _called(function, copied, options), lambda found, loans: found)[0]
+            with together(reference_of(traced)):
+                options = with_all_batches(traced, dict(signature.bind(*args, **kwargs).arguments), batches)
+                work: Callable[[TracedModule], Result] = lambda copied: _called(function, copied, options)  # noqa: E731
+                return by_loans(traced, work, lambda found, loans: found)[0]
 
         return call
 

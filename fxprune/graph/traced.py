@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
+from fxprune.communication import together
 from fxprune.errors import ArgumentError, ArtifactError, CaptureError, ExportError, FxpruneWarning, InputError
 from fxprune.graph.arguments import InputCheck
 from fxprune.graph.attributes import absent, check_unseen
@@ -33,7 +34,7 @@ from fxprune.graph.states import check_state
 from fxprune.graph.switching import is_frozen, read_option, set_option, switch
 from fxprune.graph.ties import ties_kept
 from fxprune.reports import first_of
-from fxprune.sharding import gathered, is_managed, spread_state
+from fxprune.sharding import gathered, is_managed, is_sharded, spread_state
 from fxprune.torch_internals import ASKED_BEFORE_BROADCAST, calls_kept, state_of_generated_code
 
 # The order in which graphs are kept and worked on: what is decided by the eval graph, the train graph follows.
@@ -418,6 +419,10 @@ class TracedModule(ReadByName, fx.GraphModule):
             StateDictError: names or shapes differ; nothing was loaded then. ArgumentTypeError: it is no state dict.
             ShardingError: plain tensors for sharded ones are not the same on every process; nothing was loaded then.
         """
+        with together(next(filter(is_sharded, tensors_of(self).values()), None)):
+            return self._loaded(state_dict, strict, assign)
+
+    def _loaded(self, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> Any:
         if not assign:
             self.check_values()
         if self._prepare_state is not None and isinstance(state_dict, Mapping):

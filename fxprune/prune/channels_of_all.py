@@ -15,6 +15,7 @@ from fxprune.errors import ShardingError
 from fxprune.graph.masks import masked_views
 from fxprune.graph.spread_modules import (
     by_loans,
+    failing_together,
     is_spread,
     numbers_of,
     sent_masks,
@@ -33,6 +34,7 @@ def chosen_for_all(function: Callable[..., ChannelReport]) -> Callable[..., Chan
     signature = inspect.signature(function)
 
     @functools.wraps(function)
+    @failing_together
     def call(traced: Any, *args: Any, **kwargs: Any) -> ChannelReport:
         if not is_spread(traced):
             return function(traced, *args, **kwargs)

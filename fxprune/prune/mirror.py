@@ -12,7 +12,6 @@ import copy
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -28,15 +27,17 @@ from fxprune.graph.names import ModulePaths, canonical, locate, match_names, one
 from fxprune.graph.provenance import provenance_of
 from fxprune.graph.reparametrizations import computed_from, computed_names, reparametrized
 from fxprune.graph.requirements import require_parameter, require_traced
+from fxprune.graph.spread_modules import failing_together
 from fxprune.graph.traced import TracedModule
 from fxprune.graph.values import unmasked
 from fxprune.prune.methods import BlockStructured, NMStructured
 from fxprune.prune.selection import keep_largest
-from fxprune.sharding import agreed, by_parts, count, is_sharded, part, same_draws, spread, told_to_all, whole
+from fxprune.sharding import agreed, by_parts, count, is_sharded, part, same_draws, spread, whole
 from fxprune.torch_internals import ConvTransposeNd, name_pruning_method, pruning_methods
 
 
 @named_arguments
+@failing_together
 def apply(
     traced: TracedModule, name: str, method: BasePruningMethod, importance_scores: torch.Tensor | None = None
 ) -> TracedModule:
@@ -75,7 +76,7 @@ def computed(
         values, mask = whole(unmasked(traced, found)), None if found.mask is None else whole(found.mask)
         scores = whole(importance_scores) if isinstance(importance_scores, torch.Tensor) else importance_scores
         with same_draws(reference):
-            mask = told_to_all(partial(_after_all, name, method, values, mask, scores), reference)
+            mask = _after_all(name, method, values, mask, scores)
         masks[name] = mask if reference is None else spread(mask, reference)  # one whole mask at a time
     return masks
 
@@ -116,6 +117,7 @@ def _check_method(method: object) -> None:
         )
 
 
+@failing_together
 def identity(traced: TracedModule, name: str) -> TracedModule:
     """Install a mask of ones; see `apply`.
 
@@ -126,6 +128,7 @@ def identity(traced: TracedModule, name: str) -> TracedModule:
 
 
 @named_arguments
+@failing_together
 def random_unstructured(traced: TracedModule, name: str, amount: float) -> TracedModule:
     """Mask random entries; `amount` is a fraction (float) or a count (int) of those not masked yet; see `apply`.
 
@@ -136,6 +139,7 @@ def random_unstructured(traced: TracedModule, name: str, amount: float) -> Trace
 
 
 @named_arguments
+@failing_together
 def l1_unstructured(
     traced: TracedModule, name: str, amount: float, importance_scores: torch.Tensor | None = None
 ) -> TracedModule:
@@ -148,6 +152,7 @@ def l1_unstructured(
 
 
 @named_arguments
+@failing_together
 def random_structured(traced: TracedModule, name: str, amount: float, dim: int) -> TracedModule:
     """Mask random channels along `dim`; `amount` is a fraction or a count of those alive; see `apply`.
 
@@ -158,6 +163,7 @@ def random_structured(traced: TracedModule, name: str, amount: float, dim: int) 
 
 
 @named_arguments
+@failing_together
 def ln_structured(
     traced: TracedModule, name: str, amount: float, n: Any, dim: int, importance_scores: torch.Tensor | None = None
 ) -> TracedModule:
@@ -170,6 +176,7 @@ def ln_structured(
 
 
 @named_arguments
+@failing_together
 def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> TracedModule:
     """Multiply the parameter's mask by `mask` (its shape; any dtype; values other than 0 and 1 scale); see `apply`.
 
@@ -196,6 +203,7 @@ def custom_from_mask(traced: TracedModule, name: str, mask: torch.Tensor) -> Tra
 
 
 @named_arguments
+@failing_together
 def nm_structured(
     traced: TracedModule,
     name: str,
@@ -219,6 +227,7 @@ def nm_structured(
 
 
 @named_arguments
+@failing_together
 def block_structured(
     traced: TracedModule,
     name: str,
@@ -236,6 +245,7 @@ def block_structured(
 
 
 @named_arguments
+@failing_together
 def remove(traced: TracedModule, name: str) -> TracedModule:
     """Make masks permanent: the product takes the parameter's name and place, outputs stay the same bits.
 
@@ -284,6 +294,7 @@ def is_pruned(traced: TracedModule, name: str | None = None) -> bool:
 
 
 @named_arguments
+@failing_together
 def global_unstructured(
     traced: TracedModule,
     names: str | Iterable[str],
@@ -374,7 +385,7 @@ def _selected(
     scores, default = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (values, present))
     reference = next((reference for reference in references if reference is not None), None)
     with same_draws(reference):
-        computed = told_to_all(partial(_compute, name, method, scores, default, container=True), reference)
+        computed = _compute(name, method, scores, default, container=True)
     parts = computed.split([value.numel() for value in values])
     shaped = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
     return [own if ref is None else spread(own, ref) for own, ref in zip(shaped, references, strict=True)]

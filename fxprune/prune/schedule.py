@@ -14,9 +14,11 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from fxprune import driver
 from fxprune.calling import named_arguments
+from fxprune.communication import together
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, PruningError
 from fxprune.graph.masks import ParameterView, view
 from fxprune.graph.requirements import require_traced
+from fxprune.graph.spread_modules import reference_of
 from fxprune.graph.traced import TracedModule
 from fxprune.graph.values import unmasked
 from fxprune.prune.channel_report import ChannelReport
@@ -160,7 +162,7 @@ class Schedule(Readable):
         self._reports: list[ChannelReport] = []
         if self._class:
             # a parameter that the class cannot prune shows now, and draws no random numbers
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), together(reference_of(traced)):
                 computed(traced, dict.fromkeys(self.names, self._with(0.0)))
         traced.expect_use(weakref.WeakMethod(self.unused))
 
@@ -212,15 +214,8 @@ class Schedule(Readable):
         before = {name: view(self.traced, name) for name in watched}
         decided, decided_by = self.traced.decided, self.traced.decided_by
         try:
-            report = self._request(total, {name: _counts(self.traced, before[name]) for name in self.names})
-            if not isinstance(report, ChannelReport):  # which chooses anew where weights have not changed
-                for name, found in before.items():
-                    _refuse_revival(name, found.mask, view(self.traced, name).mask)
-            elif report.gone and not is_pruned(self.traced):
-                raise PruningError(
-                    "the function pruned another module than that of the schedule, of which nothing is masked. Let it "
-                    "prune the module that the schedule was given, not a copy of it or one that was traced again."
-                )
+            with together(reference_of(self.traced)):
+                report = self._asked(total, before)
         except BaseException:
             pruned = [found for name, found in before.items() if is_pruned(self.traced, name)]
             driver.insert_masks(self.traced, {found.name: _mask_or_ones(self.traced, found) for found in pruned})
@@ -228,6 +223,19 @@ class Schedule(Readable):
             raise
         if isinstance(report, ChannelReport):
             self._reports.append(report)
+
+    def _asked(self, total: float, before: Mapping[str, ParameterView]) -> object:
+        """Let the request prune to so many masked entries; returns what a function returned."""
+        report = self._request(total, {name: _counts(self.traced, before[name]) for name in self.names})
+        if not isinstance(report, ChannelReport):  # which chooses anew where weights have not changed
+            for name, found in before.items():
+                _refuse_revival(name, found.mask, view(self.traced, name).mask)
+        elif report.gone and not is_pruned(self.traced):
+            raise PruningError(
+                "the function pruned another module than that of the schedule, of which nothing is masked. Let it "
+                "prune the module that the schedule was given, not a copy of it or one that was traced again."
+            )
+        return report
 
     def _request(self, total: float, counts: Mapping[str, tuple[int, int]]) -> object:
         """Ask for so many masked entries, given by name how many entries there are and how many are masked.

@@ -15,8 +15,9 @@ from numbers import Integral
 
 import torch
 
+from fxprune.communication import together
 from fxprune.errors import PruningError
-from fxprune.sharding import Sums, as_parts, is_sharded, part, spread, told_to_all, total, whole
+from fxprune.sharding import Sums, as_parts, is_sharded, part, spread, total, whole
 
 _CHUNK = 1 << 17
 _DIGIT = 16
@@ -47,6 +48,11 @@ def keep_largest(
         >>> keep_largest([torch.tensor([3.0, -1.0]), torch.tensor([[2.0]])], [None, None], amount=2)
         [tensor([ True, False]), tensor([[False]])]
     """
+    with together(next(filter(is_sharded, values), None)):
+        return _largest(values, masks, amount)
+
+
+def _largest(values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None], amount: float) -> list[torch.Tensor]:
     parts = [_Part.of(value, mask) for value, mask in zip(values, masks, strict=True)]
     candidates = Sums()
     for each in parts:
@@ -138,27 +144,28 @@ def _threshold(parts: Sequence[_Part], dtype: torch.dtype, count: int) -> tuple[
     """The bits of the `count`-th smallest magnitude, and how many of the `count` smallest are equal to it."""
     prefix = 0
     width = torch.finfo(dtype).bits
-    reference = next((each.value for each in parts if is_sharded(each.value)), None)
-
-    def counted(shift: int, prefix: int) -> Sums:
-        histograms = Sums()
-        for each in parts:
-            own = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=each.own.device)
-            for key, candidates in _keys(each.own, each.mask, dtype):
-                if candidates is not None:
-                    key = key[candidates]
-                if shift + _DIGIT < width:
-                    key = key[key >> (shift + _DIGIT) == prefix]
-                digit = key >> shift & (1 << _DIGIT) - 1
-                found = torch.bincount(digit)
-                own[: len(found)] += found
-            histograms.add(own, each.value)
-        return histograms
-
     for shift in range(width - _DIGIT, -1, -_DIGIT):
-        histogram = told_to_all(functools.partial(counted, shift, prefix), reference).total()
+        histogram = _counted(parts, dtype, shift, prefix).total()
         below = histogram.cumsum(0)
         bin_ = int(torch.searchsorted(below, count))
         count -= int(below[bin_] - histogram[bin_])
         prefix = prefix << _DIGIT | bin_
     return prefix, count
+
+
+def _counted(parts: Sequence[_Part], dtype: torch.dtype, shift: int, prefix: int) -> Sums:
+    """How often each digit stands behind a prefix, as far as this process has the entries."""
+    width = torch.finfo(dtype).bits
+    histograms = Sums()
+    for each in parts:
+        own = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=each.own.device)
+        for key, candidates in _keys(each.own, each.mask, dtype):
+            if candidates is not None:
+                key = key[candidates]
+            if shift + _DIGIT < width:
+                key = key[key >> (shift + _DIGIT) == prefix]
+            digit = key >> shift & (1 << _DIGIT) - 1
+            found = torch.bincount(digit)
+            own[: len(found)] += found
+        histograms.add(own, each.value)
+    return histograms

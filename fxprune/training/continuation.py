@@ -19,11 +19,13 @@ from fxprune.channels import ChannelPlan
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneWarning
 from fxprune.graph.names import join
 from fxprune.graph.reparametrizations import computed_from
+from fxprune.graph.spread_modules import failing_together
 from fxprune.graph.traced import TracedModule
 from fxprune.sharding import is_sharded, spread, whole
 
 
 @named_arguments
+@failing_together
 def optimizer_after(final: TracedModule, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """An optimizer of the same class, groups and options on `final`'s parameters, that goes on where `optimizer` is.
 

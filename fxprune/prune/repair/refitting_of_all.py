@@ -14,7 +14,7 @@ from torch import Tensor
 from fxprune.borrowing import Borrowed, Loans
 from fxprune.errors import ShardingError
 from fxprune.graph.names import tensor_at, tensors_of
-from fxprune.graph.spread_modules import by_loans, is_spread, numbers_of, with_all_batches
+from fxprune.graph.spread_modules import by_loans, failing_together, is_spread, numbers_of, with_all_batches
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.changes import mark_refitted, refitted_since, require_unchanged
 from fxprune.prune.repair.new_biases import make_biases
@@ -46,6 +46,7 @@ def refitted_for_all(function: Callable[..., ReconstructionReport]) -> Callable[
     signature = inspect.signature(function)
 
     @functools.wraps(function)
+    @failing_together
     def call(traced: Any, *args: Any, **kwargs: Any) -> ReconstructionReport:
         if not is_spread(traced):
             return function(traced, *args, **kwargs)

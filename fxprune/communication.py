@@ -1,0 +1,174 @@
+"""Calls that several processes make together: what fails on one of them ends the call on all, under a name.
+
+Before each collective of such a call, and at its end, the processes tell each other whether one has failed since the
+last one: a maximum over one integer. So whatever a process does by itself in between may raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial
+
+from fxprune.errors import ShardingError
+from fxprune.torch_internals import decompositions_set_aside
+
+_LOST = (
+    "Look at the other processes' errors first: one of them has ended, raised, waits for something else, or is slower "
+    "than the time-out of the process group. Start all of them again, from the last checkpoint that is whole."
+)
+_TOLD = 1000  # bytes of what is told of an error
+
+
+@dataclass
+class _Call:
+    """A call that all processes of a mesh make.
+
+    Attributes:
+        is_over: whether nothing can be told any more, since all know of an error, or one is lost.
+        is_led: whether the first process leads now, and tells errors itself.
+        told: of another process's error.
+    """
+
+    mesh: DeviceMesh
+    is_over: bool = False
+    is_led: bool = False
+    told: str = ""
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("_CALL", default=None)
+
+
+@contextlib.contextmanager
+def together(reference: Tensor | None) -> Iterator[None]:
+    """Within, processes do alike, and what fails on one ends it on all; a collective where `reference` is spread.
+
+    What is together already, goes on so: errors are told at the end of the outermost.
+
+    Args:
+        reference: a tensor over whose processes it is done; None or a plain one: here alone.
+
+    Raises:
+        BaseException: what was raised on this process. ShardingError: it failed on another one.
+    """
+    if not isinstance(reference, DTensor) or not dist.is_initialized() or _CALL.get() is not None:
+        yield
+        return
+    call = _Call(reference.device_mesh)
+    token = _CALL.set(call)
+    try:
+        yield
+        _check(call)
+    except BaseException as error:  # whatever it is, the others wait
+        if not call.is_over:
+            with contextlib.suppress(ShardingError):  # what this process raises says more
+                _tell(call, error)
+        raise
+    finally:
+        _CALL.reset(token)
+
+
+@contextlib.contextmanager
+def led_by_first() -> Iterator[None]:
+    """Within, the first process tells the others what to do, and of errors; the call goes on together afterwards."""
+    call = _CALL.get()
+    if call is None:
+        yield
+        return
+    call.is_led = True
+    try:
+        yield
+    finally:
+        call.is_led = False
+
+
+def agree() -> None:
+    """Go on only where no other process has failed by now; a collective within `together`.
+
+    Raises:
+        ShardingError: another one has.
+    """
+    if (call := _CALL.get()) is not None and not call.is_led:
+        _check(call)
+
+
+def give_up() -> None:
+    """Tell the others nothing more: one is lost, or waits for something else."""
+    if (call := _CALL.get()) is not None:
+        call.is_over = True
+
+
+@contextlib.contextmanager
+def communicating(what: str, *, sends: bool = True) -> Iterator[None]:
+    """Name what fails between processes: raises ShardingError in its place, and where another one failed before.
+
+    Args:
+        what: as the message begins. sends: False where every process does it by itself.
+    """
+    if not dist.is_initialized():
+        raise ShardingError(
+            f"{what} of a sharded module needs the process group, and there is none: it was not made in this process, "
+            "or destroyed. Call torch.distributed.init_process_group before, and destroy_process_group at the end."
+        )
+    if sends:
+        agree()
+    with _named(what):
+        yield
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        with decompositions_set_aside():
+            yield
+    except ShardingError:
+        raise
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+        give_up()
+        text = str(error).partition("\n")[0].rstrip(".")
+        raise ShardingError(
+            f"{what}: the processes could not go on together: {type(error).__name__}: {text}. {_LOST}"
+        ) from error
+    except BaseException:  # others are in the midst of it
+        give_up()
+        raise
+
+
+def _check(call: _Call) -> None:
+    """Raise ShardingError where another process has failed; a collective."""
+    if not call.is_over:
+        _tell(call, None)
+    if call.told:
+        raise ShardingError(call.told)
+
+
+def _tell(call: _Call, failure: BaseException | None) -> None:
+    """Tell the others whether this process has failed, and hear of them; a collective."""
+    mesh, rank = call.mesh, dist.get_rank()
+    with _named("going on together"):
+        failed = torch.tensor([0 if failure is None else rank + 1], device=mesh.device_type)
+        number = int(_over(failed, mesh, Partial("max")))
+        if not number:
+            return
+        call.is_over = True
+        own = torch.zeros(_TOLD, dtype=torch.int64)
+        if number == rank + 1:
+            text = f"{type(failure).__name__}: {failure}".encode()[:_TOLD]
+            own[: len(text)] = torch.tensor([*text])
+        told = _over(own.to(mesh.device_type), mesh, Partial())
+    if failure is None:
+        text = bytes(each for each in told.tolist() if each)
+        call.told = f"process {number - 1} failed: {text.decode(errors='replace')}"
+
+
+def _over(own: Tensor, mesh: DeviceMesh, kind: Partial) -> Tensor:
+    """The maximum, or the sum, over the processes of a mesh."""
+    found: Tensor = DTensor.from_local(own, mesh, [kind] * mesh.ndim, run_check=False).full_tensor()
+    return found
