@@ -186,7 +186,7 @@ ALONE: dict[str, tuple[Any, str]] = {
     "finalize": (driver, "_shapes"),
     "optimizer_after": (continuation, "_state"),
     "load_state_dict": (traced_modules, "check_state"),
-    "sensitivity": (spread_modules, "all_batches"),
+    "sensitivity": (spread_modules, "with_all_batches"),
     "to_onnx": (spread_modules, "masked"),
 }
 _PREPARED: dict[str, Callable[[fxprune.TracedModule], Any]] = {

@@ -61,6 +61,9 @@ def prune(
     runnable: Annotated[bool, typer.Option("--runnable", help="Leave what the model's own class can have.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="Weights whose groups stay, as in 'head.*'.")] = None,
     max_per_group: Annotated[float | None, typer.Option(help="Largest share of a group that goes.")] = None,
+    compact_masks: Annotated[
+        bool, typer.Option("--compact-masks", help="Hold masks as vectors, for a network that fills the memory.")
+    ] = False,
     data: DataSource = None,
     samples: Count = 512,
     batch: Batch = 32,
@@ -90,7 +93,7 @@ def prune(
         "choose": _given(
             amount=amount, macs=macs, parameters=parameters, speedup=speedup, distance=distance, ignore=ignore,
             importance=importance or ("l2" if data is None else "obs"), runnable=runnable,
-            max_per_group=max_per_group,
+            max_per_group=max_per_group, compact_masks=compact_masks,
         ),
         "repair": {"enabled": data is not None if repair is None else repair},
         "compare": _given(score=score),

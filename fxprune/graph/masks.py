@@ -282,6 +282,19 @@ def hold_in_full(owner: nn.Module, names: Iterable[str]) -> None:
         owner._buffers[name] = _like(own.mask if own.original is None else own.original, own.mask)
 
 
+def hold_as_vectors(root: nn.Module) -> None:
+    """Let masks of rows or of columns alone, and the like along other axes, hold one vector, expanded."""
+    for own in masked_views(root):
+        mask = own.mask
+        if mask is None or own.original is None or type(mask) is not torch.Tensor or is_expanded(mask):
+            continue
+        for axis in range(mask.dim() if mask.dim() > 1 and mask.numel() else 0):
+            vector = mask[tuple(slice(None) if dim == axis else slice(0, 1) for dim in range(mask.dim()))]
+            if bool((mask == vector).all()):
+                own.owner._buffers[mask_name(own.attribute)] = vector.clone().expand(mask.shape)
+                break
+
+
 def masked_views(root: nn.Module) -> Iterator[ParameterView]:
     """The parameters that carry a mask, each by the first of its names."""
     for path, module in root.named_modules():

@@ -95,6 +95,9 @@ class Choose(_Table):
     """The largest share of a group that goes."""
     runnable: bool = False
     """Leave what the model's own class can have."""
+    compact_masks: bool = False
+    """Hold one vector for a mask of rows or of columns alone, for a network that fills the memory; training must not
+    write into masks."""
 
     @pydantic.model_validator(mode="after")
     def _has_a_budget(self) -> Choose:

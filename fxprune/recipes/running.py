@@ -16,6 +16,8 @@ from typing import Any
 from fxprune.checkpoints.checkpoint import load, save
 from fxprune.errors import ArgumentError, BudgetError, FxpruneError
 from fxprune.files import atomic
+from fxprune.graph.masks import hold_as_vectors
+from fxprune.graph.traced import TracedModule
 from fxprune.recipes.outcome import Outcome
 from fxprune.recipes.page import page
 from fxprune.recipes.recipe import Recipe, parsed
@@ -63,7 +65,7 @@ def run(
     outcome = _so_far(folder, recipe)
     done = len(outcome.stages)
     if done:
-        work.traced = load(folder / _STATE / f"{planned[done - 1][0]}.fxp")
+        work.traced = _loaded(folder / _STATE / f"{planned[done - 1][0]}.fxp", recipe)
     for place, (name, stage) in enumerate(planned):
         if place < done:
             continue
@@ -86,13 +88,23 @@ def run(
         outcome.stages[name] = plain(record | {"seconds": time.perf_counter() - begin})
         kept = folder / _STATE / f"{name}.fxp"
         save(work.now, kept)
-        work.traced = load(kept)  # as a run that goes on has it: graphs that were read have other names of nodes
+        work.traced = _loaded(
+            kept, recipe
+        )  # as a run that goes on has it: graphs that were read have other names of nodes
         _write(folder / _STATE / "state.json", outcome.to_dict())
         if place:
             (folder / _STATE / f"{planned[place - 1][0]}.fxp").unlink(missing_ok=True)
     _report(folder, outcome)
     shutil.rmtree(folder / _STATE)
     return outcome
+
+
+def _loaded(path: Path, recipe: Recipe) -> TracedModule:
+    """A module as a stage left it."""
+    traced = load(path)
+    if recipe.choose.compact_masks:
+        hold_as_vectors(traced)
+    return traced
 
 
 def versions() -> dict[str, str]:

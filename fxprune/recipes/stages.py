@@ -65,7 +65,8 @@ def chosen(work: Work) -> Record:
     elif work.recipe.data is not None:
         options["loader"] = work.samples.batches
     dense = shared_copy(work.now) if isinstance(importance, Sensitivity) else None
-    report = prune.channels(work.now, importance=importance, **options, **choose.budgets)
+    masks = {"compact_masks": choose.compact_masks}
+    report = prune.channels(work.now, importance=importance, **options, **masks, **choose.budgets)
     if dense is not None:
         record["budgets"] = losses_of_budgets(dense, importance, report, options)
     return record | {"channels": report.to_dict()}

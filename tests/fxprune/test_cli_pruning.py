@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.main import get_command
 
 import fxprune
-from fxprune import cli
+from fxprune import cli, driver
+from fxprune.graph.expanded import is_expanded
 from tests.recipe_networks import images
 
 NETWORK = "tests.recipe_networks:network"
@@ -56,6 +58,31 @@ def test_a_budget_out_of_reach_exits_with_2_and_a_report(capsys: pytest.CaptureF
     assert "cannot be reached" in json.loads(printed)["failure"]
     assert "loosen max_per_group=0.25" in json.loads(printed)["failure"]
     assert (tmp_path / "report.json").is_file()
+
+
+def test_compact_masks_are_vectors_on_the_way_and_leave_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finalize, found = driver.finalize, []
+
+    def finalized(traced: fxprune.TracedModule, **options: Any) -> fxprune.TracedModule:
+        found.append([name for name, buffer in traced.named_buffers() if is_expanded(buffer)])
+        return finalize(traced, **options)
+
+    monkeypatch.setattr(driver, "finalize", finalized)
+    (tmp_path / "recipe.toml").write_text(
+        f'model = {{ source = "{NETWORK}", inputs = ["2x1x8x8"] }}\nrepair = {{ enabled = false }}\n'
+        'choose = { macs = 0.5, importance = "l2" }\nexport = { onnx = false }\ncompare = { latency = false }\n'
+    )
+    folders = tmp_path / "full", tmp_path / "compact"
+    assert outcome(capsys, "run", tmp_path / "recipe.toml", "--out", folders[0], "--quiet")[0] == 0
+    compact = "--compact-masks", "--macs", 0.5, "--out", folders[1], "--quiet"
+    assert outcome(capsys, "prune", NETWORK, *PLAIN, *compact)[0] == 0
+    assert found[0] == []
+    assert found[1] == ["0.weight_mask", "6.weight_mask"]
+    states = [fxprune.load(each / "model.fxp").state_dict() for each in folders]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 def test_an_error_is_one_line_and_a_traceback_where_it_is_asked_for(
