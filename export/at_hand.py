@@ -22,9 +22,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxprune.borrowing import Borrowed, addressed
 from fxprune.capture.lifting import lift_tensors, lifted_program
 from fxprune.errors import ExportError
+from fxprune.graph.calls import Call
 from fxprune.graph.codegen import CodeGen
 from fxprune.graph.mutation import may_write
 from fxprune.graph.names import tensor_at
+from fxprune.graph.spread_modules import with_stand_ins
 from fxprune.torch_internals import (
     FakeTensor,
     FakeTensorMode,
@@ -78,6 +80,35 @@ def program_at_hand(module: fx.GraphModule) -> AtHandProgram:
     program = lifted_program(graph, nn.Module(), paths, tensors, mode, AtHandProgram)
     assert isinstance(program, AtHandProgram)
     return program
+
+
+class CapturedProgram(ExportedProgram):
+    """A program that was captured without the values of large tensors, and has them once it was taken apart."""
+
+    lent: Mapping[str, Tensor]
+
+    def run_decompositions(self, decomp_table: Any = None, decompose_custom_triton_ops: bool = False) -> Any:
+        """One in smaller operators, which torch captures from this one, with all values."""
+        found = super().run_decompositions(decomp_table, decompose_custom_triton_ops)
+        for held in (found.state_dict, found.constants):
+            held.update({name: addressed(value.detach()) for name, value in self.lent.items() if name in held})
+        return found
+
+
+def program_of_capture(module: fx.GraphModule, sample: Call, dynamic_shapes: Any) -> ExportedProgram:
+    """A flat module captured once more; used up.
+
+    torch's capture takes plain tensors, and reads none of those that operators read: what is borrowed stays there.
+
+    Args:
+        module: it. sample: what it is captured with. dynamic_shapes: as torch takes them.
+    """
+    lent = with_stand_ins(module)
+    exported = torch.export.export(module, *sample, dynamic_shapes=dynamic_shapes, strict=False)
+    if lent:
+        exported.__class__ = CapturedProgram
+        exported.lent = lent  # type: ignore[attr-defined]
+    return exported
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

@@ -23,14 +23,14 @@ from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call, as_calls
 from fxprune.graph.masks import masked
 from fxprune.graph.mutation import written_state
-from fxprune.graph.spread_modules import lent_to_first, with_wholes
+from fxprune.graph.spread_modules import lent_to_first
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import shown
 from fxprune.reports import counted
 from fxprune.torch_internals import any_recurrent_length
 
 from . import upcast
-from .at_hand import nothing_learned, program_at_hand
+from .at_hand import nothing_learned, program_at_hand, program_of_capture
 from .batch_norms import optimize_lent, optimize_narrow
 from .flattening import check_source, flatten, take_as_given
 from .lowering import lower
@@ -361,9 +361,8 @@ def _translation_at_hand(request: _Request, module: fx.GraphModule) -> _Translat
 
 
 def _translation_of_a_capture(request: _Request, module: fx.GraphModule, sample: Call) -> _Translation:
-    module = with_wholes(module)
     with translating("translate the model to ONNX"):
-        exported = torch.export.export(module, *sample, dynamic_shapes=request.dynamic_shapes, strict=False)
+        exported = program_of_capture(module, sample, request.dynamic_shapes)
         return _translation_of(request, exported)
 
 

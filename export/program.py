@@ -17,7 +17,7 @@ from fxprune.calling import named_arguments
 from fxprune.capture.caches import is_cache
 from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call
-from fxprune.graph.spread_modules import by_first
+from fxprune.graph.spread_modules import written_by_first
 from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import OpOverload
 
@@ -29,7 +29,7 @@ from .verification import Draft, FileReport, Proof, other_sizes, verified
 
 
 @named_arguments
-@by_first
+@written_by_first
 def to_program(
     final: TracedModule,
     path: str | os.PathLike[str],
@@ -76,7 +76,7 @@ def to_program(
 
 
 @named_arguments
-@by_first
+@written_by_first
 def to_torchscript(
     final: TracedModule,
     path: str | os.PathLike[str],

@@ -24,6 +24,7 @@ _LOST = (
     "Look at the other processes' errors first: one of them has ended, raised, waits for something else, or is slower "
     "than the time-out of the process group. Start all of them again, from the last checkpoint that is whole."
 )
+_AT_THE_END = "ending together"
 _TOLD = 1000  # bytes of what is told of an error
 
 
@@ -65,11 +66,11 @@ def together(reference: Tensor | None) -> Iterator[None]:
     token = _CALL.set(call)
     try:
         yield
-        _check(call)
+        _check(call, _AT_THE_END)
     except BaseException as error:  # whatever it is, the others wait
         if not call.is_over:
             with contextlib.suppress(ShardingError):  # what this process raises says more
-                _tell(call, error)
+                _tell(call, error, _AT_THE_END)
         raise
     finally:
         _CALL.reset(token)
@@ -89,14 +90,14 @@ def led_by_first() -> Iterator[None]:
         call.is_led = False
 
 
-def agree() -> None:
-    """Go on only where no other process has failed by now; a collective within `together`.
+def agree(what: str = "going on together") -> None:
+    """Go on, to what is named, only where no other process has failed by now; a collective within `together`.
 
     Raises:
         ShardingError: another one has.
     """
     if (call := _CALL.get()) is not None and not call.is_led:
-        _check(call)
+        _check(call, what)
 
 
 def give_up() -> None:
@@ -118,7 +119,7 @@ def communicating(what: str, *, sends: bool = True) -> Iterator[None]:
             "or destroyed. Call torch.distributed.init_process_group before, and destroy_process_group at the end."
         )
     if sends:
-        agree()
+        agree(what)
     with _named(what):
         yield
 
@@ -141,18 +142,18 @@ def _named(what: str) -> Iterator[None]:
         raise
 
 
-def _check(call: _Call) -> None:
+def _check(call: _Call, what: str) -> None:
     """Raise ShardingError where another process has failed; a collective."""
     if not call.is_over:
-        _tell(call, None)
+        _tell(call, None, what)
     if call.told:
         raise ShardingError(call.told)
 
 
-def _tell(call: _Call, failure: BaseException | None) -> None:
+def _tell(call: _Call, failure: BaseException | None, what: str) -> None:
     """Tell the others whether this process has failed, and hear of them; a collective."""
     mesh, rank = call.mesh, dist.get_rank()
-    with _named("going on together"):
+    with _named(what):
         failed = torch.tensor([0 if failure is None else rank + 1], device=mesh.device_type)
         number = int(_over(failed, mesh, Partial("max")))
         if not number:

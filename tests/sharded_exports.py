@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import onnx
+import onnxruntime
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import fxprune
+from fxprune import borrowing
 from fxprune.export import onnx_files
 from fxprune.serving import Counts
 from tests import sharded_networks as networks
+from tests.tensor_memory import give_large_blocks_back_at_once, most_private
 
 Found = dict[str, dict[str, torch.Tensor]]
 Spread = Callable[[fxprune.TracedModule], fxprune.TracedModule]
@@ -54,6 +58,7 @@ def exported(spread: Spread, folder: str) -> tuple[Found, list[Counts]]:
         "half": (masked, {"precision": "float16"}),
         "sparse": (masked, {"sparse": True}),
         "captured again": (counting, {}),
+        "sizes fixed": (masked, {"dynamic_shapes": None}),
     }
     networks.keep_nothing_whole()
     onnx_files.MAPPED_BYTES = 0
@@ -90,3 +95,34 @@ def over_tensor_parallel(spread: Spread, folder: str) -> Found:
         "written": initializers(f"{folder}/network.onnx"),
         "saved": networks.values(fxprune.load(f"{folder}/network.fxp")),
     }
+
+
+def other_forms(spread: Spread, folder: str) -> dict[str, tuple[int, torch.Tensor]]:
+    """By form of the file what the first process held by itself at the most, in bytes, and what the file gives."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(12)))
+    module = spread(fxprune.trace(layers.eval(), (torch.ones(2, 1024),), modes=("eval",)))
+    del layers
+    tiny = fxprune.trace(nn.Linear(2, 2), (torch.ones(2, 2),), modes=("eval",))
+    calls = {"a.pt2": fxprune.export.to_program, "a.pt": fxprune.export.to_torchscript, "a.onnx": _captured_again}
+    readers = {"a.pt2": lambda path: torch.export.load(path).module(), "a.pt": torch.jit.load, "a.onnx": _run}
+    borrowing.ROOM = 2**22
+    give_large_blocks_back_at_once()
+    found = {}
+    for name, write in calls.items():
+        write(tiny, f"{folder}/tiny-{name}", verify=False)  # what torch loads once
+        held = most_private(lambda name=name, write=write: write(module, f"{folder}/{name}", verify=False))
+        if not dist.is_initialized() or not dist.get_rank():
+            found[name] = held, readers[name](f"{folder}/{name}")(torch.ones(2, 1024)).detach()
+    assert [path for path in os.listdir(folder) if path.startswith(".")] == []
+    return found
+
+
+def _captured_again(module: fxprune.TracedModule, path: str, verify: bool) -> Any:
+    return fxprune.export.to_onnx(module, path, verify=verify, dynamic_shapes=None)
+
+
+def _run(path: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    session = onnxruntime.InferenceSession(path)
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])

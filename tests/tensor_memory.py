@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+_MMAP_THRESHOLD = -3  # of mallopt, in glibc's malloc.h
 
 
 class TensorMemory(TorchDispatchMode):
@@ -67,6 +70,11 @@ def let_go_of_what_is_free() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def give_large_blocks_back_at_once() -> None:
+    """Let C's allocator, from now on, ask the system for each block of 1 MB and more, and return it when it is free."""
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
+
+
 def peak_added(work: Callable[[], object]) -> int:
     """The bytes that this process holds at the most while it works, beyond those of before; on Linux."""
     let_go_of_what_is_free()
@@ -74,3 +82,26 @@ def peak_added(work: Callable[[], object]) -> int:
     before = resident("VmRSS")
     work()
     return resident("VmHWM") - before
+
+
+def most_private(work: Callable[[], object]) -> int:
+    """The bytes that this process holds alone at the most while it works, beyond those of before; files do not count.
+
+    They are looked at every few milliseconds, while no call holds Python's lock.
+    """
+    let_go_of_what_is_free()
+    before, most, ended = private_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.wait(0.003):
+            most = max(most, private_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        ended.set()
+        watcher.join()
+    return most

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import os
 import pickle
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -193,9 +196,20 @@ def in_whole(module: TracedModule) -> TracedModule:
     return _on_cpu(_replaced(module, plain))
 
 
-def with_wholes(module: Part) -> Part:
-    """Any module with plain tensors in the place of those that are borrowed, in place."""
-    return _replaced(module, lambda tensor: tensor.whole().clone() if isinstance(tensor, Borrowed) else tensor)
+def with_stand_ins(module: nn.Module) -> dict[str, Tensor]:
+    """Put plain tensors without values in the place of those that are borrowed, in place: memory that nobody writes to.
+
+    Returns:
+        What was borrowed, by each of its names.
+    """
+    found: dict[str, Tensor] = {}
+    found |= {name: tensor for name, tensor in tensors_of(module).items() if isinstance(tensor, Borrowed)}
+    _replaced(module, lambda tensor: _without_values(tensor) if isinstance(tensor, Borrowed) else tensor)
+    return found
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _replaced(module: Part, value_of: Callable[[Tensor], Tensor]) -> Part:
@@ -215,26 +229,6 @@ def numbers_of(tensors: Mapping[str, Tensor], loans: Loans) -> dict[str, int]:
     return {name: loans.number_of(tensor) for name, tensor in tensors.items() if isinstance(tensor, Borrowed)}
 
 
-def on_first(
-    traced: TracedModule, work: Callable[[TracedModule], Result], tell: Callable[[Result], Told]
-) -> tuple[Told, list[Result]]:
-    """Let the first process do what one process does, with a whole copy of the module; the others wait.
-
-    Args:
-        traced: a module that is spread over all processes of the default group.
-        work: called on the first process with a whole copy.
-        tell: called there with what `work` gave; what it gives is pickled, and sent to all.
-
-    Returns:
-        What `tell` gave; and on the first process alone, what `work` gave.
-
-    Raises:
-        FxpruneError: on every process what was raised on the first one. ShardingError: a process is gone.
-    """
-    told, made, _ = by_loans(traced, lambda copied: work(in_whole(copied)), lambda result, _: tell(result))
-    return told, made
-
-
 def failing_together(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """Let a function of a module that is spread, which all processes call, end on all where it fails on one."""
 
@@ -248,22 +242,46 @@ def failing_together(function: Callable[Given, Result]) -> Callable[Given, Resul
     return call
 
 
-def by_first(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Let a function of a module, and what else it takes, take modules that are spread: the first process runs it.
+def written_by_first(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Let a function of a module and a path take modules that are spread, too: the first process runs it.
 
-    What it returns is pickled, and sent to all.
+    It has plain tensors, mapped from files beside the path, which the system reads where values are asked for, and
+    forgets where it needs the memory. What it returns is pickled, and sent to all.
     """
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         if not args or not is_spread(args[0]):
             return function(*args, **kwargs)
-        work: Any = lambda copied: function(copied, *args[1:], **kwargs)  # type: ignore[arg-type]  # noqa: E731
-        with together(reference_of(args[0])):  # type: ignore[arg-type]
-            result: Result = on_first(args[0], work, lambda found: found)[0]  # type: ignore[arg-type]
-        return result
+        traced: Any = args[0]
+
+        def work(copied: TracedModule) -> Result:
+            options = dict(signature.bind(*args, **kwargs).arguments)
+            del options[next(iter(options))]
+            beside = Path(options["path"]).parent
+            with tempfile.TemporaryDirectory(prefix=".fxprune-", dir=beside if beside.is_dir() else None) as folder:
+                return _called(function, _mapped(copied, Path(folder)), options)
+
+        with together(reference_of(traced)):
+            return by_loans(traced, work, lambda found, loans: found)[0]
 
     return call
+
+
+def _mapped(module: TracedModule, folder: Path) -> TracedModule:
+    """The module on the CPU, with tensors of files in the place of those that are borrowed, in place."""
+
+    def value_of(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, Borrowed):
+            return tensor if tensor.device.type == "cpu" else tensor.detach().cpu()
+        file = folder / f"{next(numbers)}"
+        tensor.whole().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+        flat: Tensor = torch.from_file(os.fspath(file), size=tensor.numel(), dtype=tensor.dtype)
+        return flat.view(tensor.shape)
+
+    numbers = itertools.count()
+    return _on_cpu(_replaced(module, value_of))
 
 
 def lent_to_first(*batches: str) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,12 @@ def test_an_error_of_this_process_is_told_once_and_raised_as_it_is(
 ) -> None:
     told: list[BaseException | None] = []
     real = communication._tell
-    monkeypatch.setattr(communication, "_tell", lambda call, failure: (told.append(failure), real(call, failure)))
+
+    def tell(call: Any, failure: BaseException | None, what: str) -> None:
+        told.append(failure)
+        real(call, failure, what)
+
+    monkeypatch.setattr(communication, "_tell", tell)
     error = LookupError("a defect")
     with pytest.raises(LookupError) as raised, together(spread), together(spread):
         with communicating("sending"):
@@ -41,7 +47,7 @@ def test_an_error_of_this_process_is_told_once_and_raised_as_it_is(
 
 def test_what_stops_in_the_midst_of_sending_tells_nobody(spread: DTensor, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[BaseException | None] = []
-    monkeypatch.setattr(communication, "_tell", lambda call, failure: told.append(failure))
+    monkeypatch.setattr(communication, "_tell", lambda call, failure, what: told.append(failure))
     with pytest.raises(KeyboardInterrupt), together(spread), communicating("sending"):
         raise KeyboardInterrupt
     with pytest.raises(ShardingError, match="RuntimeError: closed"), together(spread), communicating("sending"):
