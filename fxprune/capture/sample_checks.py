@@ -116,9 +116,10 @@ def checked_sample(model: nn.Module, args: object, kwargs: object) -> Call:
     for leaf in pytree.tree_leaves(tuple(call)):
         if isinstance(leaf, np.ndarray | np.generic | DataLoader | Dataset | Iterator):
             raise SampleError(_no_input(leaf, "an input"))
-        if isinstance(leaf, Tensor) and leaf.device.type == "meta" and is_hollow(model):
+        if isinstance(leaf, Tensor) and leaf.device.type == "meta":
+            where = "the CPU" if is_hollow(model) else "the device of the model"
             raise SampleError(
-                f"an input of shape {tuple(leaf.shape)} is on the meta device. Give it values, on the CPU: what "
+                f"an input of shape {tuple(leaf.shape)} is on the meta device. Give it values, on {where}: what "
                 "is made of the model later is compared with it on them."
             )
     _check_signature(model, *call)

@@ -18,6 +18,17 @@ def is_expanded(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and any(_repeats(tensor))
 
 
+def is_one_value(tensor: Tensor) -> bool:
+    """Whether all entries of a plain tensor are one in memory.
+
+    Example:
+        >>> is_one_value(torch.ones(()).expand(2, 3)), is_one_value(torch.ones(2, 1).expand(2, 3))
+        (True, False)
+    """
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return type(tensor) is Tensor and tensor.numel() > 1 and all(size == 1 or stride == 0 for size, stride in pairs)
+
+
 def by_vectors(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """What a function of entries gives, computed once for those that share memory, and expanded.
 

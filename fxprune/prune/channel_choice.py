@@ -19,7 +19,7 @@ from fxprune.channels.foresight import classes_left, foresee, forget, sizes_left
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.channels.ids import Mask, Vector
 from fxprune.errors import ArgumentError, PruningError, WriteBackError
-from fxprune.graph.expanded import by_vectors
+from fxprune.graph.expanded import by_vectors, is_one_value
 from fxprune.graph.masks import MasksOnDemand, masked, view
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_budgets import Amount, Budget, Choice, Macs, Size, Sizes, Speed
@@ -326,5 +326,7 @@ def _both(mask: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
         kept = there != 0
         return mask & kept if torch.equal(there, kept.to(there.dtype)) else mask.to(there) * there
 
+    if is_one_value(there) and there[(0,) * there.dim()] == 1:  # of which an earlier choice was taken back
+        return mask.to(there.device)
     found: torch.Tensor = by_vectors(both, mask.to(there.device), there)
     return found

@@ -10,9 +10,8 @@ import torch
 
 from fxprune.borrowing import Borrowed, asked
 from fxprune.by_parts import checksum
-from fxprune.graph.expanded import by_vectors
 from fxprune.graph.masks import masked_views, view
-from fxprune.graph.names import locate
+from fxprune.graph.names import locate, tensors_of
 from fxprune.graph.reparametrizations import computed_names
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_request import ChannelRequest
@@ -40,19 +39,20 @@ class Decision:
 def undone(traced: TracedModule, request: ChannelRequest) -> tuple[TracedModule, Mapping[str, torch.Tensor | None]]:
     """A copy of the module as it was before channels were chosen, and the masks of before, as in `Decision`.
 
-    It is the module itself, and nothing, unless the request asks for more of what was asked for last, by scores that
-    depend on weights alone, and neither weights nor masks have changed since.
+    It shares tensors with the module, and is only to be read. It is the module itself, and nothing, unless the request
+    asks for more of what was asked for last, by scores that depend on weights alone, and neither weights nor masks have
+    changed since.
     """
     decision = traced.decided_by
     if not isinstance(decision, Decision) or not _asks_for_more(request, decision.request):
         return traced, {}
     if _contents(traced) != decision.contents:
         return traced, {}
-    before = copy.deepcopy(traced)
+    before = copy.deepcopy(traced, {id(tensor): tensor for tensor in tensors_of(traced).values()})
     for name, mask in decision.masks.items():
         own = view(before, name)
         assert own.mask is not None, name
-        own.replace_mask(by_vectors(torch.ones_like, own.mask) if mask is None else mask, compact=True)
+        own.replace_mask(own.mask.new_ones(()).expand(own.mask.shape) if mask is None else mask, compact=True)
     return before, decision.masks
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import fxprune
 from fxprune.channels import used_weights, values
+from fxprune.graph.expanded import is_expanded
 from fxprune.prune import slice_sums
 from tests.tensor_memory import TensorMemory, let_go_of_what_is_free, private_bytes
 
@@ -80,6 +81,16 @@ def test_more_channels_hold_no_more(traced: fxprune.TracedModule) -> None:
         traced.get_parameter("rise.0.weight_orig").mul_(1.01)
     _, peak = _peak(traced, lambda: fxprune.prune.channels(traced, macs=0.7))
     assert peak < 2.2  # weights under the masks of before, too
+
+
+@pytest.mark.parametrize(("compact", "most"), [(False, 2.2), (True, 1.3)])
+def test_channels_that_are_chosen_anew_hold_no_second_module(
+    traced: fxprune.TracedModule, compact: bool, most: float
+) -> None:
+    fxprune.prune.channels(traced, macs=0.8, compact_masks=compact)
+    _, peak = _peak(traced, lambda: fxprune.prune.channels(traced, macs=0.7, compact_masks=compact))
+    assert peak < most  # weights under the masks of before, and masks
+    assert all(is_expanded(mask) for mask in traced.buffers()) == compact
 
 
 def test_finalize_holds_its_weights_once(traced: fxprune.TracedModule) -> None:

@@ -110,6 +110,12 @@ TRACE: dict[str, Case] = {
     "a model that has some values": (
         lambda m: fxprune.trace(nn.Sequential(m, nn.Linear(10, 2, device="meta")), IMAGES), CaptureError,
         "1.weight, 1.bias .* on the meta device", "load_state_dict"),
+    "a sample without values": (
+        lambda m: fxprune.trace(m, IMAGES.to("meta")), SampleError, "is on the meta device",
+        "on the device of the model"),
+    "an index without values": (
+        lambda m: fxprune.trace(nn.Embedding(5, 3), torch.zeros(2, dtype=torch.long, device="meta")), SampleError,
+        "is on the meta device", "Give it values"),
     "a model that was not initialized": (
         lambda m: fxprune.trace(Bare(), IMAGES), CaptureError, "Bare.__init__ does not call", "Call it first"),
     "a model that returns nothing": (
