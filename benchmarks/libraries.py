@@ -73,7 +73,7 @@ def settle(model: nn.Module) -> nn.Module:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, 0, 0.2)
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.abs().max() < 1e-3:
+        if parameter.is_floating_point() and parameter.numel() and parameter.abs().max() < 1e-3:
             nn.init.normal_(parameter, 0, 0.1)
     return model.eval()
 

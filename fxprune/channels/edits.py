@@ -39,6 +39,10 @@ class Kept:
         alive = self.alive(ids)
         return int((alive if alive.ndim == 1 else alive.any(1)).sum())
 
+    def all(self) -> bool:
+        """Whether nothing goes."""
+        return bool(self._alive.all())
+
     def ratio(self, axis: Axis) -> tuple[int, int]:
         """How many indices the factors with ids had, and how many stay."""
         before = after = 1
@@ -286,6 +290,25 @@ class LeaveStacks(Edit):
 
     def __str__(self) -> str:
         return f"{self.node.name}: leaves what stacks it"
+
+
+@dataclass(frozen=True, eq=False)
+class LayOut(Edit):
+    """A call that asks for strides which removal may change gets a copy without gaps."""
+
+    node: fx.Node
+
+    def apply(self, kept: Kept) -> None:
+        if kept.all():
+            return
+        (data,) = self.node.all_input_nodes
+        with self.node.graph.inserting_before(self.node):
+            copied = self.node.graph.call_function(torch.ops.aten.contiguous.default, (data,))
+        copied.meta["val"] = data.meta["val"].contiguous()
+        self.node.replace_input_with(data, copied)
+
+    def __str__(self) -> str:
+        return f"{self.node.name}: reads a copy without gaps"
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from fxprune.channels.means import has_space
 from fxprune.channels.positions import Pixels, PositionMaps
 from fxprune.channels.registry import OperatorCall, register
 from fxprune.channels.rules.views import regrouped
-from fxprune.channels.values import Value
+from fxprune.channels.values import Value, settled
 from fxprune.channels.walk import Result, Walk
 
 aten = torch.ops.aten
@@ -118,3 +118,25 @@ class Patches(OperatorCall):
             zeros = replace(columns.facts, where=columns.facts.zeros, stored=False)
             return replace(columns, facts=zeros)
         return columns
+
+
+@register(aten.col2im)
+@dataclass(frozen=True, eq=False)
+class PatchesAdded(OperatorCall):
+    """Columns of windows added at their positions: [batch, channels x window, positions] as an image."""
+
+    data: fx.Node
+    output_size: list[Any]
+    kernel_size: list[int]
+
+    def relate(self, walk: Walk) -> Result:
+        value = walk.value(self.data)
+        dim, window = value.rank - 2, math.prod(self.kernel_size)
+        value = walk.blur(self.node, value, [dim + 1], "positions of windows")
+        split = _split_channels(walk, value, dim, value.axes[dim].size // window, window)
+        if split is None:
+            return walk.refuse(self.node, "regroups the channels")
+        split = walk.blur(self.node, split, [dim + 1], "positions within a window")
+        axes = [*split.axes[: dim + 1], *_space(walk, self.node, dim)]
+        zeros = split.zeros.squeeze(dim + 1).unsqueeze(-1)
+        return settled(axes, zeros, torch.zeros(()))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.channels.axes import ONE, Axis, Factor, Size, quotient, reduced_shape, same_size
-from fxprune.channels.edits import Count, SetArguments
+from fxprune.channels.edits import Count, LayOut, SetArguments
 from fxprune.channels.registry import OperatorCall, register
 from fxprune.channels.rules.creation import resize
 from fxprune.channels.values import Value, settled
@@ -299,3 +299,21 @@ class RepeatInterleave(OperatorCall):
         axes = value.replaced_axis(dim, Axis((*value.axes[dim].factors, Factor(count, ids))))
         facts = None if value.facts is None else replace(value.facts, stored=False)
         return replace(value, facts=facts).moved(axes, lambda tensor: tensor.repeat_interleave(count, dim))
+
+
+@register(aten.view_as_complex, aten.view_as_real, aten.real, aten.imag)
+@dataclass(frozen=True, eq=False)
+class ComplexParts(OperatorCall):
+    """The two parts of complex numbers along a last axis as the numbers, the numbers as their parts, or one part."""
+
+    data: fx.Node
+
+    def relate(self, walk: Walk) -> Value:
+        value = walk.value(self.data)
+        if self.node.target is aten.view_as_real.default:
+            return settled([*value.axes, Axis.plain(2)], value.zeros[..., None], torch.zeros(()))
+        if self.node.target is not aten.view_as_complex.default:
+            return settled(value.axes, value.zeros, torch.zeros(()))
+        walk.edits.append(LayOut(self.node))  # torch asks for even strides
+        value = walk.blur(self.node, value, [value.rank - 1], "the parts of complex numbers")
+        return settled(value.axes[:-1], value.zeros.squeeze(-1), torch.zeros(()))

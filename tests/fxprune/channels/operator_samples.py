@@ -158,6 +158,13 @@ SHAPES = {
     "flatten.using_ints": image(lambda x: x.flatten(2).view(x.shape[0], 8, 6, 6)),
     "unflatten.int": image(lambda x: x.unflatten(1, (2, 4)).flatten(1, 2)),
     "view_as": image(lambda x: x.flatten(2).view_as(x)),
+    "view_as_complex": image(lambda x: torch.view_as_complex(x.unflatten(3, (3, 2))).abs()),
+    **each("real imag", lambda f: image(lambda x: f(torch.view_as_complex(x.unflatten(3, (3, 2)))))),
+    "view_as_real": image(
+        lambda x: torch.view_as_real(
+            torch.view_as_complex(x.unflatten(3, (3, 2))) * torch.polar(x.new_ones(3), x.new_ones(3))
+        ).flatten(3)
+    ),
     "reshape_as": image(lambda x: x.flatten(2).reshape_as(x)),
     "permute": image(lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 1, 2)),
     "transpose.int": image(lambda x: x.transpose(1, 2).transpose(2, 1)),
@@ -219,6 +226,7 @@ SHAPES = {
     "channel_shuffle": image(lambda x: F.channel_shuffle(x, 2)),
     "native_channel_shuffle": Sample(lambda x: torch.native_channel_shuffle(x, 2), free=False),
     "im2col": image(lambda x: F.unfold(x, 2).unsqueeze(3)),
+    "col2im": image(lambda x: F.fold(F.unfold(x, 2, padding=1), (6, 6), 2, padding=1)),
     "unfold": image(lambda x: x.unfold(2, 2, 2).flatten(3)),
 }
 REDUCTIONS = {

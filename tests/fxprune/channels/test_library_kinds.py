@@ -92,3 +92,30 @@ def test_products_without_autocast_count() -> None:
     assert final.plan is not None
     assert report.macs == final.plan.macs
     assert report.macs[0] == 5 * (6 * 32 + 32 * 32 + 32 * 3) + 2 * 5 * 32 * 32
+
+
+class Turned(nn.Module):
+    """Heads of four channels and two pairs, which are turned as complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.register_buffer("turns", torch.polar(torch.ones(5, 1, 2), torch.rand(5, 1, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain, pairs = self.first(x).view(*x.shape[:2], 2, 8).split([4, 4], -1)
+        numbers = torch.view_as_complex(pairs.float().reshape(*pairs.shape[:-1], -1, 2))
+        turned = torch.view_as_real(numbers * self.turns).flatten(3)
+        return self.last(torch.cat([plain.relu(), turned], -1).flatten(2))
+
+
+def test_complex_numbers_are_read_from_what_removal_leaves_with_odd_strides() -> None:
+    model, x = Turned().eval(), torch.randn(2, 5, 6)
+    traced = fxprune.trace(model, x, modes=("eval",))
+    mask = torch.ones(16, 6)
+    mask[[1, 9]] = 0
+    fxprune.prune.custom_from_mask(traced, "first.weight", mask)
+    fxprune.prune.custom_from_mask(traced, "first.bias", mask[:, 0])
+    final = fxprune.finalize(traced, align=1)
+    assert final.get_parameter("first.weight").shape[0] == 14
+    torch.testing.assert_close(final(x), traced(x))
