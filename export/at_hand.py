@@ -187,10 +187,18 @@ def _with_sizes_of(node: fx.Node, value: Any, before: Any) -> Tensor:
     Raises:
         ExportError: nothing of the same sizes was recorded.
     """
-    is_alike = isinstance(value, Tensor) and isinstance(before, Tensor) and value.is_contiguous()
+    is_alike = isinstance(value, Tensor) and isinstance(before, Tensor) and _is_contiguous(value)
     if is_alike and [_of_the_sample(size) for size in before.shape] == list(value.shape):
         return torch.empty(before.shape, dtype=value.dtype, device=value.device)
     raise ExportError(f"{node.target} fixes free sizes")
+
+
+def _is_contiguous(value: Tensor) -> bool:
+    """Whether a tensor is known to be, which of sizes that are values nobody knows."""
+    try:
+        return value.is_contiguous()
+    except RuntimeError:
+        return False
 
 
 def _of_the_sample(size: Any) -> Any:

@@ -73,6 +73,11 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
     for node in [node for node in graph.nodes if node.target in _SQUEEZES]:
         with graph.inserting_before(node):
             node.replace_all_uses_with(_without_others(graph, node))
+    inverses: dict[Any, fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.linalg_solve_triangular.default):
+        if isinstance(node.args[0].meta["val"].shape[-1], int):
+            with graph.inserting_before(node):
+                _replace(node, _solved(graph, node, inverses))
     erase_dead(graph)
     module.recompile()
 
@@ -446,6 +451,45 @@ def _constant(module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
         return evaluate(module, node)
     except FinalizeError:
         return None
+
+
+# ---- triangular systems
+
+
+def _solved(graph: fx.Graph, node: fx.Node, inverses: dict[Any, fx.Node]) -> fx.Node:
+    """A product with the inverse of a triangular matrix, in the place of a solver, which ONNX has none of."""
+    matrix, given = node.args[:2]
+    options = {"upper": False, "left": True, "unitriangular": False} | node.kwargs
+    key = matrix, options["upper"], options["unitriangular"]
+    if key not in inverses:
+        inverses[key] = _inverse(graph, *key)  # type: ignore[arg-type]
+    operands = (inverses[key], given) if options["left"] else (given, inverses[key])
+    return graph.call_function(aten.matmul.default, operands)
+
+
+def _inverse(graph: fx.Graph, matrix: fx.Node, is_upper: bool, has_ones: bool) -> fx.Node:
+    """That of a triangular matrix, of blocks on its diagonal that are twice as large at each step.
+
+    That of [[A, 0], [B, C]] is [[A', 0], [-C' B A', C']]. It is as exact as substitution: N. J. Higham, Accuracy and
+    Stability of Numerical Algorithms, 2002, section 14.2.
+    """
+    call, value = graph.call_function, matrix.meta["val"]
+    size = value.shape[-1]
+    inverse = call(aten.eye.default, (size,), {"dtype": value.dtype})
+    if not has_ones:
+        diagonal = call(aten.reciprocal.default, (call(aten.diagonal.default, (matrix, 0, -2, -1)),))
+        inverse = call(aten.mul.Tensor, (inverse, call(aten.unsqueeze.default, (diagonal, -1))))
+    places = call(aten.arange.default, (size,))
+    for width in (2**step for step in range((size - 1).bit_length())):
+        block = call(aten.floor_divide.default, (places, width))
+        row, column = (call(aten.unsqueeze.default, (block, dim)) for dim in (-1, 0))
+        first, second = (row, column) if is_upper else (column, row)  # of two that become one
+        is_next = call(aten.eq.Scalar, (call(aten.sub.Tensor, (second, first)), 1))
+        is_even = call(aten.eq.Scalar, (call(aten.remainder.Scalar, (first, 2)), 0))
+        beside = call(aten.to.dtype, (call(aten.logical_and.default, (is_next, is_even)), value.dtype))
+        product = call(aten.matmul.default, (inverse, call(aten.mul.Tensor, (matrix, beside))))
+        inverse = call(aten.sub.Tensor, (inverse, call(aten.matmul.default, (product, inverse))))
+    return inverse
 
 
 # ---- linear layers

@@ -22,6 +22,7 @@ from fxprune.capture.protection import (
     Reads,
     attributes_kept,
     counted_reads,
+    exports_asked_about,
     generators_kept,
     markers_kept,
     quiet,
@@ -172,6 +173,24 @@ def _export_free(model: nn.Module, sample: Sample, mode: str) -> tuple[Exported 
 
 
 def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_given: bool = False) -> Exported:
+    """The model in one mode, as eager computes it.
+
+    Code that does something else in an export is captured as if there were none, where that can be.
+    """
+    with exports_asked_about(answer=True) as asked:
+        found = _with_constants(model, sample, mode, shapes, sizes_given=sizes_given)
+    if not asked:
+        return found
+    try:
+        with exports_asked_about(answer=False):
+            as_eager = _with_constants(model, sample, mode, shapes, sizes_given=sizes_given)
+    except CaptureError:
+        return found
+    loses = sample.free and sample.is_specialized(as_eager.program) and not sample.is_specialized(found.program)
+    return found if loses else as_eager
+
+
+def _with_constants(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_given: bool) -> Exported:
     """The model in one mode; where values of tensors are asked for, with those of constants known.
 
     The graph holds for these values. They are small buffers of integers that no state dict holds and forward leaves

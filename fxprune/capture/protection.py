@@ -10,6 +10,7 @@ import copy
 import io
 import logging
 import random
+import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -27,6 +29,7 @@ _DYNAMIC_MARKERS = {
     "_dynamo_unbacked_indices", "_dynamo_propagated_dynamic_indices", "_has_dynamo_dim_marking",
 }  # fmt: skip
 
+_MAKES_MASKS = "transformers.masking_utils"
 _ONE_CAPTURE = threading.RLock()  # reentrant: a capture may capture a part of the model
 
 
@@ -135,6 +138,32 @@ def markers_kept(values: Iterable[Any]) -> Iterator[None]:
             for name in marks(tensor):
                 delattr(tensor, name)
             tensor.__dict__.update(marked)
+
+
+@contextlib.contextmanager
+def exports_asked_about(answer: bool) -> Iterator[list[str]]:
+    """Answer code that asks `torch.compiler.is_exporting()`, and note the modules that do: it does something else then.
+
+    torch's own is told the truth, and so is the one that makes masks for transformers, which are the same either way.
+    """
+    asked: list[str] = []
+    told = torch.compiler.is_exporting
+
+    def answered() -> bool:
+        frame = sys._getframe(1)
+        while frame.f_back is not None and "exporting" in frame.f_code.co_name:  # asks for others
+            frame = frame.f_back
+        name = str(frame.f_globals.get("__name__"))
+        if name == _MAKES_MASKS or name.partition(".")[0] == "torch" or not told():
+            return told()
+        asked.append(name)
+        return answer
+
+    torch.compiler.is_exporting = answered
+    try:
+        yield asked
+    finally:
+        torch.compiler.is_exporting = told
 
 
 Reads = Counter[tuple[int, str]]  # by the id of a module's __dict__ and the name that was read

@@ -476,3 +476,32 @@ def test_complex_inputs_and_outputs_are_their_parts_in_a_file(tmp_path: Path, gi
     with torch.no_grad():
         model.layer.weight[0] += 0.1
     assert not fxprune.compare(model, tmp_path / "model.onnx", inputs=(x, turns)).ok
+
+
+class _Triangular(nn.Module):
+    """Systems with one matrix, as layers with a gated delta rule solve them."""
+
+    def __init__(self, upper: bool, ones: bool) -> None:
+        super().__init__()
+        self.upper, self.ones = upper, ones
+
+    def forward(self, matrix: Tensor, given: Tensor) -> tuple[Tensor, ...]:
+        options = {"upper": self.upper, "unitriangular": self.ones}
+        columns = torch.linalg.solve_triangular(matrix, given, **options)
+        rows = torch.linalg.solve_triangular(matrix, given.mT.contiguous(), left=False, **options)
+        return columns, rows
+
+
+@pytest.mark.parametrize(
+    ("size", "upper", "ones"), [(64, False, True), (64, True, False), (5, False, False), (1, True, True)]
+)
+def test_triangular_systems_are_solved_as_by_torch(size: int, upper: bool, ones: bool, tmp_path: Path) -> None:
+    matrix = torch.ones(2, 4, size, size) + 0.01 * torch.randn(2, 4, size, size)  # its powers grow beyond float32
+    given, model = torch.randn(2, 4, size, 8), _Triangular(upper, ones).eval()
+    traced = fxprune.trace(model, (matrix, given), modes=("eval",))
+    fxprune.export.to_onnx(traced, tmp_path / "systems.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "systems.onnx", providers=["CPUExecutionProvider"])
+    matrix, given = matrix[[0, 1, 0]], given.flip(0)[[0, 1, 1]]
+    found = session.run(None, {"matrix": matrix.numpy(), "given": given.numpy()})
+    for value, wanted in zip(found, model(matrix.double(), given.double()), strict=True):
+        np.testing.assert_allclose(value, wanted.numpy(), atol=1e-4)

@@ -166,6 +166,41 @@ class MatrixProduct(Contraction):
         return cls(node, left, right, Labels.of_matmul(_rank(left), _rank(right), transposed=False))
 
 
+@register(aten.linalg_solve_triangular)
+@dataclass(frozen=True, eq=False)
+class TriangularSystem(Contraction):
+    """A product of the inverse of a matrix, which is triangular with ones on the diagonal, and what is given.
+
+    It is zero where what is given is, along the axes of no equation, whatever the matrix; a matrix of zeros beside the
+    diagonal leaves all as it is. What is known of the matrix says nothing of its inverse.
+    """
+
+    has_ones: bool = False
+
+    @classmethod
+    def parse(cls, node: fx.Node) -> Self:
+        given = bound(node)
+        matrix, data, is_left = given["self"], given["B"], given["left"]
+        left, right = (matrix, data) if is_left else (data, matrix)
+        labels = Labels.of_matmul(_rank(left), _rank(right), transposed=False)
+        return cls(node, left, right, labels, has_ones=given["unitriangular"])
+
+    def relate(self, walk: Walk) -> Result:
+        if self.labels is None or not self.has_ones:
+            return walk.refuse(self.node, "no system with ones on the diagonal")
+        given = bound(self.node)
+        matrix, data = walk.value(given["self"]), walk.value(given["B"])
+        why = "equations of one system"
+        matrix = Value(walk.blur(self.node, matrix, [matrix.rank - 2, matrix.rank - 1], why).axes)
+        data = walk.blur(self.node, data, [data.rank - 2 if given["left"] else data.rank - 1], why)
+        operands = (matrix, data) if given["left"] else (data, matrix)
+        return contract(walk, self.node, self.labels, *operands, Added())
+
+    def costs(self, env: Mapping[fx.Node, Result]) -> Sequence[Cost]:
+        """None: `torch.utils.flop_counter` counts none."""
+        return ()
+
+
 @register(aten.addmm, aten.baddbmm)
 @dataclass(frozen=True, eq=False)
 class AddedProduct(Contraction):

@@ -217,3 +217,25 @@ def test_captures_in_several_threads_wait_for_each_other() -> None:
     assert sorted(found) == [0, 1, 2, 3]
     for i, model in enumerate(models):
         assert torch.equal(found[i](x), model(x))
+
+
+class _Otherwise(nn.Module):
+    """Computes the same in other steps while it is exported, or what only an export can hold."""
+
+    def __init__(self, *, free: bool = True) -> None:
+        super().__init__()
+        self.layer, self.free = nn.Linear(6, 6), free
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_exporting():
+            return (self.layer.weight @ x.mT).mT + self.layer.bias
+        return self.layer(x) if self.free or x.sum() > 0 else x
+
+
+def test_code_that_does_something_else_in_an_export_is_captured_as_in_eager() -> None:
+    x, told = torch.randn(3, 6), torch.compiler.is_exporting
+    traced = fxprune.trace(_Otherwise(), x)
+    assert torch.compiler.is_exporting is told
+    assert [node.target for node in traced.graphs["eval"].nodes if "linear" in str(node.target)]
+    captured = fxprune.trace(model := _Otherwise(free=False).eval(), x.abs() + 1, modes=("eval",))
+    torch.testing.assert_close(captured(x.abs() + 1), model(x.abs() + 1))

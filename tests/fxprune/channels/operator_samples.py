@@ -339,6 +339,9 @@ CONTRACTIONS = {
     "mm": matrix(lambda x, w: torch.mm(x, w), tensor(8, 6)),
     "matmul": tokens(lambda x, w: torch.matmul(x, w), tensor(8, 6)),
     "bmm": tokens(lambda x: torch.bmm(x, x.transpose(1, 2).softmax(-1)) @ x),
+    "linalg_solve_triangular": tokens(
+        lambda x: torch.linalg.solve_triangular(x @ x.transpose(1, 2), x, upper=False, unitriangular=True)
+    ),
     "baddbmm": tokens(lambda x: torch.baddbmm(x.new_zeros(1, 6, 6), x, x.transpose(1, 2))),
     "mv": matrix(lambda x, w: torch.mv(x, w)[:, None], tensor(8)),
     "inner": tokens(lambda x, w: torch.inner(x, w), tensor(6, 8)),

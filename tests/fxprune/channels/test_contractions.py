@@ -153,3 +153,42 @@ def test_an_equation_is_written_out_as_torch_reads_it(
 
 def test_a_diagonal_is_not_understood() -> None:
     assert Equation.parse("ii,ij->j", [2, 2]) is None
+
+
+class Delta(nn.Module):
+    """Heads whose values solve a system of their keys, as layers with a gated delta rule have them."""
+
+    def __init__(self, left: bool) -> None:
+        super().__init__()
+        self.left = left
+        self.keys, self.values, self.out = nn.Linear(12, 24), nn.Linear(12, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys, values = (t.unflatten(-1, (4, 6)).transpose(1, 2) for t in (self.keys(x), self.values(x)))
+        system, solve = keys @ keys.mT, torch.linalg.solve_triangular
+        if self.left:
+            found = solve(system, values, upper=False, unitriangular=True)
+        else:
+            found = solve(system, values.mT, upper=True, left=False, unitriangular=True).mT
+        return self.out(found.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_heads_and_channels_of_triangular_systems_go_and_a_matrix_of_zeros_passes_all_on(left: bool) -> None:
+    model, x = Delta(left).double().eval(), torch.randn(2, 7, 12).double()
+    traced = fxprune.trace(model, x, modes=("eval",))
+    fxprune.prune.channels(traced, 0.5, round_to=1)
+    final = fxprune.finalize(traced, align=1)
+    assert final.plan is not None
+    assert final.plan.macs[1] <= 0.4 * final.plan.macs[0]
+    for given in (x, torch.randn(3, 7, 12).double()):
+        assert_equal(traced, final, given)
+    for name, left_over in (("values", 18), ("keys", 24)):
+        traced = fxprune.trace(model, x, modes=("eval",))
+        for parameter in (f"{name}.weight", f"{name}.bias"):
+            mask = torch.ones_like(model.get_parameter(parameter))
+            mask[:6] = 0  # the first head's
+            fxprune.prune.custom_from_mask(traced, parameter, mask)
+        final = fxprune.finalize(traced, align=1)
+        assert_equal(traced, final, x)
+        assert len(final.get_parameter("values.weight")) == left_over
