@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.channels.arguments import bound
-from fxprune.channels.axes import reduced_shape, sizes_of
+from fxprune.channels.axes import Axis, reduced_shape, sizes_of
 from fxprune.channels.ranges import Weights, note_layer
 from fxprune.channels.readers import Bias
 from fxprune.channels.registry import Cost, OperatorCall, Traffic, register
@@ -302,6 +302,23 @@ class Einsum(Contraction):
         if order == list(range(len(order))):
             return value if pairs else value.without_source()
         return value.moved([value.axes[dim] for dim in order], lambda tensor: tensor.permute(order))
+
+    def costs(self, env: Mapping[fx.Node, Result]) -> Sequence[Cost]:
+        """The products of the sizes of all labels of each contraction, one after the other."""
+        if self.equation is None or len(self.operands) == 2:
+            return super().costs(env)
+        sizes: dict[str, int] = {}
+        axes: dict[str, Axis] = {}
+        for operand, labels in zip(self.operands, self.equation.operands, strict=True):
+            for dim, size in enumerate(sizes_of(operand)):
+                sizes[labels[dim]] = max(size, sizes.get(labels[dim], 1))  # of size one: broadcast
+            value = env.get(operand)
+            if isinstance(value, Value):
+                axes |= {label: axis for label, axis in zip(labels, value.axes, strict=True) if label not in axes}
+        return [
+            Cost(math.prod(map(sizes.__getitem__, found)), tuple(axes[label] for label in found if label in axes))
+            for found in (pair.out + pair.contracted for pair in self.equation.in_pairs() if pair.contracted)
+        ]
 
 
 def _operands(node: fx.Node, count: int = 2) -> list[fx.Node]:

@@ -151,6 +151,35 @@ def test_an_equation_is_written_out_as_torch_reads_it(
     assert torch.einsum(equation, *tensors).shape == tuple(sizes[c] for c in out)
 
 
+@pytest.mark.parametrize(
+    "equation", ["bi,bi,ij,jo->bo", "bi,ij,jo->bo", "...i,...i,ij,jo->...o", "bi,bj,ij,jo->bo", "jo,bi,ij->bo"]
+)
+def test_equations_of_several_operands_cost_what_torch_counts(equation: str) -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(6, 16), nn.Linear(6, 16 if "bj" not in equation else 12)
+            self.first, self.second = nn.Parameter(torch.randn(16, 12)), nn.Parameter(torch.randn(12, 10))
+            self.out = nn.Linear(10, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            named = iter((self.left(x).relu(), self.right(x).relu()))
+            operands = [
+                {"ij": self.first, "jo": self.second}[term] if term in ("ij", "jo") else next(named)
+                for term in equation.partition("->")[0].split(",")
+            ]
+            return self.out(torch.einsum(equation, *operands))
+
+    torch.manual_seed(0)
+    model, x = Several().double().eval(), torch.randn(4, 6).double()
+    traced = fxprune.trace(model, x, modes=("eval",))
+    report = fxprune.prune.channels(traced, macs=0.5, round_to=1)
+    final = fxprune.finalize(traced, align=1)
+    assert final.plan is not None
+    assert final.plan.macs == report.macs
+    assert_equal(traced, final, torch.randn(3, 6).double())
+
+
 def test_a_diagonal_is_not_understood() -> None:
     assert Equation.parse("ii,ij->j", [2, 2]) is None
 
