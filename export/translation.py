@@ -15,6 +15,7 @@ from fxprune.errors import ExportError, ShardingError
 from .grouped_products import NAME, grouped_product
 from .quiet import quiet
 from .simple_recurrent import simple_recurrent
+from .sorted_places import bucketize, searchsorted
 
 _COLOR = re.compile(r"\x1b\[\d+m")
 
@@ -24,6 +25,8 @@ def translations(graph: fx.Graph) -> dict[Any, Any]:
     own = {
         torch.ops.aten.rnn_tanh.input: simple_recurrent("Tanh"),
         torch.ops.aten.rnn_relu.input: simple_recurrent("Relu"),
+        torch.ops.aten.searchsorted.Tensor: searchsorted,
+        torch.ops.aten.bucketize.Tensor: bucketize,
     }
     called = dict.fromkeys(node.target for node in graph.nodes if node.op == "call_function")
     products = {target: grouped_product for target in called if str(target) == NAME}

@@ -57,9 +57,14 @@ class Built:
     @classmethod
     def of(cls, model: nn.Module) -> Built:
         """Those of a model."""
-        held = [((path, name), v) for path, module in model.named_modules() for name, v in vars(module).items()]
-        integers = {key: value for key, value in held if type(value) is int}
-        floats = {key: value for key, value in held if type(value) is float}
+        integers: dict[Attribute, int] = {}
+        floats: dict[Attribute, float] = {}
+        for path, module in model.named_modules():
+            for name, value in vars(module).items():
+                if type(value) is int:
+                    integers[path, name] = value
+                elif type(value) is float:
+                    floats[path, name] = value
         return cls(sizes_of(model), {}, integers, floats)
 
     def without(self, unread: Collection[str]) -> Built:
