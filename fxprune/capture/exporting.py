@@ -175,7 +175,8 @@ def _export_free(model: nn.Module, sample: Sample, mode: str) -> tuple[Exported 
 def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_given: bool = False) -> Exported:
     """The model in one mode, as eager computes it.
 
-    Code that does something else in an export is captured as if there were none, where that can be.
+    Code that does something else in an export is captured as if there were none, where that can be and leaves as much
+    free.
     """
     with exports_asked_about(answer=True) as asked:
         found = _with_constants(model, sample, mode, shapes, sizes_given=sizes_given)
@@ -186,8 +187,9 @@ def _export(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_g
             as_eager = _with_constants(model, sample, mode, shapes, sizes_given=sizes_given)
     except CaptureError:
         return found
-    loses = sample.free and sample.is_specialized(as_eager.program) and not sample.is_specialized(found.program)
-    return found if loses else as_eager
+    axes = [] if shapes is None else free_axes(model, sample, shapes)
+    fixed = fixed_axes(axes, as_eager.program, sample).keys() - fixed_axes(axes, found.program, sample).keys()
+    return found if fixed else as_eager
 
 
 def _with_constants(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes_given: bool) -> Exported:

@@ -232,6 +232,22 @@ class _Otherwise(nn.Module):
         return self.layer(x) if self.free or x.sum() > 0 else x
 
 
+class _OfTheSize(nn.Module):
+    """Leaves out what does nothing at one size, but for exports, as timm does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_exporting() and x.shape[1] == 6:
+            return x * 2
+        return x * 2 + 0 * x.shape[1]
+
+
+def test_sizes_that_code_leaves_free_in_an_export_stay_free() -> None:
+    free = {"x": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
+    traced = fxprune.trace(_OfTheSize(), torch.randn(3, 6), dynamic_shapes=free)
+    x = torch.randn(2, 8)
+    assert torch.equal(traced(x), x * 2)
+
+
 def test_code_that_does_something_else_in_an_export_is_captured_as_in_eager() -> None:
     x, told = torch.randn(3, 6), torch.compiler.is_exporting
     traced = fxprune.trace(_Otherwise(), x)
