@@ -85,6 +85,8 @@ def _advice(error: Exception, sizes_given: bool) -> str:
         return _ON_CONVERSIONS
     if asks_for_values(error):
         return _ON_VALUES
+    if not sizes_given and kind == "TypeError" and "SymInt" in text:  # of what is fixed only values are unknown
+        return _ON_VALUES
     if sizes_given and ("dynamic_shapes" in text or "Constraint" in kind or "constraint" in text):
         return _ON_SIZES
     return _ON_OTHERS

@@ -483,3 +483,15 @@ def test_distributions_are_captured_and_eager_checks_their_values_as_before(monk
     assert torch.equal(traced(past[:3], came[:3]), model(past[:3], came[:3]))
     with pytest.raises(ValueError, match="constraint"):
         model(past * torch.nan, came)
+
+
+class Lengths(nn.Module):
+    """Does something else where rows are of several lengths, as their mask says."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x if len(set(mask.sum(1).tolist())) > 1 else x.relu()
+
+
+def test_lengths_by_values_are_refused_as_values() -> None:
+    with pytest.raises(CaptureError, match="unhashable type.*keep `.item.* on values out of forward"):
+        fxprune.trace(Lengths(), (torch.randn(2, 3), torch.ones(2, 3, dtype=torch.long)), modes=("eval",))
