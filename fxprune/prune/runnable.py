@@ -125,15 +125,15 @@ class _Numbers:
         Such an axis reads several streams, or writes them. The part is what other axes hold that follow from the
         number, or all that could go; it must be as long as the axis changes with the number.
         """
-        vector = self._vectors[axis]
-        if dead[vector].all():
+        vector, proportional = self._vectors[axis], self._configuration.proportional[name]
+        if axis in proportional and dead[vector].all():
             return True
-        held = [own for other in self._followers[name] if dead[own := self._vectors.get(other, vector)].all()]
+        held = [own for other in proportional if dead[own := self._vectors.get(other, vector)].all()]
         for inside in (np.isin(vector, np.concatenate([*held, vector[:0]])), dead[vector]):
             if inside.any() and self._configuration.changes_by_part(name, axis, int(inside.sum())):
                 self._parts[name, axis] = vector[inside]
                 return True
-        return False
+        return bool(dead[vector].all())
 
     def needed(self, free: frozenset[str], groups: Sequence[ChannelGroup]) -> frozenset[str]:
         """Without numbers by which others' sizes are rounded, as to multiples of eight, where all goes without them."""
