@@ -320,6 +320,15 @@ class Configuration:
                 return True
         return False
 
+    def are_divisible(self, names: Sequence[str], axis: Axis, units: int) -> bool:
+        """Whether several numbers, each with one of so many units less, say that of an axis: heads of joined layers."""
+        values = [self._valued(name, (units - 1) / units * self.numbers[name])[:1] for name in names]
+        if len(names) < 2 or not all(values):
+            return False
+        shapes = self.built(self._unsaid | {name: own[0] for name, own in zip(names, values, strict=True)})
+        tensor, dim = axis
+        return shapes is not None and shapes[tensor][dim] * units == self.shapes[tensor][dim] * (units - 1)
+
     def expressing(self, wanted: Shapes, path: str = "") -> Iterator[Numbers]:
         """The numbers with which a model has these sizes, nothing where none do.
 

@@ -213,13 +213,14 @@ class _Numbers:
         return self._goes(group, free, group.size) or self._times(group, free) is not None
 
     def _goes(self, group: ChannelGroup, free: frozenset[str], units: int) -> bool:
-        """Whether a number that can change says every axis of a group with one of so many units less."""
+        """Whether numbers that can change say every axis of a group with one of so many units less, one or together."""
         for member in group.members:
             axis = member.parameter, member.axis
             saying = self._saying(axis)
             if group.kind == Kind.HEAD_CHANNEL and len(saying) > 1:
                 return False
-            if not any(self._says(name, axis, group, units) for name in saying & free):
+            alone = any(self._says(name, axis, group, units) for name in saying & free)
+            if not alone and not self._configuration.are_divisible(sorted(saying & free), axis, units):
                 return False
         return True
 

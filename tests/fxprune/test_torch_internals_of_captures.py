@@ -114,7 +114,7 @@ def test_distributions_unchecked_look_at_no_values_and_then_do_as_before(before:
         Distribution.set_default_validate_args(standard)
 
 
-def test_masks_that_vmap_makes_of_a_tensor_read_by_index_are_operators(tmp_path: Path) -> None:
+def test_indices_recorded_of_a_tensor_that_vmap_reads_for_a_mask_are_operators(tmp_path: Path) -> None:
     class Masked(nn.Module):
         """Position 0 is seen by all; else a position sees its own kind, as transformers builds such masks."""
 
@@ -136,3 +136,24 @@ def test_masks_that_vmap_makes_of_a_tensor_read_by_index_are_operators(tmp_path:
         assert torch.equal(traced(x[rows], kinds[rows]), model(x[rows], kinds[rows]))
     report = fxprune.export.to_onnx(fxprune.finalize(traced), tmp_path / "masked.onnx")
     assert report.inputs == ("x", "kinds")
+
+
+class Repeated(nn.Module):
+    """Repeats what it is given as often as a buffer says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("times", torch.tensor(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x] * int(self.times))
+
+
+def test_values_known_of_buffers_are_computed_with_by_captures_and_only_then() -> None:
+    model, x, before = Repeated(), torch.randn(2), internals.fake_tensors.CONSTANT_NUMEL_LIMIT
+    with internals.values_known({"times": model.times}):
+        program = torch.export.export(model, (x,), strict=False)
+    assert torch.equal(program.module()(x), x.repeat(3))
+    assert before == internals.fake_tensors.CONSTANT_NUMEL_LIMIT
+    with pytest.raises(Exception, match="data-dependent"):
+        torch.export.export(model, (x,), strict=False)
