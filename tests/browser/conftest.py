@@ -10,6 +10,8 @@ import pytest
 
 from tests.browsers import CHROMIUM, Watched, lacking
 
+_PATIENCE = 120_000  # milliseconds: what is asked is whether a page does it, not how fast a busy machine is
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = lacking()
@@ -41,6 +43,7 @@ def opened(browser: Any) -> Iterator[Any]:
     ) -> Watched:
         viewport = {"width": width, "height": 900}
         context = browser.new_context(viewport=viewport, color_scheme=scheme, bypass_csp=bypass_csp, **options)
+        context.set_default_timeout(_PATIENCE)
         contexts.append(context)
         watched = Watched(context.new_page())
         watched.page.goto(address)
