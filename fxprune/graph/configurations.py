@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -289,10 +290,7 @@ class Configuration:
 
     def changes_by_part(self, name: str, axis: Axis, part: int) -> bool:
         """Whether so many of an axis are a multiple of a number, and the rest of it stays with another number."""
-        other, made = self._with_another[name]
-        (tensor, dim), number = axis, self.numbers[name]
-        is_there = len(made.shapes[tensor]) == len(self.shapes[tensor])
-        return is_there and (made.shapes[tensor][dim] - self.shapes[tensor][dim]) * number == part * (other - number)
+        return self._part(name, axis) == part
 
     def is_divisible(self, name: str, axis: Axis, units: int, part: int | None = None) -> bool:
         """Whether a number can be what says an axis with one of so many units less, and its other multiples too.
@@ -305,7 +303,7 @@ class Configuration:
             if self.shapes[tensor][dim] % units == 0
         }
         tensor, dim = axis
-        size = self.shapes[tensor][dim]
+        size = self._size(axis)
         multiples[axis] = size * units - (size if part is None else part)
         values = self._valued(name, (units - 1) / units * self.numbers[name])
         if axis not in self.proportional[name] and multiples[axis] % units == 0:
@@ -321,13 +319,29 @@ class Configuration:
         return False
 
     def are_divisible(self, names: Sequence[str], axis: Axis, units: int) -> bool:
-        """Whether several numbers, each with one of so many units less, say that of an axis: heads of joined layers."""
-        values = [self._valued(name, (units - 1) / units * self.numbers[name])[:1] for name in names]
-        if len(names) < 2 or not all(values):
+        """Whether several numbers, each with one of so many units less, say that of an axis that has a part of each.
+
+        Such are the heads of queries, and those of keys and values, in a joined layer.
+        """
+        if sum(self._part(name, axis) for name in names) != self._size(axis) or len(names) < 2:
             return False
-        shapes = self.built(self._unsaid | {name: own[0] for name, own in zip(names, values, strict=True)})
+        values = [self._valued(name, (units - 1) / units * self.numbers[name])[:1] for name in names]
+        numbers = {name: value for name, found in zip(names, values, strict=True) for value in found}
+        shapes = self.built(self._unsaid | numbers) if len(numbers) == len(names) else None
         tensor, dim = axis
-        return shapes is not None and shapes[tensor][dim] * units == self.shapes[tensor][dim] * (units - 1)
+        return shapes is not None and shapes[tensor][dim] * units == self._size(axis) * (units - 1)
+
+    def _size(self, axis: Axis) -> int:
+        tensor, dim = axis
+        return self.shapes[tensor][dim]
+
+    def _part(self, name: str, axis: Axis) -> float:
+        """How much of an axis is a multiple of a number, by the change that another value makes."""
+        other, made = self._with_another[name]
+        (tensor, dim), number = axis, self.numbers[name]
+        if len(made.shapes[tensor]) != len(self.shapes[tensor]):
+            return math.nan
+        return (made.shapes[tensor][dim] - self.shapes[tensor][dim]) * number / (other - number)
 
     def expressing(self, wanted: Shapes, path: str = "") -> Iterator[Numbers]:
         """The numbers with which a model has these sizes, nothing where none do.
