@@ -369,7 +369,7 @@ def _translation_of_a_capture(request: _Request, module: fx.GraphModule, sample:
 def _translation_of(request: _Request, exported: ExportedProgram) -> _Translation:
     is_narrow = upcast.holds_bfloat16(exported.graph)
     opset = upcast.OPSET if is_narrow and request.opset is None else request.opset
-    table = translations(exported.graph) or None
+    table = translations(exported.graph)
     program = torch.onnx.export(
         exported, dynamo=True, verbose=False, opset_version=opset, custom_translation_table=table, optimize=False
     )

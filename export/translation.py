@@ -21,8 +21,11 @@ _COLOR = re.compile(r"\x1b\[\d+m")
 
 
 def translations(graph: fx.Graph) -> dict[Any, Any]:
-    """By operator that the graph calls, what writes it in ONNX: for `custom_translation_table` of torch.onnx.export."""
-    own = {
+    """By operator, what writes it in ONNX: for `custom_translation_table` of torch.onnx.export.
+
+    Those that others decompose to, as `isin` does to `searchsorted`, no graph calls itself.
+    """
+    own: dict[Any, Any] = {
         torch.ops.aten.rnn_tanh.input: simple_recurrent("Tanh"),
         torch.ops.aten.rnn_relu.input: simple_recurrent("Relu"),
         torch.ops.aten.searchsorted.Tensor: searchsorted,
@@ -30,7 +33,7 @@ def translations(graph: fx.Graph) -> dict[Any, Any]:
     }
     called = dict.fromkeys(node.target for node in graph.nodes if node.op == "call_function")
     products = {target: grouped_product for target in called if str(target) == NAME}
-    return products | {target: write for target, write in own.items() if target in called}
+    return own | products
 
 
 @contextlib.contextmanager

@@ -43,3 +43,24 @@ def test_places_among_sorted_values_are_torchs_also_of_equal_ones_and_at_other_b
         for got, wanted in zip(found, model(rows, values), strict=True):
             assert got.dtype == wanted.numpy().dtype
             np.testing.assert_array_equal(got, wanted.numpy())
+
+
+class Special(nn.Module):
+    """Knows some numbers, which torch finds by their places among sorted ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("special", torch.arange(40, 0, -3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, self.special)
+
+
+def test_numbers_that_are_in_others_are_found_in_onnx(tmp_path: Path) -> None:
+    model, ids = Special().eval(), torch.randint(0, 40, (2, 6))
+    traced = fxprune.trace(model, ids, modes=("eval",))
+    fxprune.export.to_onnx(traced, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    ids = torch.arange(42).view(7, 6)
+    (found,) = session.run(None, {"ids": ids.numpy()})
+    np.testing.assert_array_equal(found, model(ids).numpy())
