@@ -4,7 +4,7 @@ Layers of one width, sharded by FSDP2 over processes of gloo on this machine. By
 the module; peaks, of what a process holds alone beside what it held before, in MB: files that are mapped do not count,
 and freed memory of 1 MB and more is given back at once. No more than two parameters are whole on the first process.
 
-Run: python benchmarks/sharding.py [--processes 2 4 8] [--layers 24] [--width 256] [--only WORD ...]
+Run: PYTHONPATH=. python benchmarks/sharding.py [--processes 2 4 8] [--layers 24] [--width 256] [--only WORD ...]
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from torch.distributed.fsdp import fully_shard
 
 import fxprune
 from fxprune import borrowing
-from fxprune.graph import spread_modules
-from fxprune.serving import Counts
+from tests.sharded_networks import counted_loans
 
 _MMAP_THRESHOLD = -3  # of mallopt, in glibc's malloc.h
 Call = Callable[[fxprune.TracedModule, Path], Any]
@@ -86,19 +85,6 @@ def watched() -> Iterator[list[int]]:
         found.append(max(samples) - before)
 
 
-def counted() -> list[Counts]:
-    """The counts of all loans that are made from here on."""
-    counts = list[Counts]()
-
-    class Watched(borrowing.Loans):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
-            counts.append(self.counts)
-
-    spread_modules.Loans = Watched  # type: ignore[misc]
-    return counts
-
-
 def process(rank: int, processes: int, layers: int, width: int, only: list[str], told: str) -> None:
     """Measure on one of the processes, and write down what it found."""
     torch.set_num_threads(1)
@@ -106,7 +92,7 @@ def process(rank: int, processes: int, layers: int, width: int, only: list[str],
     ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, 2**20)
     dist.init_process_group("gloo", init_method=f"file://{told}/group", rank=rank, world_size=processes)
     borrowing.SMALL, borrowing.ROOM = 0, 2 * width * width * 4
-    counts, found = counted(), {}
+    counts, found = counted_loans(), {}
     folder = Path(told, "files")
     for name, call in calls(width).items():
         if only and not any(word in name for word in only):

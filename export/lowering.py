@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,61 +26,48 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
     """Rewrite the graph of a module in place, for a file of an opset; it computes the same."""
     graph = module.graph
     # these ask what steps are in values, which steps that are put in do not have
-    for node in list(graph.nodes):
-        if _moves_complex(node):
-            with graph.inserting_before(node):
-                _move_parts(graph, node)
-    for node in graph.find_nodes(op="call_function", target=aten.chunk.default):
-        if _is_of_free_size(node):
-            with graph.inserting_before(node):
-                _write_as_slices(graph, node)
-    for node in graph.find_nodes(op="call_function", target=aten.cat.default):
+    _rewrite(graph, filter(_moves_complex, list(graph.nodes)), _move_parts)
+    _rewrite(graph, filter(_is_of_free_size, _calls(graph, aten.chunk.default)), _write_as_slices)
+    for node in _calls(graph, aten.cat.default):
         _leave_out_empty(node)
-    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+    for node in _calls(graph, aten.scaled_dot_product_attention.default):
         attention = _Attention.of(node)
         if attention.is_of_nothing:
             with graph.inserting_before(node):
                 _replace(node, _nothing(graph, attention))
-            continue
-        if not attention.dropout and not (attention.rank == 4 and opset is not None and opset >= 23):
+        elif not attention.dropout and not (attention.rank == 4 and opset is not None and opset >= 23):
             with graph.inserting_before(node):
                 _replace(node, _as_products(module, attention))
-    for node in graph.find_nodes(op="call_function", target=aten.linear.default):
-        with graph.inserting_before(node):
-            result = _on_matrices(graph, node, *node.args, **node.kwargs)
-        if result is not None:
-            _replace(node, result)
-    for node in graph.find_nodes(op="call_function", target=aten.lstm.input):
-        if is_projected(node):
-            with graph.inserting_before(node):
-                replace_projected(graph, node)
-    for node in graph.find_nodes(op="call_function", target=aten.rsub.Scalar):
-        if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
-            with graph.inserting_before(node):
-                _replace(node, _as_sum(graph, node))
-    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        if _adds_little(node):
-            with graph.inserting_before(node):
-                value = node.meta["val"]
-                node.update_arg(1, graph.call_function(aten.full.default, ([1], node.args[1]), {"dtype": value.dtype}))
-    for node in [node for node in graph.nodes if node.target in _LARGEST and _is_uneven(node)]:
-        with graph.inserting_before(node):
-            _write_as_largest(graph, node)
-    for node in [node for node in graph.nodes if node.target in _OF_ALL]:
+    _rewrite(graph, _calls(graph, aten.linear.default), _on_matrices)
+    _rewrite(graph, filter(is_projected, _calls(graph, aten.lstm.input)), replace_projected)
+    _rewrite(graph, filter(_is_of_other_type, _calls(graph, aten.rsub.Scalar)), _as_sum)
+    _rewrite(graph, filter(_adds_little, _calls(graph, aten.add.Tensor)), _give_an_axis)
+    _rewrite(graph, filter(_is_uneven, _calls(graph, *_LARGEST)), _write_as_largest)
+    for node in _calls(graph, *_OF_ALL):
         node.target = _OF_ALL[node.target]
-    for node in [node for node in graph.nodes if node.target in _CHOICES and node.meta["val"].dtype == torch.bool]:
-        with graph.inserting_before(node):
-            _replace(node, _as_logic(graph, node))
-    for node in [node for node in graph.nodes if node.target in _SQUEEZES]:
+    _rewrite(graph, filter(_is_truth, _calls(graph, *_CHOICES)), _as_logic)
+    for node in _calls(graph, *_SQUEEZES):
         with graph.inserting_before(node):
             node.replace_all_uses_with(_without_others(graph, node))
     inverses: dict[Any, fx.Node] = {}
-    for node in graph.find_nodes(op="call_function", target=aten.linalg_solve_triangular.default):
-        if isinstance(node.args[0].meta["val"].shape[-1], int):
-            with graph.inserting_before(node):
-                _replace(node, _solved(graph, node, inverses))
+    systems = filter(_is_of_known_size, _calls(graph, aten.linalg_solve_triangular.default))
+    _rewrite(graph, systems, lambda graph, node: _solved(graph, node, inverses))
     erase_dead(graph)
     module.recompile()
+
+
+def _calls(graph: fx.Graph, *targets: Any) -> list[fx.Node]:
+    """The nodes that call one of some operators."""
+    return [node for target in targets for node in graph.find_nodes(op="call_function", target=target)]
+
+
+def _rewrite(graph: fx.Graph, nodes: Iterable[fx.Node], write: Callable[[fx.Graph, fx.Node], fx.Node | None]) -> None:
+    """Write other steps before each of some nodes; what is returned takes its place."""
+    for node in nodes:
+        with graph.inserting_before(node):
+            result = write(graph, node)
+        if result is not None:
+            _replace(node, result)
 
 
 def _replace(node: fx.Node, result: fx.Node) -> None:
@@ -88,6 +76,10 @@ def _replace(node: fx.Node, result: fx.Node) -> None:
 
 
 # ---- differences
+
+
+def _is_of_other_type(node: fx.Node) -> bool:
+    return bool(node.meta["val"].dtype != node.args[0].meta["val"].dtype)  # type: ignore[union-attr]
 
 
 def _as_sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -106,11 +98,19 @@ def _adds_little(node: fx.Node) -> bool:
     return isinstance(number, float) and 0 < abs(number) < _LITTLE and node.meta["val"].dim() > 0
 
 
+def _give_an_axis(graph: fx.Graph, node: fx.Node) -> None:
+    node.update_arg(1, graph.call_function(aten.full.default, ([1], node.args[1]), {"dtype": node.meta["val"].dtype}))
+
+
 # ---- truth values
 
-_OF_ALL = {aten._is_all_true.default: aten.all.default, aten._is_any_true.default: aten.any.default}
+_OF_ALL: dict[Any, Any] = {aten._is_all_true.default: aten.all.default, aten._is_any_true.default: aten.any.default}
 _FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _CHOICES = (*_FILLS, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+
+
+def _is_truth(node: fx.Node) -> bool:
+    return bool(node.meta["val"].dtype == torch.bool)
 
 
 def _as_logic(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -456,6 +456,10 @@ def _constant(module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
 # ---- triangular systems
 
 
+def _is_of_known_size(node: fx.Node) -> bool:
+    return isinstance(node.args[0].meta["val"].shape[-1], int)  # type: ignore[union-attr]
+
+
 def _solved(graph: fx.Graph, node: fx.Node, inverses: dict[Any, fx.Node]) -> fx.Node:
     """A product with the inverse of a triangular matrix, in the place of a solver, which ONNX has none of."""
     matrix, given = node.args[:2]
@@ -495,14 +499,13 @@ def _inverse(graph: fx.Graph, matrix: fx.Node, is_upper: bool, has_ones: bool) -
 # ---- linear layers
 
 
-def _on_matrices(
-    graph: fx.Graph, node: fx.Node, data: fx.Node, weight: fx.Node, bias: fx.Node | None = None
-) -> fx.Node | None:
+def _on_matrices(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     """Let a linear layer act on a matrix: onnxruntime joins a product and its bias for these alone, 2 % of a ViT-B.
 
     A shape with more than one free size is left alone, since a single one can be inferred, unless there is nothing.
     """
     shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+    data, weight, bias = (bound(node)[name] for name in ("input", "weight", "bias"))
     if bias is None or len(shape) < 3 or shape.count(-1) > 1 or 0 in shape:
         return None
     rows = graph.call_function(aten.reshape.default, (data, [-1, data.meta["val"].shape[-1]]))

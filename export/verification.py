@@ -15,9 +15,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 
-from fxprune.errors import ArgumentTypeError, CompareError, ExportError, InputError
+from fxprune.errors import CompareError, ExportError, InputError
 from fxprune.files import atomic
 from fxprune.graph.calls import Call, as_calls
+from fxprune.graph.requirements import require_flag
 from fxprune.graph.samples import stretched
 from fxprune.graph.traced import TracedModule
 from fxprune.reports import Readable, counted, number, plain
@@ -142,8 +143,7 @@ class Proof:
         Raises:
             ArgumentTypeError: `verify` or a tolerance is of another type. CompareError: `inputs` are none.
         """
-        if not isinstance(verify, bool):
-            raise ArgumentTypeError(f"verify={verify!r}: True or False is needed.")
+        require_flag("verify", verify)
         given = inputs is not None and not (isinstance(inputs, tuple) and not inputs)
         calls = as_calls(inputs, error=CompareError) if given else ()
         return cls(verify, tuple(calls), Tolerance(rtol, atol))

@@ -29,6 +29,7 @@ from fxprune.checkpoints.stored_graphs import written_graph
 from fxprune.checkpoints.streamed_tensors import StreamedTensors
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, ShardingError, SuffixError
 from fxprune.files import atomic
+from fxprune.graph.requirements import require_flag
 from fxprune.graph.spread_modules import is_spread, lent_to_first
 from fxprune.graph.traced import TracedModule
 
@@ -78,8 +79,7 @@ def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool =
             f"'{path}' was to be written by save, whose files are none of the format that {suffix} says. Use another "
             f"ending, such as .fxp, or write that format: {_OTHER_FORMATS[suffix]}."
         )
-    if not isinstance(parts, bool):
-        raise ArgumentTypeError(f"parts={parts!r}: True or False is needed.")
+    require_flag("parts", parts)
     if not parts:
         _save_whole(traced, path, programs)
     elif is_spread(traced) and programs:

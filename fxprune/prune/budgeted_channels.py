@@ -15,7 +15,7 @@ from fxprune import driver
 from fxprune.calling import renamed
 from fxprune.errors import ArgumentTypeError
 from fxprune.graph.masks import MasksOnDemand, view
-from fxprune.graph.requirements import require_traced
+from fxprune.graph.requirements import require_flag, require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.graph.values import unmasked
 from fxprune.progress import shown
@@ -171,8 +171,7 @@ def channels(
         loader = list(itertools.islice(loader, max_batches))
     evidence = Evidence(loader, loss, max_batches, seed, weight)
     check_evidence(importance, evidence)
-    if not isinstance(compact_masks, bool):
-        raise ArgumentTypeError(f"compact_masks={compact_masks!r}: True or False is needed.")
+    require_flag("compact_masks", compact_masks)
     timing = Timing(threads, batch, tuple(providers))
     check_prices(prices, request, timing)
     before, earlier = undone(traced, request)

@@ -88,9 +88,8 @@ def run(
         outcome.stages[name] = plain(record | {"seconds": time.perf_counter() - begin})
         kept = folder / _STATE / f"{name}.fxp"
         save(work.now, kept)
-        work.traced = _loaded(
-            kept, recipe
-        )  # as a run that goes on has it: graphs that were read have other names of nodes
+        # as a run that goes on has it: graphs that were read have other names of nodes
+        work.traced = _loaded(kept, recipe)
         _write(folder / _STATE / "state.json", outcome.to_dict())
         if place:
             (folder / _STATE / f"{planned[place - 1][0]}.fxp").unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from fxprune import driver
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 from fxprune.graph.masks import view
 from fxprune.graph.names import tensor_at
-from fxprune.graph.requirements import require_eval
+from fxprune.graph.requirements import require_eval, require_flag
 from fxprune.graph.seeding import seeded
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
@@ -114,8 +114,7 @@ def reconstruct(
     start = time.perf_counter()
     require_eval(traced, "reconstruct", PruningError)
     dampings = _dampings(damping)
-    if not isinstance(new_biases, bool):
-        raise ArgumentTypeError(f"new_biases={new_biases!r}: True or False is needed.")
+    require_flag("new_biases", new_biases)
     changes, norms = Changes(), weight_norms(traced)
     with torch.no_grad(), seeded(traced):
         if reference is None:
