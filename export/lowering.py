@@ -14,6 +14,7 @@ from torch import fx
 
 from fxprune.channels.arguments import bound, set_argument
 from fxprune.errors import FinalizeError
+from fxprune.export.free_groups import CONVOLUTIONS, as_products, has_free_groups
 from fxprune.export.projections import is_projected, replace_projected
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.expressions import evaluate
@@ -38,6 +39,7 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
         elif not attention.dropout and not (attention.rank == 4 and opset is not None and opset >= 23):
             with graph.inserting_before(node):
                 _replace(node, _as_products(module, attention))
+    _rewrite(graph, filter(has_free_groups, _calls(graph, *CONVOLUTIONS)), as_products)
     _rewrite(graph, _calls(graph, aten.linear.default), _on_matrices)
     _rewrite(graph, filter(is_projected, _calls(graph, aten.lstm.input)), replace_projected)
     _rewrite(graph, filter(_is_of_other_type, _calls(graph, aten.rsub.Scalar)), _as_sum)
