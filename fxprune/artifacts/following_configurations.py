@@ -103,8 +103,8 @@ def warn_of_sizes(written: nn.Module, found: Configuration, inputs: Arguments) -
     wanted = found.read(sizes_of(written))
     if wanted == found.shapes:
         return
-    outputs = _outputs(written, inputs)
-    integers = Integers(written, found, lambda: _same(outputs, _outputs(written, inputs)))
+    outputs = outputs_of(written, inputs)
+    integers = Integers(written, found, lambda: same_outputs(outputs, outputs_of(written, inputs)))
     way = next(found.expressing(wanted), None)
     if way is None:
         why = _unsaid(found, wanted)
@@ -114,12 +114,14 @@ def warn_of_sizes(written: nn.Module, found: Configuration, inputs: Arguments) -
     _warn(found, why, integers.follow_in_parts(wanted))
 
 
-def _outputs(model: nn.Module, inputs: Arguments) -> list[Tensor]:
+def outputs_of(model: nn.Module, inputs: Arguments) -> list[Tensor]:
+    """The tensors that a model returns for copies of inputs."""
     args, kwargs = copy.deepcopy(inputs)
     return [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
 
-def _same(wanted: list[Tensor], found: list[Tensor]) -> bool:
+def same_outputs(wanted: list[Tensor], found: list[Tensor]) -> bool:
+    """Whether tensors are the same, to rounding."""
     if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in found]:
         return False
     return all(close(a, b) for a, b in zip(wanted, found, strict=True))
@@ -166,5 +168,5 @@ def _warn(found: Configuration, why: str, unknown: list[str]) -> None:
         "restore the model by fxprune.write_back(fxprune.load(path), model)."
         f"{attributes}",
         ConfigurationWarning,
-        stacklevel=4,
+        stacklevel=5,
     )

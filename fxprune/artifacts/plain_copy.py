@@ -21,14 +21,15 @@ _REMOVE: dict[str, Callable[..., Any]] = {
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy in eval mode, with the values that reparametrizations have in eval mode; the model stays as it is."""
-    copied = _deep_copy(model)
+    copied = deep_copy(model)
     copied.eval()  # a spectral norm's value in train mode would be another
     for module in reversed(list(copied.modules())):  # a mask on the original of a parametrization goes before it
         _make_plain(module)
     return copied
 
 
-def _deep_copy(model: nn.Module) -> nn.Module:
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model, also where hooks computed tensors that torch does not copy."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for leaf in pytree.tree_leaves(vars(module)):

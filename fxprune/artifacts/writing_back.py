@@ -10,6 +10,7 @@ from torch import fx, nn
 from fxprune.artifacts.attribute_reads import Reads, recorded_reads
 from fxprune.artifacts.effort import Effort
 from fxprune.artifacts.following_configurations import sizes_as_configured, warn_of_refusal, warn_of_sizes
+from fxprune.artifacts.gone_blocks import without_gone_blocks
 from fxprune.artifacts.other_forms import follow_other_forms, other_forms
 from fxprune.artifacts.plain_copy import plain_copy
 from fxprune.artifacts.plain_layers import put_plain_layers
@@ -57,7 +58,8 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     Integers of its modules that follow from a configuration are what the class makes of these sizes, also where only
     calls of another form read them, as with a mask. Channels that nobody chose, and that are dead all the same, come
     back as zeros where a configuration says the sizes then. `fxprune.prune.channels(..., runnable=model)` chooses
-    channels so that a configuration can say the sizes.
+    channels so that a configuration can say the sizes. A residual block of which the graph has nothing left, as its
+    branches are zero, leaves the list that it is in where the configuration can say that: those behind it count anew.
 
     Args:
         final: what `fxprune.finalize` returned, shrunk or not.
@@ -102,6 +104,19 @@ def written_with_zeros(
     Raises:
         WriteBackError: as `write_back`.
     """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fewer = without_gone_blocks(final, model)
+    if fewer is not None:
+        try:
+            return _written(*fewer, None)
+        except WriteBackError:  # with zeros in their place it may be another model's
+            pass
+    return _written(final, model, builds)
+
+
+def _written(final: TracedModule, model: nn.Module, builds: Builds | None) -> tuple[nn.Module, list[str], list[str]]:
+    """As above, with as many modules as there are."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         written = plain_copy(model)
