@@ -15,7 +15,9 @@ from torch import fx
 from fxprune.channels.arguments import bound, set_argument
 from fxprune.errors import FinalizeError
 from fxprune.export.free_groups import CONVOLUTIONS, as_products, has_free_groups
+from fxprune.export.large_integers import SUMS, as_product_with_ones, as_squares, is_power, may_be_large
 from fxprune.export.projections import is_projected, replace_projected
+from fxprune.export.running_extremes import RUNNING, is_running, replace_running
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.expressions import evaluate
 
@@ -28,7 +30,7 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
     graph = module.graph
     # these ask what steps are in values, which steps that are put in do not have
     _rewrite(graph, filter(_moves_complex, list(graph.nodes)), _move_parts)
-    _rewrite(graph, filter(_is_of_free_size, _calls(graph, aten.chunk.default)), _write_as_slices)
+    _rewrite(graph, filter(_is_of_free_size, _calls(graph, *_PARTS)), _write_as_slices)
     for node in _calls(graph, aten.cat.default):
         _leave_out_empty(node)
     for node in _calls(graph, aten.scaled_dot_product_attention.default):
@@ -51,6 +53,9 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
     for node in _calls(graph, *_SQUEEZES):
         with graph.inserting_before(node):
             node.replace_all_uses_with(_without_others(graph, node))
+    _rewrite(graph, filter(may_be_large, _calls(graph, *SUMS)), as_product_with_ones)
+    _rewrite(graph, filter(is_power, _calls(graph, aten.pow.Tensor_Scalar)), as_squares)
+    _rewrite(graph, filter(is_running, _calls(graph, *RUNNING)), replace_running)
     inverses: dict[Any, fx.Node] = {}
     systems = filter(_is_of_known_size, _calls(graph, aten.linalg_solve_triangular.default))
     _rewrite(graph, systems, lambda graph, node: _solved(graph, node, inverses))
@@ -209,20 +214,23 @@ def _move_parts(graph: fx.Graph, node: fx.Node) -> None:
 # ---- parts of an axis
 
 
+_PARTS = (aten.chunk.default, aten.split.Tensor)
+
+
 def _is_of_free_size(node: fx.Node) -> bool:
     """Whether the size of the axis that is cut is free: of such parts torch makes a sequence, and cannot."""
-    data, dim = node.args[0], node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    return not isinstance(data.meta["val"].shape[dim], int)  # type: ignore[union-attr]
+    given = bound(node)
+    return not isinstance(given["self"].meta["val"].shape[given["dim"]], int)
 
 
-def _write_as_slices(graph: fx.Graph, chunk: fx.Node) -> None:
+def _write_as_slices(graph: fx.Graph, node: fx.Node) -> None:
     """Parts as slices: each begins where the one before ends, and the last ends where the axis does."""
-    data, count, *rest = chunk.args
-    dim = rest[0] if rest else chunk.kwargs.get("dim", 0)
-    call = graph.call_function
-    size = call(aten.sym_size.int, (data, dim))
-    longest = call(operator.floordiv, (call(operator.add, (size, count - 1)), count))  # type: ignore[operator]
-    for item in list(chunk.users):
+    given, call = bound(node), graph.call_function
+    data, dim, longest = given["self"], given["dim"], given.get("split_size")
+    if longest is None:
+        size, count = call(aten.sym_size.int, (data, dim)), given["chunks"]
+        longest = call(operator.floordiv, (call(operator.add, (size, count - 1)), count))
+    for item in list(node.users):
         place = item.args[1]
         begin, end = (call(operator.mul, (longest, i)) for i in (place, place + 1))  # type: ignore[operator]
         _replace(item, call(aten.slice.Tensor, (data, dim, begin, end)))

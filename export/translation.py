@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from onnxscript import opset18
 from torch import fx
 
 from fxprune.errors import ExportError, ShardingError
 
 from .grouped_products import NAME, grouped_product
+from .log_gamma import lgamma
 from .quiet import quiet
 from .simple_recurrent import simple_recurrent
 from .sorted_places import bucketize, searchsorted
@@ -30,6 +32,8 @@ def translations(graph: fx.Graph) -> dict[Any, Any]:
         torch.ops.aten.rnn_relu.input: simple_recurrent("Relu"),
         torch.ops.aten.searchsorted.Tensor: searchsorted,
         torch.ops.aten.bucketize.Tensor: bucketize,
+        torch.ops.aten.lgamma.default: lgamma,
+        torch.ops.aten.sym_numel.default: opset18.Size,
     }
     called = dict.fromkeys(node.target for node in graph.nodes if node.op == "call_function")
     products = {target: grouped_product for target in called if str(target) == NAME}

@@ -205,6 +205,40 @@ def test_squeezes_of_axes_that_are_of_another_size_do_nothing(batch: int, tmp_pa
         np.testing.assert_array_equal(got, want.numpy())
 
 
+class Extremes(nn.Module):
+    """The largest and smallest numbers so far along axes."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        whole = (8 * x).long()
+        return x.cummax(1)[0], x.cummin(-1).values, whole.cummax(2)[0], x[:, :, :1].cummax(-1)[0]
+
+
+def test_the_largest_and_smallest_numbers_so_far(tmp_path: Path) -> None:
+    session = exported(Extremes(), torch.randn(2, 4, 7), tmp_path / "model.onnx")
+    x = torch.randn(3, 4, 7)
+    x[0, 1, 2] = torch.nan
+    for want, got in zip(Extremes()(x), session.run(None, {session.get_inputs()[0].name: x.numpy()}), strict=True):
+        np.testing.assert_array_equal(got, want.numpy())
+
+
+class Hashes(nn.Module):
+    """Sums of whole numbers that are products, beyond 2^53 and 2^63."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        large = x * 1000000007 ** torch.arange(5)
+        cubes = (x + 3000000) ** 3
+        sums = large.sum(-1) % 30000, large.sum((0, 2), keepdim=True), large[0].sum(), (large**5).sum(1), x.sum(-1)
+        return cubes, *sums
+
+
+def test_whole_numbers_of_64_bits_are_exact(tmp_path: Path) -> None:
+    x = torch.randint(0, 60, (2, 3, 5))
+    session = exported(Hashes(), x, tmp_path / "model.onnx")
+    x = torch.randint(0, 60, (4, 3, 5))
+    for want, got in zip(Hashes()(x), session.run(None, {session.get_inputs()[0].name: x.numpy()}), strict=True):
+        np.testing.assert_array_equal(got, want.numpy())
+
+
 class Differences(nn.Module):
     """Numbers less tensors of other kinds, as masks are turned around."""
 
@@ -337,6 +371,20 @@ def test_a_batch_is_cut_into_parts(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     for data in (x, torch.randn(6, 2, 8)):
         for found, wanted in zip(session.run(None, {"x": data.numpy()}), Halves()(data), strict=True):
+            np.testing.assert_array_equal(found, wanted.numpy())
+
+
+class Batches(nn.Module):
+    """Several batches at once, and what became of each."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.cat([x.relu(), x, -x]).split(x.shape[0])
+
+
+def test_several_batches_at_once_are_cut_apart(tmp_path: Path) -> None:
+    session = exported(Batches(), torch.randn(2, 3), tmp_path / "model.onnx")
+    for x in (torch.randn(1, 3), torch.randn(5, 3)):
+        for found, wanted in zip(session.run(None, {"x": x.numpy()}), Batches()(x), strict=True):
             np.testing.assert_array_equal(found, wanted.numpy())
 
 
