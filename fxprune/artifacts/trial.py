@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from fxprune.artifacts.attribute_reads import Reads
 from fxprune.artifacts.effort import Effort
 from fxprune.artifacts.rehearsal import Rehearsal
+from fxprune.artifacts.repeated_calls import RepeatedCall
 from fxprune.artifacts.slots import Slot, candidates, combinations, derived, slots_by_module
 from fxprune.artifacts.working_copy import WorkingCopy
 from fxprune.artifacts.zero_channels import Channels, ZeroChannels, ways_to_fill_up
@@ -192,13 +193,13 @@ class Trial:
         """Call forward, with the integers settled for the present sizes."""
         if self._settled == self._shapes():
             return self._forward(*args, **kwargs)
-        call = _Call(self._forward, args, kwargs)
+        call = RepeatedCall(self._forward, args, kwargs)
         situation = (*call.shapes, *self._shapes())
         if situation in self._failures:
             raise self._failures[situation]
         return self._settle(call, situation)
 
-    def _settle(self, call: _Call, situation: Shapes) -> Any:
+    def _settle(self, call: RepeatedCall, situation: Shapes) -> Any:
         """The outputs with the first setting that agrees with the graph, else with that which comes nearest to it."""
         search, zeros, module = self._search, self._search.zeros, self._module
         first_failure: Exception | None = None
@@ -244,7 +245,7 @@ class Trial:
         for first, last in ((0, _LIKELY), (_LIKELY, _TRIES)):
             yield from ((channels, first, last) for channels in ways)
 
-    def _settle_for(self, call: _Call, channels: Channels, setting: Setting) -> Any:
+    def _settle_for(self, call: RepeatedCall, channels: Channels, setting: Setting) -> Any:
         """The outputs with a setting that runs, though it does not agree with the graph."""
         with self._search.zeros.taken_back(channels) as filled:
             filled.keep()
@@ -267,31 +268,6 @@ class Trial:
 def _write(setting: Setting) -> None:
     for slot, value in setting:
         slot.write(value)
-
-
-class _Call:
-    """A call that can be repeated, though forward may write into what it is given."""
-
-    def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._forward, self._args, self._kwargs = forward, args, kwargs
-        self.given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._saved = [(tensor, tensor.clone()) for tensor in self.given if not _is_expanded(tensor)]
-
-    @property
-    def shapes(self) -> Shapes:
-        """Of the tensors that are given."""
-        return tuple(tensor.shape for tensor in self.given)
-
-    def __call__(self) -> Any:
-        """The outputs of forward on what it was given at first."""
-        for tensor, saved in self._saved:
-            tensor.copy_(saved)
-        return self._forward(*self._args, **self._kwargs)
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether several places of a tensor are one in memory, so that nothing can write into it."""
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 @contextlib.contextmanager

@@ -334,6 +334,26 @@ def test_a_small_class_of_its_own_writes_back_with_fewer_heads_in_the_cache(tran
     assert cache.layers[0].keys.shape == (2, 1, 7, 8)
 
 
+@pytest.mark.parametrize("request_of", [{"macs": 0.7}, {"amount": 0.4, "targets": "*.v_proj.*"}])
+def test_a_class_whose_heads_are_of_one_size_writes_zeros_for_channels_that_left_the_cache(
+    request_of: dict[str, Any], transformers: Any
+) -> None:
+    model = decoder("Llama", transformers)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[:16] = 0
+    traced = fxprune.trace(model, {"input_ids": tokens(2, 5)}, modes=("eval",))
+    fxprune.prune.channels(traced, round_to=1, **request_of)
+    final = fxprune.finalize(traced)
+    assert all(layer.values.shape[-1] < 8 for layer in final(**final.example_kwargs).past_key_values.layers)
+    with pytest.warns(fxprune.errors.ConfigurationWarning):  # the layers' inner sizes differ
+        small = fxprune.write_back(final, model)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    lengths = (4, 1, 2)
+    want, _ = _outputs(_masked(traced, model), transformers.DynamicCache(), 2, lengths)
+    got, _ = _outputs(small, transformers.DynamicCache(), 2, lengths)
+    assert _error(want, got) < 1e-4
+
+
 class _Step(nn.Module):
     """One layer of attention over a cache, and what it returns beside the scores."""
 
