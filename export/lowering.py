@@ -300,14 +300,18 @@ def _leave_out_empty(cat: fx.Node) -> None:
 
 # ---- axes of size one
 
-_SQUEEZES = (aten.squeeze.dim, aten.squeeze.dims)
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 
 def _without_others(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """A squeeze of the axes that are of size one; of others, which torch leaves alone, ONNX makes an error."""
-    data, named = node.args
+    """A squeeze of the axes that are of size one; of others, which torch leaves alone, ONNX makes an error.
+
+    Where all are meant, ONNX would squeeze a batch of one, which the graph holds for one of any size.
+    """
+    data = node.args[0]
     assert isinstance(data, fx.Node)
     shape = data.meta["val"].shape
+    named = node.args[1] if len(node.args) > 1 else range(len(shape))
     dims: list[int] = [named] if isinstance(named, int) else list(named)  # type: ignore[arg-type]
     asked = {dim % len(shape) for dim in dims} if shape else set()
     ones = sorted(dim for dim in asked if isinstance(shape[dim], int) and shape[dim] == 1)

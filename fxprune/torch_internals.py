@@ -318,7 +318,7 @@ def symbol_ranges(mode: FakeTensorMode, sizes: Iterable[int | torch.SymInt]) -> 
     """The symbols in these sizes and the range of each, which an `ExportedProgram` states."""
     symbols = [symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols]
     known = mode.shape_env.var_to_range if mode.shape_env is not None else {}
-    return {symbol: known[symbol] for symbol in symbols}
+    return {symbol: known[symbol] for symbol in symbols if symbol in known}
 
 
 def size_function(name: str, otherwise: Any = None) -> Any:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram, exported_program, graph_signature
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec
@@ -100,6 +102,7 @@ def _argument(node: fx.Node) -> graph_signature.TensorArgument:
 
 
 def _ranges(graph: fx.Graph, mode: FakeTensorMode) -> dict[Any, Any]:
-    """The symbols in the sizes of the inputs, and the range of each."""
-    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
-    return symbol_ranges(mode, [size for value in values if isinstance(value, Tensor) for size in value.shape])
+    """The symbols in the sizes of all values, also of those that come of data, and the range of each."""
+    values = [leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val"))]
+    sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+    return symbol_ranges(mode, [*sizes, *(value for value in values if isinstance(value, torch.SymInt))])

@@ -193,7 +193,8 @@ class Squeezed(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         one = x[:, :, :1]
-        return x.squeeze(1) + 1, one.squeeze((1, 2)), x.squeeze(-2) * 2, x[0, 0, 0].squeeze(0) + x
+        every = one[:, :1].squeeze().reshape(-1, 1, 1) + x
+        return x.squeeze(1) + 1, one.squeeze((1, 2)), x.squeeze(-2) * 2, x[0, 0, 0].squeeze(0) + x, every
 
 
 @pytest.mark.parametrize("batch", [1, 3])

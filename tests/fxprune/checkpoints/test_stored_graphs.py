@@ -47,6 +47,22 @@ def test_structured_inputs_and_outputs(tmp_path: Path) -> None:
         loaded(*args, **(kwargs | {"times": 4}))
 
 
+class Checked(nn.Module):
+    """A size that comes of values, which is checked, as models of transformers check their ends of sentences."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        counts = torch.unique_consecutive(ids.sum(1))
+        torch._check(counts.shape[0] >= 1)
+        return x.mul(2)
+
+
+def test_sizes_that_come_of_values_keep_their_ranges(tmp_path: Path) -> None:
+    sample = torch.randn(2, 4), torch.ones(2, 3, dtype=torch.long)
+    fxprune.save(fxprune.trace(Checked().eval(), sample, modes=("eval",)), tmp_path / "m")
+    x = torch.randn(3, 4)
+    assert torch.equal(fxprune.load(tmp_path / "m")(x, torch.eye(3).long()), x * 2)
+
+
 READER = """
 import sys, torch, fxprune
 loaded = fxprune.load(sys.argv[1])
