@@ -14,6 +14,7 @@ from torch import fx
 
 from fxprune.channels.arguments import bound, set_argument
 from fxprune.errors import FinalizeError
+from fxprune.export.exact_numbers import has_rounded_numbers, with_tensors
 from fxprune.export.free_groups import CONVOLUTIONS, as_products, has_free_groups
 from fxprune.export.large_integers import SUMS, as_product_with_ones, as_squares, is_power, may_be_large
 from fxprune.export.projections import is_projected, replace_projected
@@ -59,6 +60,7 @@ def lower(module: fx.GraphModule, opset: int | None) -> None:
     inverses: dict[Any, fx.Node] = {}
     systems = filter(_is_of_known_size, _calls(graph, aten.linalg_solve_triangular.default))
     _rewrite(graph, systems, lambda graph, node: _solved(graph, node, inverses))
+    _rewrite(graph, filter(has_rounded_numbers, list(graph.nodes)), with_tensors)
     erase_dead(graph)
     module.recompile()
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from fxprune.errors import ExportError, ShardingError
 
+from .exact_numbers import scalar_tensor
 from .grouped_products import NAME, grouped_product
 from .log_gamma import lgamma
 from .quiet import quiet
@@ -30,6 +31,7 @@ def translations(graph: fx.Graph) -> dict[Any, Any]:
     own: dict[Any, Any] = {
         torch.ops.aten.rnn_tanh.input: simple_recurrent("Tanh"),
         torch.ops.aten.rnn_relu.input: simple_recurrent("Relu"),
+        torch.ops.aten.scalar_tensor.default: scalar_tensor,
         torch.ops.aten.searchsorted.Tensor: searchsorted,
         torch.ops.aten.bucketize.Tensor: bucketize,
         torch.ops.aten.lgamma.default: lgamma,
