@@ -28,6 +28,7 @@ from memory import private_bytes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.prune import L1Unstructured
 
 import fxprune
 from fxprune import borrowing
@@ -50,6 +51,10 @@ def calls(width: int) -> dict[str, Call]:
     """What is measured, by what the tables call it."""
     export = fxprune.export
     return {
+        "l1_unstructured of all weights": lambda module, _: fxprune.prune.l1_unstructured(module, "*.weight", 0.5),
+        "global_unstructured of all weights": lambda module, _: fxprune.prune.global_unstructured(
+            module, "*.weight", L1Unstructured, amount=0.5
+        ),
         'prune.channels, "l2"': lambda module, _: fxprune.prune.channels(module, macs=0.5),
         'prune.channels, "taylor", 4 batches': lambda module, _: _by_taylor(module, width),
         "finalize at 0.4 of the MACs": lambda module, _: fxprune.finalize(module),
@@ -57,6 +62,9 @@ def calls(width: int) -> dict[str, Call]:
         "to_onnx, verify=False": lambda module, folder: export.to_onnx(module, folder / "b.onnx", verify=False),
         "to_onnx, captured once more, verify=False": lambda module, folder: export.to_onnx(
             module, folder / "c.onnx", verify=False, dynamic_shapes=None
+        ),
+        "to_onnx in int8, verify=False": lambda module, folder: export.to_onnx(
+            module, folder / "d.onnx", verify=False, precision="int8"
         ),
         "to_program, verify=False": lambda module, folder: export.to_program(module, folder / "a.pt2", verify=False),
         "save in one file": lambda module, folder: fxprune.save(module, folder / "a.fxp"),

@@ -33,6 +33,7 @@ from . import upcast
 from .at_hand import nothing_learned, program_at_hand, program_of_capture
 from .batch_norms import optimize_lent, optimize_narrow
 from .flattening import check_source, flatten, take_as_given
+from .int8 import int8
 from .lowering import lower
 from .metadata import captured_sizes, metadata
 from .onnx_files import is_sharded, rewrite, save, side_files
@@ -44,7 +45,7 @@ from .onnx_names import (
     name_origins,
     name_weights,
 )
-from .precision import float16, int8, sparse_initializers
+from .precision import float16, sparse_initializers
 from .report import Report
 from .runners import ModuleRunner
 from .session import PRECISION_TOLERANCES, Session
@@ -413,7 +414,7 @@ def _feeds(request: _Request, draft: Draft) -> list[dict[str, np.ndarray]] | Non
     """The calibration batches as the file takes them, None without."""
     if not request.calibration:
         return None
-    session = Session(draft.file)
+    session = Session(draft.file, packs=False)  # which is not run
     return [session.feed(*batch) for batch in request.calibration]
 
 

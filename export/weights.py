@@ -50,13 +50,23 @@ def stored(weight: TensorProto, folder: Path, data_type: int | None = None) -> n
     return np.memmap(folder / location, dtype, "r", offset, (length // dtype.itemsize,))
 
 
-def _bare(weight: TensorProto) -> TensorProto:
+def bare(weight: TensorProto) -> TensorProto:
     """A weight without its values."""
-    bare = TensorProto()
-    bare.CopyFrom(weight)
+    found = TensorProto()
+    found.CopyFrom(weight)
     for own in ("external_data", "data_location", "raw_data"):
-        bare.ClearField(own)
-    return bare
+        found.ClearField(own)
+    return found
+
+
+def elsewhere(head: TensorProto, location: str, start: int, size: int) -> TensorProto:
+    """A weight without values, which lie in a file of the same folder, so many bytes from a place on."""
+    found = TensorProto()
+    found.CopyFrom(head)
+    found.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, "offset": start, "length": size}.items():
+        found.external_data.add(key=key, value=str(value))
+    return found
 
 
 def _in_tensor(head: TensorProto, size: int) -> bytes:
@@ -82,11 +92,11 @@ class Dense:
         """Of a weight within a model, or in a file, where it may have another type: by place that there."""
         if not weight.external_data:
             raw = weight.raw_data
-            return cls(_bare(weight), len(raw), lambda file: file.write(raw))
+            return cls(bare(weight), len(raw), lambda file: file.write(raw))
         before = types.get(place(weight), weight.data_type)
         if before == weight.data_type:
             length = int(_entries(weight)["length"])
-            return cls(_bare(weight), length, lambda file: file.write(stored(weight, folder).data))
+            return cls(bare(weight), length, lambda file: file.write(stored(weight, folder).data))
         assert (before, weight.data_type) == (TensorProto.FLOAT, TensorProto.FLOAT16)
         size = int(_entries(weight)["length"]) // 2
 
@@ -96,7 +106,7 @@ class Dense:
                 piece: np.ndarray = convert_np_to_float16(values[start : start + _AT_ONCE])
                 file.write(piece.data)
 
-        return cls(_bare(weight), size, narrow)
+        return cls(bare(weight), size, narrow)
 
     @property
     def start(self) -> bytes:
@@ -140,7 +150,7 @@ class Sparse:
     def of(cls, weight: onnx.SparseTensorProto, folder: Path) -> Sparse:
         """Of one whose values are those of a dense weight in a file."""
         values = weight.values
-        return cls(tuple(weight.dims), _bare(values), lambda: stored(values, folder))
+        return cls(tuple(weight.dims), bare(values), lambda: stored(values, folder))
 
     def _parts(self) -> Iterator[tuple[bytes, int, Callable[[], np.ndarray]]]:
         """What is written: what stands before some values, their bytes, and these."""
@@ -229,12 +239,7 @@ def write_beside(model: onnx.ModelProto, weights: Sequence[Weight], path: Path) 
             if isinstance(weight, Sparse) or weight.size < LEAST_BYTES:  # shapes among them, which must be within
                 within.append(weight)
                 continue
-            entries = {"location": location, "offset": start, "length": weight.size}
-            head = TensorProto()
-            head.CopyFrom(weight.head)
-            head.data_location = TensorProto.EXTERNAL
-            for key, value in entries.items():
-                head.external_data.add(key=key, value=str(value))
+            head = elsewhere(weight.head, location, start, weight.size)
             within.append(_Elsewhere(head, 0, weight.values))
             weight.values(file)
             start += weight.size
@@ -245,4 +250,4 @@ class _Elsewhere(Dense):
     """An initializer whose values lie in another file."""
 
     def single(self, graph: onnx.GraphProto) -> None:
-        Dense(_bare(self.head), 1, self.values).single(graph)
+        Dense(bare(self.head), 1, self.values).single(graph)

@@ -57,6 +57,8 @@ def exported(spread: Spread, folder: str) -> tuple[Found, list[Counts]]:
         "normed": (normed, {"opset": 20}),
         "half": (masked, {"precision": "float16"}),
         "sparse": (masked, {"sparse": True}),
+        "int8": (masked, {"precision": "int8"}),
+        "int8 by batches": (masked, {"precision": "int8", "calibration": [networks.inputs(3)]}),
         "captured again": (counting, {}),
         "sizes fixed": (masked, {"dynamic_shapes": None}),
     }

@@ -362,7 +362,7 @@ def test_bad_options_leave_the_old_file(
 def test_a_failure_of_the_quantizer_is_an_export_error(
     final: fxprune.TracedModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxprune.export.precision.quantize_dynamic", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("fxprune.export.int8._Dynamic.quantized", lambda _: 1 / 0)
     with pytest.raises(ExportError, match="cannot quantize the model to int8: ZeroDivisionError"):
         to_onnx(final, tmp_path / "a.onnx", precision="int8")
     assert not list(tmp_path.iterdir())
