@@ -46,6 +46,7 @@ from fxprune.graph.provenance import provenance_of, set_provenance
 from fxprune.graph.reparametrizations import computed_names, hook_state, reparametrized
 from fxprune.graph.requirements import require_eval, require_flag, require_parameter, require_traced
 from fxprune.graph.spread_modules import failing_together, hollow_copy, in_whole, is_spread
+from fxprune.graph.taking_back import taken_back
 from fxprune.graph.text import describe
 from fxprune.graph.traced import Origin, TracedModule
 from fxprune.passes import (
@@ -71,9 +72,9 @@ _MOST_REFUSED = 8
 def run(traced: TracedModule, *pipeline: Pass) -> None:
     """Run passes on a traced module in place."""
     require_traced(traced)
-    with followed(traced):
-        pipeline[0].requires(traced)
-        agree()  # what is refused on one process changes nothing on another
+    pipeline[0].requires(traced)
+    agree()  # what is refused on one process needs nothing taken back on another
+    with followed(traced), taken_back(traced, (tensor for step in pipeline for tensor in step.written(traced))):
         run_passes(traced, pipeline)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +32,10 @@ class Pass(abc.ABC):
     @abc.abstractmethod
     def run(self, traced: TracedModule) -> bool:
         """Rewrite the graphs of `traced`; returns whether anything changed."""
+
+    def written(self, traced: TracedModule) -> Collection[torch.Tensor]:
+        """The parameters whose values it writes into, where it is asked for these by their names."""
+        return ()
 
     def requires(self, traced: TracedModule) -> None:
         """Raise unless the pass may run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -97,6 +97,10 @@ class FoldReparametrizations(Pass):
                 wanted |= {paths.canonical(_parameter(n)) for n in inner}
             places = {name: nodes for name, nodes in places.items() if name in wanted}
         return _under_masks(traced, places, paths) if self.keep_masks else places
+
+    def written(self, traced: TracedModule) -> Collection[torch.Tensor]:  # (1)
+        named = (view(traced, name).original for name in self.parameters or ())
+        return [original for original in named if original is not None]
 
     def ensures(self, traced: TracedModule) -> None:
         there = computed_names(traced) if self.keep_masks else reparametrized(traced)

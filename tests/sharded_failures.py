@@ -22,13 +22,20 @@ from fxprune.callbacks import masks_from_states
 from fxprune.checkpoints import in_parts
 from fxprune.graph import spread_modules
 from fxprune.graph import traced as traced_modules
-from fxprune.passes import FoldReparametrizations, InsertSpectralNorm, InsertWeightNorm
+from fxprune.graph.masks import ParameterView
+from fxprune.passes import (
+    FoldReparametrizations,
+    InsertSpectralNorm,
+    InsertWeightNorm,
+    fold_reparametrizations,
+    insert_parametrization,
+)
 from fxprune.passes.insert_mask import InsertMasks
 from fxprune.prune import mirror, selection
 from fxprune.prune import schedule as schedules
 from fxprune.prune.repair import refitting_of_all
 from fxprune.prune.slice_sums import SliceSums
-from fxprune.sharding import Layout
+from fxprune.sharding import Layout, part
 from fxprune.training import continuation
 from tests import sharded_networks as networks
 
@@ -174,13 +181,17 @@ ALONE: dict[str, tuple[Any, str]] = {
     "global_unstructured": (selection, "_cut_of_parts"),
     "global_unstructured, of one's own": (mirror, "_compute"),
     "keep_largest": (selection, "_counted"),
+    "masks, halfway": (ParameterView, "insert_mask"),
+    "masks anew, halfway": (ParameterView, "replace_mask"),
     "remove": (FoldReparametrizations, "run"),
+    "remove, halfway": (fold_reparametrizations, "restore_order"),
     "a whole parameter": (Layout, "room"),
     "Schedule": (schedules, "computed"),
     "Schedule.step": (schedules, "_increment"),
     "channels": (InsertMasks, "run"),
     "reconstruct": (refitting_of_all, "mark_refitted"),
     "weight_norm": (InsertWeightNorm, "register"),
+    "weight_norm, halfway": (insert_parametrization, "_hold"),
     "spectral_norm": (InsertSpectralNorm, "run"),
     "remove_weight_norm": (FoldReparametrizations, "run"),
     "finalize": (driver, "_shapes"),
@@ -189,8 +200,15 @@ ALONE: dict[str, tuple[Any, str]] = {
     "sensitivity": (spread_modules, "with_all_batches"),
     "to_onnx": (spread_modules, "masked"),
 }
+_CHANGING = {
+    *(InsertMasks, ParameterView, FoldReparametrizations, fold_reparametrizations),
+    *(insert_parametrization, refitting_of_all),
+}
 _PREPARED: dict[str, Callable[[fxprune.TracedModule], Any]] = {
+    "keep_largest": lambda m: m.get_parameter("inner.weight"),
+    "masks anew, halfway": lambda m: P.l1_unstructured(m, "*.weight", 0.3),
     "remove": lambda m: P.l1_unstructured(m, "inner.weight", 0.3),
+    "remove, halfway": lambda m: P.l1_unstructured(m, "*er.weight", 0.3),
     "reconstruct": lambda m: P.l1_unstructured(m, "inner.weight", 0.3),
     "remove_weight_norm": lambda m: fxprune.weight_norm(m, "inner.weight"),
     "Schedule.step": lambda m: fxprune.Schedule(m, "*er.weight", L1Unstructured, 0.5),
@@ -205,14 +223,18 @@ _CALLS: dict[str, Callable[[fxprune.TracedModule, Any], Any]] = {
     "custom_from_mask": lambda m, _: P.custom_from_mask(m, "head.weight", torch.arange(60).view(6, 10) % 3),
     "global_unstructured": lambda m, _: P.global_unstructured(m, "*.weight", L1Unstructured, amount=0.5),
     "global_unstructured, of one's own": lambda m, _: P.global_unstructured(m, "*.weight", networks.Odd),
-    "keep_largest": lambda m, _: selection.keep_largest([m.get_parameter("inner.weight")], [None], 0.5),
+    "keep_largest": lambda m, kept: selection.keep_largest([kept], [None], 0.5),
+    "masks, halfway": lambda m, _: P.l1_unstructured(m, "*.weight", 0.3),
+    "masks anew, halfway": lambda m, _: P.l1_unstructured(m, "*.weight", 0.3),
     "remove": lambda m, _: P.remove(m, "inner.weight"),
+    "remove, halfway": lambda m, _: P.remove(m, "*er.weight"),
     "a whole parameter": lambda m, _: P.l1_unstructured(m, "*.weight", 0.3),
     "Schedule": lambda m, _: fxprune.Schedule(m, "*er.weight", L1Unstructured, 0.5),
     "Schedule.step": lambda _, schedule: schedule.step(),
     "channels": lambda m, _: P.channels(m, macs=0.5),
     "reconstruct": lambda m, _: fxprune.reconstruct(m, networks.batches()),
     "weight_norm": lambda m, _: fxprune.weight_norm(m, "inner.weight"),
+    "weight_norm, halfway": lambda m, _: fxprune.weight_norm(m, "inner.weight"),
     "spectral_norm": lambda m, _: fxprune.spectral_norm(m, "inner.weight"),
     "remove_weight_norm": lambda m, _: fxprune.remove_weight_norm(m, "inner.weight"),
     "finalize": lambda m, _: fxprune.finalize(m),
@@ -223,23 +245,60 @@ _CALLS: dict[str, Callable[[fxprune.TracedModule, Any], Any]] = {
 }
 
 
-def failing_in_each_call(failing: int) -> dict[str, tuple[str, float, set[str]]]:
-    """What is raised by each of ALONE where one process fails, after how many seconds, and names that changed."""
+def failing_in_each_call(failing: int) -> dict[str, tuple[str, float, set[str], bool]]:
+    """What each of ALONE raises where one process fails, after how many seconds, what it changed, and that it works.
+
+    What it changed are names of the state, whose values differ or that are there no more, or "outputs".
+    """
     found = {}
     for what, (owner, name) in ALONE.items():
         module = networks.by_fsdp(networks.traced())
         prepared = _PREPARED.get(what, lambda _: None)(module)
-        real, before = getattr(owner, name), {*module.state_dict()}
+        real, before, output = getattr(owner, name), _parts(module), module.eval()(networks.inputs()).detach()
         if dist.get_rank() == failing:
-            setattr(owner, name, _out_of_memory)
+            setattr(owner, name, _failing_later(real) if "halfway" in what else _out_of_memory)
         start, told = time.perf_counter(), "nothing"
         try:
             _CALLS[what](module, prepared)
         except Exception as error:
             told = f"{type(error).__name__}: {error}"
-        found[what] = told, time.perf_counter() - start, {*module.state_dict()} ^ before
+        seconds, after = time.perf_counter() - start, _parts(module)
+        changed = {key for key in before.keys() | after.keys() if not _equal(before.get(key), after.get(key))}
+        if not torch.equal(module.eval()(networks.inputs()), output):
+            changed.add("outputs")
         setattr(owner, name, real)
+        found[what] = told, seconds, changed, _works(module, what, prepared)
     return found
+
+
+def _works(module: fxprune.TracedModule, what: str, prepared: Any) -> bool:
+    """Whether the module trains afterwards, and before that the call goes through, where it changes what there is."""
+    if ALONE[what][0] in _CHANGING:
+        _CALLS[what](module, prepared)
+    module.train()(networks.inputs()).square().mean().backward()
+    return all(parameter.grad is not None for parameter in module.parameters())
+
+
+def _parts(module: fxprune.TracedModule) -> dict[str, torch.Tensor]:
+    return {name: part(tensor).clone() for name, tensor in module.state_dict().items()}
+
+
+def _equal(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
+    return left is not None and right is not None and torch.equal(left, right)
+
+
+def _failing_later(real: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that fails when it has been called, the second time where there is one before."""
+    left = [2 if real.__name__ != "_hold" else 1]
+
+    def call(*given: Any, **options: Any) -> Any:
+        found = real(*given, **options)
+        left[0] -= 1
+        if not left[0]:
+            raise MemoryError("no room")
+        return found
+
+    return call
 
 
 def _out_of_memory(*given: Any, **options: Any) -> Any:

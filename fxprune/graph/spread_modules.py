@@ -52,15 +52,13 @@ _NONE = object()  # in the place of a batch
 
 def reference_of(traced: nn.Module) -> Tensor | None:
     """The first parameter or buffer of a module that is spread over processes, None where none is."""
+    rest(traced)
     return next((tensor for tensor in tensors_of(traced).values() if is_sharded(tensor)), None)
 
 
 def is_spread(traced: object) -> bool:
     """Whether a value is a traced module that is spread over processes."""
-    if not isinstance(traced, TracedModule):
-        return False
-    rest(traced)
-    return reference_of(traced) is not None
+    return isinstance(traced, TracedModule) and reference_of(traced) is not None
 
 
 def hollow_copy(traced: TracedModule) -> TracedModule:

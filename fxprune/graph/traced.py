@@ -34,7 +34,7 @@ from fxprune.graph.states import check_state
 from fxprune.graph.switching import is_frozen, read_option, set_option, switch
 from fxprune.graph.ties import ties_kept
 from fxprune.reports import first_of
-from fxprune.sharding import gathered, is_managed, is_sharded, spread_state
+from fxprune.sharding import gathered, is_managed, is_sharded, rest, spread_state
 from fxprune.torch_internals import ASKED_BEFORE_BROADCAST, calls_kept, state_of_generated_code
 
 # The order in which graphs are kept and worked on: what is decided by the eval graph, the train graph follows.
@@ -419,6 +419,7 @@ class TracedModule(ReadByName, fx.GraphModule):
             StateDictError: names or shapes differ; nothing was loaded then. ArgumentTypeError: it is no state dict.
             ShardingError: plain tensors for sharded ones are not the same on every process; nothing was loaded then.
         """
+        rest(self)
         with together(next(filter(is_sharded, tensors_of(self).values()), None)):
             return self._loaded(state_dict, strict, assign)
 

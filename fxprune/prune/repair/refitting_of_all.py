@@ -15,6 +15,7 @@ from fxprune.borrowing import Borrowed, Loans
 from fxprune.errors import ShardingError
 from fxprune.graph.names import tensor_at, tensors_of
 from fxprune.graph.spread_modules import by_loans, failing_together, is_spread, numbers_of, with_all_batches
+from fxprune.graph.taking_back import taken_back
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.changes import mark_refitted, refitted_since, require_unchanged
 from fxprune.prune.repair.new_biases import make_biases
@@ -74,15 +75,18 @@ def refitted_for_all(function: Callable[..., ReconstructionReport]) -> Callable[
             return _Told(report, numbers_of(kept, loans), small, biases, refitted)
 
         told, _, loans = by_loans(traced, work, tell)
-        with torch.no_grad():
-            for name, own in tensors_of(traced).items():
-                values = loans.part(told.numbers[name]) if name in told.numbers else told.small[name]
-                values = spread(values, own) if is_sharded(own) else values
-                if name in told.refitted or not equal(own, values):
+        written: list[tuple[Tensor, Tensor]] = []
+        for name, own in tensors_of(traced).items():
+            values = loans.part(told.numbers[name]) if name in told.numbers else told.small[name]
+            values = spread(values, own) if is_sharded(own) else values
+            if name in told.refitted or not equal(own, values):
+                written.append((own, values))
+        with followed(traced), taken_back(traced, (own for own, _ in written)):
+            with torch.no_grad():
+                for own, values in written:
                     own.copy_(values)
-        with followed(traced):
             make_biases(traced, told.biases)
-        mark_refitted(traced, told.refitted)
+            mark_refitted(traced, told.refitted)
         return told.report
 
     return call
