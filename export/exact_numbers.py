@@ -13,6 +13,8 @@ from torch import fx
 aten = torch.ops.aten
 op: Any = opset18
 _DOUBLE, _FLOAT = onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT
+# of which complex numbers are two
+_PARTS: dict[int, int] = {onnx.TensorProto.COMPLEX64: _FLOAT, onnx.TensorProto.COMPLEX128: _DOUBLE}
 
 _OPERANDS, _CHOSEN = (0, 1), (1, 2)
 # by operator, the one that takes tensors in the place of numbers, and where these stand
@@ -34,9 +36,15 @@ _FILLED = {aten.full.default: aten.expand.default, aten.full_like.default: aten.
 def scalar_tensor(s: Any, dtype: int = _FLOAT, layout: str = "", device: str = "", pin_memory: bool = False) -> Any:
     """A number as a tensor: torch's translation makes it of float32, and then of its type."""
     dtype = _FLOAT if dtype == -1 else dtype
-    if dtype == _DOUBLE and isinstance(s, int | float):
-        return op.Constant(value=onnx.numpy_helper.from_array(np.array(s, np.float64)))
-    return op.Cast(s, to=dtype)
+    part = _PARTS.get(dtype, dtype)
+    if part == _DOUBLE and isinstance(s, int | float):
+        number = op.Constant(value=onnx.numpy_helper.from_array(np.array(s, np.float64)))
+    else:
+        number = op.Cast(s, to=part)
+    if part == dtype:
+        return number
+    real = op.Unsqueeze(number, op.Constant(value_ints=[-1]))
+    return op.Concat(real, op.Sub(real, real), axis=-1)
 
 
 def has_rounded_numbers(node: fx.Node) -> bool:
