@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -53,9 +54,9 @@ def sizes_as_configured(
             if wanted == configuration.shapes:
                 return False
             for numbers in itertools.islice(configuration.expressing(wanted), _TRIED):
-                undo = put_into(written, numbers)
+                undo = put_into(written.get_submodule(configuration.path), numbers)
                 with cut_unread(written, configuration, numbers) as cut:
-                    if integers.agree_with(numbers) and _is_made(written, configuration.model, numbers, rehearsal):
+                    if integers.agree_with(numbers) and _is_made(written, configuration, numbers, rehearsal):
                         filled.keep()
                         cut.keep()
                         return True
@@ -63,28 +64,51 @@ def sizes_as_configured(
     return False
 
 
-def _is_made(written: nn.Module, model: nn.Module, numbers: Mapping[str, Number], rehearsal: Rehearsal) -> bool:
+def _is_made(
+    written: nn.Module, configuration: Configuration, numbers: Mapping[str, Number], rehearsal: Rehearsal
+) -> bool:
     """Whether the class makes the same model of numbers, given the weights."""
-    config = configuration_of(model)
+    config = configuration_of(configuration.model)
     put_numbers(config, numbers)
-    parameter = next(written.parameters())
+    own = written.get_submodule(configuration.path)
+    parameter = next(own.parameters())
     try:
-        rebuilt = build(type(written), config)
+        rebuilt = build(type(own), config)
         without_weight_norms(rebuilt)
         rebuilt.to(dtype=parameter.dtype, device=parameter.device)
-        rebuilt.load_state_dict(written.state_dict())
-        return not rehearsal.difference(rebuilt.eval())
+        if rebuilt.load_state_dict(own.state_dict(), strict=False).unexpected_keys:
+            return False
+        if own is written:
+            return not rehearsal.difference(rebuilt.eval())
+        with _instead(written, own, rebuilt.eval()):
+            return not rehearsal.difference()
     except (RuntimeError, WriteBackError):
         return False
+
+
+@contextmanager
+def _instead(written: nn.Module, own: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Have another module in the place of one inside the block, wherever that is held."""
+    held = [(m, name) for m in written.modules() for name, child in m.named_children() if child is own]
+    try:
+        for module, name in held:
+            setattr(module, name, other)
+        yield
+    finally:
+        for module, name in held:
+            setattr(module, name, own)
 
 
 def warn_of_refusal(written: nn.Module, found: Configuration) -> None:
     """Warn that transformers does not save the configuration of a shrunk model, where it saves that of the model.
 
     Warns:
-        ConfigurationWarning: it does not.
+        ConfigurationWarning: it does not, or several modules have one configuration and other sizes.
     """
-    why = refusal(configuration_of(written))
+    own = written.get_submodule(found.path)
+    if found.path and Configuration.of(own, found.unread, path=found.path) is None:
+        _warn(found, "another module of other sizes has the same one", [])
+    why = refusal(configuration_of(own))
     if why is not None and refusal(configuration_of(found.model)) is None:
         _warn(found, f"save_pretrained refuses the one that does ({why})", [])
 
@@ -162,8 +186,9 @@ def _warn(found: Configuration, why: str, unknown: list[str]) -> None:
             f" {first_of(unknown, 3)} may have to change with the sizes there, and nothing says to what: calls of "
             "another form than the one that was traced could fail."
         )
+    place = f" ({found.path})" if found.path else ""
     warnings.warn(
-        f"config cannot say the sizes of this {type(found.model).__name__}: {why}. It runs, and trains on, but "
+        f"config cannot say the sizes of this {type(found.model).__name__}{place}: {why}. It runs, and trains on, but "
         "from_pretrained could not build it: store the module that finalize returned by fxprune.save(final, path), and "
         "restore the model by fxprune.write_back(fxprune.load(path), model)."
         f"{attributes}",

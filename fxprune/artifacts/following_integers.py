@@ -26,12 +26,12 @@ class Integers:
         """`written`: the shrunk model. `is_unchanged`: whether it still computes what it did, found by running it."""
         self._configuration, self._is_unchanged = configuration, is_unchanged
         self._modules = dict(written.named_modules())
-        self._before = self._as_the_class_makes_them(configuration.model)
+        self._before = self._as_the_class_makes_them()
 
-    def _as_the_class_makes_them(self, model: nn.Module) -> dict[Attribute, int]:
+    def _as_the_class_makes_them(self) -> dict[Attribute, int]:
         """Those that follow from a number, but for those of torch's layers, with their values in the model."""
         made = self._configuration.made({})
-        dense, following = dict(model.named_modules()), self._configuration.following_integers.values()
+        dense, following = self._configuration.modules, self._configuration.following_integers.values()
         return {
             (path, name): value
             for (path, name), value in ({} if made is None else made.integers).items()

@@ -54,7 +54,8 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
     and the eps that count the channels which went; layer and group norms cannot count them, and are refused by name.
 
     A class that is built from its `config`, as those of transformers are, gets one that says the new sizes, where it
-    can, and the weight norms that it builds itself: then `save_pretrained` and `from_pretrained` go on as before.
+    can, and the weight norms that it builds itself: then `save_pretrained` and `from_pretrained` go on as before. So do
+    the outermost modules of such classes within a model that has no configuration.
     Integers of its modules that follow from a configuration are what the class makes of these sizes, also where only
     calls of another form read them, as with a mask. Channels that nobody chose, and that are dead all the same, come
     back as zeros where a configuration says the sizes then. `fxprune.prune.channels(..., runnable=model)` chooses
@@ -75,7 +76,7 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
         ArgumentTypeError: `final` is no traced module, or `model` no eager one.
 
     Warns:
-        ConfigurationWarning: no configuration gives these sizes.
+        ConfigurationWarning: no configuration gives these sizes, of the model or of a module that it names.
 
     Example:
         >>> small = fxprune.write_back(fxprune.finalize(traced), model)
@@ -124,12 +125,12 @@ def _written(final: TracedModule, model: nn.Module, builds: Builds | None) -> tu
         flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         copied = WorkingCopy(written, final)
         unread = unread_tensors(written, final.graphs.values()) - copied.plan.kept.keys()
-        configuration = Configuration.of(model, unread, builds=builds)
-        is_said, search = _write(copied, flags, configuration)
+        configurations = Configuration.all_of(model, unread, builds=builds)
+        said, search = _write(copied, flags, configurations)
         forget_kept_tensors(written)
-        if configuration is not None:
-            restore_weight_norms(written, model)
-            if is_said:
+        for configuration in configurations:
+            restore_weight_norms(written.get_submodule(configuration.path), configuration.model)
+            if configuration.path in said:
                 warn_of_refusal(written, configuration)
             else:
                 warn_of_sizes(written, configuration, (final.example_args, final.example_kwargs))
@@ -152,11 +153,13 @@ def _way_to_both(final: object, model: object) -> str:
     return ""
 
 
-def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configuration | None) -> tuple[bool, Search]:
+def _write(
+    copy: WorkingCopy, flags: dict[str, bool], configurations: Sequence[Configuration]
+) -> tuple[set[str], Search]:
     """Give the copy values, sizes and the integers that follow, and check what it computes.
 
     Returns:
-        Whether a configuration says the sizes, and the search for integers with what it found.
+        The paths of the configurations that say the sizes, and the search for integers with what it found.
 
     Raises:
         WriteBackError: as `write_back`.
@@ -171,11 +174,11 @@ def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configurati
     rehearsal.convert_tensors()
     search = Search(copy, rehearsal, reads, work)
 
-    def is_configured() -> bool:
-        return configuration is not None and sizes_as_configured(copy, configuration, search.zeros, rehearsal)
+    def said() -> set[str]:  # where any does, all computes what it should
+        return {own.path for own in configurations if sizes_as_configured(copy, own, search.zeros, rehearsal)}
 
-    is_said = is_configured()
-    if not is_said:
+    paths = said()
+    if not paths:
         refusal = _find_integers(search, left_over)
         if refusal is not None:
             search.begin_again()
@@ -184,13 +187,13 @@ def _write(copy: WorkingCopy, flags: dict[str, bool], configuration: Configurati
                 refusal = _find_integers(search, left_over)
         if refusal is not None:
             raise refusal
-        is_said = is_configured()
+        paths = said()
     follow_other_forms(search, forms, lambda: rehearsal.run_copy(rehearsal.inputs))
     if rehearsal.return_to_own_precision() and (worst := rehearsal.difference_on_samples()):
         raise WriteBackError(f"an output differs by {worst:.1e} relative in the model's own precision.")
     if "train" in copy.final.graphs:
         rehearsal.run_copy(rehearsal.inputs, train=True)
-    return is_said, search
+    return paths, search
 
 
 def _find_integers(search: Search, left_over: Sequence[LeftOver]) -> WriteBackError | None:

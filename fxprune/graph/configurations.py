@@ -56,17 +56,17 @@ class Built:
     floats: dict[Attribute, float]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Built:
-        """Those of a model."""
+    def of(cls, model: nn.Module, around: str = "") -> Built:
+        """Those of a model, which is the module of a path in another one."""
         integers: dict[Attribute, int] = {}
         floats: dict[Attribute, float] = {}
-        for path, module in model.named_modules():
+        for path, module in model.named_modules(prefix=around):
             for name, value in vars(module).items():
                 if type(value) is int:
                     integers[path, name] = value
                 elif type(value) is float:
                     floats[path, name] = value
-        return cls(sizes_of(model), {}, integers, floats)
+        return cls(_placed(sizes_of(model), around), {}, integers, floats)
 
     def without(self, unread: Collection[str]) -> Built:
         """With tensors that no call reads apart."""
@@ -81,11 +81,18 @@ class Builds:
     def __init__(self) -> None:
         self._made: dict[tuple[tuple[str, Number], ...], Built | None] = {}
         self._refused: dict[tuple[tuple[str, Number], ...], bool] = {}
+        self._of_parts: dict[str, Builds] = {}
 
-    def made(self, kind: type[nn.Module], own: Any, numbers: Mapping[str, Number], *, valid: bool) -> Built | None:
+    def of_part(self, path: str) -> Builds:
+        """What the class of the module of a path made."""
+        return self._of_parts.setdefault(path, Builds()) if path else self
+
+    def made(
+        self, kind: type[nn.Module], own: Any, numbers: Mapping[str, Number], *, path: str, valid: bool
+    ) -> Built | None:
         """What a class makes of its configuration `own` with some numbers in it; None where it makes nothing.
 
-        With `valid`, nothing either of what could not be saved.
+        With `valid`, nothing either of what could not be saved. `path` is that of the module in its model.
         """
         key = tuple(sorted(numbers.items()))
         try:
@@ -95,7 +102,7 @@ class Builds:
                 self._made[key] = None
                 with torch.device("meta"), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    self._made[key] = Built.of(build(kind, _with_numbers(own, key)))
+                    self._made[key] = Built.of(build(kind, _with_numbers(own, key)), path)
         except Exception:  # the library's code may raise anything for numbers that do not fit
             return None
         return self._made[key]
@@ -119,37 +126,69 @@ class Configuration:
 
     Attributes:
         model: an instance of a class that is built from its configuration alone.
+        path: of that instance, where it is a module within another model, whose names are those of its tensors then.
         by_keywords: whether the class takes what is in it as keywords.
         unread: the names of its tensors that no call reads: they follow numbers, and say none.
         shapes: of its other parameters and buffers.
     """
 
     def __init__(
-        self, model: nn.Module, unread: Collection[str] = (), *, valid: bool = False, builds: Builds | None = None
+        self,
+        model: nn.Module,
+        unread: Collection[str] = (),
+        *,
+        valid: bool = False,
+        builds: Builds | None = None,
+        path: str = "",
     ) -> None:
-        self.model, self._config = model, configuration_of(model)
-        self._builds = Builds() if builds is None else builds
+        self.model, self.path, self._config = model, path, configuration_of(model)
+        self._builds = (Builds() if builds is None else builds).of_part(path)
         self._valid = valid and self._config is not None and refusal(self._config) is None
         self.by_keywords = isinstance(self._config, Keywords)
         self.unread = frozenset(unread)
-        self.shapes: Shapes = self.read(sizes_of(model))
+        self.shapes: Shapes = self.read(_placed(sizes_of(model), path))
         self._built: dict[tuple[tuple[str, Number], ...], Built | None] = {}
 
     @classmethod
     def of(
-        cls, model: nn.Module, unread: Collection[str] = (), *, valid: bool = False, builds: Builds | None = None
+        cls,
+        model: nn.Module,
+        unread: Collection[str] = (),
+        *,
+        valid: bool = False,
+        builds: Builds | None = None,
+        path: str = "",
     ) -> Configuration | None:
         """That of a model; None where it has none from which it can be built.
 
         With `valid`, numbers with which it could not be saved make nothing, where it can be saved as it is. What was
         built for other configurations of the model, `builds`, is not built again.
         """
-        found = cls(model, unread, valid=valid, builds=builds)
+        found = cls(model, unread, valid=valid, builds=builds, path=path)
         return found if found._config is not None and found.built({}) == found.shapes else None
 
+    @classmethod
+    def all_of(
+        cls, model: nn.Module, unread: Collection[str] = (), *, valid: bool = False, builds: Builds | None = None
+    ) -> list[Configuration]:
+        """That of a model; where it has none, those of the outermost modules in it that have one."""
+        builds = Builds() if builds is None else builds
+        found: dict[str, Configuration] = {}
+        for path, module in model.named_modules():
+            if not any(is_within(path, outer) for outer in found) and configuration_of(module) is not None:
+                own = cls.of(module, unread, valid=valid, builds=builds, path=path)
+                if own is not None:
+                    found[path] = own
+        return list(found.values())
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Those of the model as it was, by their paths."""
+        return dict(self.model.named_modules(prefix=self.path))
+
     def read(self, shapes: Shapes) -> Shapes:
-        """Without the tensors that no call reads."""
-        return {name: shape for name, shape in shapes.items() if name not in self.unread}
+        """Those of its model, without the tensors that no call reads."""
+        return {name: shape for name, shape in _within(shapes, self.path).items() if name not in self.unread}
 
     @cached_property
     def numbers(self) -> dict[str, Number]:
@@ -233,9 +272,18 @@ class Configuration:
         """What the class makes of some numbers in its configuration; None where it makes nothing."""
         key = tuple(sorted(numbers.items()))
         if key not in self._built:
-            made = self._builds.made(type(self.model), self._config, numbers, valid=self._valid)
-            self._built[key] = None if made is None else made.without(self.unread)
+            made = self._made(numbers)
+            self._built[key] = None if made is None else made.without(self.unread | self._more)
         return self._built[key]
+
+    def _made(self, numbers: Mapping[str, Number]) -> Built | None:
+        return self._builds.made(type(self.model), self._config, numbers, path=self.path, valid=self._valid)
+
+    @cached_property
+    def _more(self) -> frozenset[str]:
+        """The tensors that the class makes of its configuration alone, and the model has not, as a pooler left out."""
+        made = self._made({})
+        return frozenset() if made is None else frozenset(made.shapes.keys() - self.shapes.keys())
 
     @cached_property
     def _with_another(self) -> dict[str, tuple[Number, Built]]:
@@ -471,6 +519,11 @@ def differing(shapes: Shapes, others: Shapes) -> Iterator[Axis]:
 def _within(shapes: Shapes, path: str) -> Shapes:
     """Those of the tensors of a module and of the modules in it."""
     return {name: shape for name, shape in shapes.items() if is_within(name, path)}
+
+
+def _placed(shapes: Shapes, path: str) -> Shapes:
+    """Those of the module of a path, by their names in the model."""
+    return {f"{path}.{name}": shape for name, shape in shapes.items()} if path else shapes
 
 
 def is_within(tensor: str, path: str) -> bool:

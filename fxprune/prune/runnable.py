@@ -13,10 +13,10 @@ from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.grouped_products import GroupedProduct
 from fxprune.channels.values import Value
-from fxprune.graph.configurations import Axis, Configuration, unread_tensors
+from fxprune.graph.configurations import Axis, Configuration, is_within, unread_tensors
 from fxprune.prune.alike_sizes import alike_sizes
 from fxprune.prune.class_limits import ClassLimits, parts_of_axes
-from fxprune.prune.configured_levels import gives_all, is_rounded, is_said_by, levels_of
+from fxprune.prune.configured_levels import Level, gives_all, is_rounded, is_said_by, levels_of
 
 _PARTS = ("aten.chunk.default", "aten.split.Tensor")
 _LONGER = 8  # than the longest axis, what all lengths divide
@@ -47,31 +47,44 @@ def runnable_groups(
     rows = [*_parts(grouping), *_whole_lines(grouping), *sizes.rows, *limits.alike]
     staying = [(heads, _HEADS) for heads in sizes.heads]
     unread = unread_tensors(model, grouping.plain.graphs.values())
-    configuration = Configuration.of(model, unread, valid=True, builds=limits.builds)
-    if configuration is None or configuration.by_keywords:  # such name hardly any size of a layer
+    configured = Configuration.all_of(model, unread, valid=True, builds=limits.builds)
+    # keywords name hardly any size of a layer
+    numbers = [_Numbers(grouping, own) for own in configured if not own.by_keywords]
+    if not numbers:
         found = Grouping(grouping.plain, rows, staying, for_class=True) if rows else grouping
         found.groups = limits.limited(found.groups)
         return found
-    numbers = _Numbers(grouping, configuration)
     asked = pick(grouping.groups)
-    free = numbers.needed(numbers.free(numbers.dead(asked)) - limits.left_out, asked)
-    limits.is_configured, limits.doubtful = True, numbers.doubtful(free)
-    reason = _GIVEN.format(type(model).__name__)
-    rounded = [n for n in sorted(free) if is_rounded(configuration, n) and gives_all(configuration, n, asked, free)]
-    limits.levels = levels_of(configuration, rounded[0]) if len(rounded) == 1 else []
+    dead = numbers[0].dead(asked)
+    free = [own.needed(own.free(dead) - own.left_out(limits), asked) for own in numbers]
+    limits.is_configured = True
+    limits.doubtful = [
+        f"{own.prefix}{n}" for own, names in zip(numbers, free, strict=True) for n in own.doubtful(names)
+    ]
+    limits.levels = _levels(configured[0], free[0], asked) if not configured[0].path else []
     if limits.levels:
         found = Grouping(grouping.plain, rows, staying, for_class=True)
+        reason, shapes = _GIVEN.format(type(model).__name__), configured[0].shapes
         groups = [
-            g if g.reason or is_said_by(limits.levels, g, configuration.shapes) else replace(g, reason=reason)
-            for g in found.groups
+            g if g.reason or is_said_by(limits.levels, g, shapes) else replace(g, reason=reason) for g in found.groups
         ]
         found.groups = limits.limited(groups)
         return found
-    rows += [*numbers.rows(free), *numbers.steps(free, grouping.groups)]
+    for own, names in zip(numbers, free, strict=True):
+        rows += [*own.rows(names), *own.steps(names, grouping.groups)]
     found = Grouping(grouping.plain, rows, staying, for_class=True)
-    groups = [g if g.reason or numbers.leaves(g, free) else replace(g, reason=reason) for g in found.groups]
+    groups = found.groups
+    for own, names in zip(numbers, free, strict=True):
+        reason = _GIVEN.format(own.class_name)
+        groups = [g if g.reason or own.leaves(g, names) else replace(g, reason=reason) for g in groups]
     found.groups = limits.limited(groups)
     return found
+
+
+def _levels(configuration: Configuration, free: frozenset[str], asked: Sequence[ChannelGroup]) -> list[Level]:
+    """Those of the number that gives all that is asked for, rounded, where there is one."""
+    rounded = [n for n in sorted(free) if is_rounded(configuration, n) and gives_all(configuration, n, asked, free)]
+    return levels_of(configuration, rounded[0]) if len(rounded) == 1 else []
 
 
 def _parts(grouping: Grouping) -> Iterator[Vector]:
@@ -106,6 +119,12 @@ class _Numbers:
             if axis < len(ids) and (own := ids[axis]) is not None:
                 self._vectors[tensor, axis] = grouping.found.of(own)
         self._parts: dict[tuple[str, Axis], Vector] = {}  # of axes of which not all follows from a number
+        self.class_name = type(configuration.model).__name__
+        self.prefix = f"{configuration.path}: " if configuration.path else ""
+
+    def left_out(self, limits: ClassLimits) -> set[str]:
+        """Those that are to stay."""
+        return {name for name in self._configuration.numbers if f"{self.prefix}{name}" in limits.left_out}
 
     def dead(self, groups: Sequence[ChannelGroup]) -> Mask:
         """By class, whether it could go with units of these groups."""
@@ -200,7 +219,7 @@ class _Numbers:
         kinds = Kind.CHANNEL, Kind.MLP_UNIT, Kind.HEAD, Kind.KEY_VALUE_GROUP
         if group.kind not in kinds or self._goes(group, free, group.size):
             return None
-        axis = group.members[0].parameter, group.members[0].axis
+        axis = self._axes(group)[0]
         numbers = [self._configuration.numbers[name] for name in sorted(self._saying(axis) & free)]
         for times in (*numbers, *(group.size // size for size in _STEPS), *_TIMES):
             is_whole = type(times) is int and times > 1 and group.size % times == 0
@@ -214,8 +233,7 @@ class _Numbers:
 
     def _goes(self, group: ChannelGroup, free: frozenset[str], units: int) -> bool:
         """Whether numbers that can change say every axis of a group with one of so many units less, one or together."""
-        for member in group.members:
-            axis = member.parameter, member.axis
+        for axis in self._axes(group):
             saying = self._saying(axis)
             if group.kind == Kind.HEAD_CHANNEL and len(saying) > 1:
                 return False
@@ -223,6 +241,11 @@ class _Numbers:
             if not alone and not self._configuration.are_divisible(sorted(saying & free), axis, units):
                 return False
         return True
+
+    def _axes(self, group: ChannelGroup) -> list[Axis]:
+        """Those of a group's axes that are of the model with this configuration."""
+        inside = (m for m in group.members if is_within(m.parameter, self._configuration.path))
+        return [(member.parameter, member.axis) for member in inside]
 
     def _says(self, name: str, axis: Axis, group: ChannelGroup, units: int) -> bool:
         """Whether a number says an axis of a group with one of so many units less."""
