@@ -48,15 +48,30 @@ def is_rounded(configuration: Configuration, name: str) -> bool:
     axes = configuration.followers.get(name, frozenset())
     sizes = {configuration.shapes[tensor][axis] for tensor, axis in axes}
     is_fraction = type(configuration.numbers[name]) is float
-    return is_fraction and len(sizes) > 2 and configuration.proportional[name] != axes
+    if not is_fraction or len(sizes) < 3:
+        return False
+    return configuration.proportional[name] != axes or rounds_to_multiples(configuration, name)
+
+
+def rounds_to_multiples(configuration: Configuration, name: str) -> bool:
+    """Whether whole products of a number are rounded, as to multiples of eight: of three quarters of it, by size."""
+    made = configuration.built({name: float(configuration.numbers[name]) * 3 / 4})
+    if made is None:
+        return False
+    sizes = [(configuration.shapes[tensor][axis], made[tensor][axis]) for tensor, axis in configuration.followers[name]]
+    return any(3 * size % 4 == 0 and 4 * less != 3 * size for size, less in sizes)
 
 
 def gives_all(configuration: Configuration, name: str, groups: Sequence[ChannelGroup], free: frozenset[str]) -> bool:
-    """Whether all groups follow from a number, those aside of which nothing that can change gives all axes."""
+    """Whether all groups follow from a number, those aside of which nothing that can change gives all axes.
+
+    Where it rounds whole products, none of its groups can go by another choice: most of them are enough.
+    """
     axes = configuration.followers[name]
     given = frozenset[Axis]().union(*(configuration.followers[other] for other in free))
     members = [{(member.parameter, member.axis) for member in group.members} for group in groups]
-    return all(own <= axes for own in members if own <= given)
+    follow = [own <= axes for own in members if own <= given]
+    return all(follow) or (2 * sum(follow) > len(follow) and rounds_to_multiples(configuration, name))
 
 
 class Levels(Steps):

@@ -45,6 +45,23 @@ class Rounded(nn.Module):
         return y
 
 
+class Eights(nn.Module):
+    """Convolutions whose widths are products rounded to multiples of eight, and a last one of a width of its own."""
+
+    config_class: ClassVar[type] = Fraction
+
+    def __init__(self, config: Fraction) -> None:
+        super().__init__()
+        self.config = config
+        sizes = [max(int(size * config.multiplier + 4) // 8 * 8, 8) for size in (16, 32, 48)]
+        sizes += [getattr(config, "top", 20)]
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip([3, *sizes], sizes, strict=False))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in sizes)
+        self.head = nn.Linear(sizes[-1], config.labels)
+
+    forward = Rounded.forward
+
+
 def _settled(model: nn.Module) -> nn.Module:
     """With batch norms that are not at their start."""
     for module in model.modules():
@@ -72,6 +89,23 @@ def test_every_width_is_what_the_class_makes_of_one_value(importance: str, budge
     x = torch.randn(3, 3, 8, 8)
     torch.testing.assert_close(again(x), traced(x), rtol=1e-4, atol=1e-5)
     assert model.config.multiplier == 0.7
+
+
+def test_widths_that_are_rounded_to_eight_go_by_values_of_the_fraction_though_the_last_layer_has_its_own() -> None:
+    torch.manual_seed(0)
+    config = Fraction(1.0)
+    config.top = 20  # type: ignore[attr-defined]
+    model = _settled(Eights(config))
+    x = torch.randn(2, 3, 8, 8)
+    traced = fxprune.trace(model, (x,), modes=("eval",))
+    report = fxprune.prune.channels(traced, macs=0.7, runnable=model)
+    final = fxprune.finalize(traced)
+    small = fxprune.write_back(final, model)
+    assert 0.4 < report.macs[1] / report.macs[0] <= 0.7  # half of each would leave 0.25
+    assert [layer.out_channels for layer in small.layers] == [8, 24, 32, 20]
+    again = Eights(copy.deepcopy(small.config))
+    again.load_state_dict(small.state_dict())
+    torch.testing.assert_close(again.eval()(x), final(x))
 
 
 def test_what_stays_is_what_matters_most() -> None:
