@@ -66,6 +66,8 @@ def calls(width: int) -> dict[str, Call]:
         "to_onnx in int8, verify=False": lambda module, folder: export.to_onnx(
             module, folder / "d.onnx", verify=False, precision="int8"
         ),
+        "to_program": lambda module, folder: export.to_program(module, folder / "b.pt2"),
+        "to_torchscript": lambda module, folder: export.to_torchscript(module, folder / "b.pt"),
         "to_program, verify=False": lambda module, folder: export.to_program(module, folder / "a.pt2", verify=False),
         "save in one file": lambda module, folder: fxprune.save(module, folder / "a.fxp"),
     }

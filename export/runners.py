@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import fx, nn
 
 from fxprune.capture.archives import read_program
 from fxprune.capture.caches import without_foreign_caches
@@ -97,7 +97,7 @@ class ProgramRunner(TorchRunner):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
-                self.module = _load_script(path) if Path(path).suffix == ".pt" else read_program(path).module()
+                self.module = _load_script(path) if Path(path).suffix == ".pt" else _load_program(path)
         except Exception as error:  # torch raises whatever its reader raises
             raise CompareError(f"'{path}' cannot be loaded by torch: {type(error).__name__}: {error}") from error
 
@@ -112,6 +112,11 @@ class ProgramRunner(TorchRunner):
             return self.module(*match_inputs(names, args, kwargs).values())
         call = as_captured(self.module.graph, Call(args, kwargs))
         return self.module(*call.args, **call.kwargs)
+
+
+def _load_program(path: str | os.PathLike[str]) -> fx.GraphModule:
+    program: fx.GraphModule = read_program(path, maps=True).module()
+    return program
 
 
 def _load_script(path: str | os.PathLike[str]) -> torch.jit.ScriptModule:

@@ -30,7 +30,7 @@ from torch.distributions import Distribution
 from torch.export import Dim, _trace
 from torch.export.dynamic_shapes import _DerivedDim as DerivedDim
 from torch.export.dynamic_shapes import _DimHint as DimHint
-from torch.export.pt2_archive._package import load_pt2
+from torch.export.pt2_archive._package import _load_exported_programs as programs_in
 from torch.fx.experimental.symbolic_shapes import TLS as guards_of_thread
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
@@ -85,10 +85,10 @@ __all__ = [
     "is_erased",
     "is_inside_step",
     "is_step_of_vmap",
-    "load_pt2",
     "name_pruning_method",
     "no_new_guards",
     "overload_of_custom_operator",
+    "programs_in",
     "pruned_tensor",
     "pruning_methods",
     "pytree_info",

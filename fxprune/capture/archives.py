@@ -6,18 +6,22 @@ import io
 import json
 import os
 import re
+import struct
 import zipfile
 from collections.abc import Iterable
-from typing import IO, Any
+from typing import IO, Any, cast
 
+import numpy as np
 import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.pt2_archive import PT2ArchiveReader
+from torch.export.pt2_archive.constants import ARCHIVE_VERSION_PATH, ARCHIVE_VERSION_VALUE
 
 from fxprune.errors import ArtifactError
-from fxprune.torch_internals import OpOverload, load_pt2, size_function
+from fxprune.torch_internals import OpOverload, programs_in, size_function
 
 Source = str | os.PathLike[str] | IO[bytes]
 
@@ -37,12 +41,16 @@ _ARGUMENTS = (
 def read_members(source: Source) -> dict[str, bytes]:
     """The members of an uncompressed archive by name; raises ArtifactError where it is cut or ambiguous."""
     with zipfile.ZipFile(source) as archive:
-        items = archive.infolist()
-        if items and items[0].header_offset:  # cut inside a program, whose own archive is then found
-            raise ArtifactError("the file is truncated: what is left ends in another archive. Write it again.")
-        if len(set(archive.namelist())) < len(items) or any(item.compress_type for item in items):
-            raise ArtifactError("the archive has members twice, or compressed; fxprune and torch write neither.")
-        return {name: archive.read(name) for name in archive.namelist()}
+        return {item.filename: archive.read(item) for item in _items(archive)}
+
+
+def _items(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    items = archive.infolist()
+    if items and items[0].header_offset:  # cut inside a program, whose own archive is then found
+        raise ArtifactError("the file is truncated: what is left ends in another archive. Write it again.")
+    if len(set(archive.namelist())) < len(items) or any(item.compress_type for item in items):
+        raise ArtifactError("the archive has members twice, or compressed; fxprune and torch write neither.")
+    return items
 
 
 def is_program(members: Iterable[str]) -> bool:
@@ -50,39 +58,102 @@ def is_program(members: Iterable[str]) -> bool:
     return any(name.endswith("/archive_format") for name in members)
 
 
-def read_program(source: Source) -> ExportedProgram:
+def read_program(source: Source, *, maps: bool = False) -> ExportedProgram:
     """The program in an archive of `torch.export.save`.
 
     `torch.export.load` unpickles some members, loads libraries, imports modules and evaluates expressions for sizes.
-    What runs code that way is refused here, and torch gets a copy of the rest.
+    What runs code that way is refused here, and torch is given the rest.
+
+    Args:
+        source: the archive.
+        maps: whether large tensors stay in it, which is then a file that is not to change while the program is used;
+            what is written into them stays out of the file.
 
     Raises:
         ArtifactError: a member could run code, or is unknown. What torch raises for a damaged archive comes as it is.
     """
-    program = load_pt2(_harmless_copy(read_members(source))).exported_programs["model"]
+    with zipfile.ZipFile(source) as archive:
+        members = _Members(archive, maps=maps)
+        if (version := members.read_string(ARCHIVE_VERSION_PATH)) != ARCHIVE_VERSION_VALUE:
+            raise ArtifactError(f"the program is of version {version}; torch reads {ARCHIVE_VERSION_VALUE}.")
+        program: ExportedProgram = programs_in(cast(PT2ArchiveReader, members), members.get_file_names(), None)["model"]
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             _refuse_odd_nodes(module.graph)
     return program
 
 
-def _harmless_copy(members: dict[str, bytes]) -> io.BytesIO:
-    """An archive of the members that torch reads as data alone; raises ArtifactError where there are others."""
-    copied = io.BytesIO()
-    with zipfile.ZipFile(copied, "w") as archive:
-        for name, content in members.items():
-            _, _, inner = name.partition("/")
+class _Members:
+    """The members of an archive that torch reads as data alone, as torch's own reader gives them.
+
+    Args:
+        archive: open. maps: whether large tensors are mapped from its file.
+
+    Raises:
+        ArtifactError: there are others.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, *, maps: bool) -> None:
+        self._read: dict[str, bytes | np.memmap[Any, Any]] = {}
+        for item in _items(archive):
+            name, (_, _, inner) = item.filename, item.filename.partition("/")
             if inner.startswith("extra/"):  # anything, which nothing reads
                 continue
             if not _SAFE_MEMBER.fullmatch(inner):
                 raise ArtifactError(f"member {name!r} may hold pickles or libraries, which run code: not loaded.")
+            if maps and inner.startswith("data/") and not inner.endswith((".json", ".pt")):
+                self._read[inner] = _mapped(archive, item)
+                continue
+            self._read[inner] = content = archive.read(item)
             if inner.endswith("model.pt") and content:
                 torch.load(io.BytesIO(content), weights_only=True)  # where this fails, torch would unpickle anything
             elif inner.endswith(".json"):
                 refuse_code(json.loads(content))
-            archive.writestr(zipfile.ZipInfo(name), content)
-    copied.seek(0)
-    return copied
+
+    @property
+    def archive_file(self) -> _Members:
+        """What torch's own reader reads."""
+        return self
+
+    def get_file_names(self) -> list[str]:
+        """Of all members."""
+        return [*self._read]
+
+    def read_bytes(self, name: str) -> bytes:
+        """A member."""
+        return bytes(self._read[name])
+
+    def read_string(self, name: str) -> str:
+        """A member that is text."""
+        return self.read_bytes(name).decode()
+
+    def get_record_size(self, name: str) -> int:
+        """Of a member, in bytes."""
+        return len(self._read[name])
+
+    def get_storage_from_record(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor with the memory of a member."""
+        content = self._read[name]
+        if isinstance(content, bytes):
+            return torch.frombuffer(bytearray(content), dtype=dtype)
+        return torch.from_numpy(content).view(dtype)
+
+
+_AT_ONCE = 2**20  # bytes of a member that are read to check it
+
+
+def _mapped(archive: zipfile.ZipFile, item: zipfile.ZipInfo) -> bytes | np.memmap[Any, Any]:
+    """A member, checked; where it is large, in memory of the file, which what is written there does not reach."""
+    if item.file_size < _AT_ONCE:
+        return archive.read(item)
+    with archive.open(item) as member:
+        while member.read(_AT_ONCE):  # which raises where its checksum is another one
+            pass
+    assert archive.fp is not None
+    assert archive.filename is not None
+    archive.fp.seek(item.header_offset + 26)
+    start = item.header_offset + 30 + sum(struct.unpack("<HH", archive.fp.read(4)))  # name and extra field
+    return np.memmap(archive.filename, np.uint8, "c", start, (item.file_size,))
 
 
 def refuse_code(tree: Any) -> None:

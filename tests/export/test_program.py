@@ -16,8 +16,10 @@ from torch import nn
 import fxprune
 from fxprune.errors import ArgumentTypeError, CompareError, ExportError
 from fxprune.export import FileReport, compare, to_program, to_torchscript
+from fxprune.export.runners import ProgramRunner
 from tests.export.test_onnx import Everything, Network
 from tests.networks import NETWORKS
+from tests.tensor_memory import give_large_blocks_back_at_once, most_private
 
 FORMATS: dict[str, Callable[..., FileReport]] = {".pt2": to_program, ".pt": to_torchscript}
 
@@ -49,6 +51,20 @@ def test_networks_in_both_formats(
     result = compare(networks[key], path, inputs=NETWORKS[key][1](5), rtol=0 if suffix == ".pt2" else 1e-6)
     assert result.ok, result.table()
     assert json.loads(json.dumps(report.to_dict()))["comparison"]["ok"]
+
+
+def test_a_program_is_compared_without_being_read_into_memory(tmp_path: Path) -> None:
+    layers, width = 12, 1024
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)), nn.BatchNorm1d(width))
+    traced = fxprune.trace(model.eval(), (torch.randn(2, width),), modes=("eval",))
+    path, size = tmp_path / "model.pt2", layers * width * width * 4
+    to_program(traced, path, verify=False)
+    before, outputs = path.read_bytes(), []
+    give_large_blocks_back_at_once()
+    held = most_private(lambda: outputs.append(ProgramRunner(path).run((torch.ones(2, width),), {})))
+    assert held < 0.25 * size
+    assert torch.equal(outputs[0]["output"], model(torch.ones(2, width)))
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("suffix", FORMATS)

@@ -12,6 +12,7 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch.export.pt2_archive import PT2ArchiveReader
 from torch.nn.utils import parametrizations, prune
 
 from fxprune import torch_internals as internals
@@ -180,11 +181,12 @@ def test_fake_tensor_has_the_sizes_given_and_the_device_of_the_other() -> None:
     assert isinstance(found + found, internals.FakeTensor)
 
 
-def test_load_pt2_reads_what_export_saves(program: torch.export.ExportedProgram) -> None:
+def test_programs_in_reads_what_export_saves(program: torch.export.ExportedProgram) -> None:
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
-    again = internals.load_pt2(file).exported_programs["model"]
+    reader = PT2ArchiveReader(file)
+    again = internals.programs_in(reader, reader.get_file_names(), None)["model"]
     assert torch.equal(again.module()(torch.ones(2), {"y": torch.ones(2)})[0], torch.full((2,), 2.0))
 
 
