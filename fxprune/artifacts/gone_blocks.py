@@ -117,6 +117,7 @@ def renamed(final: TracedModule, names: Renaming) -> TracedModule:
             calls = {key: (names(str(path)), kind) for key, (path, kind) in module_calls(node).items()}
             set_module_calls(node, {key: (path, kind) for key, (path, kind) in calls.items() if path is not None})
     found.record(None if final.plan is None else _renamed_plan(final.plan, names))
+    found.decide((new, axis) for name, axis in final.decided if (new := names(name)))
     found.make({new: names(weight) or weight for b, weight in final.made_biases.items() if (new := names(b))})
     found.recompile()
     return found

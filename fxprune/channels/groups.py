@@ -38,6 +38,7 @@ class Kind(StrEnum):
     MLP_UNIT = "MLP unit"
     CONVOLUTION_GROUP = "conv group"
     WIDTH = "width"
+    BLOCK = "block"  # of no group: whole modules of a list
 
 
 _KINDS = {Place.OUTER: Kind.HEAD, Place.INNER: Kind.HEAD_CHANNEL, Place.OUTERMOST: Kind.KEY_VALUE_GROUP}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import fx, nn
 
 from fxprune import driver
 from fxprune.calling import renamed
-from fxprune.errors import ArgumentTypeError
+from fxprune.channels.groups import ChannelGroup, Kind
+from fxprune.errors import ArgumentTypeError, PruningError
 from fxprune.graph.masks import MasksOnDemand, view
 from fxprune.graph.requirements import require_flag, require_traced
 from fxprune.graph.traced import TracedModule
@@ -39,6 +41,7 @@ from fxprune.prune.importance_registry import Evidence
 from fxprune.prune.latency import LatencyTable
 from fxprune.prune.latency.measuring import Timing, check_prices
 from fxprune.prune.sensitivity import Sensitivity
+from fxprune.prune.whole_blocks import Choose, WholeBlocks, whole_blocks
 
 
 @renamed("batches", "max_batches")
@@ -103,6 +106,8 @@ def channels(
         targets: patterns of parameter or module names; groups that write one of these are pruned, None prunes all.
         ignore: patterns; groups with a member of such a name are left alone.
         kinds: the kinds of groups to prune, as in `ChannelGroup.kind`: "attention head", "MLP unit", ...; None: all.
+            "block" are whole residual blocks, modules of a list that are the identity where their branches are zero:
+            alone, or beside other kinds where these do not reach a budget of MACs or parameters.
         round_to: what stays of a group (of each conv group or head, where it has these) is a multiple of it. "auto"
             takes 16 for convolutions, as onnxruntime computes them in blocks, and 1 for matrix products. Where a budget
             is not used up to 2 % by whole multiples, one to three groups are cut by multiples of 8, 4 or 1, in the way
@@ -133,7 +138,8 @@ def channels(
             the configuration cannot say stays, with that as its reason, so that `from_pretrained` takes what comes
             back. What is chosen is then written back for a trial: where the class
             does not run with it, or needs zeros in its place, the module that fails gets less freedom, and channels
-            are chosen again.
+            are chosen again. Where none of that reaches a budget of MACs or parameters, whole blocks go, too, as few as
+            are needed, if a configuration can say fewer layers; `report.blocks` names them.
         compact_masks: whether a mask of rows or of columns alone holds one vector, expanded to the shape of the
             parameter, in place of an entry for each of the parameter's: for a network that fills the memory. Names,
             shapes, types and values are the same. torch refuses to write into such a mask in place; `load_state_dict`
@@ -175,24 +181,51 @@ def channels(
     timing = Timing(threads, batch, tuple(providers))
     check_prices(prices, request, timing)
     before, earlier = undone(traced, request)
-    limits = None if runnable is None else ClassLimits(runnable)
-    if limits is not None and _is_costly(request, evidence, prices):
-        _without_data(before, _cheap(request), limits)
-    with contextlib.ExitStack() as stack:
-        measure = None
-        if request.asks_for("speedup"):
-            measure = stack.enter_context(driver.stopwatch(before, threads=threads, batch=batch, providers=providers))
-        outcome = in_class(
-            before,
-            limits,
-            lambda: chosen(candidates(before, request, evidence, limits, prices, timing), request, measure),
-        )
-    earlier = {**{name: view(before, name).mask for name in outcome.masks}, **earlier}
-    found = outcome.masks
+
+    def choose(module: TracedModule, asked: ChannelRequest, model: nn.Module | None) -> Outcome:
+        limits = None if model is None else ClassLimits(model)
+        if limits is not None and _is_costly(asked, evidence, prices):
+            _without_data(module, _cheap(asked), limits)
+        with contextlib.ExitStack() as stack:
+            measure = None
+            if asked.asks_for("speedup"):
+                measure = stack.enter_context(
+                    driver.stopwatch(module, threads=threads, batch=batch, providers=providers)
+                )
+            return in_class(
+                module,
+                limits,
+                lambda: chosen(candidates(module, asked, evidence, limits, prices, timing), asked, measure),
+            )
+
+    found, decided, report = _channels_or_blocks(before, request, evidence, runnable, choose)
+    earlier = {**{name: view(before, name).mask for name in found}, **earlier}
     wanted = MasksOnDemand(earlier, lambda name: found[name] if name in found else _mask_or_ones(before, name))
     driver.insert_masks(traced, wanted, compact=compact_masks)
-    record(traced, request, outcome.among.decided, earlier)
-    return _report(outcome, request)
+    record(traced, request, decided, earlier)
+    return report
+
+
+def _channels_or_blocks(
+    before: TracedModule, request: ChannelRequest, evidence: Evidence, model: nn.Module | None, choose: Choose
+) -> tuple[Mapping[str, torch.Tensor], frozenset[tuple[str, int]], ChannelReport]:
+    """The masks to insert, the axes that they decide, and the report: of channels, or of blocks where these must go."""
+    refusal: PruningError | None = None
+    if request.kinds != (Kind.BLOCK,):
+        try:
+            outcome = choose(before, request.of_channels, model)
+            return outcome.masks, outcome.among.decided, _report(outcome, request)
+        except PruningError as error:
+            if not request.may_take_blocks or (Kind.BLOCK not in (request.kinds or ()) and model is None):
+                raise
+            refusal = error
+    try:
+        whole = whole_blocks(before, request, evidence, model, None if refusal is None else choose)
+    except PruningError as error:
+        if refusal is None:
+            raise
+        raise type(refusal)(f"{refusal} Whole blocks were tried, too: {error}") from error
+    return whole.masks, whole.decided, _report_of_blocks(whole, request, refusal)
 
 
 def reports_under(
@@ -258,9 +291,29 @@ def _binding(outcome: Outcome, request: ChannelRequest) -> str:
     return max(request.sizes, key=lambda name: used[name])
 
 
-def _report(outcome: Outcome, request: ChannelRequest) -> ChannelReport:
+def _report_of_blocks(whole: WholeBlocks, request: ChannelRequest, refusal: PruningError | None) -> ChannelReport:
+    gone = Counter(block.path for block in whole.blocks)
+    blocks = {f"{path} ({Kind.BLOCK})": (count, whole.of[path]) for path, count in gone.items()}
+    names = tuple(block.name for block in whole.blocks)
+    why = "" if refusal is None else str(refusal).partition(". ")[0]
+    macs, parameters = zip(whole.dense, whole.left, strict=True)
+    asked, sizes = dict(request.budgets), dict(zip(SIZES, (macs, parameters), strict=True))
+    used = {name: share_of(sizes[name][1], limit_of(asked[name], sizes[name][0])) for name in request.sizes}
+    binding = max(used, key=lambda name: used[name]) if used else "amount"
+    rest = ChannelReport({}, {}, macs, parameters)
+    if whole.outcome is not None:
+        groups = whole.outcome.among.grouping.groups
+        rest = _report(whole.outcome, request, [replace(g, name=whole.names.get(g.name, g.name)) for g in groups])
+    return replace(
+        rest, removed=blocks | rest.removed, macs=macs, parameters=parameters, sample=whole.sample, budget=binding,
+        asked=asked, blocks=names, why_blocks=why,
+    )  # fmt: skip
+
+
+def _report(outcome: Outcome, request: ChannelRequest, named: Sequence[ChannelGroup] | None = None) -> ChannelReport:
+    """What was chosen; `named` are the groups under other names."""
     grouping, picked = outcome.among.grouping, outcome.among.picked
-    labels = dict(zip(map(id, grouping.groups), numbered_labels(grouping.groups), strict=True))
+    labels = dict(zip(map(id, grouping.groups), numbered_labels(named or grouping.groups), strict=True))
     stayed = {labels[id(group)]: group.reason for group in grouping.groups if group.reason}
     stayed |= {labels[id(group)]: "no batch norm has its gain" for group in outcome.among.lacking}
     removed = {labels[id(group)]: (int((~outcome.alive[group.units]).sum()), group.size) for group in picked}

@@ -177,14 +177,14 @@ def chosen(
             found = None if sizes is None else (sizes.macs if by_values else macs, sizes.parameters)
         forget(analysis)
         if found is None:
-            found = _finalized(traced, wanted, decided)
+            found = finalized_sizes(traced, wanted, decided)
         differences = {"macs": found[0] - macs, "parameters": found[1] - parameters}
         more = {name: differences.get(name, 0) for name in added}
         settles = corrections >= MOST_CORRECTIONS // 2  # what is added depends on the choice: the most of it counts
         if all(more[name] == there or (settles and more[name] < there) for name, there in added.items()):
             return Outcome(among, wanted, alive, *found, choice.speedup, choice.for_speed)
         added = {name: max(more[name], there) if settles else more[name] for name, there in added.items()}
-    return Outcome(among, wanted, alive, *_finalized(traced, wanted, decided), choice.speedup, choice.for_speed)
+    return Outcome(among, wanted, alive, *finalized_sizes(traced, wanted, decided), choice.speedup, choice.for_speed)
 
 
 def _written_axes(groups: Sequence[ChannelGroup]) -> frozenset[tuple[str, int]]:
@@ -266,7 +266,7 @@ def _fit(budget: Budget, picked: Sequence[ChannelGroup], ranked: Ranked, request
     return choice
 
 
-def _finalized(
+def finalized_sizes(
     traced: TracedModule, wanted: Mapping[str, torch.Tensor], decided: frozenset[tuple[str, int]]
 ) -> tuple[int, int]:
     """The MACs and parameters that `finalize` leaves."""

@@ -22,6 +22,7 @@ class ChannelReport(Readable):
         sample: what MACs are counted for, "one sample of 3x224x224".
         budget: what was asked for: "amount", "macs", "parameters" or "speedup"; of several the one that binds.
         latencies: what losses were weighed by, where that is time; None where it is MACs, or nothing.
+        blocks: the whole blocks that are masked, by their names. why_blocks: what channels alone came to.
         asked: by budget, what was asked for; `got` is what came of it. Reports of the same masks are equal.
     """
 
@@ -34,6 +35,8 @@ class ChannelReport(Readable):
     budget: str = "amount"
     latencies: LatencyTable | None = None
     asked: dict[str, float] = field(default_factory=dict, compare=False)
+    blocks: tuple[str, ...] = ()
+    why_blocks: str = field(default="", compare=False)
 
     @property
     def gone(self) -> float:
@@ -66,6 +69,9 @@ class ChannelReport(Readable):
     def __str__(self) -> str:
         sample = f", for {self.sample}" if self.sample else ""
         lines = [f"MACs {change(*self.macs)}, parameters {change(*self.parameters)}{sample}"]
+        if self.blocks:
+            why = f", since by channels {self.why_blocks}" if self.why_blocks else ""
+            lines.append(f"whole blocks masked: {', '.join(self.blocks)}{why}")
         lines += [f"{self.speedup:.2f} times faster, as measured"] if self.speedup else []
         if len(self.asked) > 1:
             got = self.got
@@ -98,6 +104,7 @@ class ChannelReport(Readable):
             before, after = given[name]
             given[name] = before, after
         given["removed"] = {group: (masked, units) for group, (masked, units) in given["removed"].items()}
+        given["blocks"] = tuple(given.get("blocks", ()))
         if given.get("latencies") is not None:
             given["latencies"] = LatencyTable.from_dict(given["latencies"])
         return cls(**given)

@@ -6,7 +6,7 @@ import fnmatch
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -96,6 +96,18 @@ class ChannelRequest:
     def sizes(self) -> list[str]:
         """The budgets of MACs and of parameters."""
         return [name for name, _ in self.budgets if name in SIZES]
+
+    @property
+    def of_channels(self) -> ChannelRequest:
+        """The same of channels alone."""
+        if self.kinds is None:
+            return self
+        return replace(self, kinds=tuple(kind for kind in self.kinds if kind != Kind.BLOCK))
+
+    @property
+    def may_take_blocks(self) -> bool:
+        """Whether whole blocks may go where channels cannot keep the budgets: those of sizes, of no other kinds."""
+        return self.is_of_sizes and (self.kinds is None or Kind.BLOCK in self.kinds)
 
     @property
     def is_of_sizes(self) -> bool:
@@ -281,7 +293,7 @@ def _check_patterns(groups: Sequence[ChannelGroup], patterns: Sequence[object]) 
             raise NameLookupError(
                 f"a parameter is named by a string such as 'conv1.weight', or a pattern; got {type(pattern).__name__}."
             )
-        if not any(_names(pattern, name) for name in names):
+        if not any(is_named(pattern, name) for name in names):
             near = ", ".join(sorted(names)[:6])
             raise NameLookupError(f"{pattern!r} matches no parameter that carries channels. There are {near}, ...")
 
@@ -294,13 +306,13 @@ def _kinds(groups: Sequence[ChannelGroup], kinds: Sequence[str] | None) -> set[s
     return allowed
 
 
-def _names(pattern: str, name: str) -> bool:
+def is_named(pattern: str, name: str) -> bool:
     """Whether a pattern names a parameter, or the module it is in."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
 
 
 def _matches(group: ChannelGroup, patterns: Sequence[str], roles: Sequence[str]) -> bool:
-    return any(_names(pattern, m.parameter) for pattern in patterns for m in group.members if m.role in roles)
+    return any(is_named(pattern, m.parameter) for pattern in patterns for m in group.members if m.role in roles)
 
 
 def _blocks(groups: Iterable[ChannelGroup]) -> set[int]:
