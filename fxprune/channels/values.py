@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxprune.borrowing import Borrowed
-from fxprune.channels.axes import ONE, Axis, Factor, Size, reduced_shape
+from fxprune.channels.axes import ONE, Axis, Factor, Size, reduced_shape, same_size
 
 Move: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -128,7 +129,7 @@ class Value:
         return Value((ONE,) * count + self.axes, facts, self.sums)
 
     def relayout(self, dim: int, target: Axis) -> Value:
-        """The value with an axis described as `target`: the same factors or one merged one, some of them now opaque."""
+        """The value with an axis described as `target`: the same factors, some of them merged, or now opaque."""
         dim %= self.rank
         axis, axes = self.axes[dim], self.replaced_axis(dim, target)
         if self.facts is None or axis.is_one or axis is target:
@@ -138,8 +139,10 @@ class Value:
             return replace(self, axes=axes)
         if len(wanted) == len(axis):
             facts = _uniform(self.facts, dim, axis.factors, wanted)
-        else:
+        elif len(wanted) == 1:
             facts = _spread(self.facts, dim, axis.factors)
+        else:
+            facts = _partly_merged(self.facts, dim, axis.factors, wanted)
         final = (*self.facts.value.shape[:dim], axes[dim].reduced, *self.facts.value.shape[dim + 1 :])
         return Value(axes, replace(facts.map(lambda tensor: tensor.reshape(final)), stored=False), self.sums)
 
@@ -216,6 +219,23 @@ def _spread(facts: Known, dim: int, factors: Sequence[Factor]) -> Known:
     shape = facts.value.shape
     full = (*shape[:dim], *(factor.size for factor in factors), *shape[dim + 1 :])
     return _unfolded(facts, dim, factors).map(lambda tensor: tensor.expand(full))
+
+
+def _partly_merged(facts: Known, dim: int, factors: Sequence[Factor], wanted: Sequence[Factor]) -> Known:
+    """The facts where neighbouring factors are merged into those wanted, at full size within these."""
+    kept: list[Factor] = []
+    sizes: list[int] = []
+    pending = list(reversed(factors))
+    for factor in wanted:
+        run = [pending.pop()]
+        while not same_size(math.prod(own.size for own in run), factor.size):
+            run.append(pending.pop())
+        kept += run if factor.ids is not None else [own.opaque() for own in run]
+        sizes += [own.size for own in run] if factor.ids is not None else [1] * len(run)
+    facts = _uniform(facts, dim, factors, kept)
+    shape = facts.value.shape
+    full = (*shape[:dim], *sizes, *shape[dim + len(factors) :])
+    return facts.map(lambda tensor: tensor.expand(full))
 
 
 def settled(axes: Sequence[Axis], where: Tensor, value: Tensor, border: Tensor | None = None) -> Value:

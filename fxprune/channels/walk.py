@@ -365,8 +365,23 @@ class Walk:
             return first
         # of one factor each they are of one size, though symbols may spell it in several ways
         if not all(len(axis) == 1 for axis in present) and not all(_same_factors(axis, first) for axis in present):
-            return self.join(node, [Axis.carrying(axis.size, self.vector(node, axis)) for axis in present])
+            return self.join(node, self._alike(node, present))
         return Axis(tuple(self._joined(node, factors) for factors in zip(*present, strict=True)))
+
+    def _alike(self, node: fx.Node, axes: Sequence[Axis]) -> list[Axis]:
+        """Axes of one size by factors of the same sizes: those are merged that differ, between what is the same."""
+        most = min(map(len, axes)) - 1  # something differs
+        outer = _common([axis.factors[:most] for axis in axes])
+        inner = _common([axis.factors[::-1][: most - outer] for axis in axes])
+        found = []
+        for axis in axes:
+            end = len(axis) - inner
+            run = Axis(axis.factors[outer:end])
+            merged = Factor(run.size, self.vector(node, run))
+            found.append(Axis((*axis.factors[:outer], merged, *axis.factors[end:])))
+        if all(_same_factors(axis, found[0]) for axis in found):
+            return found
+        return [Axis.carrying(axis.size, self.vector(node, axis)) for axis in axes]
 
     def _joined(self, node: fx.Node, factors: Sequence[Factor]) -> Factor:
         vectors = [factor.ids for factor in factors if factor.ids is not None]
@@ -490,6 +505,12 @@ def _opaque(value: Any) -> Any:
     if isinstance(value, Tensor):
         return Value(tuple(Axis.plain(size) for size in value.shape))
     return [_opaque(item) for item in value] if isinstance(value, list | tuple) else None
+
+
+def _common(axes: Sequence[tuple[Factor, ...]]) -> int:
+    """How many of their first factors are of the same sizes."""
+    alike = (all(same_size(own.size, first.size) for own in others) for first, *others in zip(*axes, strict=True))
+    return next((i for i, same in enumerate(alike) if not same), len(axes[0]))
 
 
 def _same_factors(axis: Axis, other: Axis) -> bool:
