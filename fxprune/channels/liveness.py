@@ -24,6 +24,7 @@ from fxprune.channels.dependence import fixed_nodes, useful_nodes
 from fxprune.channels.ids import Mask, Vector
 from fxprune.channels.reasons import Pinned, Reason, Structural
 from fxprune.channels.solver import Constraint, Costs, State
+from fxprune.channels.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ class Consistency:
         rows = [coupling.of(e.rows) for w in walks for e in w.equal if e.node in reached]
         equal = list({(r.shape, r.tobytes()): r for r in [*rows, *alike]}.values())
         more = [(coupling.of(e.cells), coupling.of(e.units)) for w in walks for e in w.more if e.node in reached]
-        read = {str(n.target) for n in reached if n.op == "get_attr"}
-        vectors = [v for name, axes in coupling.parameters.items() if name in read for v in axes if v is not None]
+        vectors = [v for name in _as_used(walks, reached) for v in coupling.parameters.get(name, ()) if v is not None]
         vectors += [v for w in walks for v in w.nonempty]
         axes = distinct([coupling.of(v) for v in vectors])
         grids, groups = Grids(classes), EqualGroups(balances, classes.count)
@@ -112,6 +112,18 @@ class Consistency:
         state = State(alive | self.coupling.classes.pinned, costs)
         state.settle([self.grids, *self.last])
         return state.alive
+
+
+def _as_used(walks: Sequence[Walk], reached: set[fx.Node]) -> list[str]:
+    """The parameters and buffers that stay, in the order in which layers take them, wherever their reads stand."""
+    first: dict[str, tuple[int, int]] = {}
+    for number, walk in enumerate(walks):
+        places = {node: place for place, node in enumerate(walk.graph.nodes)}
+        for node in walk.graph.find_nodes(op="get_attr"):
+            if node in reached and node.users:
+                place = number, min(places[user] for user in node.users)
+                first[node.target] = min(first.get(node.target, place), place)
+    return sorted(first, key=first.__getitem__)
 
 
 class Liveness:

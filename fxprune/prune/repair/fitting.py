@@ -28,6 +28,8 @@ from fxprune.prune.repair.solving import Fit, Problem, best_fit, share
 
 # of the error without a bias; a parameter more has to leave less than this
 _WORTH_A_BIAS = 0.99
+# an input that differs from row to row by less than this many roundings, as sums of constants do, says nothing
+_ROUNDINGS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +174,7 @@ class Family:
         outputs = [target.reader.sizes[1] for target in targets]
         self.fit, self.held = Moments(outputs), Moments(outputs)
         self._shift: Tensor | None = None
+        self._dtype = torch.float64
         self._rows = Rows(targets[0].reader, len(self.columns), samples)
 
     def add(self, current: Environment, reference: Environment, piece: Piece) -> None:
@@ -200,7 +203,7 @@ class Family:
                 error += missing
             errors.append(error)
         if self._shift is None:
-            self._shift = first_shift(inputs)
+            self._shift, self._dtype = first_shift(inputs), inputs.dtype
         (self.held if is_held else self.fit).add(inputs, errors, outputs, self._shift)
 
     def solve(self, dampings: Sequence[float], changes: Changes, spent: float) -> Iterator[Solved]:
@@ -268,7 +271,8 @@ class Family:
 
     def _tells(self, biased: Tensor) -> Tensor:
         """[groups, outputs, columns]: where an input says something; what never changes does a bias's work, or none."""
-        varies = self.fit.square.diagonal(dim1=1, dim2=2) > 0
+        rounding = (_ROUNDINGS * torch.finfo(self._dtype).eps * self.fit.shift).square() * self.fit.count
+        varies = self.fit.square.diagonal(dim1=1, dim2=2) > rounding
         return varies[:, None] | ((self.fit.shift != 0)[:, None] & ~biased[..., None])
 
 

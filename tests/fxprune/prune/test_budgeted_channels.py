@@ -291,6 +291,7 @@ def test_heads_that_share_keys_and_values_go_in_every_way(form: str, kind: str, 
     assert (traced(x) - final(x)).abs().max() <= 1e-9
 
 
+@pytest.mark.filterwarnings("ignore::fxprune.errors.EvalConstantWarning")
 @pytest.mark.parametrize("words", [False, True])
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 40))])
 def test_what_is_chosen_in_a_random_network_goes_as_predicted(seed: int, words: bool) -> None:
@@ -308,7 +309,7 @@ def test_what_is_chosen_in_a_random_network_goes_as_predicted(seed: int, words: 
     if dense[0] == dense[1]:  # else finalize finds more, such as channels that are padded with zeros
         assert (final.plan.macs, final.plan.parameters) == (report.macs, report.parameters)
     assert final.plan.macs[1] <= report.macs[1] < report.macs[0]
-    for batch, training in ((1, False), (3, False), (4, True)):
+    for batch, training in ((1, False), (3, False), (4, not final.plan.eval_only)):
         x = sample(batch)
         want, got = (m.train(training)(x) for m in (traced, final))
         assert (want - got).abs().max() <= 1e-9 * want.abs().max()
