@@ -141,7 +141,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as told:
             Path(told, "files").mkdir()
             arguments = (count, options.layers, options.width, options.only, told)
-            multiprocessing.start_processes(process, arguments, count, start_method="spawn")
+            # a forked process ends without Python's own end, which threads of gloo may disturb: they outlive
+            # destroy_process_group, since caches of DTensor hold the mesh
+            multiprocessing.start_processes(process, arguments, count, start_method="forkserver")
             results = [torch.load(Path(told, f"{rank}.pt")) for rank in range(count)]
         for name, (received, sent, held, seconds) in results[0].items():
             others = [result[name] for result in results[1:]]
