@@ -12,6 +12,7 @@ from fxprune.errors import ArgumentTypeError, StateDictError
 from fxprune.graph.masks import named_by_mask
 from fxprune.reports import first_of
 
+_EXTRA = "_extra_state"  # how torch calls what a module's `get_extra_state` gives
 _PREFIXES = {"module.": "nn.DataParallel", "_orig_mod.": "torch.compile"}
 
 
@@ -73,6 +74,12 @@ def _cure(
                 f"It is the state of a module within {source}: take {prefix!r} off the names, "
                 f"{{name.removeprefix({prefix!r}): value for name, value in state.items()}}."
             )
+    if unexpected and all(name.rpartition(".")[2] == _EXTRA for name in unexpected):
+        return (
+            "That is what modules keep beside their tensors (get_extra_state), which no graph reads: they go on with "
+            "what it was when the model was traced. Where it is the same, leave it out: {name: value for name, value "
+            f"in state.items() if not name.endswith({_EXTRA!r})}}; else load it into the eager model, and trace that."
+        )
     if masks := [plain for name in unexpected if (plain := named_by_mask(name))]:
         return (
             f"It has masks that the module has not: {first_of(masks)}. fxprune.load_state(traced, state) inserts them; "

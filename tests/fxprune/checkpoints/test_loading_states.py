@@ -160,3 +160,31 @@ def test_a_layer_that_stands_in_two_places_gets_its_mask_or_norm_once(change: Ca
     traced = fxprune.load_state(fxprune.trace(Tied().eval(), x), eager.state_dict())
     assert torch.equal(traced(x), eager(x))
     assert {name.partition(".")[0] for name in eager.state_dict()} == {"first", "second"}
+
+
+class _Scaled(nn.Module):
+    """Keeps a number beside its tensors, which its state has, too."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.weight, self.factor = nn.Parameter(torch.randn(3, 3)), factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight * self.factor
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"factor": self.factor}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.factor = state["factor"]
+
+
+def test_what_a_module_keeps_beside_its_tensors_is_refused_with_what_to_do() -> None:
+    traced = fxprune.trace(nn.Sequential(_Scaled(2.0)), torch.randn(2, 3))
+    other, x = nn.Sequential(_Scaled(2.0)), torch.randn(4, 3)
+    before, state = traced(x), other.state_dict()
+    with pytest.raises(StateDictError, match=r"Unexpected key\(s\): 0._extra_state. .* leave it out"):
+        traced.load_state_dict(state)
+    assert torch.equal(traced(x), before)
+    traced.load_state_dict({name: value for name, value in state.items() if not name.endswith("_extra_state")})
+    assert torch.equal(traced(x), other(x))
