@@ -14,6 +14,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fxprune.calling import named_arguments
+from fxprune.capture.asserted_sizes import as_asserted
 from fxprune.capture.caches import is_cache
 from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call
@@ -71,7 +72,8 @@ def to_program(
                 node.meta.pop("stack_trace", None)  # absolute paths of this machine's sources
             if any(map(is_cache, pytree.tree_leaves(program.example_inputs, is_leaf=is_cache))):
                 program.example_inputs = None  # torch would pickle the caches among them
-            torch.export.save(program, file, extra_files={"fxprune.json": json.dumps(metadata(final))})
+            with as_asserted(program):
+                torch.export.save(program, file, extra_files={"fxprune.json": json.dumps(metadata(final))})
         return _reported(draft, final, program, proof)
 
 

@@ -93,6 +93,7 @@ __all__ = [
     "pruning_methods",
     "pytree_info",
     "register_named_tuple",
+    "replace_sizes",
     "schema_of",
     "sharding_options",
     "size_expression",
@@ -229,6 +230,14 @@ def guards_ignored(mode: FakeTensorMode) -> Iterator[None]:
     """Answer questions about the free sizes of a capture for the sample's, and learn nothing of it."""
     with contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards():
         yield
+
+
+def replace_sizes(sizes: ShapeEnv, replacements: dict[Any, Any]) -> dict[Any, Any]:
+    """Let symbols of a capture stand for these wherever sizes are recorded; returns what they stood for before."""
+    before, sizes.replacements = sizes.replacements, replacements
+    sizes._version_counter += 1  # what is remembered is forgotten
+    sizes._replacements_version_counter += 1
+    return before
 
 
 @contextlib.contextmanager

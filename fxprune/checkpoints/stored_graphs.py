@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fxprune.capture.archives import read_program
+from fxprune.capture.asserted_sizes import as_asserted
 from fxprune.capture.lifting import lift_tensors, lifted_program
 from fxprune.capture.unlifting import unlift
 from fxprune.checkpoints.header import StoredGraph
@@ -74,7 +75,9 @@ def read_graph(content: bytes, root: Container, mode: str, stored: StoredGraph) 
 
 def written_graph(traced: TracedModule, mode: str) -> bytes:
     """One mode's graph as the content of a `.pt2` file: on the CPU, with single zeros for weights."""
-    torch.export.save(_program(traced, mode), file := io.BytesIO())
+    program = _program(traced, mode)
+    with as_asserted(program):
+        torch.export.save(program, file := io.BytesIO())
     return file.getvalue()
 
 

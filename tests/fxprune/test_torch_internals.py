@@ -327,6 +327,16 @@ def test_guards_ignored_learns_nothing(free_batch: torch.export.ExportedProgram)
         pass
 
 
+def test_replace_sizes_is_seen_at_once_and_undone(free_batch: torch.export.ExportedProgram) -> None:
+    (*_, value) = (node.meta["val"] for node in free_batch.graph.find_nodes(op="placeholder"))
+    size, sizes = value.shape[0].node, value.fake_mode.shape_env
+    symbol = size.expr
+    before = internals.replace_sizes(sizes, {symbol: sympy.Integer(7)})
+    assert size.expr == 7
+    internals.replace_sizes(sizes, before)
+    assert size.expr == symbol
+
+
 def test_no_new_guards_raises_what_is_not_known(free_batch: torch.export.ExportedProgram) -> None:
     (*_, value) = (node.meta["val"] for node in free_batch.graph.find_nodes(op="placeholder"))
     for context in (internals.guards_ignored, contextlib.nullcontext):

@@ -50,17 +50,30 @@ def test_structured_inputs_and_outputs(tmp_path: Path) -> None:
 class Checked(nn.Module):
     """A size that comes of values, which is checked, as models of transformers check their ends of sentences."""
 
+    def __init__(self, is_number: bool) -> None:
+        super().__init__()
+        self.is_number = is_number
+
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        counts = torch.unique_consecutive(ids.sum(1))
-        torch._check(counts.shape[0] >= 1)
+        count = torch.unique_consecutive(ids.sum(1)).shape[0]
+        torch._check(count == 1 if self.is_number else count >= 1)
         return x.mul(2)
 
 
-def test_sizes_that_come_of_values_keep_their_ranges(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_number", [True, False])
+def test_sizes_that_come_of_values_are_checked_by_what_is_read(is_number: bool, tmp_path: Path) -> None:
     sample = torch.randn(2, 4), torch.ones(2, 3, dtype=torch.long)
-    fxprune.save(fxprune.trace(Checked().eval(), sample, modes=("eval",)), tmp_path / "m")
-    x = torch.randn(3, 4)
-    assert torch.equal(fxprune.load(tmp_path / "m")(x, torch.eye(3).long()), x * 2)
+    traced = fxprune.trace(Checked(is_number).eval(), sample, modes=("eval",))
+    fxprune.save(traced, tmp_path / "m")
+    fxprune.export.to_program(traced, tmp_path / "m.pt2")
+    x, ids, uneven = torch.randn(3, 4), torch.ones(3, 3, dtype=torch.long), torch.eye(3).long().cumsum(1)
+    for loaded in (traced, fxprune.load(tmp_path / "m"), fxprune.load(tmp_path / "m.pt2")):
+        assert torch.equal(loaded(x, ids), x * 2)
+        if is_number:
+            with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+                loaded(x, uneven)
+        else:
+            assert torch.equal(loaded(x, uneven), x * 2)
 
 
 READER = """
