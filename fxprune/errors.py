@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 __all__ = [
     "AnalysisWarning",
@@ -70,7 +70,15 @@ class PruningError(FxpruneError, ValueError):
 
 
 class BudgetError(PruningError):
-    """A budget that no choice of channels keeps; says what the best is."""
+    """A budget that no choice of channels keeps; says what the best is.
+
+    Attributes:
+        least: what the best leaves of a size, by "macs" or "parameters"; empty where it is not known.
+    """
+
+    def __init__(self, message: str, least: Mapping[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.least = dict(least or {})
 
 
 class PassError(FxpruneError):

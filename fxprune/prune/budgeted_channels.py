@@ -220,7 +220,7 @@ def _channels_or_blocks(
                 raise
             refusal = error
     try:
-        whole = whole_blocks(before, request, evidence, model, None if refusal is None else choose)
+        whole = whole_blocks(before, request, evidence, model, None if refusal is None else choose, refusal)
     except PruningError as error:
         if refusal is None:
             raise

@@ -196,7 +196,8 @@ class Size(Budget):
             f"the best is {self.least:,} ({self.least / max(self.dense, 1):.3f}). "
             f"{advice}.{count} {left}"
             "What must stay (`fxprune.channel_groups`, or `fxprune groups` in a shell, has all): "
-            f"{why or 'a unit of each'}."
+            f"{why or 'a unit of each'}.",
+            {self.name: self.least},
         )
 
 

@@ -63,7 +63,12 @@ class WholeBlocks:
 
 
 def whole_blocks(
-    before: TracedModule, request: ChannelRequest, evidence: Evidence, model: nn.Module | None, choose: Choose | None
+    before: TracedModule,
+    request: ChannelRequest,
+    evidence: Evidence,
+    model: nn.Module | None,
+    choose: Choose | None = None,
+    refusal: PruningError | None = None,
 ) -> WholeBlocks:
     """The blocks that go, and channels where these are needed.
 
@@ -71,7 +76,7 @@ def whole_blocks(
         before: the module, as it was before the choice.
         request: what was asked for. evidence: what scores may look at.
         model: of the class that is to run with what is left, None where none is.
-        choose: chooses channels; None where blocks alone are asked for.
+        choose: chooses channels; None where blocks alone are asked for. refusal: what came of channels alone.
 
     Raises:
         PruningError: there is no block, or the budget is not kept without them, either.
@@ -84,7 +89,7 @@ def whole_blocks(
     ordered = _by_score(before, grouping, there, request, evidence)
     budget = _Budget.of(request, grouping, len(there))
     smaller: _Smaller | None = None
-    last: PruningError | None = None
+    least, last = _Least.of(refusal, grouping.dense[:2]), None
     for block in ordered:
         taken = [] if smaller is None else smaller.blocks
         if budget.number is not None and len(taken) >= budget.number:
@@ -97,11 +102,11 @@ def whole_blocks(
         smaller = found
         if budget.is_kept(smaller.left):
             return smaller.alone(there, grouping)
-        if choose is not None:
+        if choose is not None and least.may_be_kept(budget.limits, smaller.left):
             try:
                 outcome = choose(smaller.module, smaller.request(request, budget, grouping), smaller.model)
-            except PruningError as refusal:
-                last = refusal
+            except PruningError as error:
+                least, last = _Least.of(error, smaller.left), error
                 continue
             return smaller.with_channels(outcome, there, grouping)
     if smaller is not None and budget.number is not None:
@@ -188,6 +193,31 @@ class _Budget:
             return False
         found = dict(zip(SIZES, left, strict=True))
         return all(found[name] <= limit for name, limit in self.limits.items())
+
+
+@dataclass(frozen=True)
+class _Least:
+    """The best that channels came to.
+
+    Attributes:
+        found: what that leaves of a size, by name. whole: MACs and parameters of what they were chosen in.
+    """
+
+    found: dict[str, int]
+    whole: tuple[int, int]
+
+    @classmethod
+    def of(cls, refusal: PruningError | None, whole: tuple[int, int]) -> _Least:
+        return cls(refusal.least if isinstance(refusal, BudgetError) else {}, whole)
+
+    def may_be_kept(self, limits: Mapping[str, float], left: tuple[int, int]) -> bool:
+        """Whether channels of what is left without more blocks could keep limits.
+
+        With these blocks whole, such a choice would have been one before.
+        """
+        sizes = dict(zip(SIZES, zip(self.whole, left, strict=True), strict=True))
+        gone = {name: whole - part for name, (whole, part) in sizes.items()}
+        return all(least - gone[name] <= limits[name] for name, least in self.found.items() if name in limits)
 
 
 @dataclass(frozen=True)

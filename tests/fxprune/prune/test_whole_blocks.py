@@ -161,6 +161,9 @@ def test_what_cannot_be_reached_says_what_was_tried_and_inserts_nothing() -> Non
         fxprune.prune.channels(traced, macs=0.1, runnable=model)
     with pytest.raises(BudgetError, match=r"macs=0.1 cannot be reached by whole blocks: without layers.1"):
         fxprune.prune.channels(traced, macs=0.1, kinds="block")
+    with pytest.raises(BudgetError) as refusal:
+        fxprune.prune.channels(traced, macs=0.1, kinds="MLP unit")
+    assert f"the best is {refusal.value.least['macs']:,} (" in str(refusal.value)
     with pytest.raises(PruningError, match="at_least=2 keep them"):
         fxprune.prune.channels(traced, macs=0.5, kinds="block", at_least=2)
     with pytest.raises(ArgumentError, match="leave speedup out"):
