@@ -69,6 +69,7 @@ def calls(width: int) -> dict[str, Call]:
         "to_program": lambda module, folder: export.to_program(module, folder / "b.pt2"),
         "to_torchscript": lambda module, folder: export.to_torchscript(module, folder / "b.pt"),
         "to_program, verify=False": lambda module, folder: export.to_program(module, folder / "a.pt2", verify=False),
+        "save with parts=True": lambda module, folder: fxprune.save(module, folder / "parts", parts=True),
         "save in one file": lambda module, folder: fxprune.save(module, folder / "a.fxp"),
     }
 

@@ -18,6 +18,7 @@ from torch.nn.utils import prune as torch_prune
 
 import fxprune
 from fxprune import borrowing
+from fxprune.checkpoints import in_parts
 from fxprune.graph import spread_modules
 from fxprune.graph.spread_modules import hollow_copy
 from fxprune.serving import Counts
@@ -325,9 +326,11 @@ def pruned(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> fx
 def saved_in_parts(
     spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], folder: str
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """The state of a network and of what was finalized of it, each written in parts."""
+    """The state of a network and of what was finalized of it, each written in parts, the first in many files."""
     module = pruned(spread)
+    in_parts.FILE_BYTES = 2**9
     fxprune.save(module, f"{folder}/masked", parts=True)
+    in_parts.FILE_BYTES = 2**25
     final = fxprune.finalize(module, keep_for_training=True)
     fxprune.save(final, f"{folder}/final", parts=True)
     fxprune.save(final, f"{folder}/final", parts=True)  # in the place of the first

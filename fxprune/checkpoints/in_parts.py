@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from fxprune.graph.traced import TracedModule
 from fxprune.sharding import gathered_objects, sent_object
 
 MODULE = "module.fxp"
+FILE_BYTES = 2**25  # of tensors that a process writes to one file, which torch puts together in memory
 
 
 def save_in_parts(
@@ -71,8 +72,21 @@ def _new_folder(target: Path) -> Path:
 
 def _write(folder: Path, traced: TracedModule) -> None:
     with _named_errors("written"):
-        writer = HuggingFaceStorageWriter(os.fspath(folder), save_distributed=True)
-        save_state(_by_first_names(traced), storage_writer=writer)
+        tensors = _by_first_names(traced)
+        files = _files(tensors, FILE_BYTES * dist.get_world_size())
+        writer = HuggingFaceStorageWriter(os.fspath(folder), files, save_distributed=True)
+        save_state(tensors, storage_writer=writer)
+
+
+def _files(tensors: Mapping[str, Tensor], most: int) -> dict[str, int]:
+    """By name the number of the file that a tensor goes to, from 1 on; one of more bytes has a file of its own."""
+    found, number, held = dict[str, int](), 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.itemsize
+        if held and held + size > most:
+            number, held = number + 1, 0
+        found[name], held = number, held + size
+    return found
 
 
 def _put(folder: Path, target: Path) -> None:

@@ -162,6 +162,9 @@ def test_one_file_of_two_processes_is_that_of_one_and_one_tensor_is_whole_at_a_t
 @pytest.mark.slow
 def test_what_two_processes_save_in_parts_three_and_one_load(tmp_path: Path) -> None:
     want = in_processes(2, networks.saved_in_parts, networks.by_fsdp, str(tmp_path))[0]
+    files = {name: len([*(tmp_path / name).glob("*.safetensors")]) for name in want}
+    assert files["masked"] > 6
+    assert files["final"] == 2
     found = in_processes(3, networks.loaded_in_parts, networks.by_fsdp, str(tmp_path))
     assert_equal(want, found[0])
     for name in want:
