@@ -84,14 +84,23 @@ def _called(model: nn.Module, gone: Gone, inputs: Arguments) -> dict[str, frozen
 
 
 def _is_made(small: nn.Module, found: Shallower, inputs: Arguments) -> bool:
-    """Whether the class makes the same model of the configuration, given the weights."""
-    parameter = next(small.parameters())
+    """Whether classes make the same model of the configurations, given the weights."""
     try:
-        rebuilt = build(type(small), copy.deepcopy(found.config))
-        rebuilt.to(dtype=parameter.dtype, device=parameter.device)
-        rebuilt.load_state_dict(small.state_dict())
+        made = deep_copy(small)
+        for part in found.parts:
+            own = small.get_submodule(part.path)
+            parameter = next(own.parameters())
+            rebuilt = build(type(own), copy.deepcopy(part.config))
+            rebuilt.to(dtype=parameter.dtype, device=parameter.device)
+            missing, unexpected = rebuilt.load_state_dict(own.state_dict(), strict=False)
+            if unexpected or not part.more.issuperset(missing):
+                return False
+            if part.path:
+                made.set_submodule(part.path, rebuilt)
+            else:
+                made = rebuilt
         with preserved(small):
-            return same_outputs(outputs_of(small, inputs), outputs_of(rebuilt.eval(), inputs))
+            return same_outputs(outputs_of(small, inputs), outputs_of(made.eval(), inputs))
     except Exception:  # the user's code may raise anything
         return False
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from fxprune.graph.configuration_numbers import Keywords, build, configuration_of, refusal
-from fxprune.graph.configurations import Shapes, sizes_of
+from fxprune.graph.configurations import Shapes, is_within, sizes_of
+from fxprune.graph.names import join
 
 # path of a list of modules -> the numbers of entries that leave it
 Gone: TypeAlias = "Mapping[str, frozenset[int]]"
@@ -83,50 +84,83 @@ class _Change:
 
 
 @dataclass(frozen=True)
-class Shallower:
-    """What a class makes of its configuration with fewer modules.
+class ShallowerPart:
+    """What one class makes of its configuration with fewer modules.
 
     Attributes:
-        gone: the entries that left. config: the configuration.
-        before, made: models on the meta device, of the configuration as it was and of `config`.
+        path: of the module of this class in the model.
+        gone: the entries that left lists within it. config: the configuration.
+        before, made: modules on the meta device, of the configuration as it was and of `config`.
+        more: the names of tensors that the class makes, and the module has not, as those of a pooler left out.
     """
 
+    path: str
     gone: dict[str, frozenset[int]]
     config: Any
     before: nn.Module
     made: nn.Module
+    more: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Shallower:
+    """What classes make of their configurations with fewer modules.
+
+    Attributes:
+        gone: the entries that left. parts: of each module that is built from a configuration and loses some.
+    """
+
+    gone: dict[str, frozenset[int]]
+    parts: tuple[ShallowerPart, ...]
 
 
 def shallower(model: nn.Module, gone: Gone) -> Shallower | None:
-    """A configuration with which a class leaves entries out of its lists, of these as many as can be.
+    """Configurations with which classes leave entries out of their lists, of these as many as can be.
 
-    All else that the class makes has the sizes of before. Entries of a list leave together or not at all.
+    All else that a class makes has the sizes of before. Entries of a list leave together or not at all.
 
     Args:
-        model: of a class that is built from its configuration. gone: by the path of a list, which entries leave it.
+        model: of a class that is built from its configuration, or with such modules in it.
+        gone: by the path of a list, which entries leave it.
 
     Returns:
         None where none can be left out.
     """
-    config = configuration_of(model)
-    if config is None or isinstance(config, Keywords) or not gone:
+    parts: list[ShallowerPart] = []
+    outer: list[str] = []
+    for path, module in model.named_modules() if gone else ():
+        if any(is_within(path, other) for other in outer) or configuration_of(module) is None:
+            continue
+        outer.append(path)
+        start = f"{path}." if path else ""
+        own = {name.removeprefix(start): left for name, left in gone.items() if name.startswith(start)}
+        part = _shallower_part(path, module, own) if own else None
+        parts += [] if part is None else [part]
+    found = {join(part.path, name): left for part in parts for name, left in part.gone.items()}
+    return Shallower(found, tuple(parts)) if parts else None
+
+
+def _shallower_part(path: str, model: nn.Module, gone: Gone) -> ShallowerPart | None:
+    config, shapes = configuration_of(model), sizes_of(model)
+    if isinstance(config, Keywords):
         return None
-    before, shapes = _made(type(model), config), sizes_of(model)
-    if before is None or sizes_of(before) != shapes:
+    before = _made(type(model), config)
+    made = {} if before is None else sizes_of(before)
+    if before is None or {name: shape for name, shape in made.items() if name in shapes} != shapes:
         return None
-    found = Shallower({}, config, before, before)
+    found = ShallowerPart(path, {}, config, before, before, frozenset(made.keys() - shapes.keys()))
     alike: dict[tuple[int, frozenset[int]], list[str]] = {}
-    for path, own in gone.items():
-        found = _without(type(model), shapes, found, {path: own}) or found
-        if path not in found.gone:  # one number may say it of several lists
-            alike.setdefault((len(model.get_submodule(path)._modules), own), []).append(path)
-    for (_, own), paths in alike.items():
-        if len(paths) > 1:
-            found = _without(type(model), shapes, found, dict.fromkeys(paths, own)) or found
+    for name, own in gone.items():
+        found = _without(type(model), made, found, {name: own}) or found
+        if name not in found.gone:  # one number may say it of several lists
+            alike.setdefault((len(model.get_submodule(name)._modules), own), []).append(name)
+    for (_, own), names in alike.items():
+        if len(names) > 1:
+            found = _without(type(model), made, found, dict.fromkeys(names, own)) or found
     return found if found.gone else None
 
 
-def _without(kind: type[nn.Module], shapes: Shapes, found: Shallower, more: Gone) -> Shallower | None:
+def _without(kind: type[nn.Module], shapes: Shapes, found: ShallowerPart, more: Gone) -> ShallowerPart | None:
     """With more entries left out."""
     path, own = next(iter(more.items()))
     gone = {**found.gone, **more}
@@ -142,7 +176,7 @@ def _without(kind: type[nn.Module], shapes: Shapes, found: Shallower, more: Gone
             continue
         made = None if refusal(config) is not None else _made(kind, config)
         if made is not None and sizes_of(made) == wanted:
-            return Shallower(gone, config, found.before, made)
+            return replace(found, gone=gone, config=config, made=made)
     return None
 
 
@@ -203,17 +237,20 @@ def follow_depth(model: nn.Module, found: Shallower) -> None:
     Args:
         model: a copy of the model, changed in place. found: what its class makes of it.
     """
-    own, before, made = (dict(m.named_modules(remove_duplicate=False)) for m in (model, found.before, found.made))
-    renaming = Renaming(found.gone)
-    for path, module in own.items():
-        new = renaming(path)
-        if new is not None and path in before and new in made:
-            _follow(module, before[path], made[new])
-    for path, left in found.gone.items():
-        container = own[path]
-        rest = [child for name, child in container._modules.items() if int(name) not in left]
-        container._modules.clear()
-        container._modules.update({str(i): child for i, child in enumerate(rest)})
+    for part in found.parts:
+        inner = model.get_submodule(part.path)
+        modules = (dict(m.named_modules(remove_duplicate=False)) for m in (inner, part.before, part.made))
+        own, before, made = modules
+        renaming = Renaming(part.gone)
+        for path, module in own.items():
+            new = renaming(path)
+            if new is not None and path in before and new in made:
+                _follow(module, before[path], made[new])
+        for path, left in part.gone.items():
+            container = own[path]
+            rest = [child for name, child in container._modules.items() if int(name) not in left]
+            container._modules.clear()
+            container._modules.update({str(i): child for i, child in enumerate(rest)})
 
 
 def _follow(own: object, before: object, made: object) -> None:

@@ -175,12 +175,34 @@ def test_a_module_without_a_configuration_keeps_all() -> None:
     torch.testing.assert_close(small(IDS), final(IDS))
 
 
+class Around(nn.Module):
+    """A user's own module, with one of a library in it, which left out what its class makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Model(Numbers())
+        del self.model.unused
+        self.classes = nn.Linear(5, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.classes(self.model(ids).relu())
+
+
+def test_a_model_within_another_one_and_without_all_that_its_class_makes() -> None:
+    model = Around()
+    traced, final = finalized(model, ["model.layers.0", "model.readers.1"])
+    small: Any = fxprune.write_back(final, model)
+    assert (len(small.model.layers), small.model.config.layers, small.model.config.readers) == (3, 3, 1)
+    assert small.model.config.layer_types == ["gated", "gated", "plain"]
+    torch.testing.assert_close(small(IDS), traced(IDS))
+
+
 def test_one_number_that_says_several_lists_takes_the_same_from_all() -> None:
     twins = Twins(Numbers())
     assert shallower(twins, {"layers": frozenset({1})}) is None
     found = shallower(twins, {"layers": frozenset({1}), "others": frozenset({1})})
     assert found is not None
-    assert found.config.layers == 3
+    assert found.parts[0].config.layers == 3
 
 
 def test_names_within_lists_within_lists() -> None:
