@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxprune.artifacts.following_fractions import follow_fractions
 from fxprune.artifacts.following_integers import Integers
 from fxprune.artifacts.rehearsal import Rehearsal
 from fxprune.artifacts.restoring_norms import without_weight_norms
@@ -56,10 +57,13 @@ def sizes_as_configured(
             for numbers in itertools.islice(configuration.expressing(wanted), _TRIED):
                 undo = put_into(written.get_submodule(configuration.path), numbers)
                 with cut_unread(written, configuration, numbers) as cut:
-                    if integers.agree_with(numbers) and _is_made(written, configuration, numbers, rehearsal):
-                        filled.keep()
-                        cut.keep()
-                        return True
+                    if integers.agree_with(numbers):
+                        back = follow_fractions(written, configuration, numbers, lambda: not rehearsal.difference())
+                        if _is_made(written, configuration, numbers, rehearsal):
+                            filled.keep()
+                            cut.keep()
+                            return True
+                        back()
                 undo()
     return False
 

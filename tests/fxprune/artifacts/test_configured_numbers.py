@@ -198,14 +198,30 @@ class Scaled(Configured):
         self.out = nn.Linear(self.config.inner, 8)
         self.up, self.down = nn.Linear(8, self.config.hidden), nn.Linear(self.config.hidden, 8)
 
+    def bounded(self, x: Tensor) -> Tensor:
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.q(x) * self.scale @ self.k(x).transpose(1, 2)
+        scores = self.bounded(self.q(x)) * self.scale @ self.bounded(self.k(x)).transpose(1, 2)
         x = x + self.out(scores.softmax(-1) @ self.v(x))
         return self.down(self.up(x).relu())
 
 
+class ScaledBehind(Scaled):
+    """The same behind a function that no weight scales through."""
+
+    def bounded(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+
+def test_what_a_number_scales_by_follows_and_a_weight_makes_up_for_it() -> None:
+    built = back_again(Scaled(Config(inner=16, hidden=48)), torch.randn(2, 5, 8), macs=0.4, round_to=1)
+    assert built.config.inner < 16
+    assert built.scale == built.config.inner**-0.5
+
+
 def test_a_number_that_scales_what_is_computed_stays_where_others_suffice() -> None:
-    built = back_again(Scaled(Config(inner=16, hidden=48)), torch.randn(2, 5, 8), macs=0.7, round_to=1)
+    built = back_again(ScaledBehind(Config(inner=16, hidden=48)), torch.randn(2, 5, 8), macs=0.7, round_to=1)
     assert built.config.inner == 16
     assert built.config.hidden < 48
 
