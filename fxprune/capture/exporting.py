@@ -23,6 +23,7 @@ from fxprune.capture.protection import (
     attributes_kept,
     counted_reads,
     exports_asked_about,
+    forget_kept_shapes,
     generators_kept,
     markers_kept,
     quiet,
@@ -259,6 +260,7 @@ def _captured(model: nn.Module, sample: Sample, mode: str, shapes: Any, *, sizes
         warnings.simplefilter("always")
         try:
             forget_kept_tensors(model)
+            forget_kept_shapes(model)
             model.train(mode == "train")
             program = export()
             refuse_exchanges(program, model, mode, export)

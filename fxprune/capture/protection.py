@@ -57,6 +57,20 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
                 _refill(attributes[name], entries)
 
 
+def forget_kept_shapes(model: nn.Module) -> None:
+    """Have modules take the next call for the first one, where they keep the shape of the last.
+
+    Such an attribute is None in the class. Detectors of ultralytics compare it with the shape of the next input, which
+    would fix the batch.
+    """
+    for module in model.modules():
+        own = vars(module)
+        kept = [name for name, value in own.items() if isinstance(value, torch.Size)]
+        for name in kept:
+            if getattr(type(module), name, 0) is None:
+                del own[name]
+
+
 def _containers(module: nn.Module) -> dict[str, list[Any]]:
     return {name: _entries(value) for name, value in vars(module).items() if isinstance(value, dict | list | set)}
 
