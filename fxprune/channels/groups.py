@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxprune.channels.analysis import parameter_count
 from fxprune.channels.blocks import Blocks, find_blocks
 from fxprune.channels.coupling import coupling
 from fxprune.channels.ids import Mask, Vector
@@ -194,7 +195,8 @@ class Grouping:
         self.sample = str(Batch.of(plain.graphs["eval"]))
         self.parameters = self._parameters()
         everything = np.ones(classes.count, bool)
-        self.dense = self.macs(everything), self.parameters(everything), self.traffic(everything)
+        self._read = self.macs(everything), self.parameters(everything), self.traffic(everything)
+        self.dense = self._read[0], parameter_count(plain), self._read[2]
         self.groups = self._groups()
 
     def repair(
@@ -223,7 +225,13 @@ class Grouping:
         of = self.found.of
         balances = {b.weight: b for walk in self.found.walks.values() for b in walk.balances}
         within = {name: (of(b.inputs), of(b.outputs)) for name, b in balances.items()}
-        vectors: dict[str, list[Vector]] = {name: [] for name, _ in self.plain.named_parameters()}
+        gets = (node for graph in self.plain.graphs.values() for node in graph.find_nodes(op="get_attr"))
+        reads = {str(node.target) for node in gets if node.users}
+        read: dict[int, str] = {}  # what nothing reads will go; tied ones count once
+        for name, parameter in self._tensors.items():
+            if name in reads:
+                read.setdefault(id(parameter), name)
+        vectors: dict[str, list[Vector]] = {name: [] for name in read.values()}
         for axis in self.axes:
             if axis.parameter in vectors:
                 vectors[axis.parameter].append(self.axes.vector(axis))
@@ -265,7 +273,7 @@ class Grouping:
         normalized = bool(self._normalized[dying].any())
         totals = (self.macs, self.parameters, self.traffic)
         macs, parameters, traffic = (
-            dense - total.without(dying) for dense, total in zip(self.dense, totals, strict=True)
+            whole - total.without(dying) for whole, total in zip(self._read, totals, strict=True)
         )
         return ChannelGroup(
             members[0].parameter,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -448,3 +448,22 @@ def test_a_refusal_says_first_why_most_groups_stay() -> None:
     traced = fxprune.trace(Returned(), torch.randint(9, (2, 3)), modes=("eval",))
     with pytest.raises(PruningError, match=r"`output` .*returns it; `embedding` .*by data\.$"):
         fxprune.prune.channels(traced, 0.5)
+
+
+class _Unread(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.aside = nn.Linear(8, 32), nn.Linear(32, 4), nn.Linear(20, 20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.down(self.up(x).relu()))
+
+
+@pytest.mark.parametrize("budget", [{"macs": 0.5}, {"parameters": 0.3}, {"parameters": 0.9}])
+def test_parameters_that_nothing_reads_are_gone_in_the_report_as_in_the_result(budget: dict[str, float]) -> None:
+    traced = fxprune.trace(_Unread().eval(), torch.randn(2, 8), modes=("eval",))
+    report = fxprune.prune.channels(traced, round_to=1, **budget)
+    plan = fxprune.finalize(traced).plan
+    assert plan is not None
+    assert (plan.macs, plan.parameters) == (report.macs, report.parameters)
+    assert report.parameters[0] == 8 * 32 + 32 + 32 * 4 + 4 + 20 * 20 + 20
