@@ -244,7 +244,8 @@ def _depends_on_grad_flag(weight: fx.Node) -> bool:
     layers too. Without gradient mode a parameter and its views still do and an expression does not: a copy is one.
     """
     for user in weight.users:
-        folds = user.target in (torch.ops.aten.linear.default, torch.ops.aten.matmul.default) and any(
+        is_weight = user.target is torch.ops.aten.linear.default and user.args[1] is weight
+        folds = (is_weight or user.target is torch.ops.aten.matmul.default) and any(
             _may_be_strided(node) for node in user.all_input_nodes
         )
         schema = getattr(user.target, "_schema", None)

@@ -12,6 +12,7 @@ from fxprune.channels import ChannelPlan, analyze, impose, remove
 from fxprune.channels.analysis import Analysis
 from fxprune.channels.computed_weights import hold_values, mixed_weights
 from fxprune.errors import ArgumentError
+from fxprune.graph.copies import read_directly
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
 
@@ -54,6 +55,7 @@ class RemoveChannels(Pass):
         if self.plan is None:
             plan = remove(traced, self._analyzed(traced), verify=self.verify, lean=self.lean)
         else:
+            _without_copies(traced, self.plan)
             held = self.plan.held
             hold_values(traced, [weight for weight in mixed_weights(traced) if weight.name in held])
             plan = impose(traced, self.plan)
@@ -62,6 +64,8 @@ class RemoveChannels(Pass):
     def _analyzed(self, traced: TracedModule) -> Analysis:
         """What can go; weights that are computed from all that they read are plain ones first where that frees more."""
         analysis = self._analysis(traced)
+        if _without_copies(traced, analysis.plan):
+            analysis = self._analysis(traced)
         if weights := mixed_weights(traced):
             copied = copy.deepcopy(traced)
             hold_values(copied, mixed_weights(copied))
@@ -86,6 +90,14 @@ class RemoveChannels(Pass):
             keep_for_write_back=self.keep_for_write_back,
             refused=self.refused,
         )
+
+
+def _without_copies(traced: TracedModule, plan: ChannelPlan) -> bool:
+    """Read what is cut where it is, not from copies, which are there for the last bit; whether there were any."""
+    found = [read_directly(graph, plan.removed) for graph in traced.graphs.values()]
+    if any(found):
+        traced.recompile()
+    return any(found)
 
 
 def _goes(plan: ChannelPlan, name: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import fx
 
@@ -19,11 +21,13 @@ def copied_parameters(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in clones if _is_of_parameter(node) and all(map(_only_reads, node.users))]
 
 
-def read_directly(graph: fx.Graph) -> None:
-    """Let what reads copies of parameters read the parameters."""
-    for node in copied_parameters(graph):
+def read_directly(graph: fx.Graph, names: Collection[str] | None = None) -> bool:
+    """Let what reads copies of parameters, all or those of some names, read the parameters; whether there were any."""
+    found = [n for n in copied_parameters(graph) if names is None or str(n.all_input_nodes[0].target) in names]
+    for node in found:
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
+    return bool(found)
 
 
 def _is_of_parameter(node: fx.Node) -> bool:
