@@ -40,16 +40,12 @@ def without_gone_blocks(final: TracedModule, model: nn.Module) -> tuple[TracedMo
         return None
     inputs = dense_examples(final, final.plan or ChannelPlan())
     small = deep_copy(model)
-    modes = {module: module.training for module in small.modules()}
-    small.eval()
     found = shallower(small, _called(small, gone, inputs))
     if found is None:
         return None
     follow_depth(small, found)
     if not _is_made(small, found, inputs):
         return None
-    for module in small.modules():
-        module.training = modes[module]
     return renamed(final, Renaming(found.gone)), small
 
 
@@ -73,7 +69,7 @@ def _called(model: nn.Module, gone: Gone, inputs: Arguments) -> dict[str, frozen
     handles = [module.register_forward_pre_hook(lambda module, _: ran.add(module)) for module in entries.values()]
     try:
         with preserved(model):
-            outputs_of(model, inputs)
+            outputs_of(model.eval(), inputs)
     except Exception:  # what the user's code raises, write_back names
         return {}
     finally:
@@ -100,7 +96,7 @@ def _is_made(small: nn.Module, found: Shallower, inputs: Arguments) -> bool:
             else:
                 made = rebuilt
         with preserved(small):
-            return same_outputs(outputs_of(small, inputs), outputs_of(made.eval(), inputs))
+            return same_outputs(outputs_of(small.eval(), inputs), outputs_of(made.eval(), inputs))
     except Exception:  # the user's code may raise anything
         return False
 

@@ -35,7 +35,7 @@ _PASSING = (
     "constant_pad_nd", "expand", "index", "mean", "alias", "detach", "movedim", "t", "split", "getitem",
 )  # fmt: skip
 _KEEPING = (*_PASSING, "relu", "relu_", "gelu", "silu", "silu_", "tanh", "neg", "div", "hardswish", "leaky_relu",
-    "repeat", "sum", "masked_fill", "float", "repeat_interleave")  # fmt: skip
+    "repeat", "sum", "masked_fill", "repeat_interleave")  # fmt: skip
 
 
 @dataclass(frozen=True)

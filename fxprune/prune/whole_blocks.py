@@ -337,21 +337,15 @@ def _computes(small: nn.Module, module: TracedModule) -> bool:
     """Whether a model computes what a module does, given its values; it keeps these."""
     plain = driver.plain_view(module)
     values = tensors_of(plain)
-    modes = {each: each.training for each in small.modules()}
     inputs = (module.example_args, module.example_kwargs)
     try:
         for name, tensor in tensors_of(small).items():
             if name in values and values[name].shape == tensor.shape:
                 tensor.data = values[name].detach()
-        small.eval()
         with torch.no_grad(), preserved(small), preserved(plain):
-            plain.eval()
-            return same_outputs(outputs_of(plain, inputs), outputs_of(small, inputs))
+            return same_outputs(outputs_of(plain.eval(), inputs), outputs_of(small.eval(), inputs))
     except Exception:  # the user's code may raise anything
         return False
-    finally:
-        for each, mode in modes.items():
-            each.training = mode
 
 
 # ---- order
