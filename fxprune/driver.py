@@ -46,6 +46,7 @@ from fxprune.graph.provenance import provenance_of, set_provenance
 from fxprune.graph.reparametrizations import computed_names, hook_state, reparametrized
 from fxprune.graph.requirements import require_eval, require_flag, require_parameter, require_traced
 from fxprune.graph.spread_modules import failing_together, hollow_copy, in_whole, is_spread
+from fxprune.graph.spread_results import sources_of, spread_alike
 from fxprune.graph.taking_back import taken_back
 from fxprune.graph.text import describe
 from fxprune.graph.traced import Origin, TracedModule
@@ -505,8 +506,6 @@ def finalize(
 def _finalized_by_first(traced: TracedModule, options: dict[str, Any], *, whole: bool) -> TracedModule:
     """The result of a module that is spread: made by the first process, its architecture by the others."""
     require_flag("whole", whole)
-    if not whole:
-        spread_modules.check_can_be_spread(traced)
 
     def work(copied: TracedModule) -> TracedModule:
         final = finalize(copied, **options)
@@ -526,7 +525,7 @@ def _finalized_by_first(traced: TracedModule, options: dict[str, Any], *, whole:
         final = made[0] if whole else hollow_copy(made[0])
     spread_modules.all_alike(traced, _shapes(final) == shapes, "the architecture that finalize gives")
     if not whole:
-        final = spread_modules.spread_alike(final, traced, tensors_of(made[0]) if made else None, numbers, loans)
+        final = spread_alike(final, traced, tensors_of(made[0]) if made else None, numbers, loans)
     final.record(plan, Origin(None if plan is traced.plan else plan, _sources(traced)))
     return final
 
@@ -583,9 +582,7 @@ def _text_of(eval_only: Mapping[str, Sequence[int]]) -> str:
 
 def _sources(traced: TracedModule) -> dict[str, weakref.ref[nn.Parameter]]:
     """The parameters that an optimizer holds, masked ones under the names that they have without a mask."""
-    plain = {own.original_name: own.name for own in masked_views(traced) if own.original is not None}
-    parameters = traced.named_parameters(remove_duplicate=False)
-    return {plain.get(name, name): weakref.ref(parameter) for name, parameter in parameters}
+    return {name: weakref.ref(parameter) for name, parameter in sources_of(traced).items()}
 
 
 def verify_equal(traced: TracedModule, final: TracedModule, *, exact: bool) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fxprune.communication import communicating
 from fxprune.errors import ShardingError
-from fxprune.torch_internals import follow_parameters, gathered_like
+from fxprune.torch_internals import follow_parameters, spread_before
 
 
 def is_sharded(tensor: object) -> bool:
@@ -480,29 +480,30 @@ def followed(module: object) -> Iterator[None]:
     if not isinstance(module, FSDPModule):
         yield
         return
-    before = list(module.parameters())  # type: ignore[attr-defined]
+    managed: Any = module
+    before, given = list(managed.parameters()), spread_before(managed)
     yield
     with communicating("sharding new parameters"):
-        follow_parameters(module, before)  # type: ignore[arg-type]
+        _spread_new(managed, given)
+        follow_parameters(managed, before)
 
 
-@contextlib.contextmanager
-def gathered(module: torch.nn.Module) -> Iterator[None]:
-    """Within a call of a module whose parameters FSDP gathers, its buffers that are spread are gathered, too."""
-    if not isinstance(module, FSDPModule):
-        yield
-        return
-    spread_ones = [
-        (part._buffers, name, buffer)
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if isinstance(buffer, DTensor)
-    ]
-    for buffers, name, buffer in spread_ones:
-        with communicating("gathering a mask"):
-            buffers[name] = gathered_like(module, buffer)
-    try:
-        yield
-    finally:
-        for buffers, name, buffer in spread_ones:
-            buffers[name] = buffer
+def _spread_new(module: torch.nn.Module, given: Sequence[tuple[torch.nn.Parameter, Any]]) -> None:
+    """Spread plain parameters as those of their shape that are gone, if these were spread before FSDP; else as copies.
+
+    Args:
+        given: parameters that were spread before FSDP sharded them, and how.
+    """
+    there = set(map(id, module.parameters()))
+    gone = [(own.shape, spec) for own, spec in given if id(own) not in there]
+    made: dict[int, torch.nn.Parameter] = {}
+    for owner in module.modules() if gone else ():
+        for name, own in owner._parameters.items():
+            if own is None or isinstance(own, DTensor):
+                continue
+            if id(own) not in made:
+                shape, spec = next((each for each in gone if each[0] == own.shape), gone[0])
+                placements = spec.placements if shape == own.shape else [Replicate()] * spec.mesh.ndim
+                value = distribute_tensor(own.detach(), spec.mesh, placements, src_data_rank=None)
+                made[id(own)] = torch.nn.Parameter(value, own.requires_grad)
+            owner._parameters[name] = made[id(own)]

@@ -25,7 +25,7 @@ from torch._subclasses import fake_tensor as fake_tensors
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributions import Distribution
 from torch.export import Dim, _trace
 from torch.export.dynamic_shapes import _DerivedDim as DerivedDim
@@ -77,7 +77,6 @@ __all__ = [
     "functional_twin",
     "functions_applied",
     "fuses_in_eval",
-    "gathered_like",
     "guards_ignored",
     "has_forward",
     "indices_recorded",
@@ -99,6 +98,7 @@ __all__ = [
     "size_expression",
     "size_function",
     "sizes_watched",
+    "spread_before",
     "state_of_generated_code",
     "step_pre_hooks",
     "storage_users",
@@ -572,11 +572,9 @@ def is_step_of_vmap(target: Any) -> bool:
     return getattr(target, "__module__", None) == "torch._functorch.predispatch"
 
 
-def sharding_options(module: nn.Module) -> dict[str, Any] | None:
-    """The arguments of `fully_shard` with which a module was sharded; None where its weights were spread before."""
+def sharding_options(module: nn.Module) -> dict[str, Any]:
+    """The arguments of `fully_shard` with which a module was sharded."""
     group = next(filter(None, _groups(module)))
-    if any(each.is_dtensor for each in group.fsdp_params):
-        return None
     return {"mesh": group.mesh_info.mesh, "mp_policy": group.mp_policy, "offload_policy": group.offload_policy}
 
 
@@ -587,13 +585,7 @@ def take_parameters(module: nn.Module) -> None:
             each.reset_sharded_param()
 
 
-def gathered_like(module: nn.Module, buffer: DTensor) -> torch.Tensor:
-    """A buffer, spread as a parameter that FSDP shards, as FSDP gathers that for a call: whole, but for other axes."""
-    full = buffer.full_tensor()
-    for group in filter(None, _groups(module)):
-        for each in group.fsdp_params:
-            own = each.sharded_param
-            if each.is_dtensor and (own.device_mesh, own.placements) == (buffer.device_mesh, buffer.placements):
-                spec = getattr(each, "_unsharded_dtensor_spec", None) or each._tp_spec
-                return distribute_tensor(full, spec.mesh, spec.placements, src_data_rank=None)
-    return full
+def spread_before(module: nn.Module) -> list[tuple[nn.Parameter, DTensorSpec]]:
+    """Parameters that FSDP shards and that were spread before, and how, as they are again for a call."""
+    given = [each for group in filter(None, _groups(module)) for each in group.fsdp_params if each.is_dtensor]
+    return [(each.sharded_param, getattr(each, "_unsharded_dtensor_spec", None) or each._tp_spec) for each in given]

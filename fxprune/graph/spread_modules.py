@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
 from torch.utils.data import Dataset
 
 from fxprune import borrowing
@@ -25,13 +23,12 @@ from fxprune.borrowing import Borrowed, Loans
 from fxprune.communication import communicating, give_up, led_by_first, together
 from fxprune.errors import FxpruneError, ShardingError
 from fxprune.graph.masks import masked, view
-from fxprune.graph.names import join, tensors_of
+from fxprune.graph.names import tensors_of
 from fxprune.graph.traced import TracedModule
 from fxprune.sharding import (
     check_values,
     first_rank,
     gathered_objects,
-    is_managed,
     is_sharded,
     rest,
     sent,
@@ -39,7 +36,7 @@ from fxprune.sharding import (
     spread,
     whole,
 )
-from fxprune.torch_internals import sharding_options, take_parameters
+from fxprune.torch_internals import take_parameters
 
 Result = TypeVar("Result")
 Told = TypeVar("Told")
@@ -466,48 +463,6 @@ def sent_masks(
     return found
 
 
-def check_can_be_spread(traced: TracedModule) -> None:
-    """Raise ShardingError where another module cannot be spread as this one is."""
-    if is_managed(traced) and sharding_options(traced) is None:
-        raise ShardingError(
-            "the module is sharded by FSDP over weights that are spread already (tensor parallel), and its result "
-            "cannot be spread like that again. Ask for the whole module on the first process: whole=True."
-        )
-
-
-def spread_alike(
-    hollow: TracedModule, traced: TracedModule, values: Mapping[str, Tensor] | None, numbers: Mapping[str, int],
-    loans: Loans,
-) -> TracedModule:  # fmt: skip
-    """A module without values, spread as another one is, with the values that the first process has; a collective.
-
-    Args:
-        hollow: on the device "meta", alike on every process; used up.
-        traced: the other one.
-        values: by name; looked at on the first process alone.
-        numbers: of those that processes hold parts of already.
-        loans: where these are.
-    """
-    first = reference_of(traced)
-    assert first is not None
-    if is_managed(traced):
-        options = sharding_options(traced)
-        assert options is not None
-        fully_shard(hollow, **options)
-    else:
-        _distribute(hollow, traced, first)
-    names = {id(tensor): name for name, tensor in reversed(tensors_of(hollow).items())}
-
-    def value_of(tensor: Tensor) -> Tensor:
-        reference = tensor if is_sharded(tensor) else torch.empty_like(tensor, device=first.device)
-        name = names[id(tensor)]
-        if name in numbers:
-            return spread(loans.part(numbers[name]), reference)
-        return sent(None if values is None else values[name], reference)
-
-    return filled(hollow, value_of)
-
-
 def filled(
     hollow: TracedModule, value_of: Callable[[Tensor], Tensor], after: Callable[[TracedModule], None] | None = None
 ) -> TracedModule:
@@ -531,21 +486,3 @@ def filled(
         after(hollow)
     take_parameters(hollow)
     return hollow
-
-
-def _distribute(hollow: TracedModule, traced: TracedModule, first: Tensor) -> None:
-    """Spread every parameter as that of its name, new ones as copies."""
-    theirs, made = tensors_of(traced), dict[int, nn.Parameter]()
-    for path, module in hollow.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in made:
-                continue
-            like = theirs.get(join(path, name), first)
-            placements = like.placements if join(path, name) in theirs and is_sharded(like) else None  # type: ignore
-            mesh = like.device_mesh if is_sharded(like) else first.device_mesh  # type: ignore[attr-defined]
-            value = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
-            made[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
-    for module in hollow.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = made[id(parameter)]

@@ -34,7 +34,8 @@ from fxprune.graph.states import check_state
 from fxprune.graph.switching import is_frozen, read_option, set_option, switch
 from fxprune.graph.ties import ties_kept
 from fxprune.reports import first_of
-from fxprune.sharding import gathered, is_managed, is_sharded, rest, spread_state
+from fxprune.sharding import is_managed, is_sharded, rest, spread_state
+from fxprune.spread_calls import gathered, is_spread_by_hand
 from fxprune.torch_internals import ASKED_BEFORE_BROADCAST, calls_kept, state_of_generated_code
 
 # The order in which graphs are kept and worked on: what is decided by the eval graph, the train graph follows.
@@ -72,7 +73,10 @@ def _of_the_mode(generated: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def forward(self: TracedModule, *args: Any, **kwargs: Any) -> Any:
-        return self._selected.forward(self, *args, **kwargs)
+        if not is_managed(self) and not is_spread_by_hand(self):
+            return self._selected.forward(self, *args, **kwargs)
+        with gathered(self, args, kwargs):  # FSDP has gathered its own before
+            return self._selected.forward(self, *args, **kwargs)
 
     vars(forward)["__signature__"] = inspect.signature(generated)
     return forward
@@ -392,10 +396,7 @@ class TracedModule(ReadByName, fx.GraphModule):
             self._selected.shape_check()
         # torch.compile learns of the mode by this read: train and eval are two functions under one name
         assert self.training in (True, False)
-        if not is_managed(self):
-            return super().__call__(*args, **kwargs)
-        with gathered(self):
-            return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def run_example(self, mode: str = "eval") -> list[Any]:
         """The flat outputs of one mode's graph on the sample inputs, without gradients; leaves no trace.

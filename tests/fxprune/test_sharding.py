@@ -10,6 +10,7 @@ import torch
 
 import fxprune
 from tests import sharded_networks as networks
+from tests import tensor_parallel_networks as tensor_parallel
 from tests.processes import in_processes
 
 Spread = Callable[[fxprune.TracedModule], fxprune.TracedModule]
@@ -63,7 +64,9 @@ def test_three_steps_with_clipping_and_masks_in_between_end_as_in_one_process() 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [networks.by_fsdp, networks.by_replicas])
+@pytest.mark.parametrize(
+    "spread", [networks.by_fsdp, networks.by_replicas, networks.by_tensor_parallel, tensor_parallel.by_hand]
+)
 def test_training_ends_as_in_one_process_on_any_mesh(spread: Spread) -> None:
     want = networks.trained(networks.plain)
     for got in in_processes(4, networks.trained, spread):
@@ -135,12 +138,31 @@ def test_what_finalize_leaves_is_spread_trains_on_and_is_written_as_in_one_proce
         (2, networks.by_fsdp, "whole"),
         (4, networks.by_fsdp, "spread"),
         (4, networks.by_replicas, "spread"),
+        (4, networks.by_tensor_parallel, "spread"),
+        (4, networks.by_tensor_parallel, "whole"),
+        (4, tensor_parallel.by_hand, "spread"),
     ],
 )
 def test_what_finalize_leaves_is_that_of_one_process_on_any_mesh(
     processes: int, spread: Spread, how: str, tmp_path: Path
 ) -> None:
     assert_finalized_alike(processes, spread, how, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("processes", "as_dtensors"), [(2, False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in (2, 4))]
+)
+def test_tensor_parallel_layers_train_and_are_spread_again_as_they_were(processes: int, as_dtensors: bool) -> None:
+    want = tensor_parallel.layers_over_tensor_parallel(networks.plain, False)
+    for got in in_processes(
+        processes, tensor_parallel.layers_over_tensor_parallel, networks.by_tensor_parallel, as_dtensors
+    ):
+        assert got["cut"] == "(Shard(dim=0), Shard(dim=1))"
+        assert want["final"]["1.weight"].shape == (6, 6)
+        for what in ("trained", "final"):
+            assert got[what].keys() == want[what].keys()
+            for name, value in want[what].items():
+                assert torch.allclose(got[what][name], value, rtol=0, atol=1e-6), f"{what}: {name}"
 
 
 @pytest.mark.slow
@@ -157,6 +179,15 @@ def test_one_file_of_two_processes_is_that_of_one_and_one_tensor_is_whole_at_a_t
         assert 0 < counts.gathered < 3 * size
         assert counts.sent == counts.parts == 0
     assert largest <= found[0][1][0].wholes <= 2 * largest
+
+
+@pytest.mark.slow
+def test_what_tensor_parallel_processes_save_in_parts_others_load(tmp_path: Path) -> None:
+    want = in_processes(4, networks.saved_in_parts, networks.by_tensor_parallel, str(tmp_path))[0]
+    for count, spread in ((4, networks.by_tensor_parallel), (2, networks.by_tensor_parallel), (3, networks.by_fsdp)):
+        for found in in_processes(count, networks.loaded_in_parts, spread, str(tmp_path)):
+            assert_equal(want, found)
+    assert_equal(want, {name: networks.values(fxprune.load(tmp_path / name)) for name in want})
 
 
 @pytest.mark.slow
@@ -244,9 +275,10 @@ def test_what_cannot_be_worked_on_is_refused_by_every_process(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_norms_are_inserted_masked_trained_folded_and_removed_as_in_one_process() -> None:
+@pytest.mark.parametrize(("processes", "spread"), [(2, networks.by_fsdp), (4, networks.by_tensor_parallel)])
+def test_norms_are_inserted_masked_trained_folded_and_removed_as_in_one_process(processes: int, spread: Spread) -> None:
     want = networks.normed(networks.plain)
-    for got in in_processes(2, networks.normed, networks.by_fsdp):
+    for got in in_processes(processes, networks.normed, spread):
         for what, state in want.items():
             assert got[what].keys() == state.keys(), what
             for name, value in state.items():

@@ -45,24 +45,29 @@ def test_follow_parameters_shards_what_takes_the_place_of_one(sharded: nn.Sequen
     assert torch.allclose(sharded(x) - layer.bias, x.sum(1, keepdim=True).expand(5, 2))
 
 
-def test_gathered_like_gives_the_whole_of_a_buffer(sharded: nn.Sequential) -> None:
-    from torch.distributed.tensor import DTensor
-
-    buffer = torch.ones_like(sharded[0].weight)
-    assert isinstance(buffer, DTensor)
-    assert torch.equal(internals.gathered_like(sharded, buffer), torch.ones(2, 3))
-
-
 def test_sharding_options_shard_another_module_alike(sharded: nn.Sequential) -> None:
     from torch.distributed.fsdp import fully_shard
 
     options = internals.sharding_options(sharded)
-    assert options is not None
     other = fully_shard(nn.Linear(3, 2), **options)
     assert (other.weight.device_mesh, other.weight.placements) == (
         sharded[0].weight.device_mesh,
         sharded[0].weight.placements,
     )
+
+
+def test_spread_before_has_what_was_tensor_parallel_before_it_was_sharded(sharded: nn.Sequential) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    assert internals.spread_before(sharded) == []
+    mesh = torch.distributed.init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+    layer = nn.Linear(3, 2)
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh["tensor"], [Shard(1)]))
+    fully_shard(layer, mesh=mesh["data"])
+    ((parameter, spec),) = internals.spread_before(layer)
+    assert parameter is layer.weight
+    assert (spec.mesh, spec.placements) == (mesh["tensor"], (Shard(1),))
 
 
 def test_take_parameters_lets_fsdp_gather_what_stands_under_the_name_of_one(sharded: nn.Sequential) -> None:
