@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx.config
 from hypothesis import settings
 from torch import nn
 
 torch.set_num_threads(1)
+torch.fx.config.do_not_emit_stack_traces = True  # a tenth of every capture; `stack_traces` has them
 settings.register_profile("fxprune", deadline=None, derandomize=True)
 settings.load_profile("fxprune")
 
@@ -28,11 +30,18 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the collector need not walk through it during every capture."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)  # captures make containers by the million, of which few are in circles
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def stack_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures note the lines of the model's source that each node comes from, as they do for users."""
+    monkeypatch.setattr(torch.fx.config, "do_not_emit_stack_traces", False)
 
 
 @pytest.fixture(scope="session")

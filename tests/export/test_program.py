@@ -15,7 +15,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import ArgumentTypeError, CompareError, ExportError
-from fxprune.export import FileReport, compare, to_program, to_torchscript
+from fxprune.export import FileReport, compare, to_onnx, to_program, to_torchscript
 from fxprune.export.runners import ProgramRunner
 from tests.export.test_onnx import Everything, Network
 from tests.networks import NETWORKS
@@ -141,7 +141,17 @@ def test_a_program_keeps_names_and_says_what_it_is(networks: dict[str, fxprune.T
     program = torch.export.load(path, extra_files=files)
     assert program.state_dict.keys() == {k for k in final.state_dict() if "num_batches" not in k}
     assert json.loads(files["fxprune.json"])["fxprune.version"] == fxprune.__version__
-    assert str(Path(__file__).parent).encode() not in path.read_bytes()
+
+
+@pytest.mark.usefixtures("stack_traces")
+@pytest.mark.parametrize(("suffix", "write"), [(".onnx", to_onnx), *FORMATS.items(), (".fxp", fxprune.save)])
+def test_no_file_says_where_the_models_source_is(suffix: str, write: Callable[..., Any], tmp_path: Path) -> None:
+    traced = fxprune.trace(Network(), torch.randn(3, 2, 6, 6), modes=("eval",))
+    source = sys.modules[Network.__module__].__file__
+    assert source is not None
+    assert any(source in str(node.meta.get("stack_trace")) for node in traced.graph.nodes)
+    write(traced, path := tmp_path / f"model{suffix}")
+    assert source.encode() not in path.read_bytes()
 
 
 def test_a_mask_inside_a_norm_folds_to_one_parameter(tmp_path: Path) -> None:
