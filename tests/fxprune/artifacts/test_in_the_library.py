@@ -17,6 +17,7 @@ from tests.decoders import decoder, tokens
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 IDS = torch.randint(5, 40, (2, 8))
+ONE_LAYER = SIZES | {"num_hidden_layers": 1}  # where nothing is asked of how layers agree
 WORDS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
 
@@ -80,7 +81,7 @@ def _tokenizer(transformers: Any) -> Any:
 
 def test_pipelines_take_the_pruned_model_from_its_folder(transformers: Any, tmp_path: Path) -> None:
     tokenizer = _tokenizer(transformers)
-    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **SIZES)).eval()
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **ONE_LAYER)).eval()
     traced, small = pruned(model, WORDS)
     small.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -95,7 +96,7 @@ def test_pipelines_take_the_pruned_model_from_its_folder(transformers: Any, tmp_
     wanted = with_zeros(model, traced).bert(ids[:1])[0]
     torch.testing.assert_close(torch.tensor(features("w3 w4 [MASK] w7 w8 w9 w1 w2")), wanted)
 
-    classifier = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=40, **SIZES)).eval()
+    classifier = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=40, **ONE_LAYER)).eval()
     traced, small = pruned(classifier, WORDS)
     judge = transformers.pipeline("text-classification", model=small, tokenizer=tokenizer, device="cpu")
     wanted = traced(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].softmax(-1)
@@ -103,19 +104,19 @@ def test_pipelines_take_the_pruned_model_from_its_folder(transformers: Any, tmp_
 
 
 def test_a_tied_vocabulary_can_grow_after_the_way_back(transformers: Any) -> None:
-    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **SIZES)).eval()
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **ONE_LAYER)).eval()
     _, small = pruned(model, WORDS)
     before = small(**WORDS).logits
     small.resize_token_embeddings(48, mean_resizing=False)
     assert small.get_output_embeddings().weight is small.get_input_embeddings().weight
     torch.testing.assert_close(small(**WORDS).logits[..., :40], before)
-    traced, smaller = pruned(small, WORDS, macs=0.9)
+    traced, smaller = pruned(small, WORDS, macs=0.95)
     torch.testing.assert_close(smaller(**WORDS).logits, traced(**WORDS).logits)
     assert smaller.config.vocab_size == 48
 
 
 def test_a_model_in_bfloat16_comes_back_in_it(transformers: Any, tmp_path: Path) -> None:
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=40, **SIZES))
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=40, **ONE_LAYER))
     traced, small = pruned(model.to(torch.bfloat16).eval(), WORDS)
     assert torch.equal(small(**WORDS).logits, traced(**WORDS).logits)
     small.save_pretrained(tmp_path)
@@ -127,7 +128,7 @@ def test_a_model_in_bfloat16_comes_back_in_it(transformers: Any, tmp_path: Path)
 @pytest.mark.parametrize("name", ["Bert", "Llama"])
 def test_gradient_checkpointing_that_is_on_stays_on_and_changes_nothing(name: str, transformers: Any) -> None:
     kind, more = ("ForSequenceClassification", {}) if name == "Bert" else ("ForCausalLM", {"use_cache": False})
-    config = getattr(transformers, f"{name}Config")(vocab_size=40, pad_token_id=0, **SIZES, **more)
+    config = getattr(transformers, f"{name}Config")(vocab_size=40, pad_token_id=0, **ONE_LAYER, **more)
     model = getattr(transformers, name + kind)(config)
     plain = copy.deepcopy(model)
     model.gradient_checkpointing_enable()
@@ -189,7 +190,7 @@ def test_weights_that_accelerate_keeps_elsewhere_are_refused_and_its_hooks_on_on
     transformers: Any, tmp_path: Path
 ) -> None:
     accelerate = pytest.importorskip("accelerate")
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=40, **SIZES)).eval()
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=40, **ONE_LAYER)).eval()
     hooked = accelerate.dispatch_model(copy.deepcopy(model), {"": "cpu"}, force_hooks=True)
     traced, small = pruned(hooked, WORDS)
     torch.testing.assert_close(small(**WORDS).logits, traced(**WORDS).logits)
@@ -222,6 +223,15 @@ def _more_layers(model: Any) -> Any:
     return model
 
 
+@pytest.fixture(scope="module")
+def final_bert(transformers: Any) -> tuple[Any, fxprune.TracedModule]:
+    """A model, and what is left of it."""
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=40, **ONE_LAYER)).eval()
+    traced = fxprune.trace(model, WORDS, modes=("eval",))
+    fxprune.prune.channels(traced, macs=0.7, runnable=model)
+    return model, fxprune.finalize(traced)
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
@@ -230,14 +240,12 @@ def _more_layers(model: Any) -> Any:
         (_more_layers, "another model than the one that was traced"),
     ],
 )
-def test_a_class_that_has_changed_since_is_refused(changed: Any, told: str, transformers: Any) -> None:
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=40, **SIZES)).eval()
-    traced = fxprune.trace(model, WORDS, modes=("eval",))
-    fxprune.prune.channels(traced, macs=0.7, runnable=model)
+def test_a_class_that_has_changed_since_is_refused(changed: Any, told: str, final_bert: Any) -> None:
+    model, final = final_bert
     other = changed(copy.deepcopy(model))
     state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(WriteBackError, match=told):
-        fxprune.write_back(fxprune.finalize(traced), other)
+        fxprune.write_back(final, other)
     assert all(torch.equal(state[name], tensor) for name, tensor in other.state_dict().items())
 
 

@@ -40,7 +40,13 @@ def _traced_step(model: nn.Module, transformers: Any) -> fxprune.TracedModule:
     return fxprune.trace(model, sample, dynamic_shapes=STEP_SHAPES, modes=("eval",))
 
 
-@pytest.mark.parametrize("name", DECODERS)
+def _slow(names: Any, slow: Any) -> list[Any]:
+    """The names, some of them for the slow suite."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+# steps of these are compared with eager where heads leave their caches
+@pytest.mark.parametrize("name", _slow(DECODERS, ("Gemma2", "Phi3", "GPT2")))
 def test_a_step_over_a_cache_is_eagers_at_every_batch_length_and_past(name: str, transformers: Any) -> None:
     model = decoder(name, transformers)
     traced = _traced_step(model, transformers)
@@ -75,7 +81,7 @@ def test_the_first_step_makes_the_cache_that_eager_makes(name: str, given: bool,
         assert near(traced(**copy.deepcopy(call)), model(**call))
 
 
-@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@pytest.mark.parametrize("name", _slow(ENCODER_DECODERS, ("Bart",)))  # its layers are Whisper's
 def test_an_encoder_decoder_is_captured_for_its_first_step_and_for_those_with_a_cache(
     name: str, transformers: Any
 ) -> None:

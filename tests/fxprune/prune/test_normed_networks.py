@@ -23,7 +23,7 @@ from tests.masked_norms import SYSTEMS, add_mask
 from tests.normed_networks import Discriminator, Vocoder
 from tests.systems import assert_same
 
-STEPS = 100
+STEPS = 25
 Build = Callable[[], nn.Module]
 
 
