@@ -76,6 +76,11 @@ def together(reference: Tensor | None) -> Iterator[None]:
         _CALL.reset(token)
 
 
+def mesh_of_call() -> DeviceMesh | None:
+    """The mesh of the processes that make the present call together; None outside of `together`."""
+    return None if (call := _CALL.get()) is None else call.mesh
+
+
 @contextlib.contextmanager
 def led_by_first() -> Iterator[None]:
     """Within, the first process tells the others what to do, and of errors; the call goes on together afterwards."""

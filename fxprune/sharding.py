@@ -7,8 +7,9 @@ tensor's mesh call it, in the same order. Of tensors that are no DTensor each pr
 from __future__ import annotations
 
 import contextlib
+import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from fxprune.communication import communicating
+from fxprune.communication import communicating, mesh_of_call
 from fxprune.errors import ShardingError
 from fxprune.torch_internals import follow_parameters, spread_before
 
@@ -80,8 +81,55 @@ def spread(values: Tensor, reference: Tensor) -> Tensor:
     if isinstance(values, DTensor):
         if values.device_mesh == mesh and values.placements == reference.placements:
             return values
+        if values.device_mesh.size() > mesh.size():
+            widened = over(reference, values.device_mesh)
+            if widened.placements == values.placements:
+                return as_parts(part(values), reference)
         values = whole(values)
     return _as_cut(values, mesh, reference.placements)
+
+
+def over(tensor: Tensor, mesh: DeviceMesh | None) -> Any:
+    """A tensor that is spread over a part of a mesh, as copies over the rest of it; nothing is sent, memory is shared.
+
+    So are parameters of a module of which others are tensor-parallel, and which FSDP shards over the other axes alone.
+
+    Raises:
+        ShardingError: it is spread over processes that are no part of the mesh.
+    """
+    if mesh is None or not isinstance(tensor, DTensor) or tensor.device_mesh == mesh:
+        return tensor
+    placements: list[Placement] = [Replicate()] * mesh.ndim
+    for axis, placement in zip(_axes_of(tensor.device_mesh, mesh), tensor.placements, strict=True):
+        placements[axis] = placement
+    own = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def _axes_of(part_of_it: DeviceMesh, mesh: DeviceMesh) -> tuple[int, ...]:
+    """Along which axes of a mesh another one lies, which this process is in."""
+    here = mesh.get_coordinate() or ()
+    for axes in itertools.combinations(range(len(here)), part_of_it.ndim):
+        index = tuple(slice(None) if axis in axes else place for axis, place in enumerate(here))
+        if torch.equal(mesh.mesh[index], part_of_it.mesh):
+            return axes
+    raise ShardingError(
+        f"some of the module is spread over the processes {part_of_it.mesh.tolist()}, which are no axis of the mesh "
+        f"{mesh.mesh.tolist()} of the rest. Take all meshes from one: mesh = init_device_mesh(...), mesh['tensor']."
+    )
+
+
+def most_spread(tensors: Iterable[Tensor]) -> Tensor | None:
+    """The first of the tensors that are spread over the most processes; None where none is spread."""
+    return max(
+        (each for each in tensors if isinstance(each, DTensor)), key=lambda each: each.device_mesh.size(), default=None
+    )
+
+
+def _all_of(reference: DTensor) -> DeviceMesh:
+    """The mesh of those that make a call together, of which a tensor may be spread over some."""
+    mesh, own = mesh_of_call(), reference.device_mesh
+    return own if mesh is None or mesh.size() <= own.size() else mesh
 
 
 def _as_cut(values: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
@@ -180,9 +228,9 @@ def agreed(values: Tensor, reference: Tensor, what: str) -> None:
     """
     if not isinstance(reference, DTensor):
         return
+    mesh = _all_of(reference)
     entries = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    digest = torch.tensor([zlib.crc32(entries), values.numel()], device=reference.device_mesh.device_type)
-    mesh = reference.device_mesh
+    digest = torch.tensor([zlib.crc32(entries), values.numel()], device=mesh.device_type)
     different = (digest != first(digest, reference)).any().long()
     with communicating("comparing values"):
         found = int(DTensor.from_local(different, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor())
@@ -210,10 +258,10 @@ def spread_state(given: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[st
 
 
 def first(own: Tensor, reference: Tensor) -> Tensor:
-    """What the first process of a tensor's mesh gives, on all of them; a collective where `reference` is spread."""
+    """What the first process gives, on all that make a call or hold a tensor; a collective where that is spread."""
     if not isinstance(reference, DTensor):
         return own
-    mesh = reference.device_mesh
+    mesh = _all_of(reference)
     with communicating("sending values"):
         return distribute_tensor(own.detach().to(mesh.device_type).clone(), mesh, [Replicate()] * mesh.ndim).to_local()
 
@@ -226,8 +274,9 @@ def sent(values: Tensor | None, reference: Tensor) -> Tensor:
         reference: of the shape and dtype of the values; where it is plain, all processes of the default group get all.
     """
     if isinstance(reference, DTensor):
-        mesh = reference.device_mesh
-        return sent_as(values, reference.shape, reference.dtype, mesh, reference.placements, first_rank(reference))
+        widened = over(reference, _all_of(reference))
+        mesh, rank = widened.device_mesh, first_rank(widened)
+        return spread(sent_as(values, reference.shape, reference.dtype, mesh, widened.placements, rank), reference)
     own = values if dist.get_rank() == 0 and values is not None else torch.empty(reference.shape)
     with communicating("sending a tensor"):
         whole_one = own.detach().to(reference.device, reference.dtype).contiguous().clone()

@@ -30,10 +30,12 @@ def by_hand(module: fxprune.TracedModule) -> fxprune.TracedModule:
 def by_partly_tensor_parallel(module: fxprune.TracedModule) -> fxprune.TracedModule:
     """As torch's styles do it: two layers are tensor-parallel, one by columns and one by rows, all else is FSDP2's."""
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
-    for name, placement in {"inner.weight": Shard(0), "inner.bias": Shard(0), "head.weight": Shard(1)}.items():
-        owner, _, key = name.rpartition(".")
-        parameter = distribute_tensor(module.get_parameter(name).detach(), mesh["tensor"], [placement])
-        module.get_submodule(owner)._parameters[key] = nn.Parameter(parameter)
+    ways = {"inner.weight": Shard(0), "inner.bias": Shard(0), "head.weight": Shard(1)}
+    for path, owner in module.named_modules():
+        for key, parameter in list(owner._parameters.items()):
+            way = ways.get(f"{path}.{key.removesuffix('_orig')}")
+            if way is not None and parameter is not None:
+                owner._parameters[key] = nn.Parameter(distribute_tensor(parameter.detach(), mesh["tensor"], [way]))
     fully_shard(module, mesh=mesh["data"])
     return module
 
@@ -74,3 +76,19 @@ def _step(module: fxprune.TracedModule, optimizer: torch.optim.Optimizer, x: tor
     assert isinstance(found, DTensor) == as_dtensors
     getattr(found, "full_tensor", lambda: found)().square().mean().backward()
     optimizer.step()
+
+
+def over_unrelated_meshes() -> dict[str, str]:
+    """What is raised where some of a module lies on processes that are no axis of the mesh of the rest."""
+    module = networks.by_fsdp(networks.traced())
+    pairs = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("one", "two"))["two"]
+    weight = module.get_parameter("head.weight")
+    assert isinstance(weight, DTensor)
+    spread = distribute_tensor(weight.detach().full_tensor(), pairs, [Shard(0)])  # type: ignore[attr-defined]
+    module.get_submodule("head")._parameters["weight"] = nn.Parameter(spread)
+    return networks.failures(
+        {
+            "channels": lambda: fxprune.prune.channels(module, macs=0.5),
+            "finalize": lambda: fxprune.finalize(module),
+        }
+    )

@@ -30,6 +30,8 @@ from fxprune.sharding import (
     first_rank,
     gathered_objects,
     is_sharded,
+    most_spread,
+    over,
     rest,
     sent,
     sent_object,
@@ -48,9 +50,9 @@ _NONE = object()  # in the place of a batch
 
 
 def reference_of(traced: nn.Module) -> Tensor | None:
-    """The first parameter or buffer of a module that is spread over processes, None where none is."""
+    """The parameter or buffer of a module that is spread over the most processes, None where none is spread."""
     rest(traced)
-    return next((tensor for tensor in tensors_of(traced).values() if is_sharded(tensor)), None)
+    return most_spread(tensors_of(traced).values())
 
 
 def is_spread(traced: object) -> bool:
@@ -93,8 +95,10 @@ def lent_copy(traced: TracedModule, rank: int) -> tuple[Loans, Callable[[], Trac
     """
     masked(traced)
     distinct = {id(tensor): tensor for tensor in tensors_of(traced).values()}
-    spread_ones = {key: tensor for key, tensor in distinct.items() if is_sharded(tensor)}
-    on_all(lambda: check_values(*spread_ones.values()), rank)
+    mesh = reference_of(traced).device_mesh  # type: ignore[union-attr]
+    own_ones = {key: tensor for key, tensor in distinct.items() if is_sharded(tensor)}
+    on_all(lambda: check_values(*own_ones.values()), rank)
+    spread_ones = on_all(lambda: {key: over(tensor, mesh) for key, tensor in own_ones.items()}, rank)
     lent = {key: tensor for key, tensor in spread_ones.items() if tensor.nbytes >= borrowing.SMALL}
     loans = Loans([*lent.values()], rank)
     numbers = {key: number for number, key in enumerate(lent)}

@@ -34,7 +34,7 @@ from fxprune.graph.states import check_state
 from fxprune.graph.switching import is_frozen, read_option, set_option, switch
 from fxprune.graph.ties import ties_kept
 from fxprune.reports import first_of
-from fxprune.sharding import is_managed, is_sharded, rest, spread_state
+from fxprune.sharding import is_managed, most_spread, rest, spread_state
 from fxprune.spread_calls import gathered, is_spread_by_hand
 from fxprune.torch_internals import ASKED_BEFORE_BROADCAST, calls_kept, state_of_generated_code
 
@@ -421,7 +421,7 @@ class TracedModule(ReadByName, fx.GraphModule):
             ShardingError: plain tensors for sharded ones are not the same on every process; nothing was loaded then.
         """
         rest(self)
-        with together(next(filter(is_sharded, tensors_of(self).values()), None)):
+        with together(most_spread(tensors_of(self).values())):
             return self._loaded(state_dict, strict, assign)
 
     def _loaded(self, state_dict: Mapping[str, Any], strict: bool, assign: bool) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -76,24 +77,41 @@ class GradientClipping:
         scale = getattr(optimizer, "grad_scale", None) if parameters else None
         if scale is not None:  # GradScaler leaves unscaling to fused steps
             _unscale(optimizer, scale)
+        groups = _by_mesh(parameters)
         try:
-            total = get_total_norm([p.grad for p in parameters], self.norm_type, self.error_if_nonfinite, self.foreach)
+            total = self._norm(groups)
         except RuntimeError:
             if scale is not None:
                 _scale_again(optimizer, parameters, scale)
             raise
         if scale is not None:
             self._grad_scale, optimizer.grad_scale = scale, None  # type: ignore[attr-defined]
-        # A sharded norm is reduced once, here, on every rank: reading total_norm later is no collective.
-        self.total_norm = total = getattr(total, "full_tensor", lambda: total)()
-        if self.max_norm is not None:
-            clip_grads_with_norm_(parameters, self.max_norm, total, self.foreach)
-        if self.clip_value is not None and parameters:  # torch fails an internal assert on an empty list
-            clip_grad_value_(parameters, self.clip_value, self.foreach)
+        self.total_norm = total
+        for group in groups:
+            if self.max_norm is not None:
+                clip_grads_with_norm_(group, self.max_norm, total, self.foreach)
+            if self.clip_value is not None and group:  # torch fails an internal assert on an empty list
+                clip_grad_value_(group, self.clip_value, self.foreach)
+
+    def _norm(self, groups: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The norm over all gradients; sharded ones are reduced here, so that reading it later is no collective."""
+        found: list[Tensor] = []
+        for group in groups:
+            norm = get_total_norm([p.grad for p in group], self.norm_type, self.error_if_nonfinite, self.foreach)  # type: ignore[misc]
+            found.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return found[0] if len(found) == 1 else get_total_norm(found, self.norm_type, self.error_if_nonfinite)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._grad_scale is not None:
             self._grad_scale, optimizer.grad_scale = None, self._grad_scale  # type: ignore[attr-defined]
+
+
+def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Parameters whose gradients are spread over the same processes together; torch works on no others at once."""
+    found: dict[Any, list[Tensor]] = {}
+    for p in parameters:
+        found.setdefault(p.grad.device_mesh if isinstance(p.grad, DTensor) else None, []).append(p)
+    return [*found.values()] or [[]]
 
 
 def _refuse_sparse(parameters: Iterable[Tensor]) -> None:

@@ -39,6 +39,7 @@ def test_masks_of_two_processes_are_those_of_one_whatever_the_method_and_their_g
         (4, networks.by_replicas),
         (2, networks.by_tensor_parallel),
         (4, networks.by_tensor_parallel),
+        (4, tensor_parallel.by_partly_tensor_parallel),
     ],
 )
 def test_masks_are_those_of_one_process_on_any_mesh(processes: int, spread: Spread) -> None:
@@ -65,7 +66,14 @@ def test_three_steps_with_clipping_and_masks_in_between_end_as_in_one_process() 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "spread", [networks.by_fsdp, networks.by_replicas, networks.by_tensor_parallel, tensor_parallel.by_hand]
+    "spread",
+    [
+        networks.by_fsdp,
+        networks.by_replicas,
+        networks.by_tensor_parallel,
+        tensor_parallel.by_partly_tensor_parallel,
+        tensor_parallel.by_hand,
+    ],
 )
 def test_training_ends_as_in_one_process_on_any_mesh(spread: Spread) -> None:
     want = networks.trained(networks.plain)
@@ -95,7 +103,15 @@ def test_channels_of_two_processes_are_those_of_one_by_every_importance() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [networks.by_fsdp, networks.by_replicas, networks.by_tensor_parallel])
+@pytest.mark.parametrize(
+    "spread",
+    [
+        networks.by_fsdp,
+        networks.by_replicas,
+        networks.by_tensor_parallel,
+        tensor_parallel.by_partly_tensor_parallel,
+    ],
+)
 def test_channels_are_those_of_one_process_on_any_mesh(spread: Spread) -> None:
     want = networks.channels(networks.plain)
     for got in in_processes(4, networks.channels, spread):
@@ -140,6 +156,7 @@ def test_what_finalize_leaves_is_spread_trains_on_and_is_written_as_in_one_proce
         (4, networks.by_replicas, "spread"),
         (4, networks.by_tensor_parallel, "spread"),
         (4, networks.by_tensor_parallel, "whole"),
+        (4, tensor_parallel.by_partly_tensor_parallel, "spread"),
         (4, tensor_parallel.by_hand, "spread"),
     ],
 )
@@ -182,9 +199,10 @@ def test_one_file_of_two_processes_is_that_of_one_and_one_tensor_is_whole_at_a_t
 
 
 @pytest.mark.slow
-def test_what_tensor_parallel_processes_save_in_parts_others_load(tmp_path: Path) -> None:
-    want = in_processes(4, networks.saved_in_parts, networks.by_tensor_parallel, str(tmp_path))[0]
-    for count, spread in ((4, networks.by_tensor_parallel), (2, networks.by_tensor_parallel), (3, networks.by_fsdp)):
+@pytest.mark.parametrize("way", [networks.by_tensor_parallel, tensor_parallel.by_partly_tensor_parallel])
+def test_what_tensor_parallel_processes_save_in_parts_others_load(tmp_path: Path, way: Spread) -> None:
+    want = in_processes(4, networks.saved_in_parts, way, str(tmp_path))[0]
+    for count, spread in ((4, way), (2, way), (3, networks.by_fsdp)):
         for found in in_processes(count, networks.loaded_in_parts, spread, str(tmp_path)):
             assert_equal(want, found)
     assert_equal(want, {name: networks.values(fxprune.load(tmp_path / name)) for name in want})
@@ -233,6 +251,13 @@ def test_a_module_of_which_some_parameters_are_whole_everywhere_is_masked_as_in_
     fxprune.prune.channels(module, macs=0.6)
     for got in in_processes(2, networks.mixed):
         assert_equal({"masked": networks.values(module)}, got)
+
+
+@pytest.mark.slow
+def test_meshes_that_have_no_axis_in_common_are_refused_by_every_process() -> None:
+    for found in in_processes(4, tensor_parallel.over_unrelated_meshes):
+        for what in ("channels", "finalize"):
+            assert found[what].startswith("ShardingError: some of the module is spread over the processes"), found
 
 
 @pytest.mark.slow
