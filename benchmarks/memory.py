@@ -4,8 +4,8 @@ A process beside reads the memory that no other has, every 5 ms, whatever this o
 count. Weights are random. With `--plot` the memory over time is drawn as SVG, a mark at the start of each step. A file
 of bfloat16 is verified in float32, and not run as it is: onnxruntime has no kernels for that on the CPU.
 
-Run: python benchmarks/memory.py [--width 1024] [--layers 8] [--vocabulary 16000] [--dtype float32] [--compact-masks]
-    [--plot FILE]
+Run: python benchmarks/memory.py [--width 1024] [--layers 8] [--vocabulary 16000] [--dtype float32]
+    [--no-compact-masks] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=16000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--macs", type=float, default=0.7)
-    parser.add_argument("--compact-masks", action="store_true", help="as fxprune.prune.channels has it")
+    parser.add_argument("--compact-masks", action=argparse.BooleanOptionalAction, help="as of fxprune.prune.channels")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -12,6 +12,7 @@ from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.graph.calls import as_calls
 from fxprune.graph.traced import TracedModule
+from fxprune.graph.vectors import check_vectors
 from fxprune.progress import shown
 
 from .judging import Tolerance, judge
@@ -85,6 +86,8 @@ def compare(
     if names is not None and len(names) != len(candidates) + 1:
         raise ArgumentError(f"{len(names)} names were given for 1 reference and {len(candidates)} candidates.")
     for item in (reference, *candidates):
+        if isinstance(item, nn.Module):
+            check_vectors(item)
         if isinstance(item, TracedModule):
             item.check_values()
     runners = [runner_of(item, mode) for item in (reference, *candidates)]

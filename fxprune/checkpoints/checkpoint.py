@@ -70,7 +70,7 @@ def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool =
         swapped = isinstance(traced, str | os.PathLike)
         cure = "The module comes first, then the path." if swapped else "Call fxprune.trace first."
         raise ArgumentTypeError(f"save takes a traced module, got {type(traced).__name__}. {cure}")
-    traced.check_shapes()
+    traced.check_tensors()
     traced.check_values()
     if not isinstance(path, str | os.PathLike):
         raise ArgumentTypeError(f"save takes the path of a file, got {type(path).__name__}.")

@@ -62,8 +62,11 @@ def prune(
     ignore: Annotated[list[str] | None, typer.Option(help="Weights whose groups stay, as in 'head.*'.")] = None,
     max_per_group: Annotated[float | None, typer.Option(help="Largest share of a group that goes.")] = None,
     compact_masks: Annotated[
-        bool, typer.Option("--compact-masks", help="Hold masks as vectors, for a network that fills the memory.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--compact-masks/--no-compact-masks", help="Hold masks as vectors; the default, as nothing is trained."
+        ),
+    ] = None,
     data: DataSource = None,
     samples: Count = 512,
     batch: Batch = 32,

@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 from torch import nn
 
 from fxprune.errors import ArgumentError, ArgumentTypeError, NameLookupError, PruningError
-from fxprune.graph.expanded import by_vectors
 from fxprune.graph.masks import expanded_masks, hold_in_full, named_by_original
 from fxprune.graph.parts import Part
 from fxprune.graph.provenance import Provenance, provenance_of, set_provenance
+from fxprune.graph.vectors import converted, noted
 
 
 class ReadByName(nn.Module):
@@ -45,13 +45,15 @@ class ReadByName(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         hold_in_full(self, [name for name in expanded_masks(self) if prefix + name in state_dict])
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        for assigned in expanded_masks(self).values():
+            noted(assigned)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         vectors = expanded_masks(self)
         self._buffers.update(dict.fromkeys(vectors))  # torch would give them all entries
         try:
             result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            vectors = {name: by_vectors(fn, mask) for name, mask in vectors.items()}
+            vectors = {name: converted(fn, mask) for name, mask in vectors.items()}
         finally:
             self._buffers.update(vectors)
         return result

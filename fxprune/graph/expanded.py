@@ -29,6 +29,16 @@ def is_one_value(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.numel() > 1 and all(size == 1 or stride == 0 for size, stride in pairs)
 
 
+def vector_of(tensor: Tensor) -> Tensor:
+    """The entries of a tensor that others share memory with, once each, a view with as many axes.
+
+    Example:
+        >>> vector_of(torch.ones(2, 1).expand(2, 3)).shape
+        torch.Size([2, 1])
+    """
+    return tensor[tuple(slice(0, 1) if repeats else slice(None) for repeats in _repeats(tensor))]
+
+
 def by_vectors(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """What a function of entries gives, computed once for those that share memory, and expanded.
 
@@ -41,8 +51,7 @@ def by_vectors(function: Callable[..., Any], *tensors: Tensor) -> Any:
     first = tensors[0]
     if not all(is_expanded(each) and _repeats(each) == _repeats(first) for each in tensors):
         return function(*tensors)
-    where = tuple(slice(0, 1) if repeats else slice(None) for repeats in _repeats(first))
-    return function(*(each[where].contiguous() for each in tensors)).expand(first.shape)
+    return function(*(vector_of(each).contiguous() for each in tensors)).expand(first.shape)
 
 
 def _repeats(tensor: Tensor) -> list[bool]:

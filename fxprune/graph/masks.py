@@ -18,6 +18,7 @@ from fxprune.graph.computed import NORM_SUFFIXES, legacy_norms, parametrized
 from fxprune.graph.expanded import by_vectors, is_expanded
 from fxprune.graph.names import join, locate
 from fxprune.graph.provenance import provenance_of, set_provenance
+from fxprune.graph.vectors import noted
 from fxprune.sharding import by_parts, equal, is_sharded, spread, whole
 
 _ORIGINAL, _MASK = "_orig", "_mask"
@@ -186,8 +187,7 @@ class ParameterView:
 
 def _like(tensor: torch.Tensor, values: torch.Tensor, compact: bool = False) -> torch.Tensor:
     if compact and is_expanded(values) and not is_sharded(tensor):
-        of_its_own: torch.Tensor = by_vectors(lambda part: part.to(tensor, copy=True), values.detach())
-        return of_its_own
+        return noted(by_vectors(lambda part: part.to(tensor, copy=True), values.detach()))
     # in the memory format of the parameter, which decides that of the product
     return torch.empty_like(tensor, requires_grad=False).copy_(spread(values.detach(), tensor))
 
@@ -291,7 +291,7 @@ def hold_as_vectors(root: nn.Module) -> None:
         for axis in range(mask.dim() if mask.dim() > 1 and mask.numel() else 0):
             vector = mask[tuple(slice(None) if dim == axis else slice(0, 1) for dim in range(mask.dim()))]
             if bool((mask == vector).all()):
-                own.owner._buffers[mask_name(own.attribute)] = vector.clone().expand(mask.shape)
+                own.owner._buffers[mask_name(own.attribute)] = noted(vector.clone().expand(mask.shape))
                 break
 
 

@@ -17,13 +17,14 @@ from fxprune.sharding import rest
 def require_traced(value: Any, *, values: bool = True) -> None:
     """Raise ArgumentTypeError unless the value is a traced module, ArgumentError where its tensors do not fit it.
 
-    Parameters that FSDP has gathered for a forward are shards again afterwards. With `values`, parameters without any,
-    of a model traced on the device "meta", are refused, too.
+    The same where a mask that holds one vector was written into. Parameters that FSDP has gathered for a forward are
+    shards again afterwards. With `values`, parameters without any, of a model traced on the device "meta", are refused,
+    too.
     """
     if not isinstance(value, TracedModule):
         raise ArgumentTypeError(f"a traced module is needed, got {type(value).__name__}. {_way_to_a_traced(value)}")
     rest(value)
-    value.check_shapes()
+    value.check_tensors()
     if values:
         value.check_values()
 

@@ -11,6 +11,7 @@ from torch import fx, nn
 from fxprune.graph.expanded import by_vectors
 from fxprune.graph.mutation import written_state
 from fxprune.graph.seeding import generators_of
+from fxprune.graph.vectors import check_vectors
 
 
 @contextlib.contextmanager
@@ -31,6 +32,7 @@ def preserved(module: nn.Module, *, parameters: bool = False) -> Iterator[None]:
         >>> with preserved(model):
         ...     outputs = model.train()(x)
     """
+    check_vectors(module)  # what it had to take back in them could not be put back here
     modes = [(part, part.training) for part in module.modules() if hasattr(part, "training")]  # not frozen TorchScript
     slots = [
         (part._buffers, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None

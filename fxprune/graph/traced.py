@@ -22,7 +22,7 @@ from fxprune.graph.arguments import InputCheck
 from fxprune.graph.attributes import absent, check_unseen
 from fxprune.graph.calls import cloned
 from fxprune.graph.containers import Container, ReadByName, share_contents
-from fxprune.graph.masks import expanded_masks, hold_in_full
+from fxprune.graph.masks import expanded_masks, hold_in_full, named_by_mask
 from fxprune.graph.names import join, tensors_of
 from fxprune.graph.parts import adopt, refuse_replacement
 from fxprune.graph.plan import ChannelPlan
@@ -33,6 +33,7 @@ from fxprune.graph.spellings import respelled
 from fxprune.graph.states import check_state
 from fxprune.graph.switching import is_frozen, read_option, set_option, switch
 from fxprune.graph.ties import ties_kept
+from fxprune.graph.vectors import VectorCheck, check_vectors
 from fxprune.reports import first_of
 from fxprune.sharding import is_managed, most_spread, rest, spread_state
 from fxprune.spread_calls import gathered, is_spread_by_hand
@@ -63,6 +64,7 @@ class _Generated:
     forward: Callable[..., Any]
     input_check: InputCheck
     shape_check: ShapeCheck
+    vector_check: VectorCheck
     attributes: Mapping[str, Any]
 
 
@@ -257,6 +259,7 @@ class TracedModule(ReadByName, fx.GraphModule):
 
     def __getattr__(self, name: str) -> Any:
         if name == ASKED_BEFORE_BROADCAST:  # which writes into buffers
+            check_vectors(self)
             for module in self.modules():
                 hold_in_full(module, expanded_masks(module))
         try:
@@ -329,7 +332,10 @@ class TracedModule(ReadByName, fx.GraphModule):
                 code = super().recompile()
             check = InputCheck.of(self._graph, *self._examples)
             shapes = ShapeCheck.of(self, self._graph)
-            self._generated[mode] = _Generated(code, type(self).forward, check, shapes, state_of_generated_code(self))
+            reads = (str(node.target) for node in self._graph.find_nodes(op="get_attr"))
+            vectors = VectorCheck.of(self, filter(named_by_mask, reads))
+            attributes = state_of_generated_code(self)
+            self._generated[mode] = _Generated(code, type(self).forward, check, shapes, vectors, attributes)
         self._selected = selected = self._generated[mode]
         self._python_code = selected.code
         type(self).forward = _of_the_mode(selected.forward)  # torch makes a class for each object
@@ -358,9 +364,13 @@ class TracedModule(ReadByName, fx.GraphModule):
                 "it returned itself, an empty one of its own sizes, or one whose tensors are cut by `plan.slice`."
             ) from None
 
-    def check_shapes(self) -> None:
-        """Raise ArgumentError where a parameter or buffer has another shape than the current mode's graph holds for."""
+    def check_tensors(self) -> None:
+        """Raise ArgumentError where a parameter or buffer has another shape than the current mode's graph holds for.
+
+        The same where a mask that holds one vector was written into.
+        """
         ShapeCheck.of(self, self.graph)()  # graphs may have been edited since code was generated
+        check_vectors(self)
 
     def await_values(self) -> None:
         """Let all that needs values be refused until no parameter or buffer is on the device "meta"."""
@@ -394,6 +404,7 @@ class TracedModule(ReadByName, fx.GraphModule):
             self.check_values()
             self.check_inputs(args, kwargs)
             self._selected.shape_check()
+            self._selected.vector_check()
         # torch.compile learns of the mode by this read: train and eval are two functions under one name
         assert self.training in (True, False)
         return super().__call__(*args, **kwargs)
@@ -457,6 +468,7 @@ class TracedModule(ReadByName, fx.GraphModule):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
+        check_vectors(self)
         root = Container(provenance_of(self))
         for field in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
             getattr(root, field).update(copy.deepcopy(getattr(self, field), memo))

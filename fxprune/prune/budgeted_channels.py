@@ -74,7 +74,7 @@ def channels(
     providers: Sequence[str] = ("CPUExecutionProvider",),
     prices: str | LatencyTable = "auto",
     runnable: nn.Module | None = None,
-    compact_masks: bool = False,
+    compact_masks: bool | None = None,
 ) -> ChannelReport:
     """Mask whole channels, by groups of slices that stand or fall together, so that `finalize` removes them exactly.
 
@@ -141,9 +141,11 @@ def channels(
             are chosen again. Where none of that reaches a budget of MACs or parameters, whole blocks go, too, as few as
             are needed, if a configuration can say fewer layers; `report.blocks` names them.
         compact_masks: whether a mask of rows or of columns alone holds one vector, expanded to the shape of the
-            parameter, in place of an entry for each of the parameter's: for a network that fills the memory. Names,
-            shapes, types and values are the same. torch refuses to write into such a mask in place; `load_state_dict`
-            and `DistributedDataParallel(traced)` first let it have all entries. For a module in one process.
+            parameter, in place of an entry for each of the parameter's. None: where the module is traced for eval mode
+            alone, so that nothing is trained, and is not spread over processes. Names, shapes, types and values are the
+            same. Such a mask is not to be written into: torch refuses most of that, and what it lets pass the next call
+            takes back, and raises an ArgumentError. `load_state_dict` and `DistributedDataParallel(traced)` first let
+            it have all entries. For a module in one process.
 
     Returns:
         A `ChannelReport`, which prints as a summary.
@@ -177,7 +179,8 @@ def channels(
         loader = list(itertools.islice(loader, max_batches))
     evidence = Evidence(loader, loss, max_batches, seed, weight)
     check_evidence(importance, evidence)
-    require_flag("compact_masks", compact_masks)
+    if compact_masks is not None:
+        require_flag("compact_masks", compact_masks)
     timing = Timing(threads, batch, tuple(providers))
     check_prices(prices, request, timing)
     before, earlier = undone(traced, request)
@@ -201,9 +204,14 @@ def channels(
     found, decided, report = _channels_or_blocks(before, request, evidence, runnable, choose)
     earlier = {**{name: view(before, name).mask for name in found}, **earlier}
     wanted = MasksOnDemand(earlier, lambda name: found[name] if name in found else _mask_or_ones(before, name))
-    driver.insert_masks(traced, wanted, compact=compact_masks)
+    driver.insert_masks(traced, wanted, compact=are_vectors(traced, compact_masks))
     record(traced, request, decided, earlier)
     return report
+
+
+def are_vectors(traced: TracedModule, asked: bool | None) -> bool:
+    """Whether masks of channels hold vectors where that is asked for so; None: where nothing is trained."""
+    return traced.modes == ("eval",) if asked is None else asked
 
 
 def _channels_or_blocks(

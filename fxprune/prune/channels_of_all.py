@@ -44,6 +44,7 @@ def chosen_for_all(function: Callable[..., ChannelReport]) -> Callable[..., Chan
                 "compact_masks=True was asked for a module that is spread over processes, whose masks are spread as "
                 "its parameters are. Leave it out: each process holds its part."
             )
+        given["compact_masks"] = False
         most = given.pop("max_batches", None)
         one_call = (Tensor, Mapping, tuple) if given.get("importance") == "obs" else ()
         options = with_all_batches(traced, given, ["loader"], most=most, one_call=one_call)

@@ -95,9 +95,9 @@ class Choose(_Table):
     """The largest share of a group that goes."""
     runnable: bool = False
     """Leave what the model's own class can have."""
-    compact_masks: bool = False
+    compact_masks: bool | None = None
     """Hold one vector for a mask of rows or of columns alone, for a network that fills the memory; training must not
-    write into masks."""
+    write into masks. None: where nothing is trained."""
 
     @pydantic.model_validator(mode="after")
     def _has_a_budget(self) -> Choose:

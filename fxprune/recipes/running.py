@@ -18,6 +18,7 @@ from fxprune.errors import ArgumentError, BudgetError, FxpruneError
 from fxprune.files import atomic
 from fxprune.graph.masks import hold_as_vectors
 from fxprune.graph.traced import TracedModule
+from fxprune.prune.budgeted_channels import are_vectors
 from fxprune.recipes.outcome import Outcome
 from fxprune.recipes.page import page
 from fxprune.recipes.recipe import Recipe, parsed
@@ -101,7 +102,7 @@ def run(
 def _loaded(path: Path, recipe: Recipe) -> TracedModule:
     """A module as a stage left it."""
     traced = load(path)
-    if recipe.choose.compact_masks:
+    if are_vectors(traced, recipe.choose.compact_masks):
         hold_as_vectors(traced)
     return traced
 

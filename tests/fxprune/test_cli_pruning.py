@@ -60,7 +60,7 @@ def test_a_budget_out_of_reach_exits_with_2_and_a_report(capsys: pytest.CaptureF
     assert (tmp_path / "report.json").is_file()
 
 
-def test_compact_masks_are_vectors_on_the_way_and_leave_the_same(
+def test_masks_are_vectors_on_the_way_unless_told_otherwise_and_leave_the_same(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finalize, found = driver.finalize, []
@@ -74,12 +74,12 @@ def test_compact_masks_are_vectors_on_the_way_and_leave_the_same(
         f'model = {{ source = "{NETWORK}", inputs = ["2x1x8x8"] }}\nrepair = {{ enabled = false }}\n'
         'choose = { macs = 0.5, importance = "l2" }\nexport = { onnx = false }\ncompare = { latency = false }\n'
     )
-    folders = tmp_path / "full", tmp_path / "compact"
+    folders = tmp_path / "compact", tmp_path / "full"
     assert outcome(capsys, "run", tmp_path / "recipe.toml", "--out", folders[0], "--quiet")[0] == 0
-    compact = "--compact-masks", "--macs", 0.5, "--out", folders[1], "--quiet"
-    assert outcome(capsys, "prune", NETWORK, *PLAIN, *compact)[0] == 0
-    assert found[0] == []
-    assert found[1] == ["0.weight_mask", "6.weight_mask"]
+    full = "--no-compact-masks", "--macs", 0.5, "--out", folders[1], "--quiet"
+    assert outcome(capsys, "prune", NETWORK, *PLAIN, *full)[0] == 0
+    assert found[0] == ["0.weight_mask", "6.weight_mask"]
+    assert found[1] == []
     states = [fxprune.load(each / "model.fxp").state_dict() for each in folders]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxprune
-from fxprune.errors import ArgumentTypeError, ShardingError
+from fxprune.errors import ArgumentError, ArgumentTypeError, ShardingError
 from fxprune.graph.expanded import is_expanded
+from fxprune.sharding import is_sharded
 
 
 def pair(layout: torch.memory_format = torch.contiguous_format) -> tuple[fxprune.TracedModule, fxprune.TracedModule]:
@@ -167,6 +169,10 @@ def group() -> Iterator[None]:
 @pytest.mark.usefixtures("group")
 def test_under_ddp_they_have_all_entries() -> None:
     compact, full = pair()
+    with torch.no_grad():
+        compact.get_buffer("9.weight_mask")[0, 0] += 1
+    with pytest.raises(ArgumentError, match="was written into"):
+        DistributedDataParallel(compact.train())
     spread = DistributedDataParallel(compact.train())
     assert not vectors(compact)
     spread(X).sum().backward()
@@ -180,12 +186,214 @@ def test_under_ddp_they_have_all_entries() -> None:
 
 
 @pytest.mark.usefixtures("group")
-def test_a_module_that_is_spread_over_processes_is_refused() -> None:
-    traced = fxprune.trace(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 3))
+def test_a_module_that_is_spread_over_processes_has_parts_of_full_ones() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    traced = fxprune.trace(model, torch.randn(2, 3), modes=("eval",))
     fully_shard(traced, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(ShardingError, match="compact_masks=True"):
         fxprune.prune.channels(traced, 0.5, compact_masks=True)
     assert not fxprune.prune.is_pruned(traced)
+    fxprune.prune.channels(traced, 0.5)
+    masks = [buffer for name, buffer in traced.named_buffers() if name.endswith("_mask")]
+    assert len(masks) == 3
+    assert all(is_sharded(mask) and 0 not in mask.to_local().stride() for mask in masks)  # type: ignore[operator]
+
+
+def deployed(**options: Any) -> fxprune.TracedModule:
+    """A network traced for eval mode alone, of which one mask is of columns."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    traced = fxprune.trace(model, torch.randn(2, 4), modes=("eval",))
+    fxprune.prune.channels(traced, 0.5, round_to=1, targets="2.weight", **options)
+    return traced
+
+
+COLUMNS = "4.weight_mask"  # [3, 6], one row in memory
+ROW = torch.linspace(-1, 1, 12).reshape(3, 4)
+
+
+def write(traced: nn.Module) -> None:
+    """Zero one entry; so all of its column becomes zero."""
+    mask = traced.get_buffer(COLUMNS)
+    mask[1, int(mask[0].argmax())] = 0
+
+
+def test_they_are_the_default_where_nothing_is_trained() -> None:
+    assert vectors(deployed()) == ["2.weight_mask", COLUMNS]
+    assert vectors(deployed(compact_masks=True)) == ["2.weight_mask", COLUMNS]
+    assert not vectors(deployed(compact_masks=False))
+    assert equal_states(deployed(), deployed(compact_masks=False))
+    _, trained = pair()
+    fxprune.prune.channels(trained, 0.5, round_to=1)
+    assert not vectors(trained)
+
+
+def _exported(kind: str) -> Callable[[fxprune.TracedModule, Path], object]:
+    return lambda traced, folder: getattr(fxprune.export, f"to_{kind}")(traced, folder / f"masked.{ENDINGS[kind]}")
+
+
+@pytest.fixture(scope="module")
+def again() -> fxprune.TracedModule:
+    """Written into, and taken back, by one test after the other."""
+    return deployed()
+
+
+@pytest.fixture(scope="module")
+def wanted() -> fxprune.TracedModule:
+    return deployed(compact_masks=False)
+
+
+ENDINGS = {"onnx": "onnx", "program": "pt2", "torchscript": "pt"}
+CALLS: dict[str, Callable[[fxprune.TracedModule, Path], object]] = {
+    "forward": lambda traced, _: traced(ROW),
+    "forward within another module": lambda traced, _: nn.Sequential(traced)(ROW),
+    "run_example": lambda traced, _: traced.run_example(),
+    "finalize": lambda traced, _: fxprune.finalize(traced),
+    "compare": lambda traced, _: fxprune.compare(traced, nn.Linear(4, 3), inputs=ROW),
+    "compare, within another module": lambda traced, _: fxprune.compare(nn.Sequential(traced), traced, inputs=ROW),
+    "compare, as a candidate": lambda traced, _: fxprune.compare(nn.Linear(4, 3), traced, inputs=ROW),
+    "save": lambda traced, folder: fxprune.save(traced, folder / "masked.fxp"),
+    "deepcopy": lambda traced, _: copy.deepcopy(traced),
+    "channels": lambda traced, _: fxprune.prune.channels(traced, 0.75, round_to=1),
+    "l1_unstructured": lambda traced, _: fxprune.prune.l1_unstructured(traced, "0.weight", 0.5),
+    "remove": lambda traced, _: fxprune.prune.remove(traced, "2.weight"),
+    "weight_norm": lambda traced, _: fxprune.weight_norm(traced, "0.weight"),
+    "channel_groups": lambda traced, _: fxprune.channel_groups(traced),
+    "sensitivity": lambda traced, _: fxprune.sensitivity(traced, [ROW]),
+    "reconstruct": lambda traced, _: fxprune.reconstruct(traced, [ROW]),
+    "write_back": lambda traced, _: fxprune.write_back(traced, nn.Linear(4, 3)),
+    **{f"to_{kind}": _exported(kind) for kind in ENDINGS},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_write_into_one_is_taken_back_and_told_by_the_next_call(
+    name: str, again: fxprune.TracedModule, wanted: fxprune.TracedModule, tmp_path: Path
+) -> None:
+    write(again)
+    with pytest.raises(ArgumentError, match=r"4.weight_mask'.* 6 values, .*\[3, 6\].* 1 of them .*compact_masks=False"):
+        CALLS[name](again, tmp_path)
+    assert equal_states(again, wanted)
+    assert torch.equal(again(ROW), wanted(ROW))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["data", "state dict", "inference", "no change"])
+def test_a_write_is_noticed_whichever_way_it_came(
+    kind: str, again: fxprune.TracedModule, wanted: fxprune.TracedModule
+) -> None:
+    own = again.get_buffer(COLUMNS)
+    mask = {"data": own.data, "state dict": again.state_dict()[COLUMNS]}.get(kind, own)
+    with torch.inference_mode(kind == "inference"):
+        mask[2, 0] = mask[2, 0] if kind == "no change" else 1 - mask[2, 0]
+    if kind != "no change":
+        with pytest.raises(ArgumentError, match="was written into"):
+            fxprune.prune.is_pruned(again)
+    assert fxprune.prune.is_pruned(again)
+    assert equal_states(again, wanted)
+
+
+def _moved(traced: fxprune.TracedModule) -> fxprune.TracedModule:
+    with torch.inference_mode():
+        return copy.deepcopy(traced).to(torch.bfloat16).to(torch.float32)
+
+
+def _assigned(traced: fxprune.TracedModule) -> fxprune.TracedModule:
+    result = deployed()
+    result.load_state_dict(traced.state_dict(), assign=True)
+    return result
+
+
+def _stored(traced: fxprune.TracedModule) -> fxprune.TracedModule:
+    file = io.BytesIO()
+    torch.save(traced.state_dict(keep_vars=True), file)
+    file.seek(0)
+    result = deployed()
+    result.load_state_dict(torch.load(file, weights_only=True), assign=True)
+    return result
+
+
+def _emptied(traced: fxprune.TracedModule) -> fxprune.TracedModule:
+    state = copy.deepcopy(traced.state_dict())
+    traced.to_empty(device="cpu").load_state_dict(state)
+    return traced
+
+
+COPIES: dict[str, Callable[[fxprune.TracedModule], fxprune.TracedModule]] = {
+    "deepcopy": copy.deepcopy,
+    "deepcopy of a deepcopy": lambda traced: copy.deepcopy(copy.deepcopy(traced)),
+    "dtype": lambda traced: traced.to(torch.float64).float(),
+    "device": lambda traced: traced.to("cpu"),
+    "share_memory": lambda traced: traced.share_memory(),
+    "in inference mode": _moved,
+    "assign": _assigned,
+    "torch.save": _stored,
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_and_conversions_are_no_writes_and_those_into_them_are_noticed(name: str) -> None:
+    source = deployed()
+    kind = torch.bfloat16 if name == "in inference mode" else torch.float32
+    wanted = copy.deepcopy(source).to(kind).to(torch.float32)
+    traced = COPIES[name](source)
+    assert vectors(traced) == ["2.weight_mask", COLUMNS]
+    for _ in range(2):
+        assert torch.equal(traced(ROW), wanted(ROW))
+    assert equal_states(fxprune.finalize(traced), fxprune.finalize(wanted))
+    with torch.inference_mode():
+        write(traced)
+    with pytest.raises(ArgumentError, match="was written into"):
+        fxprune.finalize(traced)
+    assert equal_states(traced, wanted)
+
+
+def test_a_conversion_hides_no_write() -> None:
+    traced = deployed()
+    write(traced)
+    traced.double()
+    with pytest.raises(ArgumentError, match="was written into"):
+        traced(ROW.double())
+    assert equal_states(traced, deployed().double())
+
+
+@pytest.mark.parametrize("name", ["load_state_dict", "to_empty", "functional_call", "data of all entries"])
+def test_masks_that_are_replaced_are_not_written_into(name: str) -> None:
+    traced, wanted = deployed(), deployed()
+    state = copy.deepcopy(traced.state_dict())
+    if name == "functional_call":
+        state[COLUMNS] = torch.zeros(3, 6)
+        wanted.load_state_dict(state)
+        assert torch.equal(torch.func.functional_call(traced, state, (ROW,)), wanted(ROW))
+        assert vectors(traced)
+        return
+    if name == "load_state_dict":
+        write(traced)  # which the state replaces
+        traced.load_state_dict(state)
+    elif name == "to_empty":
+        traced = _emptied(traced)
+    else:
+        traced.get_buffer(COLUMNS).data = state[COLUMNS].contiguous()
+        state[COLUMNS][1, 2] = 0
+        traced.get_buffer(COLUMNS)[1, 2] = 0
+        wanted.load_state_dict(state)
+    assert torch.equal(traced(ROW), wanted(ROW))
+    assert equal_states(fxprune.finalize(traced), fxprune.finalize(wanted))
+
+
+def test_what_the_error_says_to_do_works() -> None:
+    traced, full = deployed(), deployed(compact_masks=False)
+    write(traced)
+    with pytest.raises(ArgumentError, match="custom_from_mask"):
+        traced(ROW)
+    write(full)
+    mask = full.get_buffer(COLUMNS)
+    assert mask.sum() == deployed(compact_masks=False).get_buffer(COLUMNS).sum() - 1
+    fxprune.prune.custom_from_mask(traced, "4.weight", mask)
+    assert equal_states(traced, full)
+    write(traced)
+    write(full)
+    assert torch.equal(traced(ROW), full(ROW))
 
 
 def test_another_value_is_refused() -> None:
