@@ -253,13 +253,15 @@ _SPECTRAL_NORM = _Norm("spectral norm", "spectral_norm", ("original", "0"))
 def plain_view(traced: TracedModule) -> TracedModule:
     """The module with every reparametrization folded, to be read only: what none stands on is shared, not copied.
 
+    What masks alone change is computed whenever it is read, so that it is never all held.
+
     Parameters are read where they are, and not from copies, so that their channels are the same before and after.
     """
     require_eval(traced, "the analysis of channels", values=False)
     names = reparametrized(traced)
     if not names and not any(map(copied_parameters, traced.graphs.values())):
         return traced
-    plain = run_passes(_sharing_tensors(traced), _finalize_anew()).graph_module
+    plain = run_passes(_sharing_tensors(traced), _finalize_anew(on_demand=True)).graph_module
     assert isinstance(plain, TracedModule)
     for graph in plain.graphs.values():
         read_directly(graph)

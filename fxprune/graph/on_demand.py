@@ -110,7 +110,7 @@ def masked_on_demand(values: Tensor, mask: Callable[[], Tensor], latest: Latest)
         values: of the parameter, detached. mask: gives the mask, on the same device.
         latest: shared between those that are read in turns.
     """
-    if values.nbytes < LEAST or type(values) is not Tensor:
+    if values.nbytes < LEAST or type(values) not in (Tensor, OnDemand):
         return mask() * values
     form = torch.empty_like(values, device="meta")
     return OnDemand(lambda out: torch.mul(mask(), values, out=out), form, values.device, latest)
