@@ -47,6 +47,14 @@ def _by_taylor(module: fxprune.TracedModule, width: int) -> Any:
     )
 
 
+def _by_moments(module: fxprune.TracedModule, width: int) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(80, width, generator=generator) for _ in range(8)]
+    return fxprune.prune.channels(
+        module, macs=0.5, importance="obs", loader=batches[dist.get_rank() :: dist.get_world_size()]
+    )
+
+
 def calls(width: int) -> dict[str, Call]:
     """What is measured, by what the tables call it."""
     export = fxprune.export
@@ -57,6 +65,7 @@ def calls(width: int) -> dict[str, Call]:
         ),
         'prune.channels, "l2"': lambda module, _: fxprune.prune.channels(module, macs=0.5),
         'prune.channels, "taylor", 4 batches': lambda module, _: _by_taylor(module, width),
+        'prune.channels, "obs", 640 samples': lambda module, _: _by_moments(module, width),
         "finalize at 0.4 of the MACs": lambda module, _: fxprune.finalize(module),
         "to_onnx": lambda module, folder: export.to_onnx(module, folder / "a.onnx"),
         "to_onnx, verify=False": lambda module, folder: export.to_onnx(module, folder / "b.onnx", verify=False),

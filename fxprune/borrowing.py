@@ -11,8 +11,8 @@ import functools
 import itertools
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -37,6 +37,8 @@ from fxprune.serving import Serving
 from fxprune.sharding import Layout, part, sent_object, whole
 from fxprune.torch_internals import storage_users
 from fxprune.wrapper_tensors import SERIALS, View, WrapperTensor
+
+Result = TypeVar("Result")
 
 SMALL = 2**16  # bytes: a tensor of fewer is kept whole
 ROOM = 2**25  # bytes of whole tensors that are kept for the next operator; the largest one, where that is more
@@ -233,6 +235,16 @@ def nonzero(tensor: Tensor) -> Tensor:
     return tensor._taken_of(from_bits(asked(Borrowed(cell), nonzero_bits)))
 
 
+def lender(tensors: Iterable[Tensor]) -> Loans | None:
+    """Where the first one of tensors that is borrowed is; None where none is."""
+    return next((each._cell.loans for each in tensors if isinstance(each, Borrowed)), None)
+
+
+def taken(tensor: Tensor) -> Tensor:
+    """The values of a tensor, plain; of one that is borrowed a copy, which is kept here as long as it is used."""
+    return tensor._plain().clone() if isinstance(tensor, Borrowed) else tensor
+
+
 def fills_its_memory(tensor: Tensor) -> bool:
     """Whether there is nothing beside a tensor in its memory; no values are read."""
     if isinstance(tensor, Borrowed):
@@ -370,6 +382,15 @@ class Loans(Serving):
         self._order("ask", cell.number, function)
         return self._answers(cell.number, function)
 
+    def worked(self, function: Callable[..., Result], given: Any, here: Any) -> Result:
+        """What a function gives here that every process calls, of the parts that it serves and of what it is given.
+
+        Args:
+            function: pickled, and so is what is `given` to it. here: what it gets besides on this process.
+        """
+        self._order("work", function, given)
+        return function(self, given, here)
+
     def write(self, cell: _Cell, values: Tensor) -> None:
         """Take what was written to the whole of a cell."""
         self._forget_number(cell)
@@ -434,8 +455,8 @@ class Loans(Serving):
         layout = self._layouts[cell.like].with_form(values.shape, values.dtype)
         pieces = layout.pieces(values.detach().to(self.device)) if layout.is_simple else []
         self._order("put", number, cell.like, tuple(values.shape), values.dtype)
-        own = self._agreed(layout.incoming)
-        self._together(lambda: self._take(number, layout, own, values, pieces))
+        own = self.agreed(layout.incoming)
+        self.together(lambda: self._take(number, layout, own, values, pieces))
         self._users[number] = 1
         cell.number = number
 
@@ -445,16 +466,16 @@ class Loans(Serving):
         layout = Layout.of(held)  # type: ignore[arg-type]
         if not layout.is_simple:
             self._order("gather", number)
-            self._agreed(lambda: layout.outgoing(part(held)))
-            found: Tensor = self._together(lambda: whole(held))
+            self.agreed(lambda: layout.outgoing(part(held)))
+            found: Tensor = self.together(lambda: whole(held))
             self.counts.gathered += found.nbytes - part(held).nbytes
             is_own = found.untyped_storage().data_ptr() == part(held).untyped_storage().data_ptr()  # of a copy
             return found.clone() if is_own else found.to(self.device)
         room = layout.room()
         pieces = layout.pieces(room)
         self._order("gather", number)
-        own = self._agreed(lambda: layout.outgoing(part(held)))
-        self.counts.gathered += self._together(lambda: layout.collect(own, room, pieces))
+        own = self.agreed(lambda: layout.outgoing(part(held)))
+        self.counts.gathered += self.together(lambda: layout.collect(own, room, pieces))
         return room
 
     def _forget_number(self, cell: _Cell) -> None:
@@ -465,5 +486,5 @@ class Loans(Serving):
 
     def _order(self, *order: Any) -> None:
         released, self._released = self._released, []
-        self._together(lambda: sent_object((order, released), self._rank))
+        self.together(lambda: sent_object((order, released), self.rank))
         self._drop(released)

@@ -60,7 +60,7 @@ class Serving:
 
     def __init__(self, tensors: Sequence[Tensor], rank: int) -> None:
         check_values(*tensors)
-        self._rank = rank
+        self.rank = rank
         self._parts: dict[int, Tensor] = dict(enumerate(tensors))
         self._layouts = [Layout.of(each) for each in tensors if isinstance(each, DTensor)]
         self.device = device_of(self._layouts[0].mesh) if self._layouts else torch.device("cpu")
@@ -68,12 +68,15 @@ class Serving:
         self.failure: BaseException | None = None  # on this process, while it served; the first one knows
         self._added = 0  # bytes of parts, beside those that were there
         self.counts = Counts()
+        self.module: Any = None  # whose tensors they are, where it is lent
+        self.prepared: dict[Any, Any] = {}  # what works keep for the next ones
 
     def part(self, number: int) -> Tensor:
         """What is held of a tensor that was lent, spread as the first tensors were."""
         return self._parts[number]
 
-    def _together(self, work: Callable[[], Any]) -> Any:
+    def together(self, work: Callable[[], Any]) -> Any:
+        """Do what sends something; where it fails nothing can be sent any more."""
         if self._lost is not None:
             raise self._lost
         try:
@@ -87,7 +90,7 @@ class Serving:
     def serve(self) -> Any:
         """Do what the first process asks for until its work ends; returns what it told."""
         while True:
-            order, released = sent_object(None, self._rank)
+            order, released = sent_object(None, self.rank)
             self._drop(released)
             match order:
                 case ("gather", number):
@@ -98,6 +101,8 @@ class Serving:
                     self._compute(number, name, args, kwargs)
                 case ("ask", number, function):
                     self._answers(number, function)
+                case ("work", function, given):
+                    function(self, given)
                 case ("end", told):
                     return told
 
@@ -107,7 +112,7 @@ class Serving:
             layout = Layout.of(held)  # type: ignore[arg-type]
             return layout, layout.outgoing(part(held))
 
-        ready = self._agreed(prepared)
+        ready = self.agreed(prepared)
         if ready is None:
             return
         layout, own = ready
@@ -121,7 +126,7 @@ class Serving:
             layout = self._layouts[like].with_form(shape, dtype)
             return layout, layout.incoming()
 
-        if (ready := self._agreed(prepared)) is not None:
+        if (ready := self.agreed(prepared)) is not None:
             layout, own = ready
             self._take(number, layout, own, None, [])
 
@@ -136,7 +141,7 @@ class Serving:
             parts = pytree.tree_map_only((Held, Product), own, (args, kwargs))
             return as_parts(called(name, *parts), reference)
 
-        if (ready := self._agreed(prepared)) is not None:
+        if (ready := self.agreed(prepared)) is not None:
             self._keep(number, ready)
             self.counts.sent += self._to_others * sum(each.nbytes for each in operands if isinstance(each, Product))
 
@@ -146,9 +151,9 @@ class Serving:
             start = Layout.of(held).first_row  # type: ignore[arg-type]
             return start, None if start is None else function(part(held), start)
 
-        if (ready := self._agreed(prepared)) is None:
+        if (ready := self.agreed(prepared)) is None:
             return []
-        told = self._together(lambda: gathered_objects(ready, self._rank))
+        told = self.together(lambda: gathered_objects(ready, self.rank))
         is_first = told is not None
         self.counts.gathered += sum(map(_size, told if is_first else [ready])) - (_size(ready) if is_first else 0)
         return [answer for start, answer in sorted(told or [], key=lambda each: each[0] or 0) if start is not None]
@@ -156,9 +161,9 @@ class Serving:
     @property
     def _to_others(self) -> int:
         """How often what the first process sends to all goes over the network; on others it comes once."""
-        return dist.get_world_size() - 1 if dist.get_rank() == self._rank else 1
+        return dist.get_world_size() - 1 if dist.get_rank() == self.rank else 1
 
-    def _agreed(self, prepare: Callable[[], _Ready]) -> Any:
+    def agreed(self, prepare: Callable[[], _Ready]) -> Any:
         """What a process needs for a transfer, made before others wait for it; a collective.
 
         Returns:
@@ -172,14 +177,14 @@ class Serving:
             ready = prepare()
         except BaseException as error:  # whatever it is, the others wait
             failure = error
-        if dist.get_rank() == self._rank:
-            told = self._together(lambda: failed_somewhere(failure, self.device, self._rank))
+        if dist.get_rank() == self.rank:
+            told = self.together(lambda: failed_somewhere(failure, self.device, self.rank))
             if failure is not None:
                 raise failure
             if told is not None:
                 raise ShardingError(told)
             return ready
-        told = failed_somewhere(failure, self.device, self._rank)
+        told = failed_somewhere(failure, self.device, self.rank)
         self.failure = failure if failure is not None else self.failure
         return ready if told is None else None
 
@@ -192,7 +197,7 @@ class Serving:
         if layout.is_simple:
             found, moved = layout.deal(pieces, own)
         else:
-            found = sent_as(values, layout.shape, layout.dtype, layout.mesh, layout.placements, self._rank)
+            found = sent_as(values, layout.shape, layout.dtype, layout.mesh, layout.placements, self.rank)
             moved = found.nbytes
         self.counts.sent += moved
         self._keep(number, found)

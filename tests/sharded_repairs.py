@@ -31,7 +31,8 @@ def without_biases() -> fxprune.TracedModule:
     return fxprune.trace(model.train(), (networks.inputs(),))
 
 
-def _mine(every: list[Any]) -> list[Any]:
+def mine(every: list[Any]) -> list[Any]:
+    """Those of this process, every other one for two."""
     return every if not dist.is_initialized() else every[dist.get_rank() :: dist.get_world_size()]
 
 
@@ -41,17 +42,17 @@ def repaired(spread: Spread, what: str) -> dict[str, Any]:
         networks.keep_nothing_whole()
     module = spread(networks.traced() if what == "network" else without_biases())
     batches = [x.abs() + 1 for x in networks.batches()]
-    sensitivity = fxprune.sensitivity(module, _mine(batches))
+    sensitivity = fxprune.sensitivity(module, mine(batches))
     P.channels(module, macs=0.6, importance=sensitivity, round_to=1)
     before = copy.deepcopy(networks.values(module))
-    report = fxprune.reconstruct(module, _mine(batches))
+    report = fxprune.reconstruct(module, mine(batches))
     found = {"before": before, "state": networks.values(module)}
     found["curves"] = {"": torch.tensor([curve.losses().sum() for curve in sensitivity.curves])}
     readers = {name: replace(reader, seconds=0.0) for name, reader in report.readers.items()}
     found["told"] = {str(readers): torch.zeros(()), str(module.made_biases): torch.zeros(())}
     found["output"] = {"": module.eval()(networks.inputs(3)).detach()}
     try:
-        fxprune.reconstruct(module, _mine(batches))
+        fxprune.reconstruct(module, mine(batches))
     except fxprune.errors.PruningError as error:
         found["again"] = {str(error): torch.zeros(())}
     optimizer = torch.optim.SGD(module.train().parameters(), lr=0.1)

@@ -101,6 +101,7 @@ def lent_copy(traced: TracedModule, rank: int) -> tuple[Loans, Callable[[], Trac
     spread_ones = on_all(lambda: {key: over(tensor, mesh) for key, tensor in own_ones.items()}, rank)
     lent = {key: tensor for key, tensor in spread_ones.items() if tensor.nbytes >= borrowing.SMALL}
     loans = Loans([*lent.values()], rank)
+    loans.module = traced
     numbers = {key: number for number, key in enumerate(lent)}
     here, small = dist.get_rank() == rank, dict[int, Tensor]()
     for key, tensor in distinct.items():

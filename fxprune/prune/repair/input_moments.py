@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ from fxprune.graph.text import describe
 from fxprune.prune.repair.batches import Piece
 from fxprune.prune.repair.finite import is_finite
 from fxprune.prune.repair.layers import Reader
-from fxprune.prune.repair.moments import Moments, first_shift
+from fxprune.prune.repair.moments import Moments, Origin
 from fxprune.prune.repair.products import Product
 from fxprune.prune.repair.rows import Rows
+from fxprune.teams import Alone, Team
 
 # numbers of 8 bytes that moments of one pass take at most
 MOST_MOMENTS = 2**28
@@ -30,12 +32,15 @@ class InputMoments:
 
     Args:
         readers: whose inputs. samples: how many there will be.
+        team: the processes that add pieces side by side, as many at a time as there are; the first one has the sums,
+            which have the same bits as those of one process.
 
     Attributes:
         found: by a reader's key the moments of its inputs; by the node of a product its channels' gram matrix.
     """
 
-    def __init__(self, readers: Sequence[Reader | Product], samples: int) -> None:
+    def __init__(self, readers: Sequence[Reader | Product], samples: int, team: Team | None = None) -> None:
+        self._team: Team = Alone() if team is None else team
         self._readers: dict[object, tuple[Reader, Rows]] = {}
         self._products: dict[fx.Node, Product] = {}
         self.found: dict[object, Any] = {}
@@ -46,33 +51,42 @@ class InputMoments:
             elif reader.key not in self._readers:
                 self._readers[reader.key] = reader, Rows(reader, reader.sizes[2], samples)
                 self.found[reader.key] = Moments([])
-        self._shifts: dict[object, Tensor] = {}
+        self._origins: dict[object, Origin] = {}
 
-    def add(self, graph: fx.Graph, tensors: Callable[[str], Tensor], piece: Piece) -> None:
+    def add(self, graph: fx.Graph, tensors: Callable[[str], Tensor], piece: Piece, *, is_counted: bool = True) -> None:
         """Run a piece, as far as a reader needs, and add what readers receive.
 
+        Args:
+            graph: what runs. tensors: its parameters and buffers. piece: of this process.
+            is_counted: False for one that runs because others do, and adds nothing.
+
         Raises:
-            PruningError: NaN or inf come up; the message has the node.
+            PruningError: NaN or inf come up; the message has the node. In a team, on all processes.
         """
+        problem: str | None = None
         wanted: dict[fx.Node, list[tuple[object, fx.Node]]] = {}
         for key, (reader, _) in self._readers.items():
             for call in reader.calls:
                 wanted.setdefault(call.node, []).append((key, call.data))
 
-        def value_of(node: fx.Node, reader: str) -> Tensor:
-            value: Tensor = interpreter.env[node]
-            if not is_finite(value):
-                raise PruningError(
+        def is_usable(node: fx.Node, reader: str) -> bool:
+            nonlocal problem
+            if problem is None and not is_finite(interpreter.env[node]):
+                problem = (
                     f"NaN or inf come up at {describe(node)}, which {reader} reads. Check the batches, and the weights."
                 )
-            return value
+            return is_counted and problem is None
 
         def watch(node: fx.Node, _: object) -> None:
             for key, data in wanted.get(node, ()):
-                self._add(key, value_of(data, repr(self._readers[key][0].name)), piece)
+                usable = is_usable(data, repr(self._readers[key][0].name))
+                self._add(key, interpreter.env[data], piece, usable)
             if (product := self._products.get(node)) is not None:
-                operands = [value_of(operand, describe(node)) for operand, _ in (product.left, product.right)]
-                self.found[node] = self.found[node] + product.gram(operands, piece.counts)
+                operands = [operand for operand, _ in (product.left, product.right)]
+                usable = all([is_usable(operand, describe(node)) for operand in operands])
+                values = [interpreter.env[operand] for operand in operands]
+                for gram in self._team.of_all(product.gram(values, piece.counts) if usable else None):
+                    self.found[node] = self.found[node] if gram is None else self.found[node] + gram
             if node is last:
                 raise _Done
 
@@ -80,6 +94,8 @@ class InputMoments:
         interpreter = Interpreter(graph, tensors, watch=watch)
         with contextlib.suppress(_Done):
             interpreter.run(*piece.inputs, enable_io_processing=False)
+        if (found := self._team.first_of(problem if is_counted else None)) is not None:
+            raise PruningError(found)
 
     def complete(self) -> dict[object, Any]:
         """What was found.
@@ -95,14 +111,44 @@ class InputMoments:
                 )
         return self.found
 
-    def _add(self, key: object, data: Tensor, piece: Piece) -> None:
+    def _add(self, key: object, data: Tensor, piece: Piece, is_usable: bool) -> None:
         reader, rows = self._readers[key]
-        for places in rows.places(data, piece):
-            inputs = reader.inputs_at(data, places)
-            inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
-            if key not in self._shifts:
-                self._shifts[key] = first_shift(inputs)
-            self.found[key].add(inputs, [], [], self._shifts[key])
+        if rows.stride is None:
+            rows.stride = self._team.same(rows.stride_by(data, piece))
+        parts = (
+            (_wide(reader.inputs_at(data, places)) for places in rows.places(data, piece)) if is_usable else iter(())
+        )
+        own = [*itertools.islice(parts, 1)]
+        if key not in self._origins:
+            origin = self._team.first_of(Origin.of(own[0]) if own else None)
+            if origin is None:
+                return
+            self._origins[key] = origin
+        origin = self._origins[key]
+        sums = self.found[key] if self._team.is_alone else Moments([])
+        for inputs in itertools.chain(own, parts):
+            sums.add(inputs, [], [], origin.shift, origin.steps)
+        if not self._team.is_alone:
+            self._join(key, sums, origin)
+
+    def _join(self, key: object, sums: Moments, origin: Origin) -> None:
+        """Add what each process has found."""
+        if not sums.count:
+            sums.add(origin.shift[:, None][:, :0], [], [], origin.shift, origin.steps)
+        totals = torch.cat([sums.total.flatten(), sums.total.new_tensor([sums.count])])
+        self._team.sum(totals)
+        self._team.sum(sums.square)
+        if self._team.is_first:
+            sums.total, sums.count = totals[:-1].view(sums.total.shape), int(totals[-1])
+            own = self.found[key]
+            if own.count:
+                own.join(sums)
+            else:
+                self.found[key] = sums
+
+
+def _wide(inputs: Tensor) -> Tensor:
+    return inputs if inputs.dtype == torch.float64 else inputs.float()
 
 
 class _Done(BaseException):

@@ -1,4 +1,10 @@
-"""Second moments of a reader's inputs, and of the errors that it is to make up for, summed over rows as they come."""
+"""Second moments of a reader's inputs, and of the errors that it is to make up for, summed over rows as they come.
+
+Sums that several processes share have the same bits in whatever order they are added up: what is added is rounded first
+to multiples of a step, a power of two, so that no addition rounds (Demmel and Nguyen, "Fast Reproducible Floating-Point
+Summation", 2013, https://doi.org/10.1109/ARITH.2013.9). Steps are 2^-42 of the first products: far below what products
+in float32 round by themselves, and sums stay exact up to 2^11 times as large as these.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,8 @@ import torch
 from torch import Tensor
 
 _LEAST_SPLIT = 512  # columns: of fewer, the product as a whole is as fast
+_BITS = 21  # of a column's length below which it is rounded, half of those of a product
+_MORE_BITS = 15  # of a sum of rows
 
 
 def first_shift(inputs: Tensor) -> Tensor:
@@ -16,19 +24,58 @@ def first_shift(inputs: Tensor) -> Tensor:
     return torch.where(constant, inputs[:, 0], inputs.mean(1))
 
 
-def add_products(square: Tensor, rows: Tensor) -> None:
-    """Add X^T X of X, [groups, rows, columns]: what stands above the diagonal stands below it, and is computed once."""
+def add_products(square: Tensor, rows: Tensor, steps: Tensor | None = None) -> None:
+    """Add X^T X of X, [groups, rows, columns]: what stands above the diagonal stands below it, and is computed once.
+
+    With steps, [groups, columns], multiples of the products of two.
+    """
     columns = rows.shape[2]
     if columns < _LEAST_SPLIT:
-        square += rows.transpose(1, 2) @ rows
+        square += _in_steps(rows.transpose(1, 2) @ rows, steps, steps)
         return
     half = columns // 2
     first, second = rows[..., :half], rows[..., half:]
-    across = first.transpose(1, 2) @ second
+    left, right = (None, None) if steps is None else (steps[:, :half], steps[:, half:])
+    across = _in_steps(first.transpose(1, 2) @ second, left, right)
     square[:, :half, half:] += across
     square[:, half:, :half] += across.transpose(1, 2)
-    add_products(square[:, :half, :half], first)
-    add_products(square[:, half:, half:], second)
+    add_products(square[:, :half, :half], first, left)
+    add_products(square[:, half:, half:], second, right)
+
+
+def _in_steps(products: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    if left is None or right is None:
+        return products
+    return _multiples(products.double(), left[:, :, None] * right[:, None, :])
+
+
+def _multiples(values: Tensor, steps: Tensor) -> Tensor:
+    """Values rounded to multiples of steps; float64, the memory of the values may be taken."""
+    return values.div_(steps).round_().mul_(steps)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the rows of an input are counted from, and in.
+
+    Attributes:
+        shift: [groups, columns]. steps: [groups, columns], powers of two, float64.
+    """
+
+    shift: Tensor
+    steps: Tensor
+
+    @classmethod
+    def of(cls, inputs: Tensor) -> Origin:
+        """That of the first rows, [groups, rows, columns].
+
+        What never changes there is taken to be as large as it is, and zeros as large as the other columns.
+        """
+        shift = first_shift(inputs)
+        size = (inputs - shift[:, None]).double().square().sum(1).sqrt()
+        size = torch.where(size > 0, size, shift.double().abs() * inputs.shape[1] ** 0.5)
+        typical = size[size > 0].median() if bool((size > 0).any()) else size.new_ones(())
+        return cls(shift, torch.where(size > 0, size, typical).log2().ceil().clamp(min=-400).sub(_BITS).exp2())
 
 
 @dataclass
@@ -83,8 +130,18 @@ class Moments:
     square: Tensor = field(init=False)
     errors: list[Errors] = field(init=False)
 
-    def add(self, inputs: Tensor, errors: list[Tensor], outputs: list[Tensor], shift: Tensor) -> None:
-        """Add rows: inputs [groups, rows, columns], for each reader errors and outputs [groups, rows, outputs]."""
+    def add(
+        self,
+        inputs: Tensor,
+        errors: list[Tensor],
+        outputs: list[Tensor],
+        shift: Tensor,
+        steps: Tensor | None = None,
+    ) -> None:
+        """Add rows: inputs [groups, rows, columns], for each reader errors and outputs [groups, rows, outputs].
+
+        With steps, [groups, columns], what is added is rounded as above; errors are not.
+        """
         groups, rows, columns = inputs.shape
         if not self.count:
             device = inputs.device
@@ -95,13 +152,20 @@ class Moments:
         shifted = inputs - shift[:, None]
         transposed = shifted.transpose(1, 2)
         self.count += rows
-        self.total += shifted.sum(1)
-        add_products(self.square, shifted)
+        total = shifted.sum(1)
+        self.total += total if steps is None else _multiples(total.double(), steps / 2**_MORE_BITS)
+        add_products(self.square, shifted, steps)
         for found, error, output in zip(self.errors, errors, outputs, strict=True):
             found.cross += transposed @ error
             found.total += error.sum(1)
             found.energy += error.square().sum(1)
             found.output += output.square().sum(1)
+
+    def join(self, other: Moments) -> None:
+        """Add sums of inputs over other rows, which are counted from the same shift."""
+        self.count += other.count
+        self.total += other.total
+        self.square += other.square
 
     def with_those_of(self, other: Moments) -> Moments:
         """The sums over the rows of both, which are counted from the same shift."""

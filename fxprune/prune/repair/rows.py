@@ -22,11 +22,14 @@ class Rows:
 
     Args:
         reader: whose. columns: how many of its columns count. samples: how many there will be in all.
+
+    Attributes:
+        stride: of so many positions one is taken; None before the first piece.
     """
 
     def __init__(self, reader: Reader, columns: int, samples: int) -> None:
         self._reader, self._columns, self._samples = reader, columns, samples
-        self._stride: int | None = None
+        self.stride: int | None = None
 
     def places(self, data: Tensor, piece: Piece) -> Iterator[tuple[Tensor, ...]]:
         """The positions that are taken of a piece, an index tensor an axis, in parts that fit in memory.
@@ -35,22 +38,26 @@ class Rows:
             data: the input of the reader. piece: where it comes from.
         """
         positions = self._reader.positions(data)
-        if self._stride is None:
-            rows = math.prod(positions) / piece.samples * self._samples
-            is_image = isinstance(self._reader, ConvolutionReader)
-            each, least = (_MOST_POSITIONS, _LEAST_POSITIONS) if is_image else (_MOST_ROWS, _LEAST_ROWS)
-            self._stride = max(1, round(rows / max(least, each * self._columns)))
+        if self.stride is None:
+            self.stride = self.stride_by(data, piece)
         columns = self._reader.sizes[0] * self._reader.sizes[2]
         for part in self._taken(positions, piece).split(max(_MOST_ENTRIES // columns, 1)):
             if len(part):
                 yield tuple(index.to(data.device) for index in torch.unravel_index(part, positions))
+
+    def stride_by(self, data: Tensor, piece: Piece) -> int:
+        """Of how many positions one is taken, by the first piece."""
+        rows = math.prod(self._reader.positions(data)) / piece.samples * self._samples
+        is_image = isinstance(self._reader, ConvolutionReader)
+        each, least = (_MOST_POSITIONS, _LEAST_POSITIONS) if is_image else (_MOST_ROWS, _LEAST_ROWS)
+        return max(1, round(rows / max(least, each * self._columns)))
 
     def _taken(self, positions: tuple[int, ...], piece: Piece) -> Tensor:
         rows = torch.arange(math.prod(positions))
         leads = positions[0] == piece.samples
         each = max(math.prod(positions) // positions[0], 1) if leads else max(len(rows), 1)
         sample = rows.div(each, rounding_mode="floor") + piece.first
-        taken = (rows % each + sample) % (self._stride or 1) == 0
+        taken = (rows % each + sample) % (self.stride or 1) == 0
         counts = piece.counts
         if counts is not None and tuple(counts.shape) == positions[: counts.dim()]:
             wide = counts.reshape(*counts.shape, *[1] * (len(positions) - counts.dim()))

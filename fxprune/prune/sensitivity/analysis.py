@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fxprune.borrowing import taken
 from fxprune.channels.budget import masks
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentError
@@ -32,6 +33,7 @@ from fxprune.prune.sensitivity.curves import Forks
 from fxprune.prune.sensitivity.distances import OutputDistance
 from fxprune.prune.sensitivity.elimination import Order, Part, removal_order
 from fxprune.prune.sensitivity.metrics import Metric, Metrics, output_metrics
+from fxprune.prune.sensitivity.moments_of_all import moments_over
 from fxprune.prune.sensitivity.readings import Reading, owners, readings
 from fxprune.prune.sensitivity.turns import Turns
 
@@ -77,9 +79,7 @@ def measure(
         analysis = _Analysis(grouping, graph, groups, forks, shares, batches.head(judging[0], 2))
         total = fitted.samples[0]
         for part in [*in_passes(analysis.needed)] or [[]]:  # there are curves where nothing reads the channels, too
-            moments = InputMoments(part, total)
-            for piece in fitted if part else ():
-                moments.add(graph, analysis.tensor, piece)
+            moments = moments_over(graph, analysis.tensor, part, fitted)
             ordered = analysis.ordering(part)
             analysis.take(moments, output_metrics(graph, analysis.tensor, ordered, batches, fitted, distance))
             curves |= analysis.ready(work)
@@ -194,6 +194,9 @@ class _Analysis:
             for each, columns in self._columns[id(group)]
             for number, part in self._parts(each, columns)
         ]
+        if sum(part.weights.nbytes for *_, part in parts) <= sum(part.inverse.nbytes for *_, part in parts):
+            # of a module that is spread: no more than the moments, which are here, and read at each step
+            parts = [(each, number, replace(part, weights=taken(part.weights))) for each, number, part in parts]
         telling = self._telling(group, parts)
         turns = Turns.of(group)
         order = removal_order(telling, group.size, turns) if telling else _by_weights(self._grouping, group, turns)
@@ -203,11 +206,11 @@ class _Analysis:
             id(basis): sorted_bases(basis, self._moments, self.tensor) for basis in self._bases.get(id(group), ())
         }
         order = self._reordered(group, turned, order)
-        measured = []
-        for count in counts:
-            units = order.units[:count]
-            tensors = self._turned(group, turned, units) if turned else self._changed(group, parts, units)
-            measured.append(self._forks.losses(tensors, begin))
+        variants = (
+            self._turned(group, turned, units) if turned else self._changed(group, parts, units)
+            for units in (order.units[:count] for count in counts)
+        )
+        measured = self._forks.losses(variants, begin)
         return Curve(
             group.name, group.kind, group.size, tuple(map(str, group.members)), tuple(group.units.tolist()),
             tuple(order.units.tolist()), tuple(counts), tuple(measured), tuple(order.losses.tolist()),

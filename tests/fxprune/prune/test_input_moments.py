@@ -15,7 +15,7 @@ from fxprune.graph.names import tensor_at
 from fxprune.prune.repair.batches import Batches
 from fxprune.prune.repair.finding import find
 from fxprune.prune.repair.input_moments import InputMoments, in_passes
-from fxprune.prune.repair.moments import Moments
+from fxprune.prune.repair.moments import Moments, Origin
 from fxprune.prune.repair.products import Product
 from tests.repairs import HELD
 
@@ -71,6 +71,36 @@ def test_wide_inputs_are_summed_in_parts_to_the_same(columns: int) -> None:
     shifted = rows - shift[:, None]
     torch.testing.assert_close(found.square, shifted.transpose(1, 2) @ shifted)
     torch.testing.assert_close(found.mean_squares, rows.square().mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [7, 600])
+def test_sums_have_the_same_bits_in_whatever_order_rows_are_added_up(columns: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    scales = 10.0 ** torch.randint(-6, 6, (columns,)).double()
+    rows = ((torch.randn(2, 240, columns, dtype=torch.float64) + 3) * scales).to(dtype)
+    rows[:, :30, 2] = 5.0  # which changes later alone
+    pieces = [*rows.split(30, 1)]
+    origin = Origin.of(pieces[0])
+
+    def summed(order: list[int]) -> Moments:
+        found = Moments([])
+        for number in order:
+            found.add(pieces[number], [], [], origin.shift, origin.steps)
+        return found
+
+    want, others = summed([*range(8)]), [summed([5, 2, 7, 0, 1, 6, 3, 4]), summed([0, 1, 2])]
+    others[1].join(summed([*range(3, 8)]))
+    for other in others:
+        assert torch.equal(want.square, other.square)
+        assert torch.equal(want.total, other.total)
+    exact = Moments([])
+    exact.add(rows.double(), [], [], origin.shift.double())
+    lengths = exact.square.diagonal(dim1=1, dim2=2).sqrt()
+    error = (want.square - exact.square).abs() / (lengths[:, :, None] * lengths[:, None, :])
+    assert error.max() < (1e-11 if dtype == torch.float64 else 1e-6)
+    mean = (want.total / want.count + origin.shift) / scales
+    assert torch.allclose(mean, rows.double().mean(1) / scales, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", [2, 4])
