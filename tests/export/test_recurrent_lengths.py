@@ -54,7 +54,7 @@ def test_recurrent_layers_run_over_other_lengths_than_the_sample(
 ) -> None:
     model = Recognizer(kind, options).eval()
     x = torch.randn(2, 1, 8, 20)
-    traced = fxprune.trace(model, (x,), dynamic_shapes=free_width())
+    traced = fxprune.trace(model, (x,), dynamic_shapes=free_width(), modes=("eval",))
     fxprune.prune.channels(traced, 0.25)
     final = fxprune.finalize(traced)
     report = fxprune.export.to_onnx(final, tmp_path / "model.onnx")

@@ -37,7 +37,7 @@ def with_zeros(model: nn.Module, traced: fxprune.TracedModule) -> Any:
     return dense
 
 
-@pytest.mark.parametrize("name", ["Llama", "Phi3", "GPT2", "T5", "Bart"])
+@pytest.mark.parametrize("name", ["Llama", "Phi3", "GPT2", "Bart", pytest.param("T5", marks=pytest.mark.slow)])
 def test_the_pruned_model_generates_with_its_cache_what_the_masked_one_does(name: str, transformers: Any) -> None:
     model: Any = decoder(name, transformers)
     inputs: dict[str, Any] = {**WORDS, "use_cache": False}

@@ -53,8 +53,15 @@ class Stream(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("kind", [Standardized, Scaled])
-@pytest.mark.parametrize("modes", [("eval",), ("train", "eval")])
+@pytest.mark.parametrize(
+    ("kind", "modes"),
+    [
+        (Standardized, ("eval",)),
+        pytest.param(Scaled, ("eval",), marks=pytest.mark.slow),
+        (Standardized, ("train", "eval")),
+        (Scaled, ("train", "eval")),
+    ],
+)
 def test_what_is_standardized_over_goes_once_the_values_stand_in_its_place(
     kind: type[nn.Conv2d], modes: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -184,7 +184,7 @@ def test_channels_of_a_grouped_convolution_stay_in_their_layout_where_another_ch
     assert all(count <= 16 or count % 4 == 0 for count in left)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.3])
+@pytest.mark.parametrize("share", [0.5, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_stages_that_go_together_lose_few_channels_at_a_time(pytorchcv_model: Any, share: float) -> None:
     model = pytorchcv_model("shufflenet_g2_w1").eval()  # a quarter of the channels, where cells lose equal fractions
     traced = fxprune.trace(model, torch.randn(1, 3, 224, 224), modes=("eval",), dynamic_shapes=None)

@@ -63,7 +63,7 @@ def choose(traced: fxprune.TracedModule, importance: str, x: Tensor, **options: 
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
-@pytest.mark.parametrize("shares", [(0.5, 0.6), (0.7, 0.3), (0.3, 0.9)])
+@pytest.mark.parametrize("shares", [(0.5, 0.6), (0.7, 0.3), pytest.param((0.3, 0.9), marks=pytest.mark.slow)])
 def test_both_are_kept_and_the_one_that_binds_is_used_up(importance: str, shares: tuple[float, float]) -> None:
     traced = convolutions(16, 32, 48)
     torch.manual_seed(1)
@@ -84,7 +84,7 @@ def test_families_of_networks_land(family: str, round_to: Any) -> None:
     check(traced, fxprune.prune.channels(traced, **asked, round_to=round_to), asked, unit)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 10))])
 def test_random_networks_land_or_the_budget_that_cannot_be_reached_is_named(seed: int) -> None:
     model, sample = random_network(seed, words=seed % 2 == 0)  # with masks of its own, which may leave less
     traced = fxprune.trace(model, (sample(2),), modes=("eval",))
@@ -131,7 +131,7 @@ def sizes_of(channels: list[int], image: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.8, 0.4), (0.4, 0.8), (0.3, 0.3)])
-@pytest.mark.parametrize("channels", [(5, 6), (6, 5), (4, 5, 6)])
+@pytest.mark.parametrize("channels", [(5, 6), pytest.param((6, 5), marks=pytest.mark.slow), (4, 5, 6)])
 def test_curves_lose_hardly_more_than_the_best_of_all_choices(
     channels: tuple[int, ...], shares: tuple[float, float]
 ) -> None:

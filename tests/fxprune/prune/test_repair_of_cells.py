@@ -168,7 +168,7 @@ def test_cells_get_the_fit_of_dense_algebra_over_all_steps(kind: str) -> None:
 @pytest.mark.parametrize(
     ("build", "kind", "options"),
     [
-        *((Cells, kind, {}) for kind in CELLS),
+        *(pytest.param(Cells, kind, {}, marks=pytest.mark.slow) for kind in CELLS),
         *((Cells, kind, {"feeds": True}) for kind in CELLS),
         (Cells, "GRUCell", {"bias": False, "two": True}),
         *((Stack, kind, {"num_layers": 3, "bidirectional": True}) for kind in LAYERS),
