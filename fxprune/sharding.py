@@ -39,8 +39,22 @@ def is_managed(module: object) -> bool:
 def part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor; detached. Raises ShardingError where one that is spread has no values."""
     check_values(tensor)
-    own: Tensor = tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()  # type: ignore[attr-defined]
-    return own
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    own: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    if own.numel() or not tensor.numel() or not all(type(each) in (Shard, Replicate) for each in tensor.placements):
+        return own
+    return own.new_empty(_form_here(tensor))  # FSDP says no rows where there are no columns
+
+
+def _form_here(tensor: DTensor) -> torch.Size:
+    """The shape of what this process holds of a tensor, by its placements."""
+    form, mesh = torch.empty(tensor.shape, device="meta"), tensor.device_mesh
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            pieces, place = form.chunk(mesh.size(axis), placement.dim), mesh.get_local_rank(axis)
+            form = pieces[place] if place < len(pieces) else form.narrow(placement.dim, 0, 0)
+    return form.shape
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -54,7 +68,7 @@ def whole(tensor: Tensor) -> Tensor:
     check_values(tensor)
     Layout.of(tensor).room()  # memory for it is there before others are asked to send
     with communicating("gathering a parameter"):
-        gathered: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+        gathered: Tensor = as_parts(part(tensor), tensor).full_tensor()  # type: ignore[attr-defined]
     return gathered
 
 

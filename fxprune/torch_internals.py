@@ -574,8 +574,15 @@ def is_step_of_vmap(target: Any) -> bool:
 
 def sharding_options(module: nn.Module) -> dict[str, Any]:
     """The arguments of `fully_shard` with which a module was sharded."""
-    group = next(filter(None, _groups(module)))
-    return {"mesh": group.mesh_info.mesh, "mp_policy": group.mp_policy, "offload_policy": group.offload_policy}
+    group, state = next(filter(None, _groups(module))), module._get_fsdp_state()  # type: ignore[operator]
+    info, after = group.mesh_info, group.post_forward_mesh_info
+    is_whole = getattr(info, "is_spmd_mesh", False)  # with axes that are not FSDP's
+    mesh = {"mesh": info.spmd_mesh, "dp_mesh_dims": info.dp_mesh_dims} if is_whole else {"mesh": info.mesh}
+    reshard = (
+        None if state._auto_reshard_after_forward else after is info or (after is not None and after.shard_mesh_size)
+    )
+    policies = {"mp_policy": group.mp_policy, "offload_policy": group.offload_policy}
+    return mesh | policies | {"reshard_after_forward": reshard}
 
 
 def take_parameters(module: nn.Module) -> None:

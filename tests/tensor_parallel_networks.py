@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import DataParallelMeshDims, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fxprune
@@ -40,26 +40,69 @@ def by_partly_tensor_parallel(module: fxprune.TracedModule) -> fxprune.TracedMod
     return module
 
 
+def _cut_layers(module: fxprune.TracedModule, mesh: DeviceMesh) -> None:
+    """One layer by its rows, and the one that reads it by its columns."""
+    for name, way in {"1.weight": Shard(0), "1.bias": Shard(0), "3.weight": Shard(1)}.items():
+        owner, _, key = name.rpartition(".")
+        values = distribute_tensor(module.get_parameter(name).detach(), mesh, [way])
+        setattr(module.get_submodule(owner), key, nn.Parameter(values))
+
+
+def by_four(module: fxprune.TracedModule) -> fxprune.TracedModule:
+    """Layers that four processes have parts of, one by columns and one by rows."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "tensor"))
+    _cut_layers(module, mesh["tensor"])
+    fully_shard(module, mesh=mesh["data"])
+    return module
+
+
+def by_named_axes(module: fxprune.TracedModule) -> fxprune.TracedModule:
+    """DTensors on a whole mesh, of which FSDP2 shards over an axis that it is told by its name."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+    for path, owner in module.named_modules():
+        for key, parameter in list(owner._parameters.items()):
+            assert parameter is not None
+            way = Shard(1) if path == "3" and parameter.dim() > 1 else Shard(0)
+            owner._parameters[key] = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Replicate(), way]))
+    fully_shard(module, mesh=mesh, dp_mesh_dims=DataParallelMeshDims(shard="data"), reshard_after_forward=True)
+    return module
+
+
+def by_copies_of_shards(module: fxprune.TracedModule) -> fxprune.TracedModule:
+    """Tensor-parallel layers, of which there are copies: three axes."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 1, 2), mesh_dim_names=("copy", "data", "tensor"))
+    _cut_layers(module, mesh["tensor"])
+    fully_shard(module, mesh=mesh["copy", "data"])
+    return module
+
+
 def layers_over_tensor_parallel(
-    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], as_dtensors: bool
+    spread: Callable[[fxprune.TracedModule], fxprune.TracedModule],
+    *,
+    as_dtensors: bool = False,
+    amount: float = 0.4,
+    groups: int = 1,
 ) -> dict[str, Any]:
     """Layers before and after `finalize`, each trained a step, and how a weight of what is left is cut.
 
     Args:
         spread: into tensor-parallel weights; or `networks.plain`.
         as_dtensors: whether the inputs are DTensors, so that the operators are, too.
+        amount: of the channels that go.
+        groups: of processes, each of which has a part of the batch.
     """
     torch.manual_seed(0)
     x = torch.randn(4, 6)
+    own = x.chunk(groups)[dist.get_rank() * groups // dist.get_world_size()] if dist.is_initialized() else x
     layers = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6))
     module = spread(fxprune.trace(layers.train(), (x,)))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     clip = fxprune.clip_gradients(optimizer, max_norm=0.5)
-    fxprune.prune.channels(module, 0.4, round_to=1)
-    _step(module, optimizer, x, as_dtensors)
+    fxprune.prune.channels(module, amount, round_to=1)
+    _step(module, optimizer, own, as_dtensors)
     final = fxprune.finalize(module, align=1).train()
     optimizer = fxprune.optimizer_after(final, optimizer)
-    _step(final, optimizer, x, as_dtensors)
+    _step(final, optimizer, own, as_dtensors)
     weight = final.get_parameter("1.weight")
     return {
         "trained": networks.values(module) | {"norm": clip.total_norm},

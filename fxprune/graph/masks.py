@@ -189,7 +189,7 @@ def _like(tensor: torch.Tensor, values: torch.Tensor, compact: bool = False) -> 
     if compact and is_expanded(values) and not is_sharded(tensor):
         return noted(by_vectors(lambda part: part.to(tensor, copy=True), values.detach()))
     # in the memory format of the parameter, which decides that of the product
-    return torch.empty_like(tensor, requires_grad=False).copy_(spread(values.detach(), tensor))
+    return by_parts(lambda own, mask: torch.empty_like(own).copy_(mask), tensor, values.detach())
 
 
 def _is_written(parameter: nn.Parameter, since: str) -> bool:

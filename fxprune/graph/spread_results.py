@@ -49,7 +49,7 @@ def spread_alike(
     with communicating("sharding what is left", sends=False):
         _distribute(hollow, traced)
         if is_managed(traced):
-            fully_shard(hollow, **sharding_options(traced))
+            fully_shard(hollow, ignored_params=_ignored(hollow, traced), **sharding_options(traced))
     names = {id(tensor): name for name, tensor in reversed(tensors_of(hollow).items())}
 
     def value_of(tensor: Tensor) -> Tensor:
@@ -84,6 +84,12 @@ def _distribute(hollow: TracedModule, traced: TracedModule) -> None:
                 module._parameters[name] = made.get(id(own), own)
 
 
+def _ignored(hollow: TracedModule, traced: TracedModule) -> set[nn.Parameter]:
+    """Parameters that come from such as FSDP was to leave alone."""
+    plain = {name for name, source in sources_of(traced).items() if not is_sharded(source)}
+    return {own for name, own in hollow.named_parameters(remove_duplicate=False) if name in plain}
+
+
 def _spread_by_hand(traced: TracedModule) -> dict[int, _Spread]:
     """How parameters were spread before FSDP, which may not have been called; by their identity."""
     if is_managed(traced):
@@ -92,16 +98,12 @@ def _spread_by_hand(traced: TracedModule) -> dict[int, _Spread]:
 
 
 def _fits(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement], is_managed: bool) -> bool:
-    """Whether a tensor can be cut so.
-
-    What lacks entries on one process since another axis than the first is cut, FSDP makes parts of that torch cannot
-    gather.
-    """
+    """Whether a tensor can be cut so; FSDP needs something of it on every process of the mesh."""
     for axis, placement in enumerate(placements):
         if isinstance(placement, Shard):
             if placement.dim >= len(shape):
                 return False
             size, count = shape[placement.dim], mesh.size(axis)
-            if is_managed and placement.dim > 0 and size and -(-size // -(-size // count)) < count:
+            if is_managed and size and -(-size // -(-size // count)) < count:
                 return False
     return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,20 +168,42 @@ def test_what_finalize_leaves_is_that_of_one_process_on_any_mesh(
     assert_finalized_alike(processes, spread, how, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("processes", "as_dtensors"), [(2, False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in (2, 4))]
-)
-def test_tensor_parallel_layers_train_and_are_spread_again_as_they_were(processes: int, as_dtensors: bool) -> None:
-    want = tensor_parallel.layers_over_tensor_parallel(networks.plain, False)
-    for got in in_processes(
-        processes, tensor_parallel.layers_over_tensor_parallel, networks.by_tensor_parallel, as_dtensors
-    ):
-        assert got["cut"] == "(Shard(dim=0), Shard(dim=1))"
-        assert want["final"]["1.weight"].shape == (6, 6)
+def assert_layers_alike(processes: int, spread: Spread, cut: str, **options: Any) -> None:
+    want = tensor_parallel.layers_over_tensor_parallel(networks.plain, amount=options.get("amount", 0.4))
+    call = functools.partial(tensor_parallel.layers_over_tensor_parallel, spread, **options)
+    for got in in_processes(processes, call):
+        assert got["cut"] == cut
         for what in ("trained", "final"):
             assert got[what].keys() == want[what].keys()
             for name, value in want[what].items():
                 assert torch.allclose(got[what][name], value, rtol=0, atol=1e-6), f"{what}: {name}"
+
+
+def test_tensor_parallel_layers_train_and_are_spread_again_as_they_were() -> None:
+    assert_layers_alike(2, networks.by_tensor_parallel, "(Shard(dim=0), Shard(dim=1))")
+
+
+_ROWS = "(_StridedShard(dim=0, sf=2), Shard(dim=0))"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "spread", "cut", "options"),
+    [
+        (2, networks.by_tensor_parallel, "(Shard(dim=0), Shard(dim=1))", {"as_dtensors": True}),
+        (4, networks.by_tensor_parallel, "(Shard(dim=0), Shard(dim=1))", {"as_dtensors": True}),
+        (4, networks.by_tensor_parallel, "(Shard(dim=0), Shard(dim=1))", {"groups": 2, "amount": 0.3}),
+        (4, tensor_parallel.by_named_axes, _ROWS, {"groups": 2, "amount": 0.3}),
+        (4, tensor_parallel.by_named_axes, _ROWS, {"amount": 0.5}),
+        (4, tensor_parallel.by_copies_of_shards, f"(Replicate(), {_ROWS[1:]}", {"groups": 2}),
+        (4, tensor_parallel.by_four, "(_StridedShard(dim=0, sf=4), Shard(dim=0))", {"amount": 0.3}),
+        (4, tensor_parallel.by_four, "(Shard(dim=0), Replicate())", {}),  # six rows would be two, two, two and none
+    ],
+)
+def test_tensor_parallel_layers_of_any_mesh_are_spread_again(
+    processes: int, spread: Spread, cut: str, options: dict[str, Any]
+) -> None:
+    assert_layers_alike(processes, spread, cut, **options)
 
 
 @pytest.mark.slow
