@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from fxprune.prune.latency.measuring import Timing, measured_latencies
 from fxprune.prune.latency.prices import LatencyPrices
 from fxprune.prune.runnable import runnable_groups
 from fxprune.prune.sensitivity import Sensitivity
+from fxprune.prune.trials import masked_copy
 
 MOST_CORRECTIONS = 12
 
@@ -270,10 +270,7 @@ def finalized_sizes(
     traced: TracedModule, wanted: Mapping[str, torch.Tensor], decided: frozenset[tuple[str, int]]
 ) -> tuple[int, int]:
     """The MACs and parameters that `finalize` leaves."""
-    # finalize makes a copy of its own, and masks are beside the weights
-    candidate = copy.deepcopy(traced, {id(parameter): parameter for parameter in traced.parameters()})
-    driver.insert_masks(candidate, wanted)
-    candidate.decide(decided)
+    candidate = masked_copy(traced, wanted, decided)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # finalize says it again
         plan = driver.finalize(candidate).plan

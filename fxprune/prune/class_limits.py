@@ -13,7 +13,6 @@ modules that run with zeros in place of channels alone, by the first two steps. 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from fxprune.graph.configurations import Builds
 from fxprune.graph.metadata import module_path
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.configured_levels import Level
+from fxprune.prune.trials import masked_copy
 from fxprune.reports import first_of
 
 _WHY = "{} ({}) does not run, or computes something else, with fewer of them"
@@ -64,9 +64,7 @@ def failure_in_class(
 ) -> WriteBackError | None:
     """Why the class of a model does not run with what these masks leave, None where it does."""
     model = limits.model
-    candidate = copy.deepcopy(traced)
-    driver.insert_masks(candidate, masks)
-    candidate.decide(decided)
+    candidate = masked_copy(traced, masks, decided)
     with warnings.catch_warnings(record=True) as said:  # what they say is said again when it is done
         warnings.simplefilter("always")
         try:

@@ -99,6 +99,13 @@ def test_channels_that_are_chosen_anew_hold_no_second_module(
     assert all(is_expanded(mask) for mask in traced.buffers()) == compact
 
 
+def test_a_trial_in_the_class_holds_what_is_written_back_and_no_copy_of_the_module(
+    traced: fxprune.TracedModule,
+) -> None:
+    _, peak = _peak(traced, lambda: fxprune.prune.channels(traced, macs=0.7, runnable=_Blocks()))
+    assert peak < 4.8  # what is left twice, 1.4, and the class's in float64, 2; and what is around these
+
+
 def test_finalize_holds_its_weights_once(traced: fxprune.TracedModule) -> None:
     fxprune.prune.channels(traced, macs=0.7)
     final, peak = _peak(traced, lambda: fxprune.finalize(traced))
