@@ -85,7 +85,7 @@ def test_which_sizes_follow_from_which_number_is_found_by_building() -> None:
 
 def test_what_is_chosen_for_a_class_is_built_by_it_from_the_configuration_that_comes_back() -> None:
     model = Model(Numbers()).eval()
-    traced = fxprune.trace(model, IDS)
+    traced = fxprune.trace(model, IDS, modes=("eval",))
     report = fxprune.prune.channels(traced, macs=0.6, runnable=model)
     assert 0.5 < report.macs[1] / report.macs[0] <= 0.6
     final = fxprune.finalize(traced)
@@ -105,7 +105,7 @@ def test_what_is_chosen_for_a_class_is_built_by_it_from_the_configuration_that_c
 
 def test_a_width_for_each_layer_comes_back_with_a_warning_that_says_how_to_store_it(tmp_path: Path) -> None:
     model = Model(Numbers()).eval()
-    traced = fxprune.trace(model, IDS)
+    traced = fxprune.trace(model, IDS, modes=("eval",))
     fxprune.prune.channels(traced, 0.5, targets="layers.1.up.weight")
     final = fxprune.finalize(traced)
     with pytest.warns(ConfigurationWarning, match=r"inner gives layers.*fxprune.save\(final, path\)"):
@@ -119,7 +119,7 @@ def test_a_width_for_each_layer_comes_back_with_a_warning_that_says_how_to_store
 
 def test_a_part_of_what_one_number_says_is_left_alone() -> None:
     model = Model(Numbers()).eval()
-    traced = fxprune.trace(model, IDS)
+    traced = fxprune.trace(model, IDS, modes=("eval",))
     with pytest.raises(fxprune.errors.PruningError, match="follows from the configuration of Model, together with"):
         fxprune.prune.channels(traced, 0.5, targets="layers.1.up.weight", runnable=model)
     with pytest.raises(ArgumentTypeError, match="runnable is a Numbers: the eager module"):

@@ -76,7 +76,7 @@ def mixer(form: str, *halves: str, bias: bool = True) -> Mixer:
 
 def finalized(model: nn.Module, **options: Any) -> fxprune.TracedModule:
     """What is left of a model, which computes the same."""
-    traced = fxprune.trace(copy.deepcopy(model), torch.randn(2, TOKENS, 6).double(), **options)
+    traced = fxprune.trace(copy.deepcopy(model), torch.randn(2, TOKENS, 6).double(), modes=("eval",), **options)
     final = fxprune.finalize(traced.eval(), align=1)
     assert_equal(model, final)
     return final
@@ -150,6 +150,6 @@ def test_files_compute_the_same(form: str, tmp_path: Path) -> None:
 
 
 def test_a_budget_that_only_the_width_could_meet_says_how_to_ask_for_it() -> None:
-    traced = fxprune.trace(mixer("conv1d"), torch.randn(2, TOKENS, 6).double())
+    traced = fxprune.trace(mixer("conv1d"), torch.randn(2, TOKENS, 6).double(), modes=("eval",))
     with pytest.raises(fxprune.errors.PruningError, match='3 of the kind "width", which kinds="width" asks for'):
         fxprune.prune.channels(traced, macs=0.5)

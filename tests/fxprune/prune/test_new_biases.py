@@ -219,7 +219,7 @@ def test_an_optimizer_that_is_older_goes_on_and_takes_the_new_biases_in_after_fi
 
 def test_pruning_and_repair_alternate_with_biases_that_the_reference_has_not() -> None:
     model, x = bare()
-    traced = fxprune.trace(copy.deepcopy(model), x[:2]).eval()
+    traced = fxprune.trace(copy.deepcopy(model), x[:2], modes=("eval",))
     for amount in (0.25, 0.5):
         fxprune.prune.channels(traced, amount, round_to=1)
         before = (traced(x) - model(x)).square().mean()
@@ -232,7 +232,7 @@ def test_pruning_and_repair_alternate_with_biases_that_the_reference_has_not() -
 
 def test_one_sensitivity_serves_after_biases_were_made() -> None:
     model, x = bare()
-    traced = fxprune.trace(copy.deepcopy(model), x[:2]).eval()
+    traced = fxprune.trace(copy.deepcopy(model), x[:2], modes=("eval",))
     sensitivity = fxprune.sensitivity(traced, x)
     for macs in (0.7, 0.4):
         report = fxprune.prune.channels(traced, macs=macs, importance=sensitivity)
@@ -285,7 +285,7 @@ def test_an_exported_file_has_the_new_biases(tmp_path: Path) -> None:
 
 def test_an_error_leaves_no_bias() -> None:
     model, x = bare()
-    traced = fxprune.trace(copy.deepcopy(model), x[:2]).eval()
+    traced = fxprune.trace(copy.deepcopy(model), x[:2], modes=("eval",))
     fxprune.prune.channels(traced, 0.5, round_to=1)
     before = {name: value.clone() for name, value in traced.state_dict().items()}
     code = traced.code
@@ -304,7 +304,7 @@ def test_an_error_leaves_no_bias() -> None:
 def test_new_biases_can_be_asked_not_to_be_made() -> None:
     assert inspect.signature(fxprune.reconstruct).parameters["new_biases"].default is True
     model, x = bare()
-    traced = fxprune.trace(copy.deepcopy(model), x[:2]).eval()
+    traced = fxprune.trace(copy.deepcopy(model), x[:2], modes=("eval",))
     fxprune.prune.channels(traced, 0.5, round_to=1)
     names = [*traced.state_dict()]
     report = fxprune.reconstruct(traced, x, new_biases=False)
@@ -337,7 +337,7 @@ def test_biases_that_are_made_without_gradients_train_on() -> None:
 
 def test_a_schedule_goes_on_over_new_biases() -> None:
     model, x = bare()
-    traced = fxprune.trace(copy.deepcopy(model), x[:2]).eval()
+    traced = fxprune.trace(copy.deepcopy(model), x[:2], modes=("eval",))
 
     def prune(amount: float) -> object:
         return fxprune.prune.channels(traced, amount, round_to=1)
