@@ -544,10 +544,14 @@ def followed(module: object) -> Iterator[None]:
         yield
         return
     managed: Any = module
+    rest(managed)
     before, given = list(managed.parameters()), spread_before(managed)
     yield
     with communicating("sharding new parameters"):
         _spread_new(managed, given)
+        there = set(map(id, managed.parameters()))
+        if any(id(own) not in there and not isinstance(own, DTensor) for own in before):  # that FSDP was to leave alone
+            before += [own for own in managed.parameters() if not isinstance(own, DTensor)]
         follow_parameters(managed, before)
 
 

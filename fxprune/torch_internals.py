@@ -527,7 +527,7 @@ def follow_parameters(module: nn.Module, before: Iterable[nn.Parameter]) -> None
 
     Args:
         module: one that FSDP shards; its parameters are sharded.
-        before: those that it had before; new ones that are plain are sharded as those whose place they take.
+        before: those that it had before, sharded; new ones are sharded as those whose place they take.
     """
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -542,14 +542,15 @@ def follow_parameters(module: nn.Module, before: Iterable[nn.Parameter]) -> None
         for each in group.fsdp_params:
             if each not in gone:
                 _put(each._module_info, places[id(each.sharded_param)])
-        if not gone:
+        if not gone and not fresh:
             continue
         for each in gone:
             each._post_load_hook_handle.remove()
-        made = [_sharded(parameters[key], places[key], gone[0], group) for key in fresh]
+        like = (gone or group.fsdp_params)[0]
+        made = [_sharded(parameters[key], places[key], like, group) for key in fresh]
         fresh = []
         group.fsdp_params = [each for each in group.fsdp_params if each not in gone] + made
-        if hasattr(gone[0], "param_dtype"):  # it has been run
+        if hasattr(like, "param_dtype"):  # it has been run
             group._init_mp_dtypes()
 
 
@@ -578,11 +579,11 @@ def sharding_options(module: nn.Module) -> dict[str, Any]:
     info, after = group.mesh_info, group.post_forward_mesh_info
     is_whole = getattr(info, "is_spmd_mesh", False)  # with axes that are not FSDP's
     mesh = {"mesh": info.spmd_mesh, "dp_mesh_dims": info.dp_mesh_dims} if is_whole else {"mesh": info.mesh}
-    reshard = (
+    again = (
         None if state._auto_reshard_after_forward else after is info or (after is not None and after.shard_mesh_size)
     )
     policies = {"mp_policy": group.mp_policy, "offload_policy": group.offload_policy}
-    return mesh | policies | {"reshard_after_forward": reshard}
+    return mesh | policies | {"reshard_after_forward": again}
 
 
 def take_parameters(module: nn.Module) -> None:

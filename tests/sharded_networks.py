@@ -78,7 +78,8 @@ def by_tensor_parallel(module: fxprune.TracedModule) -> fxprune.TracedModule:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
     for owner in module.modules():
         for name, parameter in list(owner._parameters.items()):
-            assert parameter is not None
+            if parameter is None:
+                continue
             placement = Shard(1 if parameter.dim() > 1 and parameter.shape[1] % 2 == 0 else 0)
             owner._parameters[name] = nn.Parameter(distribute_tensor(parameter.detach(), mesh["tensor"], [placement]))
     fully_shard(module, mesh=mesh["data"])
@@ -378,14 +379,23 @@ def other_folders(folder: str) -> dict[str, str]:
     )
 
 
-def mixed() -> dict[str, dict[str, torch.Tensor]]:
-    """What is masked, chosen and left of a module of which some parameters are no shards, but whole everywhere."""
+def mixed(ignoring: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+    """What is masked, chosen, trained and left of a module of which a parameter is no shard, but whole everywhere."""
     module = traced()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(module, mesh=mesh, ignored_params={module.get_parameter("head.weight")})
+    if ignoring:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(module, mesh=mesh, ignored_params={module.get_parameter("head.weight")})
     P.l1_unstructured(module, "*er.weight", 0.3)
     P.channels(module, macs=0.6)
-    return {"masked": values(module)}
+    found = {"masked": values(module)}
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    clip = fxprune.clip_gradients(optimizer, max_norm=0.5, clip_value=0.01)
+    module(inputs()).square().mean().backward()
+    optimizer.step()
+    found["trained"] = values(module) | {"norm": clip.total_norm}
+    final = fxprune.finalize(module, keep_for_training=True)
+    assert not isinstance(final.get_parameter("head.weight"), DTensor)
+    return found | {"final": values(final)}
 
 
 def some_without_values() -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import fxprune
 from tests import sharded_networks as networks
@@ -61,6 +62,18 @@ def repaired(spread: Spread, what: str) -> dict[str, Any]:
     found["trained"] = networks.values(module)
     found["final"] = networks.values(fxprune.finalize(module, keep_for_training=True))
     return found
+
+
+def gradients_of_divided_batches(spread: Spread, groups: int) -> dict[str, torch.Tensor]:
+    """The gradients of layers for which biases were made, where each group of processes has a part of the batch."""
+    module = spread(without_biases())
+    P.channels(module, macs=0.6, round_to=1)
+    fxprune.reconstruct(module, [x.abs() + 1 for x in networks.batches()])
+    assert module.made_biases
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    module.train()(networks.inputs(0).chunk(groups)[rank * groups // size]).square().mean().backward()
+    found = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
 
 
 def timed(spread: Spread) -> list[tuple[str, int]]:

@@ -21,7 +21,8 @@ def by_hand(module: fxprune.TracedModule) -> fxprune.TracedModule:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
     for owner in module.modules():
         for name, parameter in list(owner._parameters.items()):
-            assert parameter is not None
+            if parameter is None:
+                continue
             placements = [Shard(0), Shard(1) if parameter.dim() > 1 else Replicate()]
             owner._parameters[name] = nn.Parameter(distribute_tensor(parameter.detach(), mesh, placements))
     return module

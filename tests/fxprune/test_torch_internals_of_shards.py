@@ -24,8 +24,9 @@ def sharded() -> Iterator[nn.Sequential]:
 
 def test_follow_parameters_lets_fsdp_gather_one_under_its_new_name(sharded: nn.Sequential) -> None:
     layer, x = sharded[0], torch.randn(5, 3)
-    want, before = sharded(x), list(sharded.parameters())
+    want = sharded(x)
     sharded.reshard()  # type: ignore[operator]
+    before = list(sharded.parameters())
     layer.weight_orig = layer._parameters.pop("weight")
     layer.forward = lambda x: nn.functional.linear(x, layer.weight_orig, layer.bias)
     internals.follow_parameters(sharded, before)
@@ -43,6 +44,16 @@ def test_follow_parameters_shards_what_takes_the_place_of_one(sharded: nn.Sequen
     internals.follow_parameters(sharded, before)
     assert isinstance(layer.weight, DTensor)
     assert torch.allclose(sharded(x) - layer.bias, x.sum(1, keepdim=True).expand(5, 2))
+
+
+def test_follow_parameters_shards_what_is_new(sharded: nn.Sequential) -> None:
+    from torch.distributed.tensor import DTensor
+
+    before = list(sharded.parameters())
+    sharded[0].scale = nn.Parameter(torch.ones(2))
+    internals.follow_parameters(sharded, before)
+    assert isinstance(sharded[0].scale, DTensor)
+    assert [each.shape for each in sharded.parameters()] == [(2, 3), (2,), (2,)]
 
 
 def test_sharding_options_shard_another_module_alike(sharded: nn.Sequential) -> None:

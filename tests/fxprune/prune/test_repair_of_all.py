@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from tests import sharded_repairs as repairs
 from tests.processes import in_processes
 
 State = dict[str, torch.Tensor]
+Spread = Callable[[fxprune.TracedModule], fxprune.TracedModule]
 
 
 def assert_same(want: Mapping[str, State], got: Mapping[str, State]) -> None:
@@ -49,12 +50,23 @@ def test_a_spread_module_is_refitted_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_two_processes_refit_to_the_same_bits_with_batches_divided(
-    of_one_process: tuple[str, dict[str, State]],
+@pytest.mark.parametrize(("processes", "spread"), [(2, networks.by_fsdp), (4, networks.by_tensor_parallel)])
+def test_several_processes_refit_to_the_same_bits_with_batches_divided(
+    of_one_process: tuple[str, dict[str, State]], processes: int, spread: Spread
 ) -> None:
     what, want = of_one_process
-    for got in in_processes(2, repairs.repaired, networks.by_fsdp, what):
+    for got in in_processes(processes, repairs.repaired, spread, what):
         assert_same(want, got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "spread"), [(2, networks.by_fsdp), (4, networks.by_tensor_parallel)])
+def test_biases_that_were_made_have_the_gradient_of_the_whole_batch(processes: int, spread: Spread) -> None:
+    want = repairs.gradients_of_divided_batches(networks.plain, 1)
+    for got in in_processes(processes, repairs.gradients_of_divided_batches, spread, 2):
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert torch.allclose(got[name], value, rtol=0, atol=1e-6), name
 
 
 @pytest.mark.slow
