@@ -348,6 +348,22 @@ def test_copies_and_conversions_are_no_writes_and_those_into_them_are_noticed(na
     assert equal_states(traced, wanted)
 
 
+@pytest.mark.usefixtures("group")
+def test_masks_from_before_fully_shard_are_spread_with_their_weights() -> None:
+    traced, wanted = deployed(), deployed(compact_masks=False)
+    fully_shard(traced, mesh=init_device_mesh("cpu", (1,)))
+    assert torch.equal(traced(ROW), wanted(ROW))
+    write(traced)
+    with pytest.raises(ArgumentError, match="was written into"):
+        fxprune.finalize(traced)
+    assert (
+        fxprune.finalize(traced).plan.kept["4.weight"][1].tolist()
+        == wanted.get_buffer(COLUMNS)[0].nonzero().flatten().tolist()
+    )
+    assert is_sharded(traced.get_buffer(COLUMNS))
+    assert torch.equal(traced(ROW), wanted(ROW))
+
+
 def test_a_conversion_hides_no_write() -> None:
     traced = deployed()
     write(traced)
