@@ -538,39 +538,48 @@ def rest(module: object) -> None:
 
 
 @contextlib.contextmanager
-def followed(module: object) -> Iterator[None]:
-    """Within, parameters may get other names or others take their place: FSDP is told, and shards new ones."""
-    if not isinstance(module, FSDPModule):
-        yield
-        return
-    managed: Any = module
-    rest(managed)
-    before, given = list(managed.parameters()), spread_before(managed)
-    yield
-    with communicating("sharding new parameters"):
-        _spread_new(managed, given)
-        there = set(map(id, managed.parameters()))
-        if any(id(own) not in there and not isinstance(own, DTensor) for own in before):  # that FSDP was to leave alone
-            before += [own for own in managed.parameters() if not isinstance(own, DTensor)]
-        follow_parameters(managed, before)
+def followed(module: torch.nn.Module) -> Iterator[None]:
+    """Within, parameters may get other names or others take their place: FSDP is told, and shards new ones.
 
-
-def _spread_new(module: torch.nn.Module, given: Sequence[tuple[torch.nn.Parameter, Any]]) -> None:
-    """Spread plain parameters as those of their shape that are gone, if these were spread before FSDP; else as copies.
-
-    Args:
-        given: parameters that were spread before FSDP sharded them, and how.
+    Those that take the place of such as were spread by hand are spread so, too.
     """
-    there = set(map(id, module.parameters()))
-    gone = [(own.shape, spec) for own, spec in given if id(own) not in there]
+    rest(module)
+    before, given = list(module.parameters()), spread_by_hand(module)
+    yield
+    if not given and not is_managed(module):
+        return
+    with communicating("sharding new parameters"):
+        _spread_new(module, before, given)
+        there = set(map(id, module.parameters()))
+        if any(id(own) not in there and not isinstance(own, DTensor) for own in before):  # that FSDP was to leave alone
+            before += [own for own in module.parameters() if not isinstance(own, DTensor)]
+        if is_managed(module):
+            follow_parameters(module, before)
+
+
+def spread_by_hand(module: torch.nn.Module) -> list[tuple[torch.nn.Parameter, DeviceMesh, Sequence[Placement]]]:
+    """Parameters that were spread before FSDP shards them, or where it does not; and how."""
+    if is_managed(module):
+        return [(own, spec.mesh, spec.placements) for own, spec in spread_before(module)]
+    spread_ones = [(own, own) for own in module.parameters() if isinstance(own, DTensor)]
+    return [(own, tensor.device_mesh, tensor.placements) for own, tensor in spread_ones]
+
+
+def _spread_new(
+    module: torch.nn.Module, before: Sequence[Tensor],
+    given: Sequence[tuple[torch.nn.Parameter, DeviceMesh, Sequence[Placement]]],
+) -> None:  # fmt: skip
+    """Spread new parameters as those of their shape that are gone, where these were spread by hand; else as copies."""
+    there, known = set(map(id, module.parameters())), set(map(id, before))
+    gone = [(own.shape, mesh, placements) for own, mesh, placements in given if id(own) not in there]
     made: dict[int, torch.nn.Parameter] = {}
     for owner in module.modules() if gone else ():
         for name, own in owner._parameters.items():
-            if own is None or isinstance(own, DTensor):
+            if own is None or id(own) in known or isinstance(own, DTensor):
                 continue
             if id(own) not in made:
-                shape, spec = next((each for each in gone if each[0] == own.shape), gone[0])
-                placements = spec.placements if shape == own.shape else [Replicate()] * spec.mesh.ndim
-                value = distribute_tensor(own.detach(), spec.mesh, placements, src_data_rank=None)
+                shape, mesh, placements = next((each for each in gone if each[0] == own.shape), gone[0])
+                ways = placements if shape == own.shape else [Replicate()] * mesh.ndim
+                value = distribute_tensor(own.detach(), mesh, ways, src_data_rank=None)
                 made[id(own)] = torch.nn.Parameter(value, own.requires_grad)
             owner._parameters[name] = made[id(own)]

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.capture.front_end import trace
-from fxprune.errors import ArgumentError, PruningError, ShardingError
+from fxprune.errors import ArgumentError, PruningError
 from fxprune.graph.containers import Container, share_contents
 from fxprune.graph.editing import erase_dead, splice
 from fxprune.graph.mutation import is_mutating
@@ -20,7 +20,7 @@ from fxprune.graph.names import locate, tensors_of
 from fxprune.graph.parameter_reads import ParameterReads, replace_reads
 from fxprune.graph.provenance import provenance_of
 from fxprune.graph.traced import TracedModule
-from fxprune.sharding import is_managed, is_sharded, same_draws, whole
+from fxprune.sharding import is_sharded, same_draws, whole
 
 from .base import Pass
 
@@ -49,11 +49,6 @@ class InsertParametrization(Pass, abc.ABC):
 
     def requires(self, traced: TracedModule) -> None:
         owner, name = locate(traced, self.parameter)
-        if is_sharded(owner._parameters.get(name)) and not is_managed(traced):
-            raise ShardingError(
-                f"{self.name} of {self.parameter!r}, which is spread by other means than fully_shard. Insert norms "
-                "before the module is spread."
-            )
         if owner._parameters.get(name) is None:
             raise PruningError(
                 f"{self.name} of {self.parameter!r}: it is no parameter. What is already masked or parametrized is "

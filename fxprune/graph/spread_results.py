@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from fxprune.borrowing import Loans
@@ -18,8 +18,8 @@ from fxprune.graph.names import tensors_of
 from fxprune.graph.reparametrizations import computed_from
 from fxprune.graph.spread_modules import filled, reference_of
 from fxprune.graph.traced import TracedModule
-from fxprune.sharding import is_managed, is_sharded, sent, spread
-from fxprune.torch_internals import sharding_options, spread_before
+from fxprune.sharding import is_managed, is_sharded, sent, spread, spread_by_hand
+from fxprune.torch_internals import sharding_options
 
 _Spread = tuple[DeviceMesh, Sequence[Placement]]
 
@@ -64,7 +64,7 @@ def spread_alike(
 
 def _distribute(hollow: TracedModule, traced: TracedModule) -> None:
     """Spread every parameter as that it comes from, by hand, which FSDP may shard again; new ones as copies."""
-    before = _spread_by_hand(traced)
+    before: dict[int, _Spread] = {id(own): (mesh, ways) for own, mesh, ways in spread_by_hand(traced)}
     if not before:
         return
     sources, made = sources_of(traced), dict[int, nn.Parameter]()
@@ -88,13 +88,6 @@ def _ignored(hollow: TracedModule, traced: TracedModule) -> set[nn.Parameter]:
     """Parameters that come from such as FSDP was to leave alone."""
     plain = {name for name, source in sources_of(traced).items() if not is_sharded(source)}
     return {own for name, own in hollow.named_parameters(remove_duplicate=False) if name in plain}
-
-
-def _spread_by_hand(traced: TracedModule) -> dict[int, _Spread]:
-    """How parameters were spread before FSDP, which may not have been called; by their identity."""
-    if is_managed(traced):
-        return {id(own): (spec.mesh, spec.placements) for own, spec in spread_before(traced)}
-    return {id(own): (own.device_mesh, own.placements) for own in traced.parameters() if isinstance(own, DTensor)}
 
 
 def _fits(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement], is_managed: bool) -> bool:

@@ -326,7 +326,10 @@ def test_what_cannot_be_worked_on_is_refused_by_every_process(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "spread"), [(2, networks.by_fsdp), (4, networks.by_tensor_parallel)])
+@pytest.mark.parametrize(
+    ("processes", "spread"),
+    [(2, networks.by_fsdp), (4, networks.by_tensor_parallel), (4, tensor_parallel.by_hand)],
+)
 def test_norms_are_inserted_masked_trained_folded_and_removed_as_in_one_process(processes: int, spread: Spread) -> None:
     want = networks.normed(networks.plain)
     for got in in_processes(processes, networks.normed, spread):
