@@ -10,7 +10,7 @@ from typing import ClassVar
 from fxprune.calling import renamed
 from fxprune.channels import ChannelPlan, analyze, impose, remove
 from fxprune.channels.analysis import Analysis
-from fxprune.channels.computed_weights import hold_values, mixed_weights
+from fxprune.channels.computed_weights import hold_values, mixed_weights, weights_of_names
 from fxprune.errors import ArgumentError
 from fxprune.graph.copies import read_directly
 from fxprune.graph.requirements import require_eval
@@ -56,8 +56,7 @@ class RemoveChannels(Pass):
             plan = remove(traced, self._analyzed(traced), verify=self.verify, lean=self.lean)
         else:
             _without_copies(traced, self.plan)
-            held = self.plan.held
-            hold_values(traced, [weight for weight in mixed_weights(traced) if weight.name in held])
+            hold_values(traced, weights_of_names(traced, self.plan.held))
             plan = impose(traced, self.plan)
         return bool(plan.removed or plan.dropped)
 

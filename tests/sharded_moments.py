@@ -94,3 +94,68 @@ def not_finite(is_own: bool) -> str:
 
 def _fail(*_: Any) -> None:
     raise MemoryError("no room")
+
+
+class Branching(nn.Module):
+    """Control flow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer, self.last = nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.outer(self.inner(x).relu())
+        return torch.cond(hidden.sum() > 0, lambda each: self.last(each) + 1, lambda each: each * 2, (hidden,))
+
+
+class Stacked(nn.Module):
+    """Recurrent layers, one on the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.last = nn.LSTM(8, 16, 2, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layers(x)[0])
+
+
+class Standardized(nn.Module):
+    """Convolutions by weights that are standardized row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 10, 3), nn.Conv2d(10, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.second):
+            weight = layer.weight
+            weight = (weight - weight.mean((1, 2, 3), keepdim=True)) / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
+            x = functional.conv2d(x, weight, layer.bias).relu()
+        return self.last(x)
+
+
+def normed() -> nn.Module:
+    """A weight norm on rows, which has as many axes as what it computes."""
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(8, 24))
+    return nn.Sequential(first, nn.Dropout(0.5), nn.ReLU(), nn.Linear(24, 8))
+
+
+OTHERS = {
+    "control flow": (Branching, (8,)), "recurrent": (Stacked, (4, 8)), "standardized": (Standardized, (3, 8, 8)),
+    "normed": (normed, (8,)),
+}  # fmt: skip
+
+
+def chosen(spread: Spread, what: str) -> dict[str, Any]:
+    """Curves, what a choice by them and its repair leave, and the outputs of that."""
+    torch.manual_seed(0)
+    make, shape = OTHERS[what]
+    batches = [torch.randn(6, *shape) for _ in range(5)]
+    if dist.is_initialized():
+        networks.keep_nothing_whole()
+    module = spread(fxprune.trace(make(), (batches[0],), modes=("eval",)))
+    found = fxprune.sensitivity(module, mine(batches))
+    fxprune.prune.channels(module, macs=0.6, importance=found, round_to=1)
+    fxprune.reconstruct(module, mine(batches))
+    final = fxprune.finalize(module, align=1)
+    return {"curves": [(curve.order, curve.measured) for curve in found.curves], "output": final(batches[0]).detach()}

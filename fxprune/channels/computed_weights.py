@@ -44,18 +44,35 @@ def mixed_weights(traced: TracedModule) -> list[ComputedWeight]:
     place of the computation it can, exactly. Those alone that all graphs compute alike, from a parameter that nothing
     else reads.
     """
-    if any(parameter.is_meta for parameter in traced.parameters()):
+    if _has_no_values(traced):
         return []
+    found = []
+    for weight in _computed_alike(traced):
+        nodes = [node for each in weight.nodes.values() for node in each]
+        alike = all(torch.equal(weight.value, _value(traced, node, {})) for node in nodes[1:])
+        if alike and _mixes_columns(traced, weight.name, nodes[0], weight.value):
+            found.append(weight)
+    return found
+
+
+def weights_of_names(traced: TracedModule, names: Collection[str]) -> list[ComputedWeight]:
+    """Those of `mixed_weights` of some names; where there are no values, as those of a module that has some."""
+    known = _computed_alike(traced) if _has_no_values(traced) else mixed_weights(traced)
+    return [weight for weight in known if weight.name in names]
+
+
+def _has_no_values(traced: TracedModule) -> bool:
+    return any(parameter.is_meta for parameter in traced.parameters())
+
+
+def _computed_alike(traced: TracedModule) -> list[ComputedWeight]:
+    """Weights that every graph computes from a parameter of their shape that nothing else reads."""
     by_mode = {mode: _computed(traced, graph) for mode, graph in traced.graphs.items()}
     found = []
-    for name in by_mode.get("eval", {}):
+    for name, first in by_mode.get("eval", {}).items():
         nodes = {mode: each[name] for mode, each in by_mode.items() if name in each}
-        if len(nodes) < len(by_mode):
-            continue
-        values = [_value(traced, node, {}) for each in nodes.values() for node in each]
-        alike = all(torch.equal(values[0], value) for value in values[1:])
-        if alike and _mixes_columns(traced, name, nodes["eval"][0], values[0]):
-            found.append(ComputedWeight(name, nodes, values[0]))
+        if len(nodes) == len(by_mode):
+            found.append(ComputedWeight(name, nodes, _value(traced, first[0], {})))
     return found
 
 
@@ -81,24 +98,23 @@ def with_plain_weights(plain: TracedModule, names: Collection[str] | None = None
 
     All, or those of these names.
     """
-    if not _of_names(mixed_weights(plain), names):
+
+    def chosen(module: TracedModule) -> list[ComputedWeight]:
+        return mixed_weights(module) if names is None else weights_of_names(module, names)
+
+    if not chosen(plain):
         return plain
     copied = copy.deepcopy(plain, {id(tensor): tensor for tensor in tensors_of(plain).values()})
-    hold_values(copied, _of_names(mixed_weights(copied), names))
+    hold_values(copied, chosen(copied))
     return copied
-
-
-def _of_names(weights: Sequence[ComputedWeight], names: Collection[str] | None) -> list[ComputedWeight]:
-    return [weight for weight in weights if names is None or weight.name in names]
 
 
 HELD = "fxprune_held"
 
 
-def held_values(traced: TracedModule) -> list[str]:
-    """The parameters that hold what was computed from them."""
-    reads = traced.graphs["eval"].find_nodes(op="get_attr")
-    return sorted({str(node.target) for node in reads if HELD in node.meta})
+def held_values(graph: fx.Graph) -> list[str]:
+    """The parameters that hold what was computed from them, as an eval graph reads them."""
+    return sorted({str(node.target) for node in graph.find_nodes(op="get_attr") if HELD in node.meta})
 
 
 def _computed(traced: TracedModule, graph: fx.Graph) -> dict[str, list[fx.Node]]:

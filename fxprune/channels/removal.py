@@ -186,7 +186,7 @@ def _carry_out(
         name: {dim: (relations.cached.sizes(name)[dim], index) for dim, index in axes.items()}
         for name, axes in relations.cached.kept(kept).items()
     }
-    plan.held = tuple(held_values(traced))
+    plan.held = tuple(held_values(traced.graphs["eval"]))
     cut_examples(traced, traced.graphs["eval"], relations.cached, kept)
     traced.recompile()
     plan.parameters = (wanted.parameters[0], parameter_count(traced))

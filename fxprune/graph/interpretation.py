@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fxprune.graph.mutation import is_mutating, is_written_behind, written
+from fxprune.wrapper_tensors import WrapperTensor
 
 Watch = Callable[[fx.Node, Any], None]
 
@@ -65,6 +66,10 @@ class Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An operator on converted arguments."""
         args, kwargs = pytree.tree_map(self._converted, (args, kwargs))
+        if any(
+            isinstance(each, nn.Module) for each in pytree.tree_leaves(args)
+        ):  # control flow takes plain tensors alone
+            args = pytree.tree_map_only(WrapperTensor, lambda tensor: tensor.whole(), args)
         return super().call_function(target, args, kwargs)
 
     def _converted(self, value: Any) -> Any:
@@ -103,12 +108,13 @@ def run(
 ) -> list[Any]:
     """Run a graph without gradients on its flat inputs; returns its flat outputs. The arguments are `Interpreter`'s."""
     # torch's counter of operations hangs hooks on what is given to branches of control flow and requires a gradient
-    interpreter = Interpreter(graph, lambda name: _without_gradient(tensors(name)), dtype, watch, halves=halves)
+    interpreter = Interpreter(graph, lambda name: without_gradient(tensors(name)), dtype, watch, halves=halves)
     with torch.no_grad():
-        return pytree.tree_leaves(interpreter.run(*map(_without_gradient, inputs), enable_io_processing=False))
+        return pytree.tree_leaves(interpreter.run(*map(without_gradient, inputs), enable_io_processing=False))
 
 
-def _without_gradient(value: Any) -> Any:
+def without_gradient(value: Any) -> Any:
+    """A tensor apart from what it is computed from; everything else as it is."""
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 

@@ -8,6 +8,7 @@ and the module's provenance says that it is a mask. No other file knows these su
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -128,7 +129,11 @@ class ParameterView:
     def computed_from(self) -> torch.Tensor | None:
         """A parameter of the same shape that a norm or a parametrization computes the values from, None without one."""
         known = _computing(self.owner, self.attribute)
-        shape = self.mask.shape if self.mask is not None else max((each.shape for each in known), key=len, default=None)
+        shape = (
+            self.mask.shape
+            if self.mask is not None
+            else max((each.shape for each in known), key=math.prod, default=None)
+        )
         return next((each for each in known if each.shape == shape), None)
 
     def value(self) -> torch.Tensor:

@@ -460,8 +460,9 @@ def sent_masks(
     for name in names:
         own = view(traced, name)
         reference = own.original if own.original is not None else own.computed_from
-        assert reference is not None, name
-        if name in numbers:
+        if reference is None:  # computed from parameters of other shapes
+            found[name] = sent_object(None if masks is None else masks[name], first_of_all(traced))
+        elif name in numbers:
             found[name] = spread(loans.part(numbers[name]), reference)
         else:
             found[name] = sent(None if masks is None else masks[name], reference)

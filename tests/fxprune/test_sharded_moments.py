@@ -37,6 +37,21 @@ def test_curves_are_those_of_one_process_on_any_mesh(processes: int, spread: Spr
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", moments.OTHERS)
+def test_other_networks_are_chosen_by_curves_repaired_and_cut_as_in_one_process(what: str) -> None:
+    want = moments.chosen(networks.plain, what)
+    for got in in_processes(2, moments.chosen, networks.by_fsdp, what):
+        assert got["curves"] == want["curves"]
+        assert torch.allclose(got["output"], want["output"], rtol=0, atol=1e-5)
+
+
+def test_control_flow_is_measured_and_repaired_around() -> None:
+    found = moments.chosen(networks.plain, "control flow")
+    assert all(measured[0] <= measured[-1] for _, measured in found["curves"])
+    assert found["output"].shape == (6, 8)
+
+
+@pytest.mark.slow
 def test_a_batch_that_is_not_finite_is_told_as_in_one_process() -> None:
     for told in in_processes(2, moments.not_finite, False):
         assert told.startswith("PruningError: NaN or inf come up")

@@ -302,7 +302,11 @@ class _Sweep:
         """The errors of the outputs before and after; fits that make the outputs worse are taken back."""
 
         def error(tensors: Callable[[Tensor], Tensor], shifts: Mapping[fx.Node, tuple[Reader, Tensor]]) -> float:
-            return judge.error(lambda target: tensors(tensor_at(self.traced, target)), shifts)
+            def value(target: str) -> Any:
+                found = tensor_at(self.traced, target)
+                return tensors(found) if isinstance(found, Tensor) else found  # the body of control flow
+
+            return judge.error(value, shifts)
 
         before, after = error(self.changes.first, {}), error(Tensor.detach, biases)
         if not after > before:

@@ -15,6 +15,7 @@ from fxprune.borrowing import taken
 from fxprune.channels.budget import masks
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentError
+from fxprune.graph.interpretation import without_gradient
 from fxprune.graph.names import tensor_at
 from fxprune.progress import Work, working
 from fxprune.prune.channel_scores import unit_scores
@@ -147,8 +148,9 @@ class _Analysis:
         self._metrics: dict[int, Metric] = {}  # by the id of a reader
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter or buffer of the module."""
-        return tensor_at(self._grouping.plain, name).detach()
+        """A parameter or buffer of the module; also the body of control flow."""
+        found: Tensor = without_gradient(tensor_at(self._grouping.plain, name))
+        return found
 
     def _units(self, rows: Any, places: Tensor, group: ChannelGroup) -> Tensor:
         """The units of a group that some outputs go with."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.interpretation import Interpreter
+from fxprune.graph.interpretation import Interpreter, without_gradient
 from fxprune.prune.repair.batches import Batches, Piece
 from fxprune.prune.repair.layers import Reader
 from fxprune.prune.repair.moments import add_products
@@ -229,7 +229,7 @@ class _Marked(Interpreter):
         piece: Piece,
         kept: Sequence[fx.Node],
     ) -> None:
-        super().__init__(graph, lambda name: tensors(name).detach())
+        super().__init__(graph, lambda name: without_gradient(tensors(name)))
         self._sums, self._piece, self._kept = sums, piece, kept
         self.zeros: dict[fx.Node, Tensor] = {}
         self.positions: dict[fx.Node, tuple[int, ...]] = {}

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxprune import driver
 from fxprune.borrowing import Borrowed, lender
-from fxprune.channels.computed_weights import with_plain_weights
+from fxprune.channels.computed_weights import held_values, with_plain_weights
 from fxprune.graph.mutation import draws
 from fxprune.graph.spread_modules import hollow_copy
 from fxprune.prune.repair.batches import Piece
@@ -39,12 +39,14 @@ class _Plan:
     """What the first process tells the others.
 
     Attributes:
-        graph: a checksum. readers: of weights, by node and weights; of products, by node and operands.
+        graph: a checksum. held: the parameters that hold what was computed from them.
+        readers: of weights, by node and weights; of products, by node and operands.
         samples: how many there are. pieces: into how many they are cut.
         numbers, values: of the tensors that the graph reads, those that are lent and others.
     """
 
     graph: int
+    held: list[str]
     readers: list[_Reader]
     samples: int
     pieces: int
@@ -94,7 +96,15 @@ def _by_all(
     numbers = {name: loans.number_of(tensor) for name, tensor in read.items() if isinstance(tensor, Borrowed)}
     try:
         values = {name: tensor.cpu() for name, tensor in read.items() if name not in numbers}
-        plan = _Plan(_checksum(graph), [*map(_told, readers)], pieces.samples[0], len(pieces), numbers, values)
+        plan = _Plan(
+            _checksum(graph),
+            held_values(graph),
+            [*map(_told, readers)],
+            pieces.samples[0],
+            len(pieces),
+            numbers,
+            values,
+        )
         return loans.worked(_carried_out, plan, _Own(graph, readers, iter(pieces)))
     finally:
         for number in numbers.values():
@@ -144,7 +154,7 @@ def _made(team: Processes, plan: _Plan) -> _Own | None:
     if _KEY not in team.prepared:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            plain = with_plain_weights(driver.plain_view(hollow_copy(team.module)))
+            plain = with_plain_weights(driver.plain_view(hollow_copy(team.module)), plan.held)
         team.prepared[_KEY] = plain, in_single_layers(plain.graphs["eval"])
     plain, graph = team.prepared[_KEY]
     if _checksum(graph) != plan.graph:
