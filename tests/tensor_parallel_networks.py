@@ -49,6 +49,14 @@ def _cut_layers(module: fxprune.TracedModule, mesh: DeviceMesh) -> None:
         setattr(module.get_submodule(owner), key, nn.Parameter(values))
 
 
+def by_layers(module: fxprune.TracedModule) -> fxprune.TracedModule:
+    """The same over two axes; all else is FSDP2's alone."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+    _cut_layers(module, mesh["tensor"])
+    fully_shard(module, mesh=mesh["data"])
+    return module
+
+
 def by_four(module: fxprune.TracedModule) -> fxprune.TracedModule:
     """Layers that four processes have parts of, one by columns and one by rows."""
     mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "tensor"))

@@ -193,6 +193,7 @@ _ROWS = "(_StridedShard(dim=0, sf=2), Shard(dim=0))"
         (2, networks.by_tensor_parallel, "(Shard(dim=0), Shard(dim=1))", {"as_dtensors": True}),
         (4, networks.by_tensor_parallel, "(Shard(dim=0), Shard(dim=1))", {"as_dtensors": True}),
         (4, networks.by_tensor_parallel, "(Shard(dim=0), Shard(dim=1))", {"groups": 2, "amount": 0.3}),
+        (4, tensor_parallel.by_layers, _ROWS, {"as_dtensors": True, "groups": 2}),
         (4, tensor_parallel.by_named_axes, _ROWS, {"groups": 2, "amount": 0.3}),
         (4, tensor_parallel.by_named_axes, _ROWS, {"amount": 0.5}),
         (4, tensor_parallel.by_copies_of_shards, f"(Replicate(), {_ROWS[1:]}", {"groups": 2}),
