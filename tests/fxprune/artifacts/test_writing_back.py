@@ -481,6 +481,7 @@ REFUSED = {
     ("shufflenetv2b_w1", "macs"): r"features.stage3.unit\d.conv1 \(ConvBlock\).*conv.py:\d+",
     ("dicenet_wd5", "half"): r"features.stage1.unit2.right_branch.conv \(ConvBlock\).*conv.py:\d+",
     ("cbam_resnet18", "half"): r"fc2 \(Linear\) has no place for 'folded_bias_1'",
+    ("cbam_resnet18", "macs"): r"Statistics count channels that went.*stage2.unit1.cbam.sp_gate \(96 of 128\)",
     ("Albert", "half"): r"ffn_output \(Linear\) has no place for 'folded_bias_1'",
 }
 
