@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxprune
-from fxprune.errors import PruningError
+from fxprune.errors import PruningError, WriteBackError
 
 
 class Residual(nn.Module):
@@ -198,3 +198,28 @@ def test_a_response_norm_whose_class_has_its_eps_in_its_code_keeps_what_it_count
     assert small[0].out_channels == 24
     x = torch.randn(3, 3, 5, 5)
     torch.testing.assert_close(small(x), traced(x), rtol=1e-5, atol=1e-6)
+
+
+class Averaging(nn.Module):
+    """A gate by the mean over channels, which the class takes over those that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.head(x * x.mean(1, keepdim=True).sigmoid()).mean((2, 3))
+
+
+def test_a_class_with_a_mean_over_channels_that_went_is_refused_with_their_counts() -> None:
+    model = Averaging().double().eval()
+    x = torch.randn(2, 3, 8, 8).double()
+    traced = fxprune.trace(model, x, modes=("eval",))
+    fxprune.prune.channels(traced, 0.5, round_to=1)
+    final = fxprune.finalize(traced, align=1)
+    torch.testing.assert_close(final(x), traced(x), rtol=1e-9, atol=1e-9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(WriteBackError, match=r"Statistics count channels that went.*: mean \(4 of 8\)"):
+        fxprune.write_back(final, model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
