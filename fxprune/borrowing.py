@@ -254,8 +254,10 @@ def fills_its_memory(tensor: Tensor) -> bool:
 
 def share_memory(left: Tensor, right: Tensor) -> bool:
     """Whether tensors are views of one memory; no values are read."""
-    if isinstance(left, Borrowed) or isinstance(right, Borrowed):
-        return isinstance(left, Borrowed) and isinstance(right, Borrowed) and left._cell is right._cell
+    if isinstance(left, WrapperTensor):
+        return isinstance(right, WrapperTensor) and left._serial == right._serial
+    if isinstance(right, WrapperTensor):
+        return False
     return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
 
 

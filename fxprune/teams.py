@@ -249,20 +249,21 @@ class Gathered(WrapperTensor):
 
     _team: Processes
     _number: int
-    _held: Tensor
+    _own_serial: int
 
     @staticmethod
-    def __new__(
-        cls, team: Processes, number: int, held: Tensor, views: tuple[View, ...] = (), form: Tensor | None = None
-    ) -> Gathered:
-        if form is None:
-            form = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device="meta")
+    def __new__(cls, team: Processes, number: int, held: Tensor) -> Gathered:
+        form = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device="meta")
+        return cls._made(team, number, next(SERIALS), (), form)
+
+    @classmethod
+    def _made(cls, team: Processes, number: int, serial: int, views: tuple[View, ...], form: Tensor) -> Gathered:
         made = cls._wrapped(form, team.device, views)
-        made._team, made._number, made._held = team, number, held
+        made._team, made._number, made._own_serial = team, number, serial
         return made
 
     def _viewed(self, views: tuple[View, ...], form: Tensor) -> Gathered:
-        return type(self)(self._team, self._number, self._held, views, form)
+        return self._made(self._team, self._number, self._own_serial, views, form)
 
     @classmethod
     def _result(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -274,4 +275,4 @@ class Gathered(WrapperTensor):
 
     @property
     def _serial(self) -> int:
-        return next(SERIALS)
+        return self._own_serial

@@ -14,7 +14,7 @@ from torch import Tensor
 from fxprune.borrowing import Borrowed, nonzero
 from fxprune.channels.ids import Mask
 
-_AT_A_TIME = 2**22  # entries of a weight that are compared with zero at once
+_AT_A_TIME = 2**19  # entries of a weight that are compared with zero at once
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from fxprune.torch_internals import storage_users
 from fxprune.wrapper_tensors import SERIALS, View, WrapperTensor
 
 LEAST = 2**16  # bytes: what has fewer is computed once, and held
+_AT_A_TIME = 2**19  # entries that are multiplied at once
 
 
 class Latest:
@@ -113,7 +114,15 @@ def masked_on_demand(values: Tensor, mask: Callable[[], Tensor], latest: Latest)
     if values.nbytes < LEAST or type(values) not in (Tensor, OnDemand):
         return mask() * values
     form = torch.empty_like(values, device="meta")
-    return OnDemand(lambda out: torch.mul(mask(), values, out=out), form, values.device, latest)
+    return OnDemand(lambda out: _multiply(mask(), values, out), form, values.device, latest)
+
+
+def _multiply(mask: Tensor, values: Tensor, out: Tensor) -> None:
+    """A product, some rows at a time: of a mask of another type torch makes one of the type of the values first."""
+    many = max(1, _AT_A_TIME * len(out) // max(1, out.numel()))
+    for row in range(0, len(out), many):
+        rows = slice(row, row + many)
+        torch.mul(mask[rows], values[rows], out=out[rows])
 
 
 def own_tensors(final: nn.Module, traced: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune.borrowing import share_memory
 from fxprune.errors import AnalysisWarning
 from fxprune.graph import on_demand
 from fxprune.graph.on_demand import Latest, OnDemand, masked_on_demand
@@ -75,6 +76,33 @@ def test_layouts_are_those_of_parameters() -> None:
     own = masked_on_demand(values, lambda: kept, Latest(values.nbytes))
     assert own.stride() == own.clone().stride() == (values * kept).stride() == values.stride()
     assert torch.equal(own.flatten(1), values.flatten(1))
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 2**20])
+def test_products_are_taken_some_rows_at_a_time(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_demand, "_AT_A_TIME", at_a_time)
+    values = torch.randn(5, 3, 2, 2, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    values[1, 0, 0, 0], values[2, 1] = torch.nan, -torch.inf
+    for mask in (
+        torch.rand(5, 3, 2, 2) < 0.5,
+        (torch.rand(5, 1, 1, 1) < 0.5).expand(5, 3, 2, 2),
+        torch.rand(5, 3, 2, 2),
+    ):
+        mask = mask if mask.dtype == torch.bool else mask.bfloat16()
+        own = masked_on_demand(values, lambda mask=mask: mask, Latest(values.nbytes))  # type: ignore[misc]
+        assert torch.equal(own.clone().view(torch.int16), (mask * values).view(torch.int16))
+    assert torch.equal(masked_on_demand(values[:0], lambda: values[:0], Latest(2)).clone(), values[:0])
+
+
+def test_what_shares_memory_is_told_without_values() -> None:
+    def unread(out: torch.Tensor) -> None:
+        raise AssertionError(out.shape)
+
+    form = torch.empty(3, 4, device="meta")
+    own, other = (OnDemand(unread, form, torch.device("cpu"), Latest(48)) for _ in range(2))
+    assert share_memory(own, own.t()[1:])
+    assert not share_memory(own, other)
+    assert not share_memory(own, VALUES)
 
 
 @pytest.mark.parametrize("seed", range(6))
