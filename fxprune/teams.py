@@ -21,7 +21,6 @@ from fxprune.sharding import Layout, gathered_objects, part, sent_object, whole
 from fxprune.wrapper_tensors import SERIALS, View, WrapperTensor
 
 Value = TypeVar("Value")
-aten = torch.ops.aten
 
 
 class Team(Protocol):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
 from torch.nn.utils import prune as torch_prune
 
 import fxprune
@@ -73,15 +74,25 @@ def by_replicas(module: fxprune.TracedModule) -> fxprune.TracedModule:
     return module
 
 
+def data_and_tensor() -> DeviceMesh:
+    """A mesh of two dimensions, two processes along the second."""
+    return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+
+
+def distribute(
+    module: fxprune.TracedModule, mesh: DeviceMesh, ways: Callable[[str, torch.Tensor], Sequence[Placement] | None]
+) -> None:
+    """Spread parameters over a mesh by hand, in place: from a name and a parameter its placements, None for none."""
+    for path, owner in module.named_modules():
+        for key, parameter in list(owner._parameters.items()):
+            if parameter is not None and (placements := ways(f"{path}.{key}", parameter)) is not None:
+                owner._parameters[key] = nn.Parameter(distribute_tensor(parameter.detach(), mesh, placements))
+
+
 def by_tensor_parallel(module: fxprune.TracedModule) -> fxprune.TracedModule:
     """Shards of weights along their input axes, sharded again by FSDP2 along their first."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
-    for owner in module.modules():
-        for name, parameter in list(owner._parameters.items()):
-            if parameter is None:
-                continue
-            placement = Shard(1 if parameter.dim() > 1 and parameter.shape[1] % 2 == 0 else 0)
-            owner._parameters[name] = nn.Parameter(distribute_tensor(parameter.detach(), mesh["tensor"], [placement]))
+    mesh = data_and_tensor()
+    distribute(module, mesh["tensor"], lambda _, own: [Shard(1 if own.dim() > 1 and own.shape[1] % 2 == 0 else 0)])
     fully_shard(module, mesh=mesh["data"])
     return module
 

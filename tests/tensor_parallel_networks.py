@@ -18,40 +18,30 @@ from tests import sharded_networks as networks
 
 def by_hand(module: fxprune.TracedModule) -> fxprune.TracedModule:
     """DTensors on a mesh of two dimensions, without FSDP: parts of rows, of which each has some of the columns."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
-    for owner in module.modules():
-        for name, parameter in list(owner._parameters.items()):
-            if parameter is None:
-                continue
-            placements = [Shard(0), Shard(1) if parameter.dim() > 1 else Replicate()]
-            owner._parameters[name] = nn.Parameter(distribute_tensor(parameter.detach(), mesh, placements))
+    networks.distribute(
+        module, networks.data_and_tensor(), lambda _, own: [Shard(0), Shard(1) if own.dim() > 1 else Replicate()]
+    )
     return module
 
 
 def by_partly_tensor_parallel(module: fxprune.TracedModule) -> fxprune.TracedModule:
     """As torch's styles do it: two layers are tensor-parallel, one by columns and one by rows, all else is FSDP2's."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
-    ways = {"inner.weight": Shard(0), "inner.bias": Shard(0), "head.weight": Shard(1)}
-    for path, owner in module.named_modules():
-        for key, parameter in list(owner._parameters.items()):
-            way = ways.get(f"{path}.{key.removesuffix('_orig')}")
-            if way is not None and parameter is not None:
-                owner._parameters[key] = nn.Parameter(distribute_tensor(parameter.detach(), mesh["tensor"], [way]))
+    mesh = networks.data_and_tensor()
+    ways = {"inner.weight": [Shard(0)], "inner.bias": [Shard(0)], "head.weight": [Shard(1)]}
+    networks.distribute(module, mesh["tensor"], lambda name, _: ways.get(name.removesuffix("_orig")))
     fully_shard(module, mesh=mesh["data"])
     return module
 
 
 def _cut_layers(module: fxprune.TracedModule, mesh: DeviceMesh) -> None:
     """One layer by its rows, and the one that reads it by its columns."""
-    for name, way in {"1.weight": Shard(0), "1.bias": Shard(0), "3.weight": Shard(1)}.items():
-        owner, _, key = name.rpartition(".")
-        values = distribute_tensor(module.get_parameter(name).detach(), mesh, [way])
-        setattr(module.get_submodule(owner), key, nn.Parameter(values))
+    ways = {"1.weight": [Shard(0)], "1.bias": [Shard(0)], "3.weight": [Shard(1)]}
+    networks.distribute(module, mesh, lambda name, _: ways.get(name))
 
 
 def by_layers(module: fxprune.TracedModule) -> fxprune.TracedModule:
     """The same over two axes; all else is FSDP2's alone."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+    mesh = networks.data_and_tensor()
     _cut_layers(module, mesh["tensor"])
     fully_shard(module, mesh=mesh["data"])
     return module
@@ -67,12 +57,8 @@ def by_four(module: fxprune.TracedModule) -> fxprune.TracedModule:
 
 def by_named_axes(module: fxprune.TracedModule) -> fxprune.TracedModule:
     """DTensors on a whole mesh, of which FSDP2 shards over an axis that it is told by its name."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
-    for path, owner in module.named_modules():
-        for key, parameter in list(owner._parameters.items()):
-            assert parameter is not None
-            way = Shard(1) if path == "3" and parameter.dim() > 1 else Shard(0)
-            owner._parameters[key] = nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Replicate(), way]))
+    mesh = networks.data_and_tensor()
+    networks.distribute(module, mesh, lambda name, _: [Replicate(), Shard(1 if name == "3.weight" else 0)])
     fully_shard(module, mesh=mesh, dp_mesh_dims=DataParallelMeshDims(shard="data"), reshard_after_forward=True)
     return module
 
@@ -122,8 +108,7 @@ def layers_over_tensor_parallel(
 
 def _step(module: fxprune.TracedModule, optimizer: torch.optim.Optimizer, x: torch.Tensor, as_dtensors: bool) -> None:
     if as_dtensors:
-        mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))["tensor"]
-        x = distribute_tensor(x, mesh, [Replicate()])
+        x = distribute_tensor(x, networks.data_and_tensor()["tensor"], [Replicate()])
     found = module(x)
     assert isinstance(found, DTensor) == as_dtensors
     getattr(found, "full_tensor", lambda: found)().square().mean().backward()

@@ -18,6 +18,10 @@ from tests.processes import in_processes
 Spread = Callable[[fxprune.TracedModule], fxprune.TracedModule]
 State = dict[str, torch.Tensor]
 
+MESHES = [
+    networks.by_fsdp, networks.by_replicas, networks.by_tensor_parallel, tensor_parallel.by_partly_tensor_parallel
+]  # fmt: skip
+
 
 def assert_equal(want: Mapping[str, State], got: Mapping[str, State]) -> None:
     for what, state in want.items():
@@ -67,16 +71,7 @@ def test_three_steps_with_clipping_and_masks_in_between_end_as_in_one_process() 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "spread",
-    [
-        networks.by_fsdp,
-        networks.by_replicas,
-        networks.by_tensor_parallel,
-        tensor_parallel.by_partly_tensor_parallel,
-        tensor_parallel.by_hand,
-    ],
-)
+@pytest.mark.parametrize("spread", [*MESHES, tensor_parallel.by_hand])
 def test_training_ends_as_in_one_process_on_any_mesh(spread: Spread) -> None:
     want = networks.trained(networks.plain)
     for got in in_processes(4, networks.trained, spread):
@@ -105,15 +100,7 @@ def test_channels_of_two_processes_are_those_of_one_by_every_importance() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "spread",
-    [
-        networks.by_fsdp,
-        networks.by_replicas,
-        networks.by_tensor_parallel,
-        tensor_parallel.by_partly_tensor_parallel,
-    ],
-)
+@pytest.mark.parametrize("spread", MESHES)
 def test_channels_are_those_of_one_process_on_any_mesh(spread: Spread) -> None:
     want = networks.channels(networks.plain)
     for got in in_processes(4, networks.channels, spread):
