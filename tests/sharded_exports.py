@@ -17,7 +17,7 @@ from fxprune import borrowing
 from fxprune.export import onnx_files
 from fxprune.serving import Counts
 from tests import sharded_networks as networks
-from tests.tensor_memory import give_large_blocks_back_at_once, most_private
+from tests.tensor_memory import most_private
 
 Found = dict[str, dict[str, torch.Tensor]]
 Spread = Callable[[fxprune.TracedModule], fxprune.TracedModule]
@@ -107,7 +107,6 @@ def other_forms(spread: Spread, folder: str) -> dict[str, tuple[int, torch.Tenso
     calls = {"a.pt2": fxprune.export.to_program, "a.pt": fxprune.export.to_torchscript, "a.onnx": _captured_again}
     readers = {"a.pt2": lambda path: torch.export.load(path).module(), "a.pt": torch.jit.load, "a.onnx": _run}
     borrowing.ROOM = 2**22
-    give_large_blocks_back_at_once()
     found = {}
     for name, write in calls.items():
         write(tiny, f"{folder}/tiny-{name}", verify=False)  # what torch loads once

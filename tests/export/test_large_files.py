@@ -15,9 +15,9 @@ from torch.onnx import ONNXProgram
 import fxprune
 from fxprune.export import onnx, onnx_files
 from fxprune.export.session import Session
-from tests.tensor_memory import let_go_of_what_is_free, peak_added, private_bytes
+from tests.tensor_memory import most_private
 
-LAYERS, WIDTH = 3, 1024
+LAYERS, WIDTH = 12, 1024
 
 
 def _watched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
@@ -54,13 +54,12 @@ def test_weights_beside_a_file_are_read_where_they_are(written: tuple[Path, list
     assert packed == [False]
     x = torch.randn(3, 5, WIDTH)
     held, results = {}, {}
+
+    def run(packs: bool) -> None:
+        results[packs] = Session(path, threads=1, packs=packs).run(x)["output"]
+
     for packs in (True, False):
-        let_go_of_what_is_free()
-        before = private_bytes()
-        session = Session(path, threads=1, packs=packs)
-        results[packs] = session.run(x)["output"]
-        held[packs] = (private_bytes() - before) / (LAYERS * WIDTH * WIDTH * 4)
-        del session
+        held[packs] = most_private(lambda packs=packs: run(packs)) / (LAYERS * WIDTH * WIDTH * 4)
     assert torch.allclose(results[True], results[False], rtol=1e-5, atol=1e-5)
     assert held[False] < 0.3
     assert held[False] < held[True] / 2
@@ -113,16 +112,14 @@ def test_a_file_that_is_put_together_is_what_protobuf_writes(tmp_path: Path, mon
 
 
 def test_a_file_in_one_holds_one_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = 12 * WIDTH * WIDTH * 4
-    traced = fxprune.trace(
-        nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(12))), (torch.randn(2, WIDTH),),
-        modes=("eval",),
-    )  # fmt: skip
-    held = []
+    size, held = LAYERS * WIDTH * WIDTH * 4, []
 
     def saved(program: ONNXProgram, path: Path) -> None:
-        held.append(peak_added(lambda: onnx_files.save(program, path)) / size)
+        held.append(most_private(lambda: onnx_files.save(program, path)) / size)
 
     monkeypatch.setattr(onnx, "save", saved)
-    fxprune.export.to_onnx(traced, tmp_path / "model.onnx", verify=False)
-    assert held[0] < 0.5  # a message, and its bytes, of one weight
+    for width in (64, WIDTH):  # with the small one, what is loaded once
+        layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(LAYERS)))
+        traced = fxprune.trace(layers, (torch.randn(2, width),), modes=("eval",))
+        fxprune.export.to_onnx(traced, tmp_path / "model.onnx", verify=False)
+    assert held[1] < 0.4  # a message, and its bytes, of one weight in twelve

@@ -19,7 +19,7 @@ from fxprune.export import FileReport, compare, to_onnx, to_program, to_torchscr
 from fxprune.export.runners import ProgramRunner
 from tests.export.test_onnx import Everything, Network
 from tests.networks import NETWORKS
-from tests.tensor_memory import give_large_blocks_back_at_once, most_private
+from tests.tensor_memory import most_private
 
 FORMATS: dict[str, Callable[..., FileReport]] = {".pt2": to_program, ".pt": to_torchscript}
 
@@ -60,7 +60,6 @@ def test_a_program_is_compared_without_being_read_into_memory(tmp_path: Path) ->
     path, size = tmp_path / "model.pt2", layers * width * width * 4
     to_program(traced, path, verify=False)
     before, outputs = path.read_bytes(), []
-    give_large_blocks_back_at_once()
     held = most_private(lambda: outputs.append(ProgramRunner(path).run((torch.ones(2, width),), {})))
     assert held < 0.25 * size
     assert torch.equal(outputs[0]["output"], model(torch.ones(2, width)))
