@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.prune import L1Unstructured
 
 import fxprune
-from fxprune import driver, serving
+from fxprune import serving
 from fxprune.callbacks import masks_from_states
 from fxprune.checkpoints import in_parts
+from fxprune.driver import finalizing
 from fxprune.graph import spread_modules
 from fxprune.graph import traced as traced_modules
 from fxprune.graph.masks import ParameterView
@@ -194,7 +195,7 @@ ALONE: dict[str, tuple[Any, str]] = {
     "weight_norm, halfway": (insert_parametrization, "_hold"),
     "spectral_norm": (InsertSpectralNorm, "run"),
     "remove_weight_norm": (FoldReparametrizations, "run"),
-    "finalize": (driver, "_shapes"),
+    "finalize": (finalizing, "_shapes"),
     "optimizer_after": (continuation, "_state"),
     "load_state_dict": (traced_modules, "check_state"),
     "sensitivity": (spread_modules, "with_all_batches"),

@@ -21,6 +21,7 @@ from fxprune.graph.depths import Gone, Renaming, Shallower, follow_depth, shallo
 from fxprune.graph.metadata import module_calls, set_module_calls
 from fxprune.graph.names import join, tensors_of
 from fxprune.graph.plan import ChannelPlan
+from fxprune.graph.sharing_copies import sharing_copy
 from fxprune.graph.snapshot import preserved
 from fxprune.graph.traced import TracedModule
 
@@ -103,7 +104,7 @@ def _is_made(small: nn.Module, found: Shallower, inputs: Arguments) -> bool:
 
 def renamed(final: TracedModule, names: Renaming) -> TracedModule:
     """A finalized module whose modules have other names; it shares its tensors with the one that it comes from."""
-    found = copy.deepcopy(final, {id(tensor): tensor for tensor in tensors_of(final).values()})
+    found = sharing_copy(final)
     for path in sorted(names.gone, key=len, reverse=True):
         try:
             container = found.get_submodule(path)

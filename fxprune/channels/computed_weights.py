@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from fxprune.graph.editing import erase_dead
 from fxprune.graph.expressions import closure, is_repeatable
 from fxprune.graph.interpretation import run_nodes
 from fxprune.graph.names import locate, tensor_at, tensors_of
+from fxprune.graph.sharing_copies import sharing_copy
 from fxprune.graph.traced import TracedModule
 
 aten = torch.ops.aten
@@ -104,7 +104,7 @@ def with_plain_weights(plain: TracedModule, names: Collection[str] | None = None
 
     if not chosen(plain):
         return plain
-    copied = copy.deepcopy(plain, {id(tensor): tensor for tensor in tensors_of(plain).values()})
+    copied = sharing_copy(plain)
     hold_values(copied, chosen(copied))
     return copied
 

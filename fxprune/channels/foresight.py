@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from fxprune.channels.ids import Mask
 from fxprune.channels.removal import remove
 from fxprune.graph.names import locate, tensors_of
 from fxprune.graph.on_demand import Latest, masked_on_demand
+from fxprune.graph.sharing_copies import sharing_copy
 from fxprune.graph.traced import TracedModule
 
 
@@ -40,7 +40,7 @@ def foresee(
         stored = tensors[name].detach()
         masked[id(tensors[name])] = masked_on_demand(stored, partial(_on, masks, name, stored.device), latest)
     parameters = {key: nn.Parameter(value, requires_grad=False) for key, value in masked.items()}
-    candidate = copy.deepcopy(plain, {id(tensor): tensor for tensor in tensors.values()})
+    candidate = sharing_copy(plain)
     for name, tensor in tensors.items():
         if id(tensor) in parameters:
             owner, attribute = locate(candidate, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -11,8 +10,9 @@ import torch
 from fxprune.borrowing import Borrowed, asked
 from fxprune.by_parts import checksum
 from fxprune.graph.masks import masked_views, view
-from fxprune.graph.names import locate, tensors_of
+from fxprune.graph.names import locate
 from fxprune.graph.reparametrizations import computed_names
+from fxprune.graph.sharing_copies import sharing_copy
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.channel_request import ChannelRequest
 from fxprune.prune.importance_registry import IMPORTANCES
@@ -48,7 +48,7 @@ def undone(traced: TracedModule, request: ChannelRequest) -> tuple[TracedModule,
         return traced, {}
     if _contents(traced) != decision.contents:
         return traced, {}
-    before = copy.deepcopy(traced, {id(tensor): tensor for tensor in tensors_of(traced).values()})
+    before = sharing_copy(traced)
     for name, mask in decision.masks.items():
         own = view(before, name)
         assert own.mask is not None, name

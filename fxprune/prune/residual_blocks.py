@@ -7,7 +7,6 @@ and is a block where it gives what came in.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,7 +18,8 @@ from torch import Tensor, fx
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.interpretation import run
 from fxprune.graph.metadata import module_calls, parameter_of, untag
-from fxprune.graph.names import join, tensor_at, tensors_of
+from fxprune.graph.names import join, tensor_at
+from fxprune.graph.sharing_copies import sharing_copy
 from fxprune.graph.traced import TracedModule
 from fxprune.torch_internals import schema_of
 
@@ -79,7 +79,8 @@ def residual_blocks(plain: TracedModule) -> list[Block]:
 def without(traced: TracedModule, blocks: Collection[Block]) -> TracedModule:
     """A copy of a module, of its eval graph alone, in which blocks give what they are given; tensors are shared."""
     names = {block.name for block in blocks}
-    copied = _copied(traced)
+    copied = sharing_copy(traced)
+    copied.keep_modes("eval")
     graph = copied.graphs["eval"]
     nodes = {_key(node): node for node in graph.nodes}
     order = {name: number for number, name in enumerate(nodes)}
@@ -92,12 +93,6 @@ def without(traced: TracedModule, blocks: Collection[Block]) -> TracedModule:
     erase_dead(graph)
     copied.recompile()
     return copied
-
-
-def _copied(traced: TracedModule) -> TracedModule:
-    found = copy.deepcopy(traced, {id(tensor): tensor for tensor in tensors_of(traced).values()})
-    found.keep_modes("eval")
-    return found
 
 
 def _key(node: fx.Node) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
 
 import torch
 
 from fxprune import driver
+from fxprune.graph.sharing_copies import sharing_copy
 from fxprune.graph.traced import TracedModule
 
 
@@ -21,7 +21,7 @@ def masked_copy(
         masks: by the names of parameters; those of one axis are held as vectors.
         decided: the axes whose counts are decided.
     """
-    candidate = copy.deepcopy(traced, {id(parameter): parameter for parameter in traced.parameters()})
+    candidate = sharing_copy(traced)
     driver.insert_masks(candidate, masks, compact=True)
     candidate.decide(decided)
     return candidate

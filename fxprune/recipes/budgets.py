@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from fxprune.errors import BudgetError
@@ -12,11 +11,6 @@ from fxprune.prune.channel_report import ChannelReport
 from fxprune.prune.sensitivity import Sensitivity
 
 _SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-
-
-def shared_copy(traced: TracedModule) -> TracedModule:
-    """A copy that can be masked on its own, and shares the parameters."""
-    return copy.deepcopy(traced, {id(parameter): parameter for parameter in traced.parameters()})
 
 
 def losses_of_budgets(

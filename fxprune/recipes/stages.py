@@ -16,12 +16,13 @@ from fxprune.artifacts.writing_back import write_back
 from fxprune.checkpoints.checkpoint import save
 from fxprune.errors import ConfigurationWarning, FxpruneError
 from fxprune.files import atomic
+from fxprune.graph.sharing_copies import sharing_copy
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair import reconstruct
 from fxprune.prune.sensitivity import Sensitivity, sensitivity
 from fxprune.recipes import sources
 from fxprune.recipes.agreement import agreement
-from fxprune.recipes.budgets import losses_of_budgets, shared_copy
+from fxprune.recipes.budgets import losses_of_budgets
 from fxprune.recipes.network import network
 from fxprune.recipes.work import Work
 
@@ -64,7 +65,7 @@ def chosen(work: Work) -> Record:
         record["sensitivity"] = importance.to_dict()
     elif work.recipe.data is not None:
         options["loader"] = work.samples.batches
-    dense = shared_copy(work.now) if isinstance(importance, Sensitivity) else None
+    dense = sharing_copy(work.now) if isinstance(importance, Sensitivity) else None
     masks = {"compact_masks": choose.compact_masks}
     report = prune.channels(work.now, importance=importance, **options, **masks, **choose.budgets)
     if dense is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -30,6 +29,7 @@ from fxprune.graph.interpretation import Interpreter
 from fxprune.graph.names import tensor_at
 from fxprune.graph.requirements import require_eval, require_traced
 from fxprune.graph.samples import stretched
+from fxprune.graph.sharing_copies import sharing_copy
 from fxprune.graph.spread_modules import lent_to_first
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import working
@@ -248,7 +248,7 @@ class _Cuts:
         traced = trace(self.piece.module, self.piece.inputs, dynamic_shapes=None, modes=("eval",))
         found = []
         for cut in ({}, *self.cuts):
-            candidate = copy.deepcopy(traced)
+            candidate = sharing_copy(traced)
             if cut:
                 driver.insert_masks(candidate, cut)
             found.append(driver.finalize(candidate, align=1, verify=False))

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import fxprune
-from fxprune.recipes.budgets import shared_copy
+from fxprune.graph.sharing_copies import sharing_copy
 from tests.budget_networks import network
 
 SHARES = (0.9, 0.6, 0.4, 0.3, 0.25, 0.2)
@@ -51,7 +51,7 @@ def test_no_budget_is_estimated_to_lose_less_than_a_larger_one(family: str) -> N
     sensitivity = fxprune.sensitivity(traced, list(samples.split(32)))
     losses, unit = [], max(group.macs for group in fxprune.channel_groups(traced))
     for share in SHARES:
-        report: Any = fxprune.prune.channels(shared_copy(traced), macs=share, importance=sensitivity)
+        report: Any = fxprune.prune.channels(sharing_copy(traced), macs=share, importance=sensitivity)
         dense, left = report.macs
         assert left <= share * dense < max(left / 0.98, left + unit)
         losses.append(_lost(sensitivity, report.removed))
