@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,63 @@ def test_values_known_of_buffers_are_computed_with_by_captures_and_only_then() -
     assert before == internals.fake_tensors.CONSTANT_NUMEL_LIMIT
     with pytest.raises(Exception, match="data-dependent"):
         torch.export.export(model, (x,), strict=False)
+
+
+def test_sizes_watched_hears_of_sizes_that_are_fixed_or_conditioned_while_the_model_runs() -> None:
+    heard: list[tuple[list[str], int | None]] = []
+
+    class Asks(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            before = len(heard)
+            x = x.view(6) if y.shape[0] > 3 else x
+            assert len(heard) > before, "while the line runs"
+            return x
+
+    class Added(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    with internals.sizes_watched(lambda sources, value: heard.append((sources, value))):
+        shapes = {"x": {0: torch.export.Dim.AUTO}, "y": {0: torch.export.Dim.AUTO}}
+        torch.export.export(Asks(), (torch.ones(6), torch.ones(4)), dynamic_shapes=shapes, strict=False)
+    assert (["L['x'].size()[0]"], 6) in heard
+    assert (["L['y'].size()[0]"], None) in heard
+    count = len(heard)
+    torch.export.export(Added(), (torch.ones(6), torch.ones(6)), dynamic_shapes=shapes, strict=False)
+    assert len(heard) == count
+
+
+def test_LOGGERS_OF_FAILED_CAPTURES_are_those_that_speak(caplog: pytest.LogCaptureFixture) -> None:
+    class Branches(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    def said() -> list[str]:
+        caplog.clear()
+        with pytest.raises(Exception, match="data-dependent"):
+            torch.export.export(Branches(), (torch.ones(2),), strict=False)
+        return [record.name for record in caplog.records if record.levelno >= logging.WARNING]
+
+    assert set(said()) & set(internals.LOGGERS_OF_FAILED_CAPTURES)
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in internals.LOGGERS_OF_FAILED_CAPTURES}
+    try:
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL)
+        assert said() == []
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+def test_size_expression_is_over_the_symbols_of_the_capture() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, x])
+
+    program = torch.export.export(Doubled(), (torch.ones(3, 2),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    (given,) = program.graph.find_nodes(op="placeholder")
+    (result,) = program.graph.output_node().args[0]
+    symbol = internals.size_expression(given.meta["val"].shape[0])
+    assert symbol.is_Symbol
+    assert symbol in program.range_constraints
+    assert internals.size_expression(result.meta["val"].shape[0]).subs({symbol: 5}) == 10
