@@ -122,7 +122,10 @@ def _fold(traced: TracedModule, norm: BatchNorm, layer: Layer) -> None:
         bias = _free_name(traced, target)
         _replace(traced, bias, shift, like=weight)
         with norm.node.graph.inserting_before(layer.node):
-            set_argument(layer.node, "bias", norm.node.graph.get_attr(bias))
+            read = norm.node.graph.get_attr(bias)
+        assert norm.running_mean is not None
+        read.meta["val"] = norm.running_mean.meta.get("val")
+        set_argument(layer.node, "bias", read)
     norm.node.replace_all_uses_with(layer.node)
 
 

@@ -85,12 +85,14 @@ class InsertMasks(Pass):
         return modified
 
     def _multiply(self, graph: fx.Graph, reads: ParameterReads, parameter: str) -> None:
+        nodes = reads.nodes(parameter)
+
         def product(graph: fx.Graph) -> fx.Node:
             # the order of the operands is torch's, gradients are then equal to the bit
-            operands = graph.get_attr(mask_name(parameter)), graph.get_attr(original_name(parameter))
+            operands = _read(graph, mask_name(parameter), nodes[0]), _read(graph, original_name(parameter), nodes[0])
             return graph.call_function(torch.ops.aten.mul.Tensor, operands)
 
-        replace_reads(graph, reads.calls(parameter), reads.nodes(parameter), product, self.origin(parameter))
+        replace_reads(graph, reads.calls(parameter), nodes, product, self.origin(parameter))
 
     def _multiply_computed(self, traced: TracedModule, graph: fx.Graph, parameter: str) -> None:
         found = view(traced, parameter)
@@ -99,13 +101,21 @@ class InsertMasks(Pass):
             users = [user for user in sorted(node.users) if not _is_within(user, parts)]
             untag(node)
             with working_on(node), graph.inserting_before(users[0] if users else node.next):
-                product = graph.call_function(torch.ops.aten.mul.Tensor, (graph.get_attr(mask_name(parameter)), node))
+                mask = _read(graph, mask_name(parameter), node)
+                product = graph.call_function(torch.ops.aten.mul.Tensor, (mask, node))
             product.meta["val"] = node.meta.get("val")
             for inserted in (product, product.prev):
                 set_module_calls(inserted, module_calls(users[0]) if users else {})
             tag(product, self.origin(parameter))
             for user in users:
                 user.replace_input_with(node, product)
+
+
+def _read(graph: fx.Graph, name: str, like: fx.Node) -> fx.Node:
+    """A read of a tensor whose shape is that of another node, by which calls are checked."""
+    read = graph.get_attr(name)
+    read.meta["val"] = like.meta.get("val")
+    return read
 
 
 def _shape(traced: TracedModule, stored: ParameterView) -> torch.Size | None:

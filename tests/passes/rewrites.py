@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 
 import fxprune
+from fxprune.graph.names import tensor_at
 from fxprune.graph.text import text
 from fxprune.passes import Pass
 
@@ -30,8 +31,11 @@ def assert_golden(traced: fxprune.TracedModule, golden: str) -> None:
 
 
 def assert_rewrites(traced: fxprune.TracedModule, step: Pass, golden: str) -> None:
-    """The pass works in place, says that it modified something, and gives the golden graphs."""
+    """The pass works in place, says that it changed something, and gives the golden graphs, whose reads have shapes."""
     result = step(traced)
     assert result.modified
     assert result.graph_module is traced
     assert_golden(traced, golden)
+    reads = [node for graph in traced.graphs.values() for node in graph.find_nodes(op="get_attr")]
+    shapes = {str(node.target): node.meta["val"].shape for node in reads}  # by which calls are checked
+    assert shapes == {name: tensor_at(traced, name).shape for name in shapes}

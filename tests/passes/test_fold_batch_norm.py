@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.errors import CaptureError, FinalizeError
+from fxprune.errors import ArgumentError, CaptureError, FinalizeError
 from fxprune.passes import FoldBatchNorm
 
 
@@ -50,6 +50,9 @@ def test_the_folded_model_is_the_model_to_rounding_without_the_norm(case: str) -
     assert not FoldBatchNorm()(traced).modified
     with pytest.raises(CaptureError, match="captured: eval"):
         traced.train()
+    traced.get_parameter("0.bias").data = torch.zeros(9).double()
+    with pytest.raises(ArgumentError, match=r"'0.bias' of a traced module has shape \[9\]"):
+        traced(x)
 
 
 class Kept(nn.Module):

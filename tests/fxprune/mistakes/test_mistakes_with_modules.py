@@ -23,6 +23,7 @@ from fxprune.errors import (
     NameLookupError,
     StateDictError,
 )
+from fxprune.graph.names import tensor_at
 from tests.beginners import IMAGES, Case, Tokens, refused, small, smaller, unchanged
 
 
@@ -192,6 +193,26 @@ def test_a_parameter_that_was_given_another_shape_is_named_at_its_next_use(
     refused((call, ArgumentError, r"'head.weight' .* shape \[3, 4\]; .* hold for \[2, 4\]", "change the eager"), traced)
     assert not list(tmp_path.iterdir())
     traced.get_parameter("head.weight").data = torch.zeros(2, 4)
+    assert not traced(torch.randn(3, 4)).isnan().any()
+
+
+@pytest.mark.parametrize(
+    "name", ["head.weight_orig", "head.weight_mask", "head.parametrizations.bias.original1", "norm.weight_mask"]
+)
+def test_a_tensor_that_a_pass_inserted_and_was_given_another_shape_is_named(
+    configured: fxprune.TracedModule, name: str
+) -> None:
+    traced = fxprune.prune.identity(copy.deepcopy(configured), "head.weight")
+    for normed in ("head.bias", "norm.weight"):
+        fxprune.weight_norm(traced, normed)
+    fxprune.prune.identity(traced, "norm.weight")
+    tensor = tensor_at(traced, name)
+    shape = tensor.shape
+    tensor.data = torch.zeros(5, 7)
+    told = rf"'{name}' .* shape \[5, 7\]; .* hold for \[{', '.join(map(str, shape))}\]"
+    for call in (SHAPES["a call"], SHAPES["a call in train mode"], fxprune.finalize):
+        refused((call, ArgumentError, told, "the captured shape again"), traced)
+    tensor.data = torch.ones(shape)
     assert not traced(torch.randn(3, 4)).isnan().any()
 
 
