@@ -8,7 +8,7 @@ from torch.nn import functional
 
 WIDTH, HEADS, SIZE, POSITIONS = 16, 4, 4, 5
 SEPARATE = (
-    "separate", "explicit", "scaled before", "einsum", "einsum of positions first", "shared by enable_gqa",
+    "separate", "rows", "explicit", "scaled before", "einsum", "einsum of positions first", "shared by enable_gqa",
     "shared by repeat", "shared by expand", "rotary", "queries normalized", "keys read elsewhere",
     "lengths of keys read elsewhere", "keys read elsewhere by what returns integers", "one layer for both",
 )  # fmt: skip
@@ -39,7 +39,7 @@ class Attention(nn.Module):
             return self.head(self.out(torch.einsum("bhij,bjhd->bihd", weights, v).reshape(batch, positions, WIDTH)))
         q, k, v = self.heads(x)
         y = self.met(q, k, v).transpose(1, 2).reshape(batch, positions, WIDTH)
-        y = self.out(y)
+        y = self.out(y.view(-1, WIDTH)).view(batch, positions, -1) if self.spelling == "rows" else self.out(y)
         if self.spelling.startswith("keys read elsewhere"):
             y = y + k.transpose(1, 2).reshape(batch, positions, WIDTH)
         if self.spelling.startswith("lengths"):

@@ -63,7 +63,8 @@ class Path:
     def moved(self, values: Tensor, env: Mapping[fx.Node, Any], graph: fx.Graph) -> Tensor:
         """Entries of a value of the start, where the last node has them; scales are left out."""
         interpreter = Interpreter(graph, lambda _: None, keep=True)
-        interpreter.env = {**env, self.start: values}
+        laid_out = torch.empty_like(env[self.start], dtype=values.dtype)  # views take it in the layout that it has
+        interpreter.env = {**env, self.start: laid_out.copy_(values)}
         for step in self.steps:
             found = interpreter.env[_source(step)] if step.target in _SCALE else interpreter.run_node(step)
             interpreter.env[step] = found
