@@ -102,11 +102,10 @@ class Errors:
 
         return cls(of(groups, columns, outputs), of(groups, outputs), of(groups, outputs), of(groups, outputs))
 
-    def with_those_of(self, other: Errors) -> Errors:
-        """The sums over the rows of both."""
-        return Errors(
-            self.cross + other.cross, self.total + other.total, self.energy + other.energy, self.output + other.output
-        )
+    @property
+    def sums(self) -> list[Tensor]:
+        """All of them."""
+        return [self.cross, self.total, self.energy, self.output]
 
 
 @dataclass
@@ -162,18 +161,14 @@ class Moments:
             found.output += output.square().sum(1)
 
     def join(self, other: Moments) -> None:
-        """Add sums of inputs over other rows, which are counted from the same shift."""
+        """Add the sums over other rows, which are counted from the same shift."""
         self.count += other.count
-        self.total += other.total
-        self.square += other.square
+        for own, others in zip(self._sums, other._sums, strict=True):
+            own += others
 
-    def with_those_of(self, other: Moments) -> Moments:
-        """The sums over the rows of both, which are counted from the same shift."""
-        found = Moments(self.readers, self.count + other.count)
-        found.shift, found.total = self.shift, self.total + other.total
-        found.square = self.square + other.square
-        found.errors = [one.with_those_of(another) for one, another in zip(self.errors, other.errors, strict=True)]
-        return found
+    @property
+    def _sums(self) -> list[Tensor]:
+        return [self.total, self.square, *(each for found in self.errors for each in found.sums)]
 
     @property
     def is_finite(self) -> bool:

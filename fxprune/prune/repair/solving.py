@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -80,8 +81,9 @@ def best_fit(problem: Problem, dampings: Sequence[float]) -> Fit:
         change, bias = _solution(problem, blocks, damping)
         after = problem.energy(change, bias, alive)
         if after < before:
-            everything = replace(problem, fit=problem.fit.with_those_of(problem.held))
-            change, bias = _solution(everything, blocks, damping)
+            fit = copy.deepcopy(problem.fit)  # readers of the same input share it
+            fit.join(problem.held)
+            change, bias = _solution(replace(problem, fit=fit), blocks, damping)
             return Fit(change, bias, damping, share(before, scale), share(after, scale))
     return Fit(none, still, None, share(before, scale), share(before, scale))
 
