@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,20 @@ class _Plan:
     pieces: int
     numbers: dict[str, int]
     values: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a process makes of its own copy for the first pass, and keeps for the others.
+
+    Attributes:
+        checksum: of the graph. nodes: by name. readers: by what is told of them, those of weights.
+    """
+
+    graph: fx.Graph
+    checksum: int
+    nodes: Mapping[str, fx.Node]
+    readers: Mapping[_Reader, Reader]
 
 
 @dataclass(frozen=True)
@@ -152,22 +166,27 @@ def _added(team: Processes, plan: _Plan, own: _Own | None) -> InputMoments | Non
 def _made(team: Processes, plan: _Plan) -> _Own | None:
     """The graph and the readers of this process's own copy; None where they are not those of the first one."""
     if _KEY not in team.prepared:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            plain = with_plain_weights(driver.plain_view(hollow_copy(team.module)), plan.held)
-        team.prepared[_KEY] = plain, in_single_layers(plain.graphs["eval"])
-    plain, graph = team.prepared[_KEY]
-    if _checksum(graph) != plan.graph:
+        team.prepared[_KEY] = _prepared(team, plan)
+    there: _Prepared = team.prepared[_KEY]
+    if there.checksum != plan.graph:
         return None
-    by_weights = {_told(reader): reader for reader in find(plain, graph)[0]}
-    nodes = {node.name: node for node in graph.nodes}
     readers: list[Reader | Product] = []
     for told in plan.readers:
         if len(told) == 3:
             name, *operands = told
-            readers.append(Product(nodes[name], *((nodes[operand], order) for operand, order in operands)))
-        elif told in by_weights:
-            readers.append(by_weights[told])
+            factors = ((there.nodes[operand], order) for operand, order in operands)
+            readers.append(Product(there.nodes[name], *factors))
+        elif told in there.readers:
+            readers.append(there.readers[told])
         else:
             return None
-    return _Own(graph, readers, iter(()))
+    return _Own(there.graph, readers, iter(()))
+
+
+def _prepared(team: Processes, plan: _Plan) -> _Prepared:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = with_plain_weights(driver.plain_view(hollow_copy(team.module)), plan.held)
+    graph = in_single_layers(plain.graphs["eval"])
+    nodes = {node.name: node for node in graph.nodes}
+    return _Prepared(graph, _checksum(graph), nodes, {_told(reader): reader for reader in find(plain, graph)[0]})
