@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fxprune.borrowing import Borrowed, nonzero
 from fxprune.channels.ids import Mask
-
-_AT_A_TIME = 2**19  # entries of a weight that are compared with zero at once
+from fxprune.graph.working_memory import slices_at_once
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,7 @@ class UsedWeights:
             return cls(bits, columns)
         if isinstance(table, Borrowed):  # a bit an entry comes, and not the weight
             table = nonzero(table)
-        many = max(1, _AT_A_TIME // (columns * taps))  # rows at once, or whole groups where these are small
+        many = slices_at_once(columns * taps * table.itemsize)  # rows at once, or whole groups where these are small
         for group in range(0, groups, max(1, many // rows)):
             own = slice(group, group + max(1, many // rows))
             for row in range(0, rows, many):
@@ -101,7 +100,7 @@ def slices_with_weights(tensor: Tensor, axis: int) -> Mask:
 
 
 def _rows_at_a_time(tensor: Tensor) -> Iterator[slice]:
-    many = max(1, _AT_A_TIME // max(1, tensor[:1].numel()))
+    many = slices_at_once(tensor[:1].nbytes)
     for start in range(0, len(tensor), many):
         yield slice(start, start + many)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxprune.borrowing import Borrowed
 from fxprune.channels.axes import ONE, Axis, Factor, Size, reduced_shape, same_size
+from fxprune.graph.working_memory import slices_at_once
 
 Move: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -56,7 +57,6 @@ class Known:
         return Known(value, where, None if self.border is None else move(self.border), self.stored)
 
 
-_AT_A_TIME = 2**22  # entries that are compared at once
 _TRUE = torch.ones((), dtype=torch.bool, device="cpu")
 
 
@@ -206,7 +206,7 @@ def _same_along(value: Tensor, first: Tensor, dim: int) -> Tensor:
     if isinstance(value, Borrowed):  # it is compared where it is
         return (value == first).all(dim, keepdim=True)
     same = torch.ones(first.shape, dtype=torch.bool, device=first.device)
-    many = max(1, _AT_A_TIME // max(1, first.numel()))
+    many = slices_at_once(first.nbytes)
     for start in range(0, value.shape[dim], many):
         same &= (value.narrow(dim, start, min(many, value.shape[dim] - start)) == first).all(dim, keepdim=True)
         if not same.any():

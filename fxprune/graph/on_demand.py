@@ -11,11 +11,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxprune.graph.names import tensors_of
+from fxprune.graph.working_memory import slices_at_once
 from fxprune.torch_internals import storage_users
 from fxprune.wrapper_tensors import SERIALS, View, WrapperTensor
 
 LEAST = 2**16  # bytes: what has fewer is computed once, and held
-_AT_A_TIME = 2**19  # entries that are multiplied at once
 
 
 class Latest:
@@ -119,7 +119,7 @@ def masked_on_demand(values: Tensor, mask: Callable[[], Tensor], latest: Latest)
 
 def _multiply(mask: Tensor, values: Tensor, out: Tensor) -> None:
     """A product, some rows at a time: of a mask of another type torch makes one of the type of the values first."""
-    many = max(1, _AT_A_TIME * len(out) // max(1, out.numel()))
+    many = slices_at_once(out[:1].nbytes)
     for row in range(0, len(out), many):
         rows = slice(row, row + many)
         torch.mul(mask[rows], values[rows], out=out[rows])

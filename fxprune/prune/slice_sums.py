@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fxprune.borrowing import asked
+from fxprune.graph.working_memory import slices_at_once
 
 _LEVELS = 6  # of the tree that are summed at once, in memory that is near: 64 rows
-_AT_A_TIME = 2**22  # entries whose rows are summed, perhaps in a wider type
 _Nodes = dict[tuple[int, int], Tensor]  # by level and number the sums of subtrees
 
 
@@ -65,7 +65,7 @@ class SliceSums:
             rows = _floating(own).reshape(1, -1)
             return self(torch.cat([rows, rows]), (1,))[:1].cpu()
         # so no part of several may have one row
-        parts = max(1, min(own.numel() // _AT_A_TIME, len(own) // 2))
+        parts = max(1, min(len(own) // slices_at_once(own[:1].nbytes), len(own) // 2))
         pieces = (_floating(each).reshape(len(each), -1) for each in own.tensor_split(parts))
         return torch.cat([self(each, (1,)).cpu() for each in pieces])
 

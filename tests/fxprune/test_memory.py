@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxprune
-from fxprune.channels import used_weights, values
+from fxprune.graph import working_memory
 from fxprune.graph.expanded import is_expanded
-from fxprune.prune import slice_sums
 from tests.tensor_memory import TensorMemory, let_go_of_what_is_free, private_bytes
 
 
@@ -68,8 +67,7 @@ def test_channels_hold_masks_and_no_masked_weights(
 
 
 def test_channels_of_narrow_types_hold_no_whole_weight_in_a_wider_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (slice_sums, used_weights, values):
-        monkeypatch.setattr(module, "_AT_A_TIME", 2**9)
+    monkeypatch.setattr(working_memory, "BYTES_AT_ONCE", 2**10)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(2048, 64), nn.Linear(64, 256), nn.Linear(256, 64)).to(torch.bfloat16)
     narrow = fxprune.trace(model, (torch.randint(0, 2048, (2, 5)),), modes=("eval",))

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from fxprune.channels import used_weights
 from fxprune.channels.used_weights import UsedWeights, slices_with_weights
+from fxprune.graph import working_memory
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 17, 1), (3, 4, 8, 9), (5, 1, 1, 9), (2, 3, 0, 1), (0, 2, 3, 1), (1, 0, 3, 1)])
-@pytest.mark.parametrize("at_a_time", [1, 40, 2**22])
-def test_bits_say_what_booleans_do(shape: tuple[int, ...], at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(used_weights, "_AT_A_TIME", at_a_time)
+@pytest.mark.parametrize("bytes_at_once", [1, 160, 2**22])
+def test_bits_say_what_booleans_do(shape: tuple[int, ...], bytes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(working_memory, "BYTES_AT_ONCE", bytes_at_once)
     torch.manual_seed(0)
     table = torch.randn(shape).where(torch.rand(shape) < 0.2, 0)
     expected = (table != 0).any(-1).numpy()
@@ -38,11 +38,11 @@ def test_a_nan_and_the_smallest_number_are_weights_and_minus_zero_is_none() -> N
 
 
 @pytest.mark.parametrize("shape", [(6,), (9, 5), (1, 7), (7, 1), (4, 3, 3, 2), (0, 3), (3, 0)])
-@pytest.mark.parametrize("at_a_time", [1, 20, 2**22])
+@pytest.mark.parametrize("bytes_at_once", [1, 80, 2**22])
 def test_slices_with_weights_are_those_of_which_not_all_is_zero(
-    shape: tuple[int, ...], at_a_time: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], bytes_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(used_weights, "_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(working_memory, "BYTES_AT_ONCE", bytes_at_once)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).round()
     for axis in range(len(shape)):
         rows = weight.movedim(axis, 0).reshape(shape[axis], -1 if weight.numel() else 0)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxprune.channels import values
 from fxprune.channels.axes import ONE, Axis, Factor, quotient, same_size
 from fxprune.channels.ids import Ids
 from fxprune.channels.values import Known, Value, settled
+from fxprune.graph import working_memory
 
 
 def grid(where: Tensor, value: Tensor) -> Value:
@@ -28,9 +28,9 @@ def full(value: Value) -> tuple[Tensor, Tensor]:
     return merged.facts.where, torch.where(merged.facts.where, merged.facts.value, 0)
 
 
-@pytest.mark.parametrize("at_a_time", [1, 3, 2**22])
-def test_what_is_the_same_along_an_axis_is_found_in_parts(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(values, "_AT_A_TIME", at_a_time)
+@pytest.mark.parametrize("bytes_at_once", [1, 30, 2**22])
+def test_what_is_the_same_along_an_axis_is_found_in_parts(bytes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(working_memory, "BYTES_AT_ONCE", bytes_at_once)
     table = torch.tensor([[1.0, 2.0, torch.nan], [1.0, 2.0, torch.nan], [1.0, 5.0, torch.nan], [1.0, 2.0, torch.nan]])
     ids = Ids()
     rows, columns = Axis.carrying(4, ids.fresh(4)), Axis.carrying(3, ids.fresh(3))

@@ -14,7 +14,7 @@ from torch import nn
 import fxprune
 from fxprune.borrowing import share_memory
 from fxprune.errors import AnalysisWarning
-from fxprune.graph import on_demand
+from fxprune.graph import on_demand, working_memory
 from fxprune.graph.on_demand import Latest, OnDemand, masked_on_demand
 from tests.random_networks import network
 
@@ -78,9 +78,9 @@ def test_layouts_are_those_of_parameters() -> None:
     assert torch.equal(own.flatten(1), values.flatten(1))
 
 
-@pytest.mark.parametrize("at_a_time", [1, 7, 2**20])
-def test_products_are_taken_some_rows_at_a_time(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_demand, "_AT_A_TIME", at_a_time)
+@pytest.mark.parametrize("bytes_at_once", [1, 60, 2**20])
+def test_products_are_taken_some_rows_at_a_time(bytes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(working_memory, "BYTES_AT_ONCE", bytes_at_once)
     values = torch.randn(5, 3, 2, 2, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     values[1, 0, 0, 0], values[2, 1] = torch.nan, -torch.inf
     for mask in (

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxprune.graph import working_memory
 from fxprune.prune import slice_sums
 from fxprune.prune.slice_sums import SliceSums
 
@@ -56,9 +57,9 @@ def test_rows_that_are_summed_in_several_parts_have_the_same_bits(
     for seed, shape in enumerate(SHAPES):
         values = _values(shape, seed)
         want = SliceSums(order).along(values, 0)
-        for at_a_time in (1, 100, values.numel()):
-            monkeypatch.setattr(slice_sums, "_AT_A_TIME", at_a_time)
-            assert torch.equal(SliceSums(order).along(values, 0), want), (shape, at_a_time)
+        for bytes_at_once in (1, 400, values.nbytes):
+            monkeypatch.setattr(working_memory, "BYTES_AT_ONCE", bytes_at_once)
+            assert torch.equal(SliceSums(order).along(values, 0), want), (shape, bytes_at_once)
         monkeypatch.undo()
 
 
