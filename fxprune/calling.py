@@ -94,6 +94,47 @@ def _checked(
     return call
 
 
+def spelled(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """A call as text, of the options that text says, numbers, names and classes; without those of their default.
+
+    The first argument, what names a file, and what is or holds data are left out: processes have their own.
+
+    Example:
+        >>> spelled(fxprune.prune.l1_unstructured, (traced, "0.weight"), {"amount": 0.3})
+        "l1_unstructured(name='0.weight', amount=0.3)"
+    """
+    signature = inspect.signature(function)
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError:  # which the function says itself
+        return function.__name__
+    given: dict[Any, Any] = {}
+    for name, value in [*bound.items()][1:]:
+        parameter = signature.parameters[name]
+        given |= value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    defaults = {name: _said(parameter.default) for name, parameter in signature.parameters.items()}
+    said = {name: _said(value) for name, value in given.items() if name != "path"}
+    said = {name: text for name, text in said.items() if text is not None and text != defaults.get(name)}
+    return f"{function.__name__}({', '.join(f'{name}={text}' for name, text in said.items())})"
+
+
+def _said(value: object) -> str | None:
+    """A value as text that is the same in every process; None where there is none."""
+    if isinstance(value, bool | int | float | complex | str):
+        return repr(value)
+    if isinstance(value, type):
+        return value.__qualname__
+    if isinstance(value, Mapping):
+        said = {key: text for key, own in value.items() if (text := _said(own)) is not None}
+        return f"{{{', '.join(f'{key}: {text}' for key, text in said.items())}}}" if said else None
+    if isinstance(value, list | tuple | set | frozenset):
+        each = [_said(own) for own in value]
+        known = [own for own in each if own is not None]
+        in_order = sorted(known) if isinstance(value, set | frozenset) else known
+        return f"[{', '.join(in_order)}]" if known and len(known) == len(each) else None
+    return None
+
+
 def _misfit(name: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """What is wrong with a call; empty where its arguments fit."""
     try:

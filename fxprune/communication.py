@@ -7,6 +7,7 @@ last one: a maximum over one integer. So whatever a process does by itself in be
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -48,16 +49,18 @@ _CALL: ContextVar[_Call | None] = ContextVar("_CALL", default=None)
 
 
 @contextlib.contextmanager
-def together(reference: Tensor | None) -> Iterator[None]:
+def together(reference: Tensor | None, asked: str = "") -> Iterator[None]:
     """Within, processes do alike, and what fails on one ends it on all; a collective where `reference` is spread.
 
     What is together already, goes on so: errors are told at the end of the outermost.
 
     Args:
         reference: a tensor over whose processes it is done; None or a plain one: here alone.
+        asked: of the processes, which is to be the same for all; empty where that is not compared.
 
     Raises:
-        BaseException: what was raised on this process. ShardingError: it failed on another one.
+        BaseException: what was raised on this process. ShardingError: it failed on another one, or other processes were
+            asked for something else.
     """
     if not isinstance(reference, DTensor) or not dist.is_initialized() or _CALL.get() is not None:
         yield
@@ -65,6 +68,8 @@ def together(reference: Tensor | None) -> Iterator[None]:
     call = _Call(reference.device_mesh)
     token = _CALL.set(call)
     try:
+        if asked:
+            _compare(call, asked)
         yield
         _check(call, _AT_THE_END)
     except BaseException as error:  # whatever it is, the others wait
@@ -147,6 +152,38 @@ def _named(what: str) -> Iterator[None]:
         raise
 
 
+def _compare(call: _Call, asked: str) -> None:
+    """Raise ShardingError on every process unless all were asked for the same; a collective."""
+    mesh, rank, digest = call.mesh, dist.get_rank(), zlib.crc32(asked.encode())
+
+    def largest(*own: int) -> list[int]:
+        found: list[int] = _over(torch.tensor(own, device=mesh.device_type), mesh, Partial("max")).tolist()
+        return found
+
+    with _named("beginning together"):
+        least, most, first = largest(-digest, digest, -rank)
+        if -least == most:
+            return
+        call.is_over = True
+        (expected,) = largest(digest if rank == -first else -1)
+        (other,) = largest(-rank if digest != expected else -dist.get_world_size())
+        told, others = _said_by(-first, asked, mesh), _said_by(-other, asked, mesh)
+    raise ShardingError(
+        f"the processes were asked for different things: process {-first} for {told}, process {-other} for {others}. "
+        "Nothing was done. Let all make the same calls, in the same order, with the same options."
+    )
+
+
+def _said_by(rank: int, text: str, mesh: DeviceMesh) -> str:
+    """The beginning of what one process says, on all; a collective."""
+    own = torch.zeros(_TOLD, dtype=torch.int64)
+    if dist.get_rank() == rank:
+        said = text.encode()[:_TOLD]
+        own[: len(said)] = torch.tensor([*said])
+    told = _over(own.to(mesh.device_type), mesh, Partial()).tolist()
+    return bytes(filter(None, told)).decode(errors="replace")
+
+
 def _check(call: _Call, what: str) -> None:
     """Raise ShardingError where another process has failed; a collective."""
     if not call.is_over:
@@ -164,14 +201,9 @@ def _tell(call: _Call, failure: BaseException | None, what: str) -> None:
         if not number:
             return
         call.is_over = True
-        own = torch.zeros(_TOLD, dtype=torch.int64)
-        if number == rank + 1:
-            text = f"{type(failure).__name__}: {failure}".encode()[:_TOLD]
-            own[: len(text)] = torch.tensor([*text])
-        told = _over(own.to(mesh.device_type), mesh, Partial())
+        told = _said_by(number - 1, f"{type(failure).__name__}: {failure}", mesh)
     if failure is None:
-        text = bytes(each for each in told.tolist() if each)
-        call.told = f"process {number - 1} failed: {text.decode(errors='replace')}"
+        call.told = f"process {number - 1} failed: {told}"
 
 
 def _over(own: Tensor, mesh: DeviceMesh, kind: Partial) -> Tensor:

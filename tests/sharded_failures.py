@@ -116,8 +116,8 @@ def failing_alone(what: str, folder: str, failing: int = 0) -> dict[str, str]:
         "file, full": lambda: fxprune.save(module, f"{folder}/network.fxp"),
         "parts, memory": lambda: fxprune.save(module, f"{folder}/parts", parts=True),
         "sums": lambda: P.channels(module, macs=0.5),
-        "method": lambda: P.apply(module, "*.weight", Failing() if fails else networks.Odd()),
-        "global method": lambda: P.global_unstructured(module, "*.weight", Failing if fails else networks.Odd),
+        "method": lambda: P.apply(module, "*.weight", networks.Odd()),
+        "global method": lambda: P.global_unstructured(module, "*.weight", networks.Odd),
         "histogram": lambda: P.global_unstructured(module, "*.weight", L1Unstructured, amount=0.5),
     }
     start = time.perf_counter()
@@ -137,13 +137,6 @@ def _by_taylor(module: fxprune.TracedModule) -> Any:
     return P.channels(module, macs=0.5, importance="taylor", loader=loader, loss=torch.nn.functional.cross_entropy)
 
 
-class Failing(networks.Odd):
-    """A method that fails on the process that has it."""
-
-    def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
-        raise MemoryError("no room")
-
-
 _FAILING: dict[str, tuple[Any, str, BaseException]] = {
     "memory of the whole": (Layout, "room", MemoryError("no room")),
     "memory of what goes": (Layout, "pieces", MemoryError("no room")),
@@ -152,6 +145,8 @@ _FAILING: dict[str, tuple[Any, str, BaseException]] = {
     "interrupted transfer": (Layout, "outgoing", KeyboardInterrupt()),
     "a defect": (Layout, "with_form", LookupError("a defect")),
     "computing a part": (serving, "called", MemoryError("no room")),
+    "method": (networks.Odd, "compute_mask", MemoryError("no room")),
+    "global method": (networks.Odd, "compute_mask", MemoryError("no room")),
     "sums": (SliceSums, "_entries", MemoryError("no room")),
     "histogram": (torch, "bincount", MemoryError("no room")),
     "file, full": (zipfile.ZipFile, "open", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
@@ -326,3 +321,39 @@ def unequal_masks() -> dict[str, str]:
     return networks.failures(
         {"masked": lambda: masked.load_state_dict(state), "unmasked": lambda: unmasked.load_state_dict(state)}
     )
+
+
+def asked_differently() -> dict[str, str]:
+    """What is raised where the last process is asked for something else than the others, and what has changed."""
+    module, method = networks.by_fsdp(networks.traced()), L1Unstructured
+    is_last, rank = dist.get_rank() == dist.get_world_size() - 1, dist.get_rank()
+    before = _parts(module)
+    drawn = torch.rand(7, 10, 3, 3, generator=torch.Generator().manual_seed(rank))
+    found = networks.failures(
+        {
+            "amount": lambda: P.l1_unstructured(module, "*.weight", 0.4 if is_last else 0.3),
+            "names": lambda: P.l1_unstructured(module, "inner.weight" if is_last else "*.weight", 0.3),
+            "calls": lambda: fxprune.finalize(module) if is_last else P.identity(module, "*.weight"),
+            "global amount": lambda: P.global_unstructured(module, "*.weight", method, amount=0.1 * (1 + is_last)),
+            "budget": lambda: P.channels(module, macs=0.5, **({"importance": "l1"} if is_last else {})),
+            "align": lambda: fxprune.finalize(module, align=1 + is_last),
+            "norm": lambda: fxprune.weight_norm(module, "inner.weight", dim=int(is_last)),
+            "schedule": lambda: fxprune.Schedule(module, "*.weight", method, 0.5, scope=("local", "global")[is_last]),
+            "export": lambda: fxprune.export.to_onnx(module, "not-written.onnx", verify=is_last),
+            "drawn scores": lambda: P.l1_unstructured(module, "inner.weight", 0.3, drawn),
+            "global scores": lambda: P.global_unstructured(module, "*", method, {"inner.weight": drawn}, amount=0.3),
+            "a method of one's own": lambda: P.apply(module, "*.weight", Ranked()),
+            "a global one": lambda: P.global_unstructured(module, "*.weight", Ranked),
+        }
+    )
+    after = _parts(module)
+    changed = {name for name in before.keys() | after.keys() if not _equal(before.get(name), after.get(name))}
+    P.l1_unstructured(module, "*.weight", 0.3)
+    return found | {"changed": str(changed), "masked": str(P.is_pruned(module))}
+
+
+class Ranked(networks.Odd):
+    """A method of which each process makes something else."""
+
+    def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
+        return super().compute_mask(t, default_mask).roll(dist.get_rank())

@@ -23,6 +23,7 @@ from fxprune.checkpoints import in_parts
 from fxprune.graph import spread_modules
 from fxprune.graph.spread_modules import hollow_copy
 from fxprune.serving import Counts
+from fxprune.sharding import whole
 
 
 class Network(nn.Module):
@@ -119,6 +120,19 @@ def _scored(module: fxprune.TracedModule) -> None:
     fxprune.prune.global_unstructured(module, "*.weight", torch_prune.L1Unstructured, scores, amount=0.6)
 
 
+def _by_draws(module: fxprune.TracedModule) -> None:
+    P.l1_unstructured(module, "inner.weight", 0.3)
+    scores = fxprune.importance.scores(module, "*.weight", "random")
+    P.global_unstructured(module, "*.weight", torch_prune.L1Unstructured, scores, amount=0.4)
+
+
+def _by_gradients(module: fxprune.TracedModule) -> None:
+    scores = fxprune.importance.scores(
+        module, "*.weight", "taylor", loader=_pairs(), loss=nn.functional.cross_entropy, max_batches=2
+    )
+    P.global_unstructured(module, "*.weight", torch_prune.L1Unstructured, scores, amount=0.4)
+
+
 def _in_steps(module: fxprune.TracedModule) -> None:
     schedule = fxprune.Schedule(module, "*.weight", torch_prune.L1Unstructured, 0.8, stop=3, scope="global")
     for _ in range(4):
@@ -147,6 +161,8 @@ MASKS: dict[str, Callable[[fxprune.TracedModule], Any]] = {
     "global random": lambda m: P.global_unstructured(m, "*.weight", torch_prune.RandomUnstructured, amount=0.5),
     "global, of one's own": lambda m: P.global_unstructured(m, "*.weight", Odd),
     "global by scores": _scored,
+    "global by draws": _by_draws,
+    "global by gradients": _by_gradients,
     "one after another": _twice,
     "a schedule": _in_steps,
     "removed": _removed,
@@ -488,6 +504,8 @@ def normed(spread: Callable[[fxprune.TracedModule], fxprune.TracedModule]) -> di
         module(inputs(step)).square().mean().backward()
         optimizer.step()
     found["trained"] = values(module)
+    scores = fxprune.importance.scores(module, ["inner.weight", "head.weight"], "l1")
+    found["scores"] = {name: whole(score) for name, score in scores.items()}
     final = fxprune.finalize(module)
     found["final"] = values(final)
     fxprune.remove_weight_norm(module, "inner.weight")

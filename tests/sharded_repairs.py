@@ -43,6 +43,8 @@ def repaired(spread: Spread, what: str) -> dict[str, Any]:
         networks.keep_nothing_whole()
     module = spread(networks.traced() if what == "network" else without_biases())
     batches = [x.abs() + 1 for x in networks.batches()]
+    if what != "network":
+        P.ln_structured(module, "5.weight", 2, 2, 0)  # so that its bias has a mask
     sensitivity = fxprune.sensitivity(module, mine(batches))
     P.channels(module, macs=0.6, importance=sensitivity, round_to=1)
     before = copy.deepcopy(networks.values(module))

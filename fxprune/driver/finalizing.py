@@ -47,6 +47,7 @@ _MOST_REFUSED = 8
 
 @named_arguments
 @shown("finalize")
+@failing_together
 def finalize(
     traced: TracedModule,
     *,
@@ -146,7 +147,6 @@ def finalize(
     return final
 
 
-@failing_together
 def _finalized_by_first(traced: TracedModule, options: dict[str, Any], *, whole: bool) -> TracedModule:
     """The result of a module that is spread: made by the first process, its architecture by the others."""
     require_flag("whole", whole)

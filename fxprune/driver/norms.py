@@ -39,6 +39,7 @@ def _parameter_names(traced: TracedModule) -> list[str]:
 
 
 @named_arguments
+@failing_together
 def weight_norm(traced: TracedModule, name: str, dim: int | None = 0) -> TracedModule:
     """Insert weight normalization on one parameter, as `torch.nn.utils.parametrizations.weight_norm` does in eager.
 
@@ -62,6 +63,7 @@ def weight_norm(traced: TracedModule, name: str, dim: int | None = 0) -> TracedM
 
 
 @named_arguments
+@failing_together
 def spectral_norm(
     traced: TracedModule, name: str, n_power_iterations: int = 1, eps: float = 1e-12, dim: int | None = None
 ) -> TracedModule:
@@ -86,7 +88,6 @@ def spectral_norm(
     return _parametrize(traced, name, lambda found: InsertSpectralNorm(found, n_power_iterations, eps, dim))
 
 
-@failing_together
 def _parametrize(traced: TracedModule, name: str, build: Callable[[str], InsertParametrization]) -> TracedModule:
     require_traced(traced)
     name = canonical(traced, name) if isinstance(name, str) else name
@@ -105,6 +106,7 @@ def _parametrize(traced: TracedModule, name: str, build: Callable[[str], InsertP
     return traced
 
 
+@failing_together
 def remove_weight_norm(traced: TracedModule, name: str) -> TracedModule:
     """Fold a weight norm (torch's legacy or parametrized one) into a plain parameter; outputs stay the same bits.
 
@@ -126,6 +128,7 @@ def remove_weight_norm(traced: TracedModule, name: str) -> TracedModule:
     return _remove_norm(traced, name, _WEIGHT_NORM)
 
 
+@failing_together
 def remove_spectral_norm(traced: TracedModule, name: str) -> TracedModule:
     """Fold a spectral norm into a plain parameter: the value that eval mode computes, to the bit.
 
@@ -148,7 +151,6 @@ def remove_spectral_norm(traced: TracedModule, name: str) -> TracedModule:
     return _remove_norm(traced, name, _SPECTRAL_NORM)
 
 
-@failing_together
 def _remove_norm(traced: TracedModule, name: str, norm: _Norm) -> TracedModule:
     require_traced(traced)
     there = reparametrized(traced)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 
 from fxprune.calling import named_arguments
@@ -59,7 +58,7 @@ def _copied_around(traced: TracedModule, names: Collection[str]) -> TracedModule
     owners = {locate(traced, name)[0] for name in names}
     busy = {module for owner in owners for module in owner.modules()}
     shared = [t for m in traced.modules() if m not in busy for t in (*m._parameters.values(), *m._buffers.values())]
-    return copy.deepcopy(traced, {id(t): t for t in shared if t is not None})
+    return TracedModule.__deepcopy__(traced, {id(t): t for t in shared if t is not None})  # without what FSDP adds
 
 
 @named_arguments

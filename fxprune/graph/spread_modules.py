@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from fxprune import borrowing
 from fxprune.borrowing import Borrowed, Loans
+from fxprune.calling import spelled
 from fxprune.communication import communicating, give_up, led_by_first, together
 from fxprune.errors import FxpruneError, ShardingError
 from fxprune.graph.masks import masked, view
@@ -236,7 +237,8 @@ def failing_together(function: Callable[Given, Result]) -> Callable[Given, Resul
     def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         given = args[0] if args else next(iter(kwargs.values()), None)
         is_shared = dist.is_available() and dist.is_initialized() and is_spread(given)
-        with together(reference_of(given) if is_shared else None):  # type: ignore[arg-type]
+        reference = reference_of(given) if is_shared else None  # type: ignore[arg-type]
+        with together(reference, spelled(function, args, kwargs) if is_shared else ""):
             return function(*args, **kwargs)
 
     return call
@@ -263,7 +265,7 @@ def written_by_first(function: Callable[Given, Result]) -> Callable[Given, Resul
             with tempfile.TemporaryDirectory(prefix=".fxprune-", dir=beside if beside.is_dir() else None) as folder:
                 return _called(function, _mapped(copied, Path(folder)), options)
 
-        with together(reference_of(traced)):
+        with together(reference_of(traced), spelled(function, args, kwargs)):
             return by_loans(traced, work, lambda found, loans: found)[0]
 
     return call
@@ -299,7 +301,7 @@ def lent_to_first(*batches: str) -> Callable[[Callable[Given, Result]], Callable
             if not args or not is_spread(args[0]):
                 return function(*args, **kwargs)
             traced: Any = args[0]
-            with together(reference_of(traced)):
+            with together(reference_of(traced), spelled(function, args, kwargs)):
                 options = with_all_batches(traced, dict(signature.bind(*args, **kwargs).arguments), batches)
                 work: Callable[[TracedModule], Result] = lambda copied: _called(function, copied, options)  # noqa: E731
                 return by_loans(traced, work, lambda found, loans: found)[0]

@@ -33,8 +33,8 @@ def chosen_for_all(function: Callable[..., ChannelReport]) -> Callable[..., Chan
     """
     signature = inspect.signature(function)
 
-    @functools.wraps(function)
     @failing_together
+    @functools.wraps(function)
     def call(traced: Any, *args: Any, **kwargs: Any) -> ChannelReport:
         if not is_spread(traced):
             return function(traced, *args, **kwargs)

@@ -34,12 +34,14 @@ from fxprune.prune.importance_registry import (
     register,
 )
 from fxprune.prune.mirror import find_all
+from fxprune.prune.scores_of_all import scored_for_all
 from fxprune.prune.slice_sums import SliceSums
 
 __all__ = ["IMPORTANCES", "SCORES", "Evidence", "Importance", "alive", "register", "scores", "value"]
 
 
 @renamed("batches", "max_batches")
+@scored_for_all
 def scores(
     traced: TracedModule,
     names: str | Iterable[str],

@@ -77,6 +77,8 @@ def computed(
         scores = whole(importance_scores) if isinstance(importance_scores, torch.Tensor) else importance_scores
         with same_draws(reference):
             mask = _after_all(name, method, values, mask, scores)
+        if reference is not None:
+            agreed(mask, reference, f"the mask that {type(method).__name__} gave for {name!r}")
         masks[name] = mask if reference is None else spread(mask, reference)  # one whole mask at a time
     return masks
 
@@ -372,6 +374,8 @@ def _scores_of(values: torch.Tensor, names: Sequence[str], given: Mapping[str, t
     if not isinstance(score, torch.Tensor) or score.shape != values.shape:
         shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
         raise PruningError(f"scores of {names[0]!r} have shape {shape}; its shape is {tuple(values.shape)}.")
+    if is_sharded(values) and not is_sharded(score):
+        agreed(score, values, f"the importance of {names[0]!r}")
     return spread(score, values)
 
 
@@ -386,6 +390,8 @@ def _selected(
     reference = next((reference for reference in references if reference is not None), None)
     with same_draws(reference):
         computed = _compute(name, method, scores, default, container=True)
+    if reference is not None:
+        agreed(computed, reference, f"the mask that {type(method).__name__} gave for {name}")
     parts = computed.split([value.numel() for value in values])
     shaped = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
     return [own if ref is None else spread(own, ref) for own, ref in zip(shaped, references, strict=True)]

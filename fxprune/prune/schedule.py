@@ -162,7 +162,7 @@ class Schedule(Readable):
         self._reports: list[ChannelReport] = []
         if self._class:
             # a parameter that the class cannot prune shows now, and draws no random numbers
-            with torch.random.fork_rng(devices=[]), together(reference_of(traced)):
+            with torch.random.fork_rng(devices=[]), together(reference_of(traced), self._spelled(amount)):
                 computed(traced, dict.fromkeys(self.names, self._with(0.0)))
         traced.expect_use(weakref.WeakMethod(self.unused))
 
@@ -214,7 +214,7 @@ class Schedule(Readable):
         before = {name: view(self.traced, name) for name in watched}
         decided, decided_by = self.traced.decided, self.traced.decided_by
         try:
-            with together(reference_of(self.traced)):
+            with together(reference_of(self.traced), self._spelled(total)):
                 report = self._asked(total, before)
         except BaseException:
             pruned = [found for name, found in before.items() if is_pruned(self.traced, name)]
@@ -223,6 +223,11 @@ class Schedule(Readable):
             raise
         if isinstance(report, ChannelReport):
             self._reports.append(report)
+
+    def _spelled(self, amount: float) -> str:
+        """A call as text, which is to be the same in all processes that prune one module."""
+        asked = ", ".join(self.names) if self._class is None else f"{self._class.__name__} of {', '.join(self.names)}"
+        return f"Schedule, {self.scope} amount={amount}: {asked}"
 
     def _asked(self, total: float, before: Mapping[str, ParameterView]) -> object:
         """Let the request prune to so many masked entries; returns what a function returned."""

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fxprune import communication
+from fxprune.calling import spelled
 from fxprune.communication import agree, communicating, led_by_first, together
 from fxprune.errors import ShardingError
 
@@ -60,3 +61,20 @@ def test_without_a_spread_tensor_or_a_group_nothing_is_told() -> None:
         agree()
     with pytest.raises(ShardingError, match="there is none"), communicating("sending"):
         pass
+
+
+def test_calls_are_spelled_by_what_is_the_same_in_every_process() -> None:
+    def cut(
+        traced: object, amount: float, *, names: object = (), loader: object = None, path: str = "", **more: Any
+    ) -> None:
+        """Takes what functions of fxprune take."""
+
+    assert spelled(cut, (None, 0.5), {}) == "cut(amount=0.5)"
+    assert (
+        spelled(cut, (), {"traced": 1, "names": ["a", ("b", 2)], "amount": 1}) == "cut(amount=1, names=['a', ['b', 2]])"
+    )
+    own = {"loader": [torch.ones(1)], "path": "of process 1", "names": iter(["a"]), "loss": lambda x: x}
+    assert spelled(cut, (None, 0.5), own) == "cut(amount=0.5)"
+    of_sets = {"kind": torch.nn.Linear, "names": {"b", "a"}, "table": {"a": 1, "b": torch.ones(1)}}
+    assert spelled(cut, (None, 0.5), of_sets) == "cut(amount=0.5, names=['a', 'b'], kind=Linear, table={a: 1})"
+    assert spelled(cut, (None,), {"names": ()}) == "cut"  # which the function refuses itself

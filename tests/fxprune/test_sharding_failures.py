@@ -137,3 +137,29 @@ def test_other_masks_on_other_processes_are_refused_by_all() -> None:
             assert told.startswith(
                 "ShardingError: 'head.weight_mask' of the state dict is not the same on every process"
             )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_are_asked_for_different_things_are_told_so_before_anything_is_done(processes: int) -> None:
+    results = in_processes(processes, failures.asked_differently)
+    assert all(found == results[0] for found in results)
+    found = results[0]
+    assert found.pop("changed") == "set()"
+    assert found.pop("masked") == "True"  # they go on together
+    last = f"process {processes - 1} for "
+    assert "process 0 for l1_unstructured(name='*.weight', amount=0.3), " in found["amount"]
+    for what, call in {
+        "amount": "l1_unstructured(name='*.weight', amount=0.4)",
+        "names": "l1_unstructured(name='inner.weight', amount=0.3)",
+        "calls": "finalize()",
+        "global amount": "global_unstructured(names='*.weight', pruning_method=L1Unstructured, amount=0.2)",
+        "budget": "channels(importance='l1', macs=0.5)",
+        "align": "finalize(align=2)",
+        "norm": "weight_norm(name='inner.weight', dim=1)",
+        "schedule": "Schedule, global amount=0.5: L1Unstructured of stem.weight, ",
+        "export": "to_onnx()",
+    }.items():
+        assert found.pop(what).startswith("ShardingError: the processes were asked for different things: "), what
+        assert last + call in results[1][what], what
+    assert all("is not the same on every process" in told for told in found.values()), found

@@ -20,6 +20,7 @@ from fxprune.graph.names import join, locate
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair.finding import find
 from fxprune.prune.repair.layers import CellReader, ConvolutionReader, MatrixReader, Reader, RecurrentReader
+from fxprune.sharding import whole
 
 
 def biasable(traced: TracedModule, readers: Iterable[Reader]) -> frozenset[str]:
@@ -126,5 +127,5 @@ def _read(node: fx.Node, name: str, size: int) -> None:
 def _alive(traced: TracedModule, reader: Reader) -> Tensor:
     """[outputs], which of them have a weight."""
     found = [view(traced, name) for name in reader.weights]
-    masks = [torch.ones_like(each.value()) if each.mask is None else each.mask for each in found]
+    masks = [torch.ones(each.shape) if each.mask is None else whole(each.mask) for each in found]
     return (reader.table(masks) != 0).any(-1).flatten()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fxprune.borrowing import Borrowed, Loans
 from fxprune.errors import ShardingError
-from fxprune.graph.names import tensor_at, tensors_of
+from fxprune.graph.masks import view
+from fxprune.graph.names import tensors_of
 from fxprune.graph.spread_modules import by_loans, failing_together, is_spread, numbers_of, with_all_batches
 from fxprune.graph.taking_back import taken_back
 from fxprune.graph.traced import TracedModule
@@ -46,8 +47,8 @@ def refitted_for_all(function: Callable[..., ReconstructionReport]) -> Callable[
     """
     signature = inspect.signature(function)
 
-    @functools.wraps(function)
     @failing_together
+    @functools.wraps(function)
     def call(traced: Any, *args: Any, **kwargs: Any) -> ReconstructionReport:
         if not is_spread(traced):
             return function(traced, *args, **kwargs)
@@ -70,7 +71,7 @@ def refitted_for_all(function: Callable[..., ReconstructionReport]) -> Callable[
             made = {name: weight for name, weight in copied.made_biases.items() if name not in traced.made_biases}
             kept = {name: tensors[name] for name in tensors_of(traced)}
             small = {name: each.detach() for name, each in kept.items() if not isinstance(each, Borrowed)}
-            biases = {weight: _plain(tensor_at(copied, name)) for name, weight in made.items()}
+            biases = {weight: _unmasked(copied, name) for name, weight in made.items()}
             refitted = [name for name in refitted_since(copied) if name in kept]
             return _Told(report, numbers_of(kept, loans), small, biases, refitted)
 
@@ -92,5 +93,8 @@ def refitted_for_all(function: Callable[..., ReconstructionReport]) -> Callable[
     return call
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _unmasked(copied: TracedModule, name: str) -> Tensor:
+    """The values of a parameter, plain, before its mask."""
+    tensor = view(copied, name).original
+    assert tensor is not None, name
     return tensor.whole().clone() if isinstance(tensor, Borrowed) else tensor.detach()
