@@ -24,6 +24,7 @@ from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentTypeError, WriteBackError
 from fxprune.graph.configurations import Builds, Configuration, unread_tensors
 from fxprune.graph.kept_tensors import forget_kept_tensors
+from fxprune.graph.names import tensors_of
 from fxprune.graph.reparametrizations import reparametrized
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.spread_modules import in_one_process
@@ -67,12 +68,13 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
         model: the eager module that was traced, or one of the same architecture; stays as it is.
 
     Returns:
-        A new module of `model`'s class, independent of both.
+        A new module of `model`'s class, independent of both, on the device of `final`.
 
     Raises:
         WriteBackError: `model` has other parameters than `final` comes from, its class has no place for a bias or for a
             map of positions (`keep_for_write_back` of `finalize`), or fixes a size in its code, or takes statistics
-            over channels of which some went; names module, class and line.
+            over channels of which some went; names module, class and line. Or a tensor of `model` is on the meta
+            device.
         ArgumentTypeError: `final` is no traced module, or `model` no eager one.
 
     Warns:
@@ -89,6 +91,11 @@ def write_back(final: TracedModule, model: nn.Module) -> nn.Module:
             f"fxprune.finalize returns, and the eager module that was traced.{_way_to_both(final, model)}"
         )
     require_eval(final, "write_back", WriteBackError)
+    if empty := [name for name, tensor in tensors_of(model).items() if tensor.is_meta]:
+        raise WriteBackError(
+            f"{', '.join(empty[:5])} of the given {type(model).__name__} are on the meta device, without values. Build "
+            "it on another: what the graph does not read is taken from it."
+        )
     if left := reparametrized(final):
         raise WriteBackError(f"{', '.join(left[:5])}: still reparametrized. Give what fxprune.finalize returns.")
     return written_with_zeros(final, model)[0]
@@ -120,7 +127,7 @@ def _written(final: TracedModule, model: nn.Module, builds: Builds | None) -> tu
     """As above, with as many modules as there are."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        written = plain_copy(model)
+        written = beside(final, plain_copy(model))
         put_plain_layers(written, final)
         flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         copied = WorkingCopy(written, final)
@@ -141,6 +148,14 @@ def _written(final: TracedModule, model: nn.Module, builds: Builds | None) -> tu
         return written, [], []
     first = search.disagreeing
     return written, [copied.paths(m)[0] for m in search.filling_up], [] if first is None else copied.paths(first)[:1]
+
+
+def beside(final: TracedModule, copied: nn.Module) -> nn.Module:
+    """The copy of a model, moved to where the finalized module is, if that is on one device: both run on one sample."""
+    devices = {tensor.device for tensor in tensors_of(final).values()}
+    if len(devices) == 1 and not devices >= {tensor.device for tensor in tensors_of(copied).values()}:
+        copied.to(devices.pop())
+    return copied
 
 
 def _way_to_both(final: object, model: object) -> str:

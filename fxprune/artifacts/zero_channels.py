@@ -288,7 +288,7 @@ class ZeroChannels:
                 continue
             shape = list(values.shape)
             shape[axis] = len(channels)
-            places = torch.searchsorted(channels, before[axis])
+            places = torch.searchsorted(channels, before[axis]).to(values.device)
             values = values.new_zeros(shape).index_copy_(axis, places, values)
         if isinstance(owner, ConvNd) and attribute == "weight" and values.shape[1] == 1:  # depthwise
             owner.groups = owner.groups * len(values) // len(tensor)
