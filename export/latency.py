@@ -15,9 +15,10 @@ from fxprune.calling import renamed
 from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.files import check_suffix
 from fxprune.graph.calls import Call, as_calls
+from fxprune.graph.requirements import require_list
 from fxprune.reports import Readable, columns, counted
 
-from .session import Session, check_providers
+from .session import Session
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,21 +107,10 @@ def bench(
             "bench takes a list of the paths of ONNX files, such as ['dense.onnx', 'pruned.onnx']; modules are written "
             "by fxprune.export.to_onnx first."
         )
-    check_providers(providers)
-    counts = {"batch": batch, "threads": threads, "rounds": rounds, "warmup": warmup}
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, Integral):
-            raise ArgumentTypeError(f"{name}={count!r}: an integer is needed.")
+    require_list("providers", providers)
+    call = measured_call(inputs, len(paths), batch, threads, rounds, warmup)
     for path in paths:
         check_suffix(path, ".onnx", what="measured", cure="Write it by fxprune.export.to_onnx.")
-    if not paths or min(batch, threads, rounds) < 1 or warmup < 0:
-        raise ArgumentError(
-            f"{len(paths)} files, batch {batch}, {threads} threads, {rounds} rounds: at least 1 of each."
-        )
-    calls = [] if inputs is None else as_calls(inputs, error=CompareError)
-    if len(calls) > 1:
-        raise ArgumentError(f"{len(calls)} calls were given as inputs; one is measured, the same for all files.")
-    call = calls[0] if calls else None
     sessions = [Session(path, providers, threads, tf32=True) for path in paths]
     runs = [bound(session, call, batch) for session in sessions]
     seconds = _seconds_in_turns(runs, warmup + rounds)[warmup:]
@@ -130,6 +120,25 @@ def bench(
     for session, (low, median, high), ratio in zip(sessions, quartiles.T.tolist(), ratios.tolist(), strict=True):
         latencies.append(Latency(session.name, median, (low, high), ratio, rounds))
     return latencies
+
+
+def measured_call(inputs: Any, files: int, batch: int, threads: int, rounds: int, warmup: int) -> Call | None:
+    """The call that is measured, the same for all files; None where no inputs are given.
+
+    Raises:
+        ArgumentTypeError: a count is no integer. ArgumentError: it is too small, or inputs are those of several calls.
+    """
+    for name, count in {"batch": batch, "threads": threads, "rounds": rounds, "warmup": warmup}.items():
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise ArgumentTypeError(f"{name}={count!r}: an integer is needed.")
+    if min(files, batch, threads, rounds) < 1 or warmup < 0:
+        raise ArgumentError(
+            f"{counted(files, 'file')}, batch {batch}, {threads} threads, {rounds} rounds: at least 1 of each."
+        )
+    calls = [] if inputs is None else as_calls(inputs, error=CompareError)
+    if len(calls) > 1:
+        raise ArgumentError(f"{len(calls)} calls were given as inputs; one is measured, the same for all files.")
+    return calls[0] if calls else None
 
 
 def bound(session: Session, call: Call | None, batch: int) -> Callable[[], object]:

@@ -23,6 +23,7 @@ from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call, as_calls
 from fxprune.graph.masks import masked
 from fxprune.graph.mutation import written_state
+from fxprune.graph.requirements import require_list
 from fxprune.graph.spread_modules import lent_to_first
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import shown
@@ -159,8 +160,7 @@ def to_onnx(
     if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int)):
         raise ArgumentTypeError(f"opset={opset!r}: a number such as 18 is needed, or None for torch's own choice.")
     for name, strings in (("providers", providers), ("input_names", input_names), ("output_names", output_names)):
-        if isinstance(strings, str):
-            raise ArgumentTypeError(f"{name}={strings!r}: a list is needed, [{strings!r}].")
+        require_list(name, strings)
     if isinstance(dynamic_shapes, str) and dynamic_shapes != "captured":
         raise ArgumentError(
             f'dynamic_shapes={dynamic_shapes!r}: "captured", None or torch.export\'s structure is needed. '

@@ -9,14 +9,11 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
-from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
-from fxprune.graph.calls import as_calls
 from fxprune.reports import Readable, columns, counted, first_of
 
-from .latency import bound
+from .latency import bound, measured_call
 from .session import Session
 
 _HOLDING = ("If", "Loop", "Scan")  # their time is that of the nodes inside them
@@ -93,18 +90,10 @@ def profile(
         >>> profile("pruned.onnx").operators["Conv"]
         OperatorTime(nodes=53, milliseconds=11.2)
     """
-    counts = {"batch": batch, "threads": threads, "rounds": rounds, "warmup": warmup}
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, Integral):
-            raise ArgumentTypeError(f"{name}={count!r}: an integer is needed.")
-    if min(batch, threads, rounds) < 1 or warmup < 0:
-        raise ArgumentError(f"batch {batch}, {threads} threads, {rounds} rounds: at least 1 of each.")
-    calls = [] if inputs is None else as_calls(inputs, error=CompareError)
-    if len(calls) > 1:
-        raise ArgumentError(f"{len(calls)} calls were given as inputs; one is measured.")
+    call = measured_call(inputs, 1, batch, threads, rounds, warmup)
     with tempfile.TemporaryDirectory() as folder:
         session = Session(path, providers, threads, profile_into=folder, tf32=True)
-        run = bound(session, calls[0] if calls else None, batch)
+        run = bound(session, call, batch)
         for _ in range(warmup + rounds):
             run()
         events = json.loads(session.end_profile().read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from fxprune.calling import renamed
 from fxprune.errors import ArgumentTypeError, CompareError, ProviderWarning
 from fxprune.files import check_suffix
 from fxprune.graph.calls import as_call
+from fxprune.graph.requirements import require_list
 
 from .values import input_tensors, match_inputs
 
@@ -34,12 +35,6 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     if threads:
         options.intra_op_num_threads = threads
     return options
-
-
-def check_providers(providers: Sequence[str]) -> None:
-    """Raise ArgumentTypeError where one provider stands for a list."""
-    if isinstance(providers, str):
-        raise ArgumentTypeError(f"providers={providers!r}: a list is needed, [{providers!r}].")
 
 
 def _load(
@@ -116,7 +111,7 @@ class Session:
         packs: bool = True,
         tf32: bool = False,
     ) -> None:
-        check_providers(providers)
+        require_list("providers", providers)
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
             raise ArgumentTypeError(f"threads={threads!r}: an integer is needed, or None for onnxruntime's choice.")
         if Path(path).suffix in (".pt2", ".pt", ".pth", ".fxp", ".safetensors"):

@@ -1,4 +1,4 @@
-"""What calls require of the module that they are given."""
+"""What calls require of what they are given: the module first of all."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def require_flag(name: str, value: object) -> None:
     """Raise ArgumentTypeError where an option of this name is neither True nor False."""
     if not isinstance(value, bool):
         raise ArgumentTypeError(f"{name}={value!r}: True or False is needed.")
+
+
+def require_list(name: str, value: object) -> None:
+    """Raise ArgumentTypeError where one string stands for a list of them."""
+    if isinstance(value, str):
+        raise ArgumentTypeError(f"{name}={value!r}: a list is needed, [{value!r}].")
 
 
 def _way_to_a_traced(value: Any) -> str:

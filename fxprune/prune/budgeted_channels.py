@@ -17,7 +17,7 @@ from fxprune.calling import renamed
 from fxprune.channels.groups import ChannelGroup, Kind
 from fxprune.errors import ArgumentTypeError, PruningError
 from fxprune.graph.masks import MasksOnDemand, view
-from fxprune.graph.requirements import require_flag, require_traced
+from fxprune.graph.requirements import require_flag, require_list, require_traced
 from fxprune.graph.traced import TracedModule
 from fxprune.graph.values import unmasked
 from fxprune.progress import shown
@@ -166,8 +166,7 @@ def channels(
         >>> repair = fxprune.reconstruct(traced, batches)
     """
     require_traced(traced)
-    if isinstance(providers, str):
-        raise ArgumentTypeError(f"providers={providers!r}: a list is needed, [{providers!r}].")
+    require_list("providers", providers)
     request = request_for(
         asked_for(amount, macs=macs, parameters=parameters, speedup=speedup), importance, scope=scope,
         round_to=round_to, max_per_group=max_per_group, at_least=at_least, normalize=normalize, targets=targets,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +27,12 @@ from fxprune.prune.channel_ranking import Ranked, landed
 from fxprune.prune.channel_request import ChannelRequest, chosen_groups
 from fxprune.prune.channel_scores import comparable, is_relative, masked_units, scorable, unit_scores
 from fxprune.prune.class_limits import ClassLimits, failure_in_class
-from fxprune.prune.importance_registry import IMPORTANCES, Evidence
+from fxprune.prune.importance_registry import Evidence
 from fxprune.prune.latency import LatencyTable
 from fxprune.prune.latency.measuring import Timing, measured_latencies
 from fxprune.prune.latency.prices import LatencyPrices
+from fxprune.prune.losses import are_losses, losses
 from fxprune.prune.runnable import runnable_groups
-from fxprune.prune.sensitivity import Sensitivity
 from fxprune.prune.trials import masked_copy
 
 MOST_CORRECTIONS = 12
@@ -231,16 +230,13 @@ def _curves(
     evidence: Evidence,
 ) -> GroupCurves | None:
     """What the output loses with the units of groups, where the importance is that."""
-    importance = request.importance
-    measure = IMPORTANCES[importance].curves if isinstance(importance, str) else None
-    given = importance if isinstance(importance, Sensitivity) else None
-    if measure is None and given is None:
+    if not are_losses(request.importance):
         return None
     if request.normalize:
         raise ArgumentError(
             "normalize=True would be ignored: losses of the output compare across groups as they are. Leave it out."
         )
-    found: Any = given if measure is None else measure(traced, grouping, picked, evidence)
+    found = losses(request.importance, traced, grouping, picked, evidence)
     curves = [found.curve_of(group) for group in picked]
     return GroupCurves(picked, [curve.slopes() for curve in curves], [curve.losses() for curve in curves])
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,8 @@ from fxprune.prune.channel_budgets import limit_of
 from fxprune.prune.channel_choice import Outcome, finalized_sizes
 from fxprune.prune.channel_request import SIZES, ChannelRequest, Importance, is_named
 from fxprune.prune.channel_scores import is_relative, scorable, unit_scores
-from fxprune.prune.importance_registry import IMPORTANCES, Evidence
+from fxprune.prune.importance_registry import Evidence
+from fxprune.prune.losses import are_losses, losses
 from fxprune.prune.residual_blocks import Block, residual_blocks, without
 from fxprune.prune.sensitivity import Sensitivity
 
@@ -400,9 +400,8 @@ def _scores(
     importance: Importance,
     evidence: Evidence,
 ) -> dict[int, float]:
-    measure = IMPORTANCES[importance].curves if isinstance(importance, str) else None
-    if measure is not None or isinstance(importance, Sensitivity):
-        curves: Any = importance if measure is None else measure(before, grouping, groups, evidence)
+    if are_losses(importance):
+        curves = losses(importance, before, grouping, groups, evidence)
         return {id(group): float(curves.curve_of(group).losses()[-1]) for group in groups}
     picked, _ = scorable(grouping, groups, importance)
     scores = unit_scores(before, grouping, picked, importance, evidence)

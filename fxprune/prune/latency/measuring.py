@@ -27,17 +27,16 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, Pruni
 from fxprune.graph.batch import Batch
 from fxprune.graph.interpretation import Interpreter
 from fxprune.graph.names import tensor_at
-from fxprune.graph.requirements import require_eval, require_traced
+from fxprune.graph.requirements import require_eval, require_list, require_traced
 from fxprune.graph.samples import stretched
 from fxprune.graph.sharing_copies import sharing_copy
 from fxprune.graph.spread_modules import lent_to_first
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import working
 from fxprune.prune.channel_request import ChannelRequest, chosen_among, listed
-from fxprune.prune.importance_registry import IMPORTANCES
 from fxprune.prune.latency.pieces import Piece, cut_out, shape_of_cut, zeroed
 from fxprune.prune.latency.table import LatencyCurve, LatencyTable
-from fxprune.prune.sensitivity.report import Sensitivity
+from fxprune.prune.losses import are_losses
 
 KEPT = (0.75, 0.5, 0.25)  # shares of the units at which a group is measured, beside all of them
 LEAST = 0.003  # share of the whole work below which layers are not measured
@@ -103,8 +102,7 @@ def latency_table(
     """
     require_traced(traced)
     require_eval(traced, "latency_table", PruningError)
-    if isinstance(providers, str):
-        raise ArgumentTypeError(f"providers={providers!r}: a list is needed, [{providers!r}].")
+    require_list("providers", providers)
     if isinstance(most_seconds, bool) or not isinstance(most_seconds, int | float):
         raise ArgumentTypeError(f"most_seconds={most_seconds!r}: a number is needed.")
     if not most_seconds > 0:
@@ -140,10 +138,7 @@ def check_prices(prices: str | LatencyTable, request: ChannelRequest, timing: Ti
         return
     if not request.asks_for("speedup"):
         raise ArgumentError("prices would be ignored: they are of time, for speedup. Give speedup, or leave them out.")
-    is_loss = isinstance(request.importance, Sensitivity) or (
-        isinstance(request.importance, str) and IMPORTANCES[request.importance].curves is not None
-    )
-    if not is_loss:
+    if not are_losses(request.importance):
         raise ArgumentError(
             'prices would be ignored: they weigh losses of the output. Ask for importance="obs", or give a '
             "fxprune.sensitivity as importance."
