@@ -16,6 +16,7 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, CompareError
 from fxprune.files import check_suffix
 from fxprune.graph.calls import Call, as_calls
 from fxprune.graph.requirements import require_list
+from fxprune.progress import shown
 from fxprune.reports import Readable, columns, counted
 
 from .session import Session
@@ -70,6 +71,7 @@ _SHOWN = 6  # of the files that were measured, where they are printed
 
 
 @renamed("provider", "providers", lambda provider: (provider,))
+@shown("measure latencies")
 def bench(
     paths: Sequence[str | os.PathLike[str]],
     *,

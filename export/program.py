@@ -20,6 +20,7 @@ from fxprune.files import atomic, check_suffix
 from fxprune.graph.calls import Call
 from fxprune.graph.spread_modules import written_by_first
 from fxprune.graph.traced import TracedModule
+from fxprune.progress import shown
 from fxprune.torch_internals import OpOverload
 
 from .flattening import check_source, flatten
@@ -31,6 +32,7 @@ from .verification import Draft, FileReport, Proof, other_sizes, verified
 
 @named_arguments
 @written_by_first
+@shown("write program")
 def to_program(
     final: TracedModule,
     path: str | os.PathLike[str],
@@ -79,6 +81,7 @@ def to_program(
 
 @named_arguments
 @written_by_first
+@shown("write TorchScript")
 def to_torchscript(
     final: TracedModule,
     path: str | os.PathLike[str],

@@ -32,6 +32,7 @@ from fxprune.files import atomic
 from fxprune.graph.requirements import require_flag
 from fxprune.graph.spread_modules import is_spread, lent_to_first
 from fxprune.graph.traced import TracedModule
+from fxprune.progress import shown
 
 # what save does not write, and what does
 _OTHER_FORMATS = {
@@ -42,6 +43,7 @@ _OTHER_FORMATS = {
 
 
 @named_arguments
+@shown("save")
 def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool = True, parts: bool = False) -> None:
     """Write a traced or finalized module to one file, whole or not at all; `load` restores it.
 
@@ -131,6 +133,7 @@ def _members(traced: TracedModule, programs: bool) -> tuple[bytes, StreamedTenso
 
 
 @named_arguments
+@shown("load")
 def load(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,

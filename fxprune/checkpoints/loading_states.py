@@ -21,12 +21,14 @@ from fxprune.graph.states import check_state
 from fxprune.graph.traced import TracedModule
 from fxprune.passes import InsertSpectralNorm, InsertWeightNorm
 from fxprune.passes.insert_parametrization import InsertParametrization
+from fxprune.progress import shown
 from fxprune.reports import first_of
 
 State = Mapping[str, Any]
 
 
 @named_arguments
+@shown("load state")
 def load_state(traced: TracedModule, state: State, strict: bool = True) -> TracedModule:
     """Load a state dict, and insert the masks and norms that its keys have and the module has not.
 

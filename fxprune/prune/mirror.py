@@ -30,6 +30,7 @@ from fxprune.graph.requirements import require_parameter, require_traced
 from fxprune.graph.spread_modules import failing_together
 from fxprune.graph.traced import TracedModule
 from fxprune.graph.values import unmasked
+from fxprune.progress import shown
 from fxprune.prune.methods import BlockStructured, NMStructured
 from fxprune.prune.selection import keep_largest
 from fxprune.sharding import agreed, by_parts, count, is_sharded, part, same_draws, spread, whole
@@ -297,6 +298,7 @@ def is_pruned(traced: TracedModule, name: str | None = None) -> bool:
 
 @named_arguments
 @failing_together
+@shown("choose entries")
 def global_unstructured(
     traced: TracedModule,
     names: str | Iterable[str],

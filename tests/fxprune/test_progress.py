@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.nn.utils.prune import L1Unstructured
 
 import fxprune
 from fxprune.progress import bars, quiet, working
@@ -114,8 +115,17 @@ def test_every_long_step_is_a_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         fxprune.export.to_onnx(final, tmp_path / "model.onnx")
         fxprune.compare(traced, final, inputs=x)
         fxprune.write_back(final, model)
+        fxprune.prune.global_unstructured(traced, "*.weight", L1Unstructured, amount=0.1)
+        fxprune.save(final, tmp_path / "model.fxp")
+        fxprune.load(tmp_path / "model.fxp")
+        fxprune.load_state(traced, traced.state_dict())
+        fxprune.export.to_program(final, tmp_path / "model.pt2")
+        fxprune.export.to_torchscript(final, tmp_path / "model.pt")
+        fxprune.export.bench([tmp_path / "model.onnx"], rounds=1)
     ones = {"trace", "finalize", "compare", "reconstruct", "sensitivity"}
     assert ones | {"choose channels", "write ONNX", "write back"} <= set(told)
+    assert {"choose entries", "save", "load", "load state", "write program", "write TorchScript"} <= set(told)
+    assert "measure latencies" in told
 
 
 def test_what_is_quiet_inside_shown_works_stays_so(terminal: Terminal) -> None:
