@@ -32,10 +32,10 @@ from fxprune.torch_internals import (
     FakeTensorMode,
     OpOverload,
     any_recurrent_length,
-    decomposes_itself,
     fake_cpu_tensor,
     fake_like,
     guards_ignored,
+    is_composite,
     no_new_guards,
     pytree_info,
     size_expression,
@@ -230,7 +230,7 @@ class _Smaller:
         self.graph.lint()
 
     def _is_large(self, target: OpOverload) -> bool:
-        return target in self.table or (decomposes_itself(target) and target not in _known_to_torch())
+        return target in self.table or (is_composite(target) and target not in _known_to_torch())
 
     def _replace(self, node: fx.Node) -> None:
         leaves, structure = pytree.tree_flatten((node.args, dict(node.kwargs)))

@@ -130,7 +130,8 @@ def test_pytree_info_is_what_the_graph_was_given(program: torch.export.ExportedP
 def test_is_composite_tells_dropout_which_gives_its_operand_back() -> None:
     dropout, x = torch.ops.aten.dropout.default, torch.zeros(2)
     assert dropout(x, 0.5, False).data_ptr() == x.data_ptr()
-    assert internals.is_composite(dropout) and not internals.is_composite(torch.ops.aten.add.Tensor)  # noqa: PT018
+    assert internals.is_composite(dropout) and internals.is_composite(aten.to.dtype)  # noqa: PT018
+    assert not internals.is_composite(aten.add.Tensor)
 
 
 def test_is_erased_follows_erase_node() -> None:
@@ -257,11 +258,6 @@ def test_no_new_guards_raises_what_is_not_known(free_batch: torch.export.Exporte
                     bool(value.shape[0] < 8)
     with internals.no_new_guards(internals.FakeTensorMode()):
         pass
-
-
-def test_decomposes_itself_says_which_operators_are_written_in_others() -> None:
-    assert internals.decomposes_itself(aten.to.dtype)
-    assert not internals.decomposes_itself(aten.add.Tensor)
 
 
 def test_symbol_ranges_are_those_of_the_free_sizes(free_batch: torch.export.ExportedProgram) -> None:
