@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo import _trace_wrapped_higher_order_op
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch._subclasses import fake_tensor
 from torch.distributions import Distribution, Normal
 
 import fxprune
@@ -151,11 +152,11 @@ class Repeated(nn.Module):
 
 
 def test_values_known_of_buffers_are_computed_with_by_captures_and_only_then() -> None:
-    model, x, before = Repeated(), torch.randn(2), internals.fake_tensors.CONSTANT_NUMEL_LIMIT
+    model, x, before = Repeated(), torch.randn(2), fake_tensor.CONSTANT_NUMEL_LIMIT
     with internals.values_known({"times": model.times}):
         program = torch.export.export(model, (x,), strict=False)
     assert torch.equal(program.module()(x), x.repeat(3))
-    assert before == internals.fake_tensors.CONSTANT_NUMEL_LIMIT
+    assert before == fake_tensor.CONSTANT_NUMEL_LIMIT
     with pytest.raises(Exception, match="data-dependent"):
         torch.export.export(model, (x,), strict=False)
 
