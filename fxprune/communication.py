@@ -1,7 +1,7 @@
 """Calls that several processes make together: what fails on one of them ends the call on all, under a name.
 
 Before each collective of such a call, and at its end, the processes tell each other whether one has failed since the
-last one: a maximum over one integer. So whatever a process does by itself in between may raise.
+last one, and what they are at: a maximum over four integers. So whatever a process does by itself between may raise.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def together(reference: Tensor | None, asked: str = "") -> Iterator[None]:
         asked: of the processes, which is to be the same for all; empty where that is not compared.
 
     Raises:
-        BaseException: what was raised on this process. ShardingError: it failed on another one, or other processes were
-            asked for something else.
+        BaseException: what was raised on this process. ShardingError: it failed on another one, or others do something
+            else.
     """
     if not isinstance(reference, DTensor) or not dist.is_initialized() or _CALL.get() is not None:
         yield
@@ -69,7 +69,7 @@ def together(reference: Tensor | None, asked: str = "") -> Iterator[None]:
     token = _CALL.set(call)
     try:
         if asked:
-            _compare(call, asked)
+            _check(call, asked)
         yield
         _check(call, _AT_THE_END)
     except BaseException as error:  # whatever it is, the others wait
@@ -152,28 +152,6 @@ def _named(what: str) -> Iterator[None]:
         raise
 
 
-def _compare(call: _Call, asked: str) -> None:
-    """Raise ShardingError on every process unless all were asked for the same; a collective."""
-    mesh, rank, digest = call.mesh, dist.get_rank(), zlib.crc32(asked.encode())
-
-    def largest(*own: int) -> list[int]:
-        found: list[int] = _over(torch.tensor(own, device=mesh.device_type), mesh, Partial("max")).tolist()
-        return found
-
-    with _named("beginning together"):
-        least, most, first = largest(-digest, digest, -rank)
-        if -least == most:
-            return
-        call.is_over = True
-        (expected,) = largest(digest if rank == -first else -1)
-        (other,) = largest(-rank if digest != expected else -dist.get_world_size())
-        told, others = _said_by(-first, asked, mesh), _said_by(-other, asked, mesh)
-    raise ShardingError(
-        f"the processes were asked for different things: process {-first} for {told}, process {-other} for {others}. "
-        "Nothing was done. Let all make the same calls, in the same order, with the same options."
-    )
-
-
 def _said_by(rank: int, text: str, mesh: DeviceMesh) -> str:
     """The beginning of what one process says, on all; a collective."""
     own = torch.zeros(_TOLD, dtype=torch.int64)
@@ -193,17 +171,29 @@ def _check(call: _Call, what: str) -> None:
 
 
 def _tell(call: _Call, failure: BaseException | None, what: str) -> None:
-    """Tell the others whether this process has failed, and hear of them; a collective."""
-    mesh, rank = call.mesh, dist.get_rank()
+    """Tell the others whether this process has failed, and hear of them, and whether all do the same; a collective."""
+    mesh, rank, digest = call.mesh, dist.get_rank(), zlib.crc32(what.encode())
+
+    def largest(*own: int) -> list[int]:
+        found: list[int] = _over(torch.tensor(own, device=mesh.device_type), mesh, Partial("max")).tolist()
+        return found
+
     with _named(what):
-        failed = torch.tensor([0 if failure is None else rank + 1], device=mesh.device_type)
-        number = int(_over(failed, mesh, Partial("max")))
-        if not number:
+        number, least, most, first = largest(0 if failure is None else rank + 1, -digest, digest, -rank)
+        if not number and -least == most:
             return
         call.is_over = True
-        told = _said_by(number - 1, f"{type(failure).__name__}: {failure}", mesh)
-    if failure is None:
-        call.told = f"process {number - 1} failed: {told}"
+        if number:
+            told = _said_by(number - 1, f"{type(failure).__name__}: {failure}", mesh)
+            call.told = f"process {number - 1} failed: {told}" if failure is None else ""
+            return
+        (expected,) = largest(digest if rank == -first else -1)
+        (other,) = largest(-rank if digest != expected else -dist.get_world_size())
+        told, others = _said_by(-first, what, mesh), _said_by(-other, what, mesh)
+    call.told = (
+        f"the processes do different things: process {-first} is at {told}, process {-other} at {others}. "
+        "Let all make the same calls, in the same order, with the same options and as many of everything."
+    )
 
 
 def _over(own: Tensor, mesh: DeviceMesh, kind: Partial) -> Tensor:

@@ -327,8 +327,13 @@ def asked_differently() -> dict[str, str]:
     """What is raised where the last process is asked for something else than the others, and what has changed."""
     module, method = networks.by_fsdp(networks.traced()), L1Unstructured
     is_last, rank = dist.get_rank() == dist.get_world_size() - 1, dist.get_rank()
-    before = _parts(module)
     drawn = torch.rand(7, 10, 3, 3, generator=torch.Generator().manual_seed(rank))
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.0)
+    module(networks.inputs()).sum().backward()
+    optimizer.step()
+    if is_last:
+        optimizer.state.clear()
+    final, before = fxprune.finalize(module, verify=False), _parts(module)
     found = networks.failures(
         {
             "amount": lambda: P.l1_unstructured(module, "*.weight", 0.4 if is_last else 0.3),
@@ -340,6 +345,8 @@ def asked_differently() -> dict[str, str]:
             "norm": lambda: fxprune.weight_norm(module, "inner.weight", dim=int(is_last)),
             "schedule": lambda: fxprune.Schedule(module, "*.weight", method, 0.5, scope=("local", "global")[is_last]),
             "export": lambda: fxprune.export.to_onnx(module, "not-written.onnx", verify=is_last),
+            "parts": lambda: fxprune.save(module, "not-written.parts", parts=not is_last),
+            "states": lambda: fxprune.optimizer_after(final, optimizer),
             "drawn scores": lambda: P.l1_unstructured(module, "inner.weight", 0.3, drawn),
             "global scores": lambda: P.global_unstructured(module, "*", method, {"inner.weight": drawn}, amount=0.3),
             "a method of one's own": lambda: P.apply(module, "*.weight", Ranked()),

@@ -30,7 +30,7 @@ from fxprune.checkpoints.streamed_tensors import StreamedTensors
 from fxprune.errors import ArgumentError, ArgumentTypeError, ArtifactError, FxpruneError, ShardingError, SuffixError
 from fxprune.files import atomic
 from fxprune.graph.requirements import require_flag
-from fxprune.graph.spread_modules import is_spread, lent_to_first
+from fxprune.graph.spread_modules import failing_together, is_spread, lent_to_first
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import shown
 
@@ -44,6 +44,7 @@ _OTHER_FORMATS = {
 
 @named_arguments
 @shown("save")
+@failing_together
 def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool = True, parts: bool = False) -> None:
     """Write a traced or finalized module to one file, whole or not at all; `load` restores it.
 
@@ -57,6 +58,7 @@ def save(traced: TracedModule, path: str | os.PathLike[str], *, programs: bool =
         programs: whether to store the graphs. Without, the file is written faster, and `load` needs the model.
         parts: for a module that is spread over processes: whether each writes what it holds, to a folder of this name
             (`torch.distributed.checkpoint`, safetensors). Else the first process gathers the module, and writes a file.
+            Of both it is the first one's path that counts.
 
     Raises:
         ArgumentTypeError: `traced` is no traced module.

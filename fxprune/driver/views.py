@@ -10,7 +10,6 @@ from fxprune.channels.groups import ChannelGroups, Grouping
 from fxprune.driver.running import finalize_anew
 from fxprune.graph.copies import copied_parameters, read_directly
 from fxprune.graph.masks import masked_views
-from fxprune.graph.names import locate
 from fxprune.graph.reparametrizations import computed_names, reparametrized
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.sharing_copies import sharing_copy
@@ -42,23 +41,16 @@ def plain_view(traced: TracedModule) -> TracedModule:
 def without_norms(traced: TracedModule, names: Collection[str]) -> TracedModule:
     """The module with plain parameters where norms and parametrizations compute some, masks on these as they are.
 
-    To be read only: tensors of other modules are shared, and the module itself is given where there is no such name.
+    To be read only: all other tensors are shared, and the module itself is given where there is no such name.
     """
     normed = tuple(name for name in computed_names(traced) if name in names)
     normed += tuple(own.original_name for own in masked_views(traced) if own.name in names and own.original is None)
     if not normed:
         return traced
-    folded = run_passes(_copied_around(traced, normed), (FoldReparametrizations(normed, keep_masks=True),)).graph_module
+    fold = FoldReparametrizations(normed, keep_masks=True, anew=True)
+    folded = run_passes(sharing_copy(traced), (fold,)).graph_module
     assert isinstance(folded, TracedModule)
     return folded
-
-
-def _copied_around(traced: TracedModule, names: Collection[str]) -> TracedModule:
-    """A copy of the module for changes of what reparametrizes some parameters; shares the tensors of other modules."""
-    owners = {locate(traced, name)[0] for name in names}
-    busy = {module for owner in owners for module in owner.modules()}
-    shared = [t for m in traced.modules() if m not in busy for t in (*m._parameters.values(), *m._buffers.values())]
-    return TracedModule.__deepcopy__(traced, {id(t): t for t in shared if t is not None})  # without what FSDP adds
 
 
 @named_arguments

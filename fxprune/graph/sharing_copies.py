@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from fxprune.graph.names import tensors_of
 from fxprune.graph.traced import TracedModule
 
@@ -11,6 +9,6 @@ from fxprune.graph.traced import TracedModule
 def sharing_copy(traced: TracedModule) -> TracedModule:
     """A copy with the same parameters and buffers, which are only to be read; in the copy others may take their place.
 
-    Masks may be inserted into it, as these are buffers of their own.
+    Masks may be inserted into it, as these are buffers of their own. It has none of what FSDP adds.
     """
-    return copy.deepcopy(traced, {id(tensor): tensor for tensor in tensors_of(traced).values()})
+    return TracedModule.__deepcopy__(traced, {id(tensor): tensor for tensor in tensors_of(traced).values()})

@@ -285,7 +285,8 @@ def test_values_that_one_process_lacks_are_missed_by_all() -> None:
 @pytest.mark.slow
 def test_a_process_that_is_late_is_waited_for_as_long_as_the_time_out() -> None:
     found = in_processes(2, networks.late, seconds=5)[0]
-    assert found["late"].startswith("ShardingError: adding up: the processes could not go on together")
+    assert found["late"].startswith("ShardingError: global_unstructured(names='*.weight', ")
+    assert "): the processes could not go on together: " in found["late"]
 
 
 @pytest.mark.slow

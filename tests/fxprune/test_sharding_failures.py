@@ -147,8 +147,9 @@ def test_processes_that_are_asked_for_different_things_are_told_so_before_anythi
     found = results[0]
     assert found.pop("changed") == "set()"
     assert found.pop("masked") == "True"  # they go on together
-    last = f"process {processes - 1} for "
-    assert "process 0 for l1_unstructured(name='*.weight', amount=0.3), " in found["amount"]
+    last = f"process {processes - 1} at "
+    assert "process 0 is at gathering a parameter, " in found["states"]
+    assert "process 0 is at l1_unstructured(name='*.weight', amount=0.3), " in found["amount"]
     for what, call in {
         "amount": "l1_unstructured(name='*.weight', amount=0.4)",
         "names": "l1_unstructured(name='inner.weight', amount=0.3)",
@@ -159,7 +160,9 @@ def test_processes_that_are_asked_for_different_things_are_told_so_before_anythi
         "norm": "weight_norm(name='inner.weight', dim=1)",
         "schedule": "Schedule, global amount=0.5: L1Unstructured of stem.weight, ",
         "export": "to_onnx()",
+        "parts": "save()",
+        "states": "ending together",
     }.items():
-        assert found.pop(what).startswith("ShardingError: the processes were asked for different things: "), what
+        assert found.pop(what).startswith("ShardingError: the processes do different things: "), what
         assert last + call in results[1][what], what
     assert all("is not the same on every process" in told for told in found.values()), found
