@@ -9,6 +9,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.export import Dim
 
+import fxprune
 from tests.architectures import CAUSAL, FFN, PARTS
 
 FREE = {0: Dim.AUTO, 1: Dim.AUTO}
@@ -73,6 +74,12 @@ def step(model: nn.Module, cache: Any, batch: int, length: int, past: int) -> di
 
 
 STEP_SHAPES = {"input_ids": FREE, "attention_mask": FREE, "position_ids": FREE, "past_key_values": FREE_CACHE}
+
+
+def traced_step(model: nn.Module, transformers: Any) -> fxprune.TracedModule:
+    """A decoder, traced for steps of any length over caches of any length."""
+    sample = step(model, transformers.DynamicCache(), 2, 3, 4)
+    return fxprune.trace(model, sample, dynamic_shapes=STEP_SHAPES, modes=("eval",))
 
 
 def encoder_inputs(name: str, batch: int, length: int) -> dict[str, torch.Tensor]:

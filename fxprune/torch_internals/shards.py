@@ -46,7 +46,8 @@ def follow_parameters(module: nn.Module, before: Iterable[nn.Parameter]) -> None
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((owner, name))
                 parameters[id(parameter)] = parameter
-    fresh = [key for key in parameters if key not in set(map(id, before))]
+    known = set(map(id, before))
+    fresh = [key for key in parameters if key not in known]
     for group in filter(None, _groups(module)):
         gone = [each for each in group.fsdp_params if id(each.sharded_param) not in places]
         for each in group.fsdp_params:

@@ -23,16 +23,12 @@ from tests.decoders import (
     step,
     tokens,
 )
+from tests.slow import slow
 
 STEPS = 64
 
 
-def _slow_but(name: str, names: Any) -> list[Any]:
-    """The names, all but one of them for the slow suite."""
-    return [other if other == name else pytest.param(other, marks=pytest.mark.slow) for other in names]
-
-
-@pytest.mark.parametrize("name", _slow_but("Llama", DECODERS))
+@pytest.mark.parametrize("name", slow(DECODERS, DECODERS.keys() - {"Llama"}))
 def test_64_greedy_tokens_are_eagers_with_and_without_padding(name: str, transformers: Any, tmp_path: Path) -> None:
     model = decoder(name, transformers)
     sample = step(model, transformers.DynamicCache(), 2, 3, 4)

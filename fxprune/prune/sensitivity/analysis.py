@@ -142,7 +142,8 @@ class _Analysis:
         order = {node: number for number, node in enumerate(graph.nodes)}
         needed = {id(each): each for group in groups for each in self._readers(group)}
         self.needed = sorted(needed.values(), key=lambda reader: order[reader.node])
-        self._starts = {id(group): forks.start_of([*self._masks(group, range(group.size))]) for group in groups}
+        gone = {id(group): masks(grouping, ~grouping.units.dead(group.units)) for group in groups}
+        self._starts = {number: forks.start_of(own.keys()) for number, own in gone.items()}
         self._waiting = sorted(groups, key=lambda group: self._starts[id(group)])
         self._moments: dict[object, Any] = {}
         self._metrics: dict[int, Metric] = {}  # by the id of a reader
@@ -349,9 +350,8 @@ class _Analysis:
             changed[reader.moving_mean] = moving - shift.to(moving.dtype)
 
     def _masks(self, group: ChannelGroup, units: Sequence[int]) -> dict[str, Tensor]:
-        alive = np.ones(self._grouping.found.classes.count, bool)
-        alive[self._grouping.units.dying.of(group.units[list(units)])] = False
-        return {name: mask.to(self.tensor(name).device) for name, mask in masks(self._grouping, alive).items()}
+        found = masks(self._grouping, ~self._grouping.units.dead(group.units[list(units)]))
+        return {name: mask.to(self.tensor(name).device) for name, mask in found.items()}
 
 
 def _key(reader: Reader | Product) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,9 +68,9 @@ class Forks:
             self._add(unchanged, run, run.outputs)
         self._nothing = distance.mean(unchanged)  # a function of the user may be anything there, such as an entropy
 
-    def start_of(self, names: Sequence[str]) -> int:
+    def start_of(self, names: Collection[str]) -> int:
         """The number of the first node that reads some parameters; runs branch off there."""
-        read = [node for node in self._graph.find_nodes(op="get_attr") if str(node.target) in set(names)]
+        read = [node for node in self._graph.find_nodes(op="get_attr") if str(node.target) in names]
         return min((self._at[user] for node in read for user in node.users), default=len(self._nodes))
 
     def losses(self, variants: Iterable[Tensors], start: int) -> list[float]:

@@ -22,7 +22,6 @@ from tests.decoders import (
     ENCODER_DECODERS,
     FREE,
     FREE_CACHE,
-    STEP_SHAPES,
     decoder,
     encoder_inputs,
     encoder_shapes,
@@ -32,24 +31,16 @@ from tests.decoders import (
     same,
     step,
     tokens,
+    traced_step,
 )
-
-
-def _traced_step(model: nn.Module, transformers: Any) -> fxprune.TracedModule:
-    sample = step(model, transformers.DynamicCache(), 2, 3, 4)
-    return fxprune.trace(model, sample, dynamic_shapes=STEP_SHAPES, modes=("eval",))
-
-
-def _slow(names: Any, slow: Any) -> list[Any]:
-    """The names, some of them for the slow suite."""
-    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+from tests.slow import slow
 
 
 # steps of these are compared with eager where heads leave their caches
-@pytest.mark.parametrize("name", _slow(DECODERS, ("Gemma2", "Phi3", "GPT2")))
+@pytest.mark.parametrize("name", slow(DECODERS, ("Gemma2", "Phi3", "GPT2")))
 def test_a_step_over_a_cache_is_eagers_at_every_batch_length_and_past(name: str, transformers: Any) -> None:
     model = decoder(name, transformers)
-    traced = _traced_step(model, transformers)
+    traced = traced_step(model, transformers)
     for batch, length, past in ((2, 3, 4), (1, 1, 9), (3, 1, 1), (3, 5, 0)):
         inputs = step(model, transformers.DynamicCache(), batch, length, past)
         given = inputs
@@ -81,7 +72,7 @@ def test_the_first_step_makes_the_cache_that_eager_makes(name: str, given: bool,
         assert near(traced(**copy.deepcopy(call)), model(**call))
 
 
-@pytest.mark.parametrize("name", _slow(ENCODER_DECODERS, ("Bart",)))  # its layers are Whisper's
+@pytest.mark.parametrize("name", slow(ENCODER_DECODERS, ("Bart",)))  # its layers are Whisper's
 def test_an_encoder_decoder_is_captured_for_its_first_step_and_for_those_with_a_cache(
     name: str, transformers: Any
 ) -> None:
@@ -167,7 +158,7 @@ def test_layers_that_no_graph_can_hold_are_named(transformers: Any) -> None:
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
 def test_a_decoder_in_another_precision_is_captured_with_its_cache(kind: torch.dtype, transformers: Any) -> None:
     model = decoder("Llama", transformers).to(kind)
-    final = fxprune.finalize(_traced_step(model, transformers))
+    final = fxprune.finalize(traced_step(model, transformers))
     call = step(model, transformers.DynamicCache(), 3, 1, 6)
     with torch.no_grad():
         found = final(**call)
@@ -211,7 +202,7 @@ def test_caches_come_back_from_files_where_transformers_is_there_and_are_named_w
     transformers: Any, tmp_path: Path
 ) -> None:
     model = decoder("Llama", transformers)
-    final = fxprune.finalize(_traced_step(model, transformers))
+    final = fxprune.finalize(traced_step(model, transformers))
     path = tmp_path / "decoder.fxp"
     fxprune.save(final, path)
     call = step(model, transformers.DynamicCache(), 3, 1, 5)

@@ -19,14 +19,15 @@ from tests.decoders import (
     DECODERS,
     FREE,
     FREE_CACHE,
-    STEP_SHAPES,
     decoder,
     encoder_inputs,
     encoder_shapes,
     filled,
     step,
     tokens,
+    traced_step,
 )
+from tests.slow import slow
 
 
 def _pruned(module: fxprune.TracedModule) -> fxprune.TracedModule:
@@ -35,11 +36,6 @@ def _pruned(module: fxprune.TracedModule) -> fxprune.TracedModule:
     kind = "key-value group" if "key-value group" in kinds else "attention head"
     fxprune.prune.channels(module, 0.5, kinds=kind, round_to=1)
     return module
-
-
-def _traced_step(model: nn.Module, transformers: Any) -> fxprune.TracedModule:
-    sample = step(model, transformers.DynamicCache(), 2, 3, 4)
-    return fxprune.trace(model, sample, dynamic_shapes=STEP_SHAPES, modes=("eval",))
 
 
 def _masked(traced: fxprune.TracedModule, model: nn.Module) -> nn.Module:
@@ -82,7 +78,7 @@ def _error(want: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 def llama(transformers: Any) -> tuple[Any, fxprune.TracedModule, fxprune.TracedModule]:
     """A model, its step with half of the heads masked, and what is left of that."""
     model = decoder("Llama", transformers)
-    traced = _pruned(_traced_step(model, transformers))
+    traced = _pruned(traced_step(model, transformers))
     return model, traced, fxprune.finalize(traced, align=1)
 
 
@@ -90,14 +86,12 @@ def llama(transformers: Any) -> tuple[Any, fxprune.TracedModule, fxprune.TracedM
 _ALIKE = ("Mistral", "Qwen2")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _ALIKE else name for name in DECODERS]
-)
+@pytest.mark.parametrize("name", slow(DECODERS, _ALIKE))
 def test_heads_leave_the_cache_and_every_step_from_an_empty_one_is_the_masked_models(
     name: str, transformers: Any
 ) -> None:
     model = decoder(name, transformers, scale=1.5).double()
-    traced = _pruned(_traced_step(model, transformers))
+    traced = _pruned(traced_step(model, transformers))
     final = fxprune.finalize(traced, align=1)
     eager = _masked(traced, model)
     heads = [layer.keys.shape[1] for layer in traced.example_kwargs["past_key_values"].layers]
@@ -132,7 +126,7 @@ def test_the_plan_says_which_heads_of_the_cache_are_left_and_survives_its_file(l
 
 def test_the_first_step_returns_what_later_ones_take(transformers: Any) -> None:
     model = decoder("Llama", transformers, scale=1.5).double()
-    later = _pruned(_traced_step(model, transformers))
+    later = _pruned(traced_step(model, transformers))
     eager = _masked(later, model)
     shapes = {"input_ids": FREE}
     first = fxprune.trace(eager, {"input_ids": tokens(2, 4)}, dynamic_shapes=shapes, modes=("eval",))
@@ -183,7 +177,7 @@ def test_a_static_cache_has_fewer_heads(name: str, transformers: Any) -> None:
 
 def test_a_head_whose_values_are_not_written_as_zero_stays(transformers: Any) -> None:
     model = decoder("Llama", transformers)
-    traced = _traced_step(model, transformers)
+    traced = traced_step(model, transformers)
     for layer in range(2):  # the keys of a head alone: every query of it meets zeros, and its values are read evenly
         mask = torch.ones(16, 32)
         mask[:8] = 0

@@ -18,6 +18,7 @@ import fxprune
 from tests.fxprune.channels.exactness import EXACT, count, error
 from tests.fxprune.channels.layers import Net
 from tests.random_streams import ByHand, by_deviation, by_variance, centred, rms, rms_around_one
+from tests.slow import slow
 
 aten = torch.ops.aten
 HALF = tuple(range(8))
@@ -133,9 +134,7 @@ def test_a_stream_narrows_although_it_is_normalized(name: str) -> None:
 _ALIKE = ("RMSNorm without eps", "native_layer_norm", "_fused_rms_norm without eps", "native_group_norm of one group")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _ALIKE else name for name in NORMS]
-)
+@pytest.mark.parametrize("name", slow(NORMS, _ALIKE))
 def test_a_narrowed_stream_is_written_to_onnx(name: str, tmp_path: Path) -> None:
     model = narrowed(NORMS[name]).eval()
     final = fxprune.finalize(fxprune.trace(model, (torch.randn(2, 7, 6),), modes=("eval",)), align=1)

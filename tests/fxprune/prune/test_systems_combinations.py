@@ -22,6 +22,7 @@ from torch.nn.utils import prune as torch_prune
 import fxprune
 from fxprune import prune
 from fxprune.errors import CaptureError, FinalizeError
+from tests.slow import slow
 from tests.systems import X, assert_follows_eager, assert_same_calls, call, mlp
 
 l1, ln, rand = torch_prune.l1_unstructured, torch_prune.ln_structured, torch_prune.random_unstructured
@@ -304,17 +305,13 @@ REPEATED = (
 REPEATED_CARRIED = (*REPEATED, "transformer", "attention with other keys", "masks of an lstm", "root, norm")
 
 
-def _rows(names, repeated):
-    return [pytest.param(name, marks=pytest.mark.slow) if name in repeated else name for name in names]
-
-
-@pytest.mark.parametrize("name", _rows(ROWS, REPEATED_CARRIED))
+@pytest.mark.parametrize("name", slow(ROWS, REPEATED_CARRIED))
 def test_carried_combination_follows_eager(name):
     plain, eager, _ = ROWS[name]
     assert_follows_eager(plain, eager, _inputs(name), dynamic_shapes="batch" if name in FREE else None)
 
 
-@pytest.mark.parametrize("name", _rows([name for name, row in ROWS.items() if row[2]], REPEATED))
+@pytest.mark.parametrize("name", slow([name for name, row in ROWS.items() if row[2]], REPEATED))
 def test_inserted_combination_follows_eager(name):
     plain, eager, traced = ROWS[name]
     assert_follows_eager(plain, eager, _inputs(name), traced, dynamic_shapes="batch" if name in FREE else None)
