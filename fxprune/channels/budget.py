@@ -269,7 +269,7 @@ def _slowness(groups: Sequence[ChannelGroup]) -> float:
 
 
 def masks(grouping: Grouping, alive: Mask) -> MasksOnDemand:
-    """For each parameter that holds a dead class its mask, boolean; one vector, expanded, where one axis decides."""
+    """For each parameter that holds a dead class its mask, boolean: the entries of the axes that decide, expanded."""
     dead = [bool((~alive[vector]).any()) for vector in grouping.axes.vectors]
     axes: dict[str, list[ChannelAxis]] = {}
     for axis in grouping.axes:
@@ -278,8 +278,9 @@ def masks(grouping: Grouping, alive: Mask) -> MasksOnDemand:
 
     def made(name: str) -> torch.Tensor:
         shape, own = grouping.plain.get_parameter(name).shape, {axis.axis for axis in axes[name]}
-        is_vector = len(own) == 1 and not (1 in own and name in grouping.axes.grouped)
-        mask = torch.ones([size if not is_vector or d in own else 1 for d, size in enumerate(shape)], dtype=torch.bool)
+        if 1 in own and name in grouping.axes.grouped:
+            own.add(0)  # each group has columns of its own
+        mask = torch.ones([size if d in own else 1 for d, size in enumerate(shape)], dtype=torch.bool)
         for axis in axes[name]:
             grouping.axes.clear(axis, mask, alive)
         return mask.expand(shape)

@@ -26,8 +26,14 @@ def noted(mask: Tensor) -> Tensor:
         (False, 0.0, True)
     """
     if is_expanded(mask) and _VALUES not in vars(mask):
-        vars(mask).update({_VALUES: vector_of(mask).clone(), _VERSION: _version(mask)})
+        vars(mask).update({_VALUES: _copied(vector_of(mask)), _VERSION: _version(mask)})
     return mask
+
+
+def _copied(vector: Tensor) -> Tensor:
+    """A copy; of zeros and ones as flags, which take a byte each."""
+    flags = vector != 0
+    return flags if not vector.is_meta and torch.equal(flags.to(vector.dtype), vector) else vector.clone()
 
 
 def converted(function: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
@@ -44,7 +50,7 @@ def is_written(mask: Tensor) -> bool:
     if values is None or not is_expanded(mask) or mask.device.type == "meta":
         return False
     version = _version(mask)
-    if not torch.equal(vector_of(mask), values):
+    if not torch.equal(vector_of(mask), values.to(mask.dtype)):
         return True
     vars(mask)[_VERSION] = version
     return False
@@ -64,7 +70,7 @@ def _refuse(name: str, mask: Tensor) -> None:
     with torch.inference_mode():  # where tensors of that mode may be written into, too
         vector_of(mask).copy_(values)
     raise ArgumentError(
-        f"the mask {name!r} of a traced module was written into. It holds one vector of {values.numel()} values, "
+        f"the mask {name!r} of a traced module was written into. It holds {values.numel()} values, "
         f"expanded to the shape {list(mask.shape)}: an entry that is written changes all that share its memory. "
         f"{changed} of them changed, and have what they had again. For masks to write into, choose channels with "
         "compact_masks=False, or give fxprune.prune.custom_from_mask a mask of the whole shape."

@@ -141,7 +141,8 @@ def channels(
             are chosen again. Where none of that reaches a budget of MACs or parameters, whole blocks go, too, as few as
             are needed, if a configuration can say fewer layers; `report.blocks` names them.
         compact_masks: whether a mask of rows or of columns alone holds one vector, expanded to the shape of the
-            parameter, in place of an entry for each of the parameter's. None: where the module is traced for eval mode
+            parameter, in place of an entry for each of the parameter's; of the rows and columns of a convolution, one
+            value a kernel. None: where the module is traced for eval mode
             alone, so that nothing is trained, and is not spread over processes. Names, shapes, types and values are the
             same. Such a mask is not to be written into: torch refuses most of that, and what it lets pass the next call
             takes back, and raises an ArgumentError. `load_state_dict` and `DistributedDataParallel(traced)` first let

@@ -58,6 +58,37 @@ def test_they_hold_vectors_and_have_the_names_values_and_types_of_full_ones() ->
     assert not is_expanded(compact.get_buffer("7.weight_mask"))  # of rows and of columns
 
 
+class Stream(nn.Module):
+    """A residual stream that loses channels, so that its convolutions lose rows and columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.up = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1, bias=False)
+        self.down, self.rise = nn.Conv2d(24, 16, 3, padding=1, groups=2), nn.ConvTranspose2d(16, 12, 2, groups=2)
+        self.leave = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x)
+        x = x + self.down(self.up(x).relu())
+        return self.leave(self.rise(x).relu().mean((2, 3)))
+
+
+def test_masks_of_rows_and_columns_hold_one_value_a_kernel() -> None:
+    torch.manual_seed(0)
+    model = Stream().eval()
+    compact, full = (fxprune.trace(copy.deepcopy(model), X, modes=("eval",)) for _ in range(2))
+    for traced, is_compact in ((compact, True), (full, False)):
+        fxprune.prune.channels(traced, 0.5, compact_masks=is_compact, round_to=1)
+    kernels = {"up": 24 * 16, "down": 16 * 12, "rise": 16 * 6}
+    for name, count in kernels.items():
+        mask = compact.get_buffer(f"{name}.weight_mask")
+        assert mask.untyped_storage().nbytes() == 4 * count
+        assert not mask.any(0).any(-1).any(-1).all() or not mask.any(1).any(-1).any(-1).all()
+    assert equal_states(compact, full)
+    assert torch.equal(compact(X), full(X))
+    assert equal_states(*(fxprune.finalize(each, align=1) for each in (compact, full)))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_both_modes_and_gradients_are_the_same_bits(layout: torch.memory_format) -> None:
     compact, full = pair(layout)
