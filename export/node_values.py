@@ -23,6 +23,7 @@ from fxprune.graph.calls import Call
 from fxprune.graph.interpretation import run
 from fxprune.graph.metadata import module_path
 from fxprune.graph.traced import TracedModule
+from fxprune.sharding import is_sharded, whole
 
 from .float64 import WidenedRunner
 from .runners import ModuleRunner, ProgramRunner, Runner
@@ -80,6 +81,12 @@ def node_values(runner: Runner, call: Call) -> NodeValues | None:
     return GraphValues(trace(runner.module, *call, dynamic_shapes=None, modes=("eval",)), call)
 
 
+def _read(module: nn.Module, target: str) -> Any:
+    """What a graph reads by name; a collective where it is spread over processes, which search together."""
+    found = operator.attrgetter(target)(module)
+    return whole(found) if is_sharded(found) else found
+
+
 class GraphValues:
     """The values of a graph module's nodes by the nodes' names, in eval mode."""
 
@@ -97,7 +104,7 @@ class GraphValues:
             raise CompareError(f"the call has other arguments than the captured {Signature.of(graph).names}")
         leaves = pytree.tree_map_only(torch.Tensor, torch.clone, pytree.tree_leaves(list(bound.values())))
         self.inputs = dict(zip(graph.find_nodes(op="placeholder"), leaves, strict=True))
-        run(graph, lambda target: operator.attrgetter(target)(module), leaves, watch=self._keep)
+        run(graph, lambda target: _read(module, target), leaves, watch=self._keep)
 
     def _keep(self, node: fx.Node, value: object) -> None:
         if isinstance(value, torch.Tensor):

@@ -6,6 +6,7 @@ import copy
 import json
 import runpy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import fxprune
 from fxprune.errors import CompareError, ExportError
 from fxprune.export import Call, compare, onnx_files, to_onnx, to_program, to_torchscript
 from fxprune.export.node_values import GraphValues
+from fxprune.graph.traced import TracedModule
+from tests import sharded_networks
 from tests.chains import lengthen
 from tests.networks import NETWORKS
 
@@ -267,3 +270,16 @@ def test_a_copy_that_cannot_run_is_said_and_leaves_the_default_dtype() -> None:
     assert report.ok
     assert "Refuses cannot run these inputs: TypeError: float32 alone" in report.no_float64
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_modules_that_are_spread_over_processes_show_the_node_that_plain_ones_show(alone: None) -> None:
+    def first(spread: Callable[[TracedModule], TracedModule]) -> dict[str, Any]:
+        dense, masked = spread(sharded_networks.traced()), spread(sharded_networks.traced())
+        fxprune.prune.l1_unstructured(masked, "inner.weight", 0.5)
+        report = compare(dense.eval(), masked.eval(), inputs=sharded_networks.inputs())
+        assert report.first_divergence is not None
+        return report.first_divergence.to_dict() | {"candidate": ""}
+
+    found = first(sharded_networks.by_fsdp)
+    assert found["module"] == "inner"
+    assert found == first(sharded_networks.plain)

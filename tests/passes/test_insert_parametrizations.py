@@ -15,6 +15,7 @@ from fxprune.errors import PruningError
 from fxprune.graph.text import text
 from fxprune.passes import InsertSpectralNorm, InsertWeightNorm, insert_parametrization, run_passes
 from fxprune.passes.insert_parametrization import InsertParametrizations
+from tests import sharded_networks
 
 STEPS = (
     InsertWeightNorm("0.weight"),
@@ -87,3 +88,16 @@ def test_one_norm_that_cannot_be_inserted_inserts_none(traced: fxprune.TracedMod
         InsertParametrizations((*STEPS, InsertWeightNorm("0.scale")))(traced)
     assert {mode: text(graph) for mode, graph in traced.graphs.items()} == before
     assert not InsertParametrizations(())(traced).modified
+
+
+@pytest.mark.parametrize("dim", [None, -1])
+def test_a_norm_of_one_number_is_refused_where_fsdp_cannot_shard_it_and_changes_nothing(
+    alone: None, dim: int | None
+) -> None:
+    module = sharded_networks.by_fsdp(sharded_networks.traced())
+    before = list(module.state_dict())
+    with pytest.raises(fxprune.errors.ShardingError, match="makes one number of it"):
+        fxprune.weight_norm(module, "inner.weight", dim=dim)
+    assert list(module.state_dict()) == before
+    fxprune.weight_norm(module, "inner.weight", dim=0)
+    module(sharded_networks.inputs()).sum().backward()
