@@ -24,7 +24,7 @@ import torch
 from command import names, prepare
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
-from trained_networks import NETWORKS
+from trained_networks import built
 
 import fxprune
 from fxprune.channels.groups import Grouping
@@ -178,10 +178,8 @@ def masked(
 def main() -> None:
     prepare()
     for name in names(("minilm",), position=1):
-        build, samples = NETWORKS[name]
-        network = build(samples, 0)
+        network = built(name)
         if network is None:
-            print(f"{name}: skipped, its package is not installed")
             continue
         share = SHARES[name]
         traced = fxprune.trace(copy.deepcopy(network.model), (), network.first(2), modes=("eval",))

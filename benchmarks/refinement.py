@@ -26,7 +26,7 @@ import torch
 from allocation import Counts, Problem, masked
 from command import names, prepare
 from torch import Tensor
-from trained_networks import NETWORKS, Trained
+from trained_networks import Trained, built
 
 import fxprune
 from fxprune.channels.budget import masks
@@ -255,10 +255,8 @@ def judged(network: Trained, candidate: fxprune.TracedModule) -> float:
 def main() -> None:
     prepare()
     for name in names(tuple(BUDGETS), position=1):
-        build, samples = NETWORKS[name]
-        network = build(samples, 0)
+        network = built(name)
         if network is None:
-            print(f"{name}: skipped, its package is not installed")
             continue
         traced = fxprune.trace(copy.deepcopy(network.model), (), network.first(2), modes=("eval",))
         sensitivity = fxprune.sensitivity(traced, network.batches(), weight=network.weight)

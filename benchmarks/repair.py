@@ -14,7 +14,7 @@ import copy
 import time
 
 from command import names, prepare, rounds
-from trained_networks import NETWORKS
+from trained_networks import built
 
 import fxprune
 
@@ -39,10 +39,8 @@ CHOICES = (0.9, 0.8, 0.7, 0.6, 0.5, "2:4", "half of the entries")
 def main() -> None:
     prepare()
     for name in names(("recognizer", "minilm"), position=2):
-        build, samples = NETWORKS[name]
-        network = build(rounds(samples), 0)
+        network = built(name, scale=rounds)
         if network is None:
-            print(f"{name}: skipped, its package is not installed")
             continue
         print(f"{name}: dense {network.score(network.model):.4f}", flush=True)
         for choice in CHOICES:

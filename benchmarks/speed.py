@@ -18,7 +18,7 @@ import torch
 from command import names, prepare
 from torch import Tensor, nn
 from torch.nn import functional
-from trained_networks import NETWORKS, FineTuning, Trained, accuracy, train
+from trained_networks import NETWORKS, FineTuning, Trained, accuracy, built, load_images, train
 
 import fxprune
 from fxprune import export
@@ -59,13 +59,8 @@ class Images(nn.Module):
 
 def inverted(samples: int, seed: int = 0) -> Trained | None:
     """Inverted residuals, trained here; the score is the accuracy on 600 digits that nobody has seen."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
-    images, labels = functional.interpolate(images, scale_factor=4, mode="bilinear"), torch.tensor(data.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    test, own = order[:600], order[600:]
+    images, labels, test, own = load_images(seed)
+    images = functional.interpolate(images, scale_factor=4, mode="bilinear")
     torch.manual_seed(seed)
     model = Images()
     train(model, images[own], labels[own], epochs=6, rate=0.05, seed=seed)
@@ -111,12 +106,10 @@ def main() -> None:
     prepare()
     given = names(("inverted", "recognizer", "1.5", "2.0"))
     speedups = [float(each) for each in given if each[0].isdigit()] or [1.5, 2.0]
-    builds = NETWORKS | {"inverted": (inverted, 400)}
+    networks = NETWORKS | {"inverted": (inverted, 400)}
     for name in (each for each in given if not each[0].isdigit()):
-        build, samples = builds[name]
-        network = build(samples, 0)
+        network = built(name, networks=networks)
         if network is None:
-            print(f"{name}: skipped, its package is not installed")
             continue
         with tempfile.TemporaryDirectory() as folder:
             run(name, network, speedups, Path(folder))

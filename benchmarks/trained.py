@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from command import prepare
 from torch import nn
-from trained_networks import NETWORKS, Trained, outputs, rows
+from trained_networks import NETWORKS, Trained, built, outputs, rows
 from trained_peers import Cut, NotPossible, StructuredWanda, TorchPruning
 
 import fxprune
@@ -166,14 +166,12 @@ def main() -> None:
     options = parser.parse_args()
     prepare()
     for name in options.networks or NETWORKS:
-        build, samples = NETWORKS[name]
         budgets = options.budgets or BUDGETS[name]
         dense: list[float] = []
         found: dict[tuple[float, str], list[Row]] = {}
         for seed in range(options.first_seed, options.first_seed + (options.seeds or SEEDS[name])):
-            trained = build(samples, seed)
+            trained = built(name, seed)
             if trained is None:
-                print(f"{name}: skipped, its package is not installed")
                 break
             dense.append(trained.score(trained.model))
             print(f"{name}, seed {seed}: dense {dense[-1]:.4f}", flush=True)

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -260,17 +260,21 @@ def accuracy(model: Network, images: Tensor, labels: Tensor) -> float:
     return float((outputs(model, {"images": images}).argmax(1) == labels).double().mean())
 
 
+def load_images(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's digits, [1797, 1, 8, 8] in [0, 1], and their labels; which 600 are for the score, and the rest."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
+    return images, torch.tensor(data.target), order[:600], order[600:]
+
+
 def digits(samples: int, seed: int = 0) -> Trained | None:
     """A residual network, trained here on scikit-learn's digits; its score is the accuracy on 600 others."""
     if importlib.util.find_spec("sklearn") is None:
         return None
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
-    labels = torch.tensor(data.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    test, own = order[:600], order[600:]
+    images, labels, test, own = load_images(seed)
     torch.manual_seed(seed)
     model = DigitNet()
     train(model, images[own], labels[own], epochs=15, rate=0.05, seed=seed)
@@ -334,9 +338,25 @@ def photographs(samples: int, seed: int = 0) -> Trained | None:
     )
 
 
-NETWORKS: dict[str, tuple[Callable[[int, int], Trained | None], int]] = {
+Build = Callable[[int, int], Trained | None]
+NETWORKS: dict[str, tuple[Build, int]] = {
     "digits": (digits, 1197),
     "recognizer": (recognizer, 200),
     "minilm": (minilm, 512),
     "photographs": (photographs, 200),
 }
+
+
+def built(
+    name: str, seed: int = 0, *, scale: Callable[[int], int] = int, networks: Mapping[str, tuple[Build, int]] = NETWORKS
+) -> Trained | None:
+    """One of the networks; None, and a line that says so, where its package is not there.
+
+    Args:
+        name: of the network. seed: of its training and its samples. scale: from how many samples it has by default.
+    """
+    build, samples = networks[name]
+    network = build(scale(samples), seed)
+    if network is None:
+        print(f"{name}: skipped, its package is not installed")
+    return network

@@ -132,8 +132,8 @@ def request_for(
     """The request for budgets, with options as callers give them to `channels`."""
     return ChannelRequest(
         budgets, importance, scope, plain_number(round_to), plain_number(max_per_group), plain_number(at_least),
-        normalize, None if targets is None else listed(targets), listed(ignore),
-        None if kinds is None else listed(kinds), runnable,
+        normalize, None if targets is None else _listed(targets), _listed(ignore),
+        None if kinds is None else _listed(kinds), runnable,
     )  # fmt: skip
 
 
@@ -243,13 +243,14 @@ def chosen_groups(groups: Sequence[ChannelGroup], request: ChannelRequest) -> li
 
 def chosen_among(
     groups: Sequence[ChannelGroup],
-    wanted: Sequence[str] | None,
-    unwanted: Sequence[str],
-    kinds: Sequence[str] | None,
+    targets: str | Iterable[str] | None,
+    ignore: str | Iterable[str],
+    kinds: str | Iterable[str] | None,
 ) -> list[ChannelGroup]:
-    """The groups that may be pruned and are asked for: by targets, by what is ignored, and by kinds; as above."""
+    """The groups that may be pruned and are asked for, with options as callers give them to `channels`; as above."""
+    wanted, unwanted = None if targets is None else _listed(targets), _listed(ignore)
     _check_patterns(groups, [*(wanted or ()), *unwanted])
-    allowed = _kinds(groups, kinds)
+    allowed = _kinds(groups, None if kinds is None else _listed(kinds))
     usable = [g for g in groups if g.reason is None and g.size > 1 and g.kind in allowed]
     asked = [g for g in usable if wanted is None or _matches(g, wanted, ("writer",))]
     if kinds is None:  # the width is cut where it is asked for, by its kind or by names that nothing else has
@@ -273,7 +274,7 @@ def chosen_among(
     return picked
 
 
-def listed(patterns: str | Iterable[str]) -> tuple[str, ...]:
+def _listed(patterns: str | Iterable[str]) -> tuple[str, ...]:
     """One or several names.
 
     Raises:

@@ -27,13 +27,13 @@ from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, Pruni
 from fxprune.graph.batch import Batch
 from fxprune.graph.interpretation import Interpreter
 from fxprune.graph.names import tensor_at
-from fxprune.graph.requirements import require_eval, require_list, require_traced
+from fxprune.graph.requirements import require_eval, require_list
 from fxprune.graph.samples import stretched
 from fxprune.graph.sharing_copies import sharing_copy
 from fxprune.graph.spread_modules import lent_to_first
 from fxprune.graph.traced import TracedModule
 from fxprune.progress import working
-from fxprune.prune.channel_request import ChannelRequest, chosen_among, listed
+from fxprune.prune.channel_request import ChannelRequest, chosen_among
 from fxprune.prune.latency.pieces import Piece, cut_out, shape_of_cut, zeroed
 from fxprune.prune.latency.table import LatencyCurve, LatencyTable
 from fxprune.prune.losses import are_losses
@@ -100,7 +100,6 @@ def latency_table(
         >>> print(table.table())
         >>> report = fxprune.prune.channels(traced, speedup=1.5, importance=sensitivity, prices=table)
     """
-    require_traced(traced)
     require_eval(traced, "latency_table", PruningError)
     require_list("providers", providers)
     if isinstance(most_seconds, bool) or not isinstance(most_seconds, int | float):
@@ -108,10 +107,7 @@ def latency_table(
     if not most_seconds > 0:
         raise ArgumentError(f"most_seconds={most_seconds}: more than 0 is needed.")
     grouping = Grouping(with_plain_weights(driver.plain_view(traced)))
-    groups = chosen_among(
-        grouping.groups, None if targets is None else listed(targets), listed(ignore),
-        None if kinds is None else listed(kinds),
-    )  # fmt: skip
+    groups = chosen_among(grouping.groups, targets, ignore, kinds)
     return measured_latencies(traced, grouping, groups, Timing(threads, batch, tuple(providers), most_seconds))
 
 

@@ -16,11 +16,11 @@ from fxprune.channels.computed_weights import with_plain_weights
 from fxprune.channels.groups import ChannelGroup, Grouping
 from fxprune.errors import ArgumentError, ArgumentTypeError, PruningError
 from fxprune.graph.calls import each_call
-from fxprune.graph.requirements import require_eval, require_traced
+from fxprune.graph.requirements import require_eval
 from fxprune.graph.seeding import seeded
 from fxprune.graph.spread_modules import lent_to_first
 from fxprune.graph.traced import TracedModule
-from fxprune.prune.channel_request import chosen_among, listed
+from fxprune.prune.channel_request import chosen_among
 from fxprune.prune.importance_registry import IMPORTANCES, Evidence, Importance
 from fxprune.prune.repair.batches import Batches
 from fxprune.prune.repair.stacks import in_single_layers
@@ -101,13 +101,9 @@ def sensitivity(
         >>> report = fxprune.prune.channels(traced, macs=0.5, importance=sensitivity)
         >>> repair = fxprune.reconstruct(traced, batches)
     """
-    require_traced(traced)
     require_eval(traced, "sensitivity", PruningError)
     grouping = Grouping(with_plain_weights(driver.plain_view(traced)))
-    groups = chosen_among(
-        grouping.groups, None if targets is None else listed(targets), listed(ignore),
-        None if kinds is None else listed(kinds),
-    )  # fmt: skip
+    groups = chosen_among(grouping.groups, targets, ignore, kinds)
     graph = in_single_layers(grouping.plain.graphs["eval"])
     far = OutputDistance(graph, distance)
     given = None if shares is None else _shares(shares)
