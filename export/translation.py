@@ -14,7 +14,7 @@ from torch import fx
 from fxprune.errors import ExportError, ShardingError
 
 from .exact_numbers import scalar_tensor
-from .grouped_products import NAME, grouped_product
+from .grouped_products import NAMES, grouped_product
 from .log_gamma import lgamma
 from .quiet import quiet
 from .simple_recurrent import simple_recurrent
@@ -38,7 +38,7 @@ def translations(graph: fx.Graph) -> dict[Any, Any]:
         torch.ops.aten.sym_numel.default: opset18.Size,
     }
     called = dict.fromkeys(node.target for node in graph.nodes if node.op == "call_function")
-    products = {target: grouped_product for target in called if str(target) == NAME}
+    products = {target: grouped_product for target in called if str(target) in NAMES}
     return own | products
 
 

@@ -21,9 +21,9 @@ def flop_counter() -> FlopCounterMode:
     """torch's counter of floating-point operations, with a formula for attention on every device.
 
     torch has none for CPUs, and in some versions none for heads that share keys and values. Products by groups, as the
-    experts of transformers have them, are counted once transformers has defined them.
+    experts of transformers have them, are torch's in bfloat16; others are counted once transformers defined them.
     """
-    formulas: dict[Any, Any] = dict.fromkeys(_ATTENTION, _attention_flops)
+    formulas: dict[Any, Any] = dict.fromkeys(_ATTENTION, _attention_flops) | {_aten._grouped_mm: _grouped_flops}
     if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
         formulas[torch.ops.transformers.grouped_mm_fallback] = _grouped_flops
     return FlopCounterMode(display=False, custom_mapping=formulas)

@@ -73,3 +73,13 @@ def test_what_is_chosen_for_the_class_fits_its_kernels_and_comes_back_through_a_
     small.save_pretrained(tmp_path)
     again = type(small).from_pretrained(tmp_path).eval()
     assert torch.allclose(again(IDS).logits, plain(input_ids=IDS).logits, atol=1e-6)
+
+
+def test_in_bfloat16_the_products_are_torchs_and_are_counted_and_exported_alike(model: Any, tmp_path: Path) -> None:
+    single, narrow = traced(model), traced(model.to(torch.bfloat16))
+    assert torch.ops.aten._grouped_mm.default in {node.target for node in narrow.graph.nodes}
+    counted = [fxprune.prune.channels(each, 0.5).macs[0] for each in (single, narrow)]
+    assert counted[0] == counted[1]
+    written = fxprune.export.to_onnx(narrow, tmp_path / "model.onnx")
+    assert written.comparison is not None
+    assert written.comparison.ok
