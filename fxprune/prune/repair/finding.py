@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -361,20 +361,29 @@ def _is_plain_sum(node: fx.Node) -> bool:
     return all(given.get(name, 1) == 1 for name in ("alpha", "beta"))
 
 
-def own_weight_and_bias(
-    weights: Weights, weight: fx.Node, added: fx.Node | None
-) -> tuple[str, str | None, torch.Size] | Why:
-    """The names of a weight of one recurrent direction and of its bias, which no other call reads; and the shape."""
-    found = weights.find_own(weight, "weight")
-    if isinstance(found, Why):
-        return found
-    with_shape = _bias_and_shape(weights, found[0], added)
-    if isinstance(with_shape, Why):
-        return with_shape
-    bias, shape = with_shape
-    if bias is not None and (count := len(weights.readers(bias))) > 1:
-        return Why(f"its bias is used by {count} calls")
-    return found[0], bias, shape
+def own_weights_and_biases(
+    weights: Weights, directions: Iterable[tuple[fx.Node, fx.Node | None]]
+) -> tuple[tuple[str, ...], tuple[str | None, ...], list[torch.Size]] | Why:
+    """The names of a weight of each direction of a layer and of its bias, which no other call reads; and the shapes.
+
+    Args:
+        weights: of the graph. directions: for each the weight, and what is added to its product.
+    """
+    names, biases, shapes = list[str](), list[str | None](), list[torch.Size]()
+    for weight, added in directions:
+        found = weights.find_own(weight, "weight")
+        if isinstance(found, Why):
+            return found
+        with_shape = _bias_and_shape(weights, found[0], added)
+        if isinstance(with_shape, Why):
+            return with_shape
+        bias, shape = with_shape
+        if bias is not None and (count := len(weights.readers(bias))) > 1:
+            return Why(f"its bias is used by {count} calls")
+        names.append(found[0])
+        biases.append(bias)
+        shapes.append(shape)
+    return tuple(names), tuple(biases), shapes
 
 
 def _bias_and_shape(weights: Weights, weight: str, added: fx.Node | None) -> tuple[str | None, torch.Size] | Why:
@@ -384,16 +393,12 @@ def _bias_and_shape(weights: Weights, weight: str, added: fx.Node | None) -> tup
 
 
 def _recurrent(weights: Weights, call: Recurrent) -> Reader | Why:
-    names, biases, shapes = [], [], []
-    for weight, added in call.first_layer:
-        found = own_weight_and_bias(weights, weight, added)
-        if isinstance(found, Why):
-            return found
-        names.append(found[0])
-        biases.append(found[1])
-        shapes.append(found[2])
+    found = own_weights_and_biases(weights, call.first_layer)
+    if isinstance(found, Why):
+        return found
+    names, biases, shapes = found
     sizes = 1, sum(shape[0] for shape in shapes), shapes[0][1]
-    return RecurrentReader(call.node, call.data, tuple(names), tuple(biases), sizes, None)
+    return RecurrentReader(call.node, call.data, names, biases, sizes, None)
 
 
 def cell_reader(

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxprune.channels.registry import REGISTRY
 from fxprune.channels.rules.recurrent import Recurrent, RecurrentCell
 from fxprune.graph.traced import TracedModule
-from fxprune.prune.repair.finding import LeftAlone, Weights, Why, cell_reader, joined, own_weight_and_bias
+from fxprune.prune.repair.finding import LeftAlone, Weights, Why, cell_reader, joined, own_weights_and_biases
 from fxprune.prune.repair.layers import CellReader, Reader, ReaderCall, RecurrentReader
 
 
@@ -88,13 +88,9 @@ def find_states(traced: TracedModule, graph: fx.Graph) -> tuple[list[Reader], di
 
 
 def _reader(weights: Weights, call: Recurrent) -> Reader | Why:
-    names, biases = list[str](), list[str | None]()
-    for direction in call.directions[-2 if call.bidirectional else -1 :]:
-        found = own_weight_and_bias(weights, direction.states, direction.state_bias)
-        if isinstance(found, Why):
-            return found
-        name, bias, shape = found
-        names.append(name)
-        biases.append(bias)
-    sizes = len(names), *shape
-    return StateReader(call.node, call.data, tuple(names), tuple(biases), sizes, None)
+    directions = call.directions[-2 if call.bidirectional else -1 :]
+    found = own_weights_and_biases(weights, ((each.states, each.state_bias) for each in directions))
+    if isinstance(found, Why):
+        return found
+    names, biases, shapes = found
+    return StateReader(call.node, call.data, names, biases, (len(names), *shapes[0]), None)
