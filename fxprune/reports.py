@@ -30,9 +30,10 @@ class Readable(abc.ABC):
     def table(self) -> str:
         """All of it as text."""
 
-    @abc.abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """All of it in JSON's types; a key names the unit of its figure where that is no plain count."""
+        found: dict[str, Any] = plain(vars(self))
+        return found
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {str(self).partition(chr(10))[0]}>"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fxprune.channels.groups import ChannelGroup
+from fxprune.reports import plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,11 @@ class GroupRecord:
     size: int
     members: tuple[str, ...]
     units: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in JSON's types."""
+        found: dict[str, Any] = plain(vars(self))
+        return found
 
     def fits(self, group: ChannelGroup) -> bool:
         """Whether a group is of the same name and form; layers may have got biases since."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fxprune.reports import Readable, change, columns, plain
+from fxprune.reports import Readable, change, columns
 
 
 @dataclass(repr=False)
@@ -69,8 +69,3 @@ class Outcome(Readable):
         """What is left, then a line for each stage."""
         rows = [("stage", "seconds")] + [(name, f"{each['seconds']:.1f}") for name, each in self.stages.items()]
         return f"{self}\n\n{columns(rows)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it in JSON's types."""
-        found: dict[str, Any] = plain(vars(self))
-        return found

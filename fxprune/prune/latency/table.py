@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fxprune.channels.groups import ChannelGroup
 from fxprune.errors import PruningError
 from fxprune.prune.group_record import GroupRecord, record_of
-from fxprune.reports import Readable, columns, counted, first_of, plain
+from fxprune.reports import Readable, columns, counted, first_of
 
 Seconds = NDArray[np.float64]
 
@@ -53,11 +53,6 @@ class LatencyCurve(GroupRecord):
     def is_noise(self) -> bool:
         """Whether what was measured does not tell counts apart."""
         return bool(_rising(self.seconds[0] - np.array(self.seconds))[-1] <= SURE * max(self.error_seconds))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The curve in JSON's types; times are in seconds."""
-        found: dict[str, Any] = plain(vars(self))
-        return found
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,11 +135,6 @@ class LatencyTable(Readable):
             else:
                 rows.append((curve.name, curve.kind, str(curve.size), *[""] * (1 + len(heads)), curve.why))
         return f"{self}\n\n{columns(rows)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The curves in JSON's types; times are in seconds."""
-        found: dict[str, Any] = plain(vars(self))
-        return found
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> LatencyTable:

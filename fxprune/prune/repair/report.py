@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from fxprune.reports import Readable, columns, counted, first_of, number, plain
+from fxprune.reports import Readable, columns, counted, first_of, number
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,6 @@ class ReconstructionReport(Readable):
         rows += [(name, *_cells(repair)) for name, repair in self.readers.items()]
         rows += [(name, "", "", "", "", "", "", why) for name, why in self.alone.items()]
         return f"{self}\n\n{columns(rows)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report in JSON's types; errors are shares of an output's energy."""
-        found: dict[str, Any] = plain(vars(self))
-        return found
 
 
 def _cells(repair: ReaderRepair) -> tuple[str, str, str, str, str, str, str]:

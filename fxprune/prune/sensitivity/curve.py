@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fxprune.prune.group_record import GroupRecord
-from fxprune.reports import plain
 
 Losses = NDArray[np.float64]
 
@@ -64,11 +62,6 @@ class Curve(GroupRecord):
         steps = np.maximum.accumulate(np.diff(self.losses()))
         found = np.empty(self.size)
         found[list(self.order)] = steps + _NEXT_TO_NOTHING * (float(steps[-1]) or 1.0) * np.arange(self.size)
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """The curve in JSON's types."""
-        found: dict[str, Any] = plain(vars(self))
         return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from fxprune.channels.groups import ChannelGroup
 from fxprune.errors import PruningError
 from fxprune.prune.group_record import numbered_labels, record_of
 from fxprune.prune.sensitivity.curve import Curve
-from fxprune.reports import Readable, columns, counted, first_of, number, plain
+from fxprune.reports import Readable, columns, counted, first_of, number
 
 _SHOWN = (0.1, 0.25, 0.5, 0.75)
 
@@ -91,11 +90,6 @@ class Sensitivity(Readable):
             shown = [number(float(losses[min(round(share * curve.size), curve.size - 1)])) for share in _SHOWN]
             rows.append((curve.name, curve.kind, f"{curve.size:,}", *shown, f"{macs:,}", f"{parameters:,}"))
         return f"{self}\n\n{columns(rows)}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The curves in JSON's types."""
-        found: dict[str, Any] = plain(vars(self))
-        return found
 
 
 def sensitivity_of(
