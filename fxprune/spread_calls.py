@@ -8,7 +8,7 @@ it is, and what is plain counts as copies: the operators are those of `torch.dis
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 
 from fxprune.communication import communicating
 from fxprune.sharding import is_managed
-from fxprune.torch_internals import spread_before
+from fxprune.torch_internals import dtype_of_calls, spread_before
 
 
 def is_spread_by_hand(module: nn.Module) -> bool:
@@ -32,13 +32,19 @@ def is_spread_by_hand(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def gathered(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+def gathered(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_mask: Callable[[str], bool]
+) -> Iterator[None]:
     """Within a call, parameters and buffers that the operators can work on; a collective where they are spread.
+
+    Masks have the dtype to which FSDP's mixed precision brings parameters: their products have that, too.
 
     Args:
         module: one that FSDP manages, its parameters gathered, or one whose parameters are spread by hand.
         args, kwargs: of the call.
+        is_mask: whether a buffer is one, by the name that its module has for it.
     """
+    dtype = dtype_of_calls(module) if is_managed(module) else None
     inputs = (each for each in pytree.tree_leaves((args, kwargs)) if isinstance(each, DTensor))
     mesh = next((each.device_mesh for each in inputs), None)
     before: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -48,11 +54,13 @@ def gathered(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             held: Any
             for held in (owner._parameters, owner._buffers):
                 for name, tensor in held.items():
-                    if tensor is None or (mesh is None and not isinstance(tensor, DTensor)):
+                    is_cast = dtype is not None and held is owner._buffers and is_mask(name)
+                    if tensor is None or (mesh is None and not isinstance(tensor, DTensor) and not is_cast):
                         continue
                     if id(tensor) not in made:
                         with communicating("gathering for a call"):
-                            made[id(tensor)] = _whole(tensor) if mesh is None else _on(mesh, module, tensor)
+                            found = _whole(tensor) if mesh is None else _on(mesh, module, tensor)
+                        made[id(tensor)] = found.to(dtype) if is_cast and found.is_floating_point() else found
                     before.append((held, name, tensor))
                     held[name] = made[id(tensor)]
         with contextlib.nullcontext() if mesh is None else implicit_replication():
@@ -62,8 +70,10 @@ def gathered(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             held[name] = tensor
 
 
-def _whole(tensor: DTensor) -> Tensor:
+def _whole(tensor: Tensor) -> Tensor:
     """All of a tensor; the gradient of it is the same on every process that has a part."""
+    if not isinstance(tensor, DTensor):
+        return tensor
     found: Tensor = tensor.full_tensor()
     return found
 

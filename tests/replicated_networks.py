@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxprune
+from fxprune.sharding import whole
 from tests import sharded_networks as networks
 
 P = fxprune.prune
@@ -23,6 +24,42 @@ def by_offload(module: fxprune.TracedModule) -> fxprune.TracedModule:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(module, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
     return module
+
+
+def by_mixed_precision(module: fxprune.TracedModule) -> fxprune.TracedModule:
+    """FSDP2 that computes in bfloat16, and keeps and adds up in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=policy)
+    return module
+
+
+def masked_in_mixed_precision(is_mixed: bool) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of layers masked before and after they are sharded, one under a norm, and what is left.
+
+    Args:
+        is_mixed: whether FSDP2 computes in bfloat16; else one process does with the whole module.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6)
+    layers = nn.Sequential(nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Conv2d(10, 7, 3), nn.ReLU(), nn.Conv2d(7, 2, 1))
+    nn.utils.parametrizations.weight_norm(layers[2])
+    module = fxprune.trace(layers.train(), (x,))
+    P.l1_unstructured(module, "0.weight", 0.3)
+    module = by_mixed_precision(module) if is_mixed else module
+    found = {}
+    for step in range(2):  # the masks are plain before the first call of a function that masks
+        lower = module if is_mixed else copy.deepcopy(module).bfloat16()
+        output = lower(x if is_mixed else x.bfloat16())
+        output.float().square().mean().backward()
+        found[f"output {step}"] = output.detach()
+        for name, own in lower.named_parameters():
+            assert own.grad is not None
+            found[f"gradient {step} of {name}"] = whole(own.grad).float()
+            own.grad = None
+        P.l1_unstructured(module, "*.weight", 0.2)
+    P.channels(module, macs=0.6)
+    final = fxprune.finalize(module)
+    return found | {f"final {name}": value for name, value in networks.values(final).items()}
 
 
 def _wrapped(module: fxprune.TracedModule) -> nn.Module:

@@ -77,7 +77,9 @@ def _of_the_mode(generated: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: TracedModule, *args: Any, **kwargs: Any) -> Any:
         if not is_managed(self) and not is_spread_by_hand(self):
             return self._selected.forward(self, *args, **kwargs)
-        with gathered(self, args, kwargs):  # FSDP has gathered its own before
+        with gathered(
+            self, args, kwargs, lambda name: named_by_mask(name) is not None
+        ):  # FSDP has gathered its own before
             return self._selected.forward(self, *args, **kwargs)
 
     vars(forward)["__signature__"] = inspect.signature(generated)

@@ -70,6 +70,7 @@ from fxprune.torch_internals.modules import (
 from fxprune.torch_internals.shards import (
     ASKED_BEFORE_BROADCAST,
     decompositions_set_aside,
+    dtype_of_calls,
     follow_parameters,
     sharding_options,
     spread_before,
@@ -99,6 +100,7 @@ __all__ = [
     "derived_dimension",
     "dimension_hint",
     "distributions_unchecked",
+    "dtype_of_calls",
     "fake_cpu_tensor",
     "fake_like",
     "fake_tensor",

@@ -92,6 +92,12 @@ def sharding_options(module: nn.Module) -> dict[str, Any]:
     return mesh | policies | {"reshard_after_forward": again}
 
 
+def dtype_of_calls(module: nn.Module) -> torch.dtype | None:
+    """The dtype in which FSDP gathers a module's parameters for a call, by its mixed precision; None for their own."""
+    policies = [group.mp_policy for group in filter(None, _groups(module))]
+    return next((policy.param_dtype for policy in policies if policy.param_dtype is not None), None)
+
+
 def take_parameters(module: nn.Module) -> None:
     """Let FSDP shard what stands under the names of its parameters now, DTensors that are spread alike."""
     for group in filter(None, _groups(module)):

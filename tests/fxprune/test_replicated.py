@@ -74,3 +74,23 @@ def test_training_and_finalize_under_cpu_offload_end_as_without(tmp_path: Path, 
     request.getfixturevalue("alone")
     assert_close(trained, networks.trained(replicated.by_offload))
     assert_close(final, networks.finalized(replicated.by_offload, "spread", folder(tmp_path, "offload")))
+
+
+def assert_computed_in_bfloat16(want: State, got: State) -> None:
+    assert got.keys() == want.keys()
+    assert want["output 1"].dtype is got["output 1"].dtype is torch.bfloat16
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_masks_are_gathered_in_the_dtype_of_mixed_precision(request: pytest.FixtureRequest) -> None:
+    want = replicated.masked_in_mixed_precision(is_mixed=False)
+    request.getfixturevalue("alone")
+    assert_computed_in_bfloat16(want, replicated.masked_in_mixed_precision(is_mixed=True))
+
+
+@pytest.mark.slow
+def test_two_processes_compute_with_masks_in_mixed_precision_as_one() -> None:
+    want = replicated.masked_in_mixed_precision(is_mixed=False)
+    for got in in_processes(2, replicated.masked_in_mixed_precision, True):
+        assert_computed_in_bfloat16(want, got)

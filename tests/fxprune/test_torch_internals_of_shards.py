@@ -67,6 +67,15 @@ def test_sharding_options_shard_another_module_alike(sharded: nn.Sequential) -> 
     )
 
 
+def test_dtype_of_calls_is_that_of_the_mixed_precision_that_a_module_was_sharded_with(sharded: nn.Sequential) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    assert internals.dtype_of_calls(sharded) is None
+    layer, policy = nn.Linear(3, 2), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    assert internals.dtype_of_calls(fully_shard(layer, mp_policy=policy)) is torch.bfloat16
+    assert layer(torch.randn(1, 3)).dtype is torch.bfloat16
+
+
 def test_spread_before_has_what_was_tensor_parallel_before_it_was_sharded(sharded: nn.Sequential) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
