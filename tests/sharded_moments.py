@@ -14,7 +14,8 @@ import fxprune
 from fxprune.prune.repair import batches as pieces
 from fxprune.prune.repair.input_moments import InputMoments
 from tests import sharded_networks as networks
-from tests.sharded_repairs import Spread, mine
+from tests.sharded_networks import mine
+from tests.sharded_repairs import Spread
 
 
 class Attending(nn.Module):

@@ -225,6 +225,11 @@ def refusals() -> dict[str, str]:
     return found
 
 
+def mine(every: list[Any]) -> list[Any]:
+    """Those of this process, every other one for two."""
+    return every if not dist.is_initialized() else every[dist.get_rank() :: dist.get_world_size()]
+
+
 def batches() -> list[torch.Tensor]:
     """Four of them."""
     return [inputs(seed) for seed in range(10, 14)]
@@ -256,9 +261,6 @@ def channels(
     spread: Callable[[fxprune.TracedModule], fxprune.TracedModule], importances: Collection[str] = tuple(C)
 ) -> dict[str, Any]:
     """By importance the state, and the report; batches are divided among the processes, every other one for two."""
-
-    def mine(every: list[Any]) -> list[Any]:
-        return every if not dist.is_initialized() else every[dist.get_rank() :: dist.get_world_size()]
 
     found: dict[str, Any] = {}
     unspread = traced()

@@ -32,11 +32,6 @@ def without_biases() -> fxprune.TracedModule:
     return fxprune.trace(model.train(), (networks.inputs(),))
 
 
-def mine(every: list[Any]) -> list[Any]:
-    """Those of this process, every other one for two."""
-    return every if not dist.is_initialized() else every[dist.get_rank() :: dist.get_world_size()]
-
-
 def repaired(spread: Spread, what: str) -> dict[str, Any]:
     """States, curves and errors of a network whose channels went by curves, and which was refitted."""
     if dist.is_initialized():
@@ -45,17 +40,17 @@ def repaired(spread: Spread, what: str) -> dict[str, Any]:
     batches = [x.abs() + 1 for x in networks.batches()]
     if what != "network":
         P.ln_structured(module, "5.weight", 2, 2, 0)  # so that its bias has a mask
-    sensitivity = fxprune.sensitivity(module, mine(batches))
+    sensitivity = fxprune.sensitivity(module, networks.mine(batches))
     P.channels(module, macs=0.6, importance=sensitivity, round_to=1)
     before = copy.deepcopy(networks.values(module))
-    report = fxprune.reconstruct(module, mine(batches))
+    report = fxprune.reconstruct(module, networks.mine(batches))
     found = {"before": before, "state": networks.values(module)}
     found["curves"] = {"": torch.tensor([curve.losses().sum() for curve in sensitivity.curves])}
     readers = {name: replace(reader, seconds=0.0) for name, reader in report.readers.items()}
     found["told"] = {str(readers): torch.zeros(()), str(module.made_biases): torch.zeros(())}
     found["output"] = {"": module.eval()(networks.inputs(3)).detach()}
     try:
-        fxprune.reconstruct(module, mine(batches))
+        fxprune.reconstruct(module, networks.mine(batches))
     except fxprune.errors.PruningError as error:
         found["again"] = {str(error): torch.zeros(())}
     optimizer = torch.optim.SGD(module.train().parameters(), lr=0.1)

@@ -13,6 +13,7 @@ from fxprune import driver, export
 from fxprune.checkpoints.checkpoint import save
 from fxprune.errors import ArgumentError, ArgumentTypeError, ShardingError
 from fxprune.graph.calls import Call
+from fxprune.graph.names import parameter_count
 from fxprune.graph.spread_modules import is_spread
 from fxprune.graph.traced import TracedModule
 from fxprune.reports import Readable, change, plain
@@ -137,11 +138,7 @@ class Ending:
             comparison = export.compare(masked, final, *([files["onnx"]] if "onnx" in files else []), inputs=inputs)
         plan = final.plan
         macs = None if plan is None or not plan.macs[0] else (int(plan.macs[0]), int(plan.macs[1]))
-        return Finished(final, macs, (_parameters(masked), _parameters(final)), files, comparison)
-
-
-def _parameters(module: TracedModule) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+        return Finished(final, macs, (parameter_count(masked), parameter_count(final)), files, comparison)
 
 
 def _options(name: str, given: Any) -> Mapping[str, Any] | None:

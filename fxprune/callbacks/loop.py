@@ -13,6 +13,7 @@ from fxprune.callbacks.states import masks_from_states, order_kept
 from fxprune.calling import named_arguments
 from fxprune.errors import ArgumentTypeError, ArtifactError, FxpruneWarning
 from fxprune.graph.masks import masked_views
+from fxprune.graph.names import parameter_count
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.schedule import Schedule
 from fxprune.reports import Readable
@@ -113,7 +114,7 @@ class Pruning(Readable):
         density: the share of the entries of all parameters that no mask holds at zero. macs, parameters: the share of
         the dense module's that is left in the small one, of schedules of channels, and of all once `finish` was called.
         """
-        entries = sum(parameter.numel() for parameter in self.traced.parameters())
+        entries = parameter_count(self.traced)
         found = {
             "target": self.schedule.amount,
             "reached": self.schedule.reached,

@@ -13,6 +13,7 @@ from fxprune.channels.coupling import Coupling, couple
 from fxprune.channels.ids import Mask
 from fxprune.channels.liveness import Liveness
 from fxprune.channels.remaining import dead_that_stay
+from fxprune.graph.names import parameter_count
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule
@@ -110,11 +111,6 @@ def _more_gone(plan: ChannelPlan, relations: Coupling, alive: Mask) -> dict[str,
     fill_in(relations, alive, other)
     more = {name: len(axes[0]) - len(plan.kept[name][0]) for name, axes in other.kept.items() if axes}
     return {name: count for name, count in more.items() if count > 0}
-
-
-def parameter_count(traced: TracedModule) -> int:
-    """The number of entries of all parameters."""
-    return sum(parameter.numel() for parameter in traced.parameters())
 
 
 def fill_in(relations: Coupling, alive: Mask, plan: ChannelPlan) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxprune.channels.analysis import parameter_count
 from fxprune.channels.blocks import Blocks, find_blocks
 from fxprune.channels.coupling import coupling
 from fxprune.channels.ids import Mask, Vector
@@ -22,6 +21,7 @@ from fxprune.channels.solver import Costs
 from fxprune.channels.totals import Term, Total, contraction_totals
 from fxprune.channels.units import Place, UnitTable
 from fxprune.graph.batch import Batch
+from fxprune.graph.names import parameter_count
 from fxprune.graph.text import describe
 from fxprune.graph.traced import TracedModule
 from fxprune.reports import Readable, counted, plain

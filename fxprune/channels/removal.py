@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxprune.calling import renamed
 from fxprune.channels.added_maps import add_zero_maps
-from fxprune.channels.analysis import Analysis, fill_in, parameter_count
+from fxprune.channels.analysis import Analysis, fill_in
 from fxprune.channels.cached_heads import cut_examples
 from fxprune.channels.checking import Before, macs_verified
 from fxprune.channels.computed_weights import held_values
@@ -28,7 +28,7 @@ from fxprune.errors import FinalizeError
 from fxprune.graph.batch import Batch
 from fxprune.graph.editing import erase_dead
 from fxprune.graph.mutation import is_mutating
-from fxprune.graph.names import locate, tensors_of
+from fxprune.graph.names import locate, parameter_count, tensors_of
 from fxprune.graph.plan import ChannelPlan
 from fxprune.graph.requirements import require_eval
 from fxprune.graph.traced import TracedModule

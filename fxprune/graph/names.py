@@ -51,6 +51,11 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def parameter_count(module: nn.Module) -> int:
+    """The number of entries of all parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def has_parametrization(owner: nn.Module, tensor: str) -> bool:
     """Whether `owner` holds `parametrizations.<tensor>`."""
     holder = owner._modules.get("parametrizations")

@@ -29,6 +29,7 @@ from fxprune.channels.values import Value
 from fxprune.errors import ConfigurationWarning, PruningError, WriteBackError
 from fxprune.graph.configurations import Builds
 from fxprune.graph.metadata import module_path
+from fxprune.graph.names import parameter_count
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.configured_levels import Level
 from fxprune.prune.trials import masked_copy
@@ -75,13 +76,9 @@ def failure_in_class(
     if not filling_up:
         unsaid = [str(each.message) for each in said if issubclass(each.category, ConfigurationWarning)]
         return WriteBackError(unsaid[0], runs=True) if unsaid and limits.is_configured else None
-    if _entries(written) >= _entries(model) > _entries(final):
+    if parameter_count(written) >= parameter_count(model) > parameter_count(final):
         return WriteBackError("everything came back as zeros.", [*cause, *filling_up])
     return WriteBackError(f"{first_of(filling_up, 3)} took channels back as zeros.", filling_up, runs=True)
-
-
-def _entries(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @dataclass

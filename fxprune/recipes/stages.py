@@ -16,6 +16,7 @@ from fxprune.artifacts.writing_back import write_back
 from fxprune.checkpoints.checkpoint import save
 from fxprune.errors import ConfigurationWarning, FxpruneError
 from fxprune.files import atomic
+from fxprune.graph.names import parameter_count
 from fxprune.graph.sharing_copies import sharing_copy
 from fxprune.graph.traced import TracedModule
 from fxprune.prune.repair import reconstruct
@@ -35,7 +36,7 @@ def traced(work: Work) -> Record:
     """Capture the model as graphs."""
     modes = ("train", "eval") if work.recipe.train else ("eval",)
     work.traced = work.capture(modes)
-    parameters = sum(parameter.numel() for parameter in work.model.parameters())
+    parameters = parameter_count(work.model)
     told = {"class": type(work.model).__name__, "modes": sorted(work.now.graphs), "parameters": parameters}
     return told | {"network": network(work.now)}
 
@@ -138,7 +139,7 @@ def _own_class(work: Work) -> Record:
 def compared(work: Work) -> Record:
     """Compare with the dense network: size, MACs, outputs, the user's score, latency."""
     recipe, final, record = work.recipe.compare, work.now, Record()
-    record["parameters"] = [sum(p.numel() for p in each.parameters()) for each in (work.model, final)]
+    record["parameters"] = [parameter_count(each) for each in (work.model, final)]
     if work.judged is not None:
         outputs = (work.outputs(module, work.judged) for module in (work.model, final))
         record["agreement"] = agreement(*outputs)

@@ -26,7 +26,7 @@ from fxprune.channels.ids import Vector
 from fxprune.errors import ArgumentError, ArgumentTypeError, FxpruneError, PruningError
 from fxprune.graph.batch import Batch
 from fxprune.graph.interpretation import Interpreter
-from fxprune.graph.names import tensor_at
+from fxprune.graph.names import parameter_count, tensor_at
 from fxprune.graph.requirements import require_eval, require_list
 from fxprune.graph.samples import stretched
 from fxprune.graph.sharing_copies import sharing_copy
@@ -243,7 +243,7 @@ class _Cuts:
             if cut:
                 driver.insert_masks(candidate, cut)
             found.append(driver.finalize(candidate, align=1, verify=False))
-        sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in found]
+        sizes = [*map(parameter_count, found)]
         if any(size >= sizes[0] for size in sizes[1:]):
             raise PruningError("they lose no channels without the layers before them")
         return found
