@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fxprune.graph.calls import Call, cloned
 from fxprune.graph.traced import TracedModule
@@ -71,7 +72,7 @@ class WidenedRunner(ModuleRunner):
     @contextlib.contextmanager
     def widening(self) -> Iterator[None]:
         """Within, operators compute in the wider types."""
-        with _default_widened(self.widths), _Widening(self.widths):
+        with _default_widened(self.widths), _WideningConvolutions(self.widths), _Widening(self.widths):
             yield
 
     def widened(self, call: Call) -> Call:
@@ -115,6 +116,19 @@ class _Widening(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*_widened(args, self._widths), **_widened(kwargs or {}, self._widths))
+
+
+class _WideningConvolutions(TorchFunctionMode):
+    """Wider operands of convolutions: they compare the types of input and bias before a dispatch mode sees them."""
+
+    def __init__(self, widths: Widths) -> None:
+        super().__init__()
+        self._widths = widths
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "").startswith("conv"):
+            args, kwargs = _widened(args, self._widths), _widened(kwargs or {}, self._widths)
+        return func(*args, **(kwargs or {}))
 
 
 def _widened(values: Any, widths: Widths) -> Any:

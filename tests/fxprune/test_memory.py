@@ -151,6 +151,18 @@ def test_finalize_without_shrinking_holds_a_copy(traced: fxprune.TracedModule) -
     assert final.get_parameter("fall.0.weight") is not traced.get_parameter("fall.0.weight")
 
 
+def test_a_comparison_of_convolutions_with_biases_widens_one_weight_at_a_time() -> None:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(48, 48, 3, padding=1), nn.ReLU())]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(1, 48, 4, 4)
+    captured = fxprune.trace(model, (x,), modes=("eval",))
+    memory = TensorMemory(captured.parameters())
+    with memory:
+        report = fxprune.compare(model, captured, inputs=x)
+    assert report.ok
+    assert memory.peak < 0.8 * sum(parameter.nbytes for parameter in captured.parameters())  # two in float64: 0.67
+
+
 def test_the_truth_in_float64_holds_one_weight_at_a_time(traced: fxprune.TracedModule) -> None:
     report, peak = _peak(traced, lambda: fxprune.compare(traced, _again(traced), inputs=torch.randn(2, 64)))
     assert [row.error is not None for row in report.rows] == [True]
