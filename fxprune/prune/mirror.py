@@ -430,7 +430,7 @@ def find(traced: TracedModule, pattern: str) -> list[str]:
     names = _names(traced)
     if pattern not in names:
         require_parameter(traced, pattern)
-        _refuse_original(pattern, names)
+        _refuse_original(traced, pattern)
     pattern = canonical(traced, pattern) if isinstance(pattern, str) else pattern
     computed = find_computed(traced)
     matched = match_names(dict.fromkeys((*names, *computed)), pattern)
@@ -448,9 +448,9 @@ def find_computed(traced: TracedModule) -> list[str]:
     return list(dict.fromkeys([*(n for n in computed_names(traced) if n not in hidden), *outer]))
 
 
-def _refuse_original(name: str, names: Sequence[str]) -> None:
+def _refuse_original(traced: TracedModule, name: str) -> None:
     """Raise NameLookupError where a name is that of the unmasked values of a parameter."""
-    if isinstance(name, str) and (plain := named_by_original(name)) in names:
+    if isinstance(name, str) and (plain := named_by_original(name)) in masked(traced):
         raise NameLookupError(f"{name!r} belongs to the masked parameter {plain!r}. Name that.")
 
 

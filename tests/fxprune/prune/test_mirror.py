@@ -84,6 +84,11 @@ BAD: dict[str, tuple[Callable[[fxprune.TracedModule], Any], type[Exception], str
     ),
     "several where one is needed": (lambda t: fxprune.prune.is_pruned(t, "*.bias"), NameLookupError, "ambiguous"),
     "no string": (lambda t: fxprune.prune.l1_unstructured(t, 3, 0.5), NameLookupError, "int"),
+    "the original of one without a mask": (
+        lambda t: fxprune.prune.l1_unstructured(t, "head.weight_orig", 0.5),
+        NameLookupError,
+        "no such name",
+    ),
     "amount above one": (lambda t: fxprune.prune.l1_unstructured(t, "stem.weight", 1.5), ArgumentError, "1.5"),
     "negative amount": (lambda t: fxprune.prune.l1_unstructured(t, "stem.weight", -2), ArgumentError, "-2"),
     "amount of no number": (
