@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Protocol
 from torch import nn
 
 from fxprune.errors import CaptureError
+from fxprune.torch_internals import forget_sharding
 
 _OWNER = "fxprune.owner"  # no name of a child, a parameter or a buffer has a dot
 
@@ -99,11 +100,12 @@ def _owner_of(part: nn.Module) -> Any:
 def _hooked(part: nn.Module, register: Any, args: Any, kwargs: Any) -> Any:
     if _owner_of(part) is None:
         return register(*args, **kwargs)
+    forget_sharding(part)
     raise CaptureError(
         "a hook was to be registered on a module below a traced one. The graphs run operators, no modules, so it would "
         "never be called. Register it on the eager model before fxprune.trace, which captures what it computes; watch "
         "values of the traced module by torch.fx.Interpreter; hooks on the traced module itself, on parameters and on "
-        "tensors work."
+        "tensors work. FSDP shards the traced module as a whole: fully_shard(traced)."
     )
 
 

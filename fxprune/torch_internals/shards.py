@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
@@ -96,6 +98,13 @@ def dtype_of_calls(module: nn.Module) -> torch.dtype | None:
     """The dtype in which FSDP gathers a module's parameters for a call, by its mixed precision; None for their own."""
     policies = [group.mp_policy for group in filter(None, _groups(module))]
     return next((policy.param_dtype for policy in policies if policy.param_dtype is not None), None)
+
+
+def forget_sharding(module: nn.Module) -> None:
+    """Take off what `fully_shard` and its kin leave on a module before they register the hooks that it refuses."""
+    for key in (STATE_KEY, REGISTRY_KEY):
+        module.__dict__.pop(key, None)
+    _module_state_mapping.pop(module, None)
 
 
 def take_parameters(module: nn.Module) -> None:

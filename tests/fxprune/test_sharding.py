@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
 import fxprune
 from tests import sharded_networks as networks
@@ -334,3 +335,19 @@ def test_masks_hold_one_whole_parameter_at_a_time(processes: int) -> None:
     for found in in_processes(processes, networks.largest_held):
         assert found["of its mask"] == found["of its part"]
         assert found["whole tensors at once"] <= 4  # the values, scores, the mask of before and the new one
+
+
+def test_a_block_is_not_sharded_by_itself_and_the_whole_is_afterwards(alone: None) -> None:
+    module = networks.traced()
+    with pytest.raises(fxprune.errors.CaptureError, match=r"shards the traced module as a whole: fully_shard\("):
+        fully_shard(module.get_submodule("inner"))
+    networks.by_fsdp(module)(networks.inputs()).sum().backward()
+    fxprune.prune.channels(module, macs=0.6)
+    assert_equal({"": networks.values(_chosen())}, {"": networks.values(module)})
+
+
+def _chosen() -> fxprune.TracedModule:
+    module = networks.traced()
+    module(networks.inputs())
+    fxprune.prune.channels(module, macs=0.6)
+    return module

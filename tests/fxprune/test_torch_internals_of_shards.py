@@ -67,6 +67,26 @@ def test_sharding_options_shard_another_module_alike(sharded: nn.Sequential) -> 
     )
 
 
+def test_forget_sharding_takes_off_what_fully_shard_leaves_on_a_module_that_takes_no_hooks(
+    sharded: nn.Sequential,
+) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    class Refusing(nn.Linear):
+        def register_forward_pre_hook(self, *given: object, **options: object) -> None:  # type: ignore[override]
+            raise LookupError
+
+    layer = Refusing(3, 2)
+    before = dict(layer.__dict__)
+    with pytest.raises(LookupError):
+        fully_shard(layer)
+    assert layer.__dict__.keys() != before.keys()
+    internals.forget_sharding(layer)
+    assert layer.__dict__.keys() == before.keys()
+    whole = fully_shard(nn.Sequential(layer))
+    assert whole(torch.randn(1, 3)).shape == (1, 2)
+
+
 def test_dtype_of_calls_is_that_of_the_mixed_precision_that_a_module_was_sharded_with(sharded: nn.Sequential) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
