@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
@@ -68,6 +68,22 @@ def gathered(
     finally:
         for held, name, tensor in before:
             held[name] = tensor
+
+
+def note_mixed_precision(error: RuntimeError, module: nn.Module, graph: fx.Graph) -> None:
+    """Add to what a call raised that the graph has another dtype written into it than FSDP computes in, if so."""
+    computed = dtype_of_calls(module) if is_managed(module) else None
+    if computed is None:
+        return
+    for node in graph.nodes:
+        for leaf in pytree.tree_leaves((node.args, node.kwargs)):
+            if isinstance(leaf, torch.dtype) and leaf.is_floating_point and leaf != computed:
+                error.add_note(
+                    f"FSDP's mixed precision brings parameters and inputs to {computed}, and node {node.format_node()} "
+                    f"has {leaf} written into the graph, as it was captured. Call the module under torch.autocast in "
+                    f"place of the policy, or trace the model in {computed}."
+                )
+                return
 
 
 def _whole(tensor: Tensor) -> Tensor:

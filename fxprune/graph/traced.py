@@ -36,7 +36,7 @@ from fxprune.graph.ties import ties_kept
 from fxprune.graph.vectors import VectorCheck, check_vectors
 from fxprune.reports import first_of
 from fxprune.sharding import is_managed, most_spread, rest, spread_state
-from fxprune.spread_calls import gathered, is_spread_by_hand
+from fxprune.spread_calls import gathered, is_spread_by_hand, note_mixed_precision
 from fxprune.torch_internals import ASKED_BEFORE_BROADCAST, calls_kept, state_of_generated_code
 
 # The order in which graphs are kept and worked on: what is decided by the eval graph, the train graph follows.
@@ -82,8 +82,12 @@ def _of_the_mode(generated: Callable[..., Any]) -> Callable[..., Any]:
         if not is_managed(self) and not is_spread_by_hand(self):
             return self._selected.forward(self, *args, **kwargs)
         # FSDP has gathered its own before
-        with gathered(self, args, kwargs, _is_mask):
-            return self._selected.forward(self, *args, **kwargs)
+        try:
+            with gathered(self, args, kwargs, _is_mask):
+                return self._selected.forward(self, *args, **kwargs)
+        except RuntimeError as error:
+            note_mixed_precision(error, self, self.graph)
+            raise
 
     vars(forward)["__signature__"] = inspect.signature(generated)
     return forward

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import fxprune
 from tests import replicated_networks as replicated
 from tests import sharded_networks as networks
 from tests.processes import in_processes
@@ -87,6 +90,22 @@ def test_masks_are_gathered_in_the_dtype_of_mixed_precision(request: pytest.Fixt
     want = replicated.masked_in_mixed_precision(is_mixed=False)
     request.getfixturevalue("alone")
     assert_computed_in_bfloat16(want, replicated.masked_in_mixed_precision(is_mixed=True))
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_mixed_precision_cannot_run_is_told_with_what_the_graph_has_written_into_it() -> None:
+    def traced() -> fxprune.TracedModule:
+        torch.manual_seed(0)
+        return fxprune.trace(nn.LSTM(4, 6), (torch.zeros(5, 2, 4),), modes=("eval",))
+
+    module, x = replicated.by_mixed_precision(traced()), torch.randn(5, 2, 4)
+    with pytest.raises(RuntimeError, match="LSTM") as raised:
+        module(x)
+    (note,) = raised.value.__notes__
+    assert re.search(r"brings parameters and inputs to torch.bfloat16.*%zeros.*torch.float32", note), note
+    under_autocast = networks.by_fsdp(traced())  # as it says
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(under_autocast(x)[0], traced()(x)[0], rtol=0, atol=0)
 
 
 @pytest.mark.slow
