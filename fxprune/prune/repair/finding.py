@@ -371,25 +371,28 @@ def own_weights_and_biases(
     """
     names, biases, shapes = list[str](), list[str | None](), list[torch.Size]()
     for weight, added in directions:
-        found = weights.find_own(weight, "weight")
+        found = _with_bias(weights, weights.find_own(weight, "weight"), added)
         if isinstance(found, Why):
             return found
-        with_shape = _bias_and_shape(weights, found[0], added)
-        if isinstance(with_shape, Why):
-            return with_shape
-        bias, shape = with_shape
+        name, bias, shape = found
         if bias is not None and (count := len(weights.readers(bias))) > 1:
             return Why(f"its bias is used by {count} calls")
-        names.append(found[0])
+        names.append(name)
         biases.append(bias)
         shapes.append(shape)
     return tuple(names), tuple(biases), shapes
 
 
-def _bias_and_shape(weights: Weights, weight: str, added: fx.Node | None) -> tuple[str | None, torch.Size] | Why:
-    shape = view(weights.root, weight).value().shape
+def _with_bias(
+    weights: Weights, found: tuple[str, list[int]] | Why, added: fx.Node | None
+) -> tuple[str, str | None, torch.Size] | Why:
+    """The name of a weight that was found, of the bias that is added to its product, and its shape."""
+    if isinstance(found, Why):
+        return found
+    name, _ = found
+    shape = view(weights.root, name).value().shape
     bias = bias_of(weights, added, shape[0])
-    return bias if isinstance(bias, Why) else (bias, shape)
+    return bias if isinstance(bias, Why) else (name, bias, shape)
 
 
 def _recurrent(weights: Weights, call: Recurrent) -> Reader | Why:
@@ -405,17 +408,14 @@ def cell_reader(
     kind: type[CellReader], weights: Weights, call: RecurrentCell, weight: fx.Node, added: fx.Node | None
 ) -> CellReader | Why:
     """The reader of one step of a cell, by one of its weights and what is added to that product."""
-    found = weights.find(weight, "weight")
+    found = _with_bias(weights, weights.find(weight, "weight"), added)
     if isinstance(found, Why):
         return found
-    with_shape = _bias_and_shape(weights, found[0], added)
-    if isinstance(with_shape, Why):
-        return with_shape
-    bias, shape = with_shape
+    name, bias, shape = found
     if len(call.data.meta["val"].shape) != 2:
         return Why("its input has no batch")
     state = call.hx[0] if call.is_lstm else call.hx
-    return kind(call.node, call.data, (found[0],), (bias,), (1, *shape), None, state=state)
+    return kind(call.node, call.data, (name,), (bias,), (1, *shape), None, state=state)
 
 
 def _convolution(weights: Weights, call: Convolution) -> Reader | Why:
